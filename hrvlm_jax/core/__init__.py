@@ -1,0 +1,1 @@
+"""Foundations: modules, layers, attention, resampling, images, paths, configs and errors."""
