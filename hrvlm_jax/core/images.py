@@ -1,0 +1,267 @@
+"""Host side image handling: decoding with limits, conversion to RGB, exact resizing, crops.
+
+NumPy and Pillow only; nothing here touches a device. Two jobs:
+
+* Untrusted files. `open_image` turns every way in which a file fails to be an image into one
+  `UserError` sentence, and refuses an image above a pixel limit before decoding it.
+* Equal bytes. The released models were trained on images resized by Pillow <= 10.3, whose
+  two 8-bit passes run horizontally first. Newer versions (12.2 for extreme shapes, 13 for ordinary
+  portraits; python-pillow/Pillow pull requests 9524 and 9549) may swap them, which moves bytes
+  by up to 20 grey levels. `resize_exact` writes the order out and gives the same bytes with every
+  version.
+
+Axis letters: h height, w width. Sizes and boxes as in Pillow: (width, height), (x0, y0, x1, y1).
+"""
+
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from hrvlm_jax.core.errors import UserError
+
+BICUBIC = Image.Resampling.BICUBIC
+BILINEAR = Image.Resampling.BILINEAR
+NEAREST = Image.Resampling.NEAREST
+
+# About 9450 x 9450, the limit above which Pillow itself warns of a decompression bomb.
+MAX_PIXELS = 89_478_485
+
+# Containers with a decoder that is pure pixels. EPS and friends would start other programs.
+FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'ICO', 'AVIF', 'JPEG2000')
+
+ImageFile = str | os.PathLike | bytes | bytearray | memoryview
+ExifPolicy = Literal['apply', 'ignore']
+
+_ORIENTATION = 0x0112
+_open_lock = threading.Lock()
+
+
+def open_image(
+  source: ImageFile,
+  *,
+  exif: ExifPolicy = 'apply',
+  max_pixels: int = MAX_PIXELS,
+  name: str | None = None,
+) -> Image.Image:
+  """Decodes an image file completely, in its own mode (RGB, RGBA, palette, CMYK, 16-bit...).
+
+  Of an animated image (GIF, WebP, APNG, multi-page TIFF) the first frame is returned.
+
+  Args:
+    source: path, or the bytes of the file.
+    exif: 'apply' turns the image upright as its EXIF orientation says, which is what a person
+      expects; 'ignore' keeps the stored orientation, as the original evaluation codes do. An
+      unreadable EXIF block counts as absent.
+    max_pixels: refuse more than this many pixels (width x height), before decoding.
+    name: how errors call the image; default: the path, or 'image' for bytes.
+
+  Raises:
+    UserError: missing file, directory, unreadable, empty, not an image of a supported kind,
+      truncated or damaged, zero size, too many pixels. Always one sentence that names the file.
+    ValueError: unknown `exif` policy.
+  """
+  if exif not in ('apply', 'ignore'):
+    raise ValueError(f"exif: expected 'apply' or 'ignore', got {exif!r}")
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    name, data = name or 'image', bytes(source)
+  else:
+    name = name or os.fspath(source)
+    data = read_file(source, name=name)
+  if not data:
+    raise UserError(f'{name}: the image file is empty (0 bytes)')
+
+  image = _open_header(data, name)
+  width, height = image.size
+  if width < 1 or height < 1:
+    raise UserError(f'{name}: the image has no pixels ({width} x {height})')
+  if width * height > max_pixels:
+    raise UserError(
+      f'{name}: the image has {width} x {height} = {width * height} pixels, the limit is '
+      f'{max_pixels}; make it smaller or raise the pixel limit'
+    )
+  try:
+    image.load()
+  except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
+    raise UserError(f'{name}: the image data is truncated or damaged ({_reason(error)})') from error
+  if getattr(image, 'is_animated', False):
+    image = image.copy()  # the first frame alone, without the open file
+  return _upright(image) if exif == 'apply' else image
+
+
+def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:
+  """The bytes of a regular file.
+
+  Raises:
+    UserError: missing, a directory or another thing that is not a file, not readable.
+  """
+  name = name or os.fspath(path)
+  path = Path(path)
+  try:
+    if path.is_dir():
+      raise UserError(f'{name}: is a folder, expected an image file')
+    if not path.exists():
+      raise UserError(f'{name}: no such file')
+    if not path.is_file():
+      raise UserError(f'{name}: is not a regular file')
+    return path.read_bytes()
+  except (OSError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'{name}: cannot be read ({_reason(error)})') from error
+
+
+def to_rgb(image: Image.Image, *, alpha: Literal['drop', 'white'] = 'drop') -> Image.Image:
+  """The image in mode RGB, 8 bits per channel, as a person would expect it to look.
+
+  16-bit images are scaled (65535 becomes 255), where Pillow would clip; whole-number 32-bit images
+  by the smallest of the ranges 8-bit, 16-bit, own maximum that holds them; float images likewise
+  with the range 0..1 first. CMYK, LAB, YCbCr, palette, grey and 1-bit images are converted.
+
+  Args:
+    image: any mode. An RGB image is returned as it is.
+    alpha: 'drop' forgets transparency, as `convert('RGB')` in all original codes does; 'white' puts
+      the image on a white page.
+
+  Raises:
+    UserError: a mode that has no meaning as a picture.
+  """
+  if alpha not in ('drop', 'white'):
+    raise ValueError(f"alpha: expected 'drop' or 'white', got {alpha!r}")
+  if image.mode == 'RGB':
+    return image
+  if image.mode.startswith('I') or image.mode == 'F':
+    return _grey8(image).convert('RGB')
+  if image.mode == 'LAB':
+    lab, srgb = ImageCms.createProfile('LAB'), ImageCms.createProfile('sRGB')
+    return ImageCms.profileToProfile(image, lab, srgb, outputMode='RGB')
+  if alpha == 'white' and image.has_transparency_data:
+    rgba = image.convert('RGBA')
+    page = Image.new('RGBA', rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(page, rgba).convert('RGB')
+  try:
+    if image.mode == 'P' and image.has_transparency_data:
+      image = image.convert('RGBA')  # same colours; the direct way makes Pillow warn
+    return image.convert('RGB')
+  except ValueError as error:
+    raise UserError(f'image of mode {image.mode}: cannot be converted to RGB') from error
+
+
+def to_array(image: Image.Image) -> UInt8[np.ndarray, 'h w 3']:
+  """Pixels of an image as a contiguous uint8 array, converted by `to_rgb` where needed."""
+  return np.array(to_rgb(image), dtype=np.uint8, order='C')
+
+
+def resize_exact(
+  image: Image.Image,
+  size: tuple[int, int],
+  resample: Image.Resampling = BICUBIC,
+) -> Image.Image:
+  """Pillow's 8-bit resize with the horizontal pass first, in every Pillow version.
+
+  Equal to `image.resize(size, resample)` of Pillow <= 10.3, byte for byte: each pass is
+  antialiased when it shrinks and rounded to 8 bits; an axis of unchanged size is skipped. RGBA and
+  LA are resampled with premultiplied alpha, palette and 1-bit images by nearest neighbour, as
+  Pillow does. To crop and resize, crop first: a `box` given to Pillow would read pixels outside.
+
+  Args:
+    image: any 8-bit mode (convert 16-bit images with `to_rgb` before).
+    size: (width, height) in pixels, each at least 1.
+    resample: a filter of `PIL.Image.Resampling`.
+
+  Source: NVlabs/PS3, miguelscarv/pheye, luogen1996/LLaVA-HR and visheratin/mc-llava all call
+  `PIL.Image.resize` of Pillow 9 or 10.
+  """
+  width, height = size
+  if width < 1 or height < 1:
+    raise ValueError(f'size: expected at least 1 x 1, got {width} x {height}')
+  if image.size == (width, height):
+    return image.copy()
+  if image.mode in ('P', '1') or resample == NEAREST:
+    return image.resize((width, height), NEAREST)
+  premultiplied = {'RGBA': 'RGBa', 'LA': 'La'}.get(image.mode)
+  work = image.convert(premultiplied) if premultiplied else image
+  if width != image.width:
+    work = work.resize((width, image.height), resample)
+  if height != image.height:
+    work = work.resize((width, height), resample)
+  return work.convert(image.mode) if premultiplied else work
+
+
+def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+  """The pixels x0 <= x < x1, y0 <= y < y1 of an image; the box must lie inside and not be empty.
+
+  Raises:
+    ValueError: an empty box, or one that leaves the image (Pillow would invent black pixels).
+  """
+  x0, y0, x1, y1 = box
+  if not (0 <= x0 < x1 <= image.width and 0 <= y0 < y1 <= image.height):
+    whole = f'{image.width} x {image.height}'
+    raise ValueError(f'box {tuple(box)}: expected a box with pixels inside the image of {whole}')
+  if (x0, y0, x1, y1) == (0, 0, image.width, image.height):
+    return image
+  return image.crop((x0, y0, x1, y1))
+
+
+def _open_header(data: bytes, name: str) -> Image.Image:
+  """Reads the header only. Pillow's own pixel limit is lifted meanwhile: the caller has one."""
+  try:
+    with _open_lock:
+      limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+      try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+      finally:
+        Image.MAX_IMAGE_PIXELS = limit
+  except UnidentifiedImageError as error:
+    raise UserError(f'{name}: is not an image{_looks_like(data)}') from error
+  except Exception as error:
+    raise UserError(f'{name}: the image header is damaged ({_reason(error)})') from error
+
+
+def _formats() -> list[str]:
+  Image.init()  # AVIF and WebP are missing from some builds
+  return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _looks_like(data: bytes) -> str:
+  head = data[:512].lstrip().lower()
+  if head.startswith((b'<!doctype html', b'<html')):
+    return ' but a web page (HTML)'
+  if head.startswith((b'<svg', b'<?xml')):
+    return ' of pixels but XML or SVG text'
+  if head.startswith(b'%pdf'):
+    return ' but a PDF document'
+  if head.startswith((b'\xff\xd8', b'\x89png')):
+    return ' that can be read: its header is damaged'
+  return f' of a supported kind ({", ".join(_formats())})'
+
+
+def _upright(image: Image.Image) -> Image.Image:
+  try:
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    return image if orientation == 1 else ImageOps.exif_transpose(image)
+  except Exception:  # noqa: BLE001 - any fault of an EXIF block; the picture itself is fine
+    return image
+
+
+def _grey8(image: Image.Image) -> Image.Image:
+  """A 16-bit, 32-bit or float image as 8-bit grey."""
+  values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+  low, high = float(values.min()), float(values.max())
+  if image.mode.startswith('I;16'):
+    low, high = 0.0, 65535.0
+  else:
+    known = (1.0, 255.0, 65535.0) if image.mode == 'F' else (255.0, 65535.0)
+    fits = [limit for limit in known if low >= 0 and high <= limit]
+    low, high = (0.0, fits[0]) if fits else (low, max(high, low + 1.0))
+  return Image.fromarray(np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8))
+
+
+def _reason(error: BaseException) -> str:
+  text = str(error).splitlines()[0] if str(error) else ''
+  return text or type(error).__name__

@@ -1,0 +1,201 @@
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hrvlm_jax.core import images
+from hrvlm_jax.core.errors import UserError
+
+RNG = np.random.default_rng(0)
+
+
+def noise(width, height, mode='RGB'):
+  channels = len(Image.new(mode, (1, 1)).getbands())
+  shape = (height, width) if channels == 1 else (height, width, channels)
+  return Image.fromarray(RNG.integers(0, 256, shape, dtype=np.uint8), mode)
+
+
+def encoded(image, kind, **options):
+  buffer = io.BytesIO()
+  image.save(buffer, kind, **options)
+  return buffer.getvalue()
+
+
+@pytest.mark.parametrize('content, words', [
+  (b'', 'empty'),
+  (b'<!DOCTYPE html><html><body>404</body></html>', 'web page'),
+  (b'\x00' * 100, 'is not an image'),
+  (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'is not an image'),
+])
+def test_not_an_image(tmp_path, content, words):
+  path = tmp_path / 'photo.jpg'
+  path.write_bytes(content)
+  with pytest.raises(UserError, match=words) as caught:
+    images.open_image(path)
+  assert 'photo.jpg' in str(caught.value)
+  assert '\n' not in str(caught.value)
+
+
+def test_missing_and_folder(tmp_path):
+  with pytest.raises(UserError, match='no such file'):
+    images.open_image(tmp_path / 'none.png')
+  with pytest.raises(UserError, match='is a folder'):
+    images.open_image(tmp_path)
+  with pytest.raises(UserError, match='cannot be read|no such file'):
+    images.open_image('a\0b.png')
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM'])
+def test_truncated(kind):
+  data = encoded(noise(64, 48), kind)
+  assert images.open_image(data).size == (64, 48)
+  with pytest.raises(UserError, match='truncated|damaged') as caught:
+    images.open_image(data[:len(data) // 2], name='half')
+  assert str(caught.value).startswith('half: ')
+
+
+@pytest.mark.filterwarnings('ignore::UserWarning:PIL')
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'GIF', 'TIFF'])
+def test_every_truncation_is_one_sentence(kind):
+  data = encoded(noise(9, 7), kind)
+  for length in range(0, len(data), 7):
+    try:
+      images.open_image(data[:length])
+    except UserError as error:
+      assert '\n' not in str(error)
+
+
+def test_pixel_limit_is_checked_before_decoding():
+  # The header promises 60000 x 60000 pixels; the data behind it is missing.
+  png = bytearray(encoded(noise(8, 8), 'PNG'))
+  png[16:24] = (60000).to_bytes(4, 'big') * 2
+  png[29:33] = struct.pack('>I', zlib.crc32(png[12:29]))
+  with pytest.raises(UserError, match='60000 x 60000 = 3600000000 pixels, the limit is'):
+    images.open_image(bytes(png))
+  before = Image.MAX_IMAGE_PIXELS
+  with pytest.raises(UserError, match='the limit is 63'):
+    images.open_image(encoded(noise(8, 8), 'PNG'), max_pixels=63)
+  assert before == Image.MAX_IMAGE_PIXELS
+  assert images.open_image(encoded(noise(8, 8), 'PNG'), max_pixels=64).size == (8, 8)
+
+
+def test_animated_gives_first_frame():
+  frames = [Image.new('RGB', (6, 4), colour) for colour in ('red', 'blue')]
+  data = encoded(frames[0], 'GIF', save_all=True, append_images=frames[1:])
+  image = images.open_image(data)
+  assert images.to_array(image).shape == (4, 6, 3)
+  assert images.to_array(image)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_exif_orientation():
+  image = Image.new('RGB', (6, 4), 'black')
+  image.putpixel((0, 0), (255, 255, 255))
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the stored image must be turned clockwise by 90 degrees
+  data = encoded(image, 'PNG', exif=exif)
+  upright = images.open_image(data)
+  assert upright.size == (4, 6)
+  assert upright.getpixel((3, 0)) == (255, 255, 255)
+  assert images.open_image(data, exif='ignore').size == (6, 4)
+  with pytest.raises(ValueError, match='exif'):
+    images.open_image(data, exif='maybe')
+
+
+def test_open_keeps_the_mode():
+  for mode in ('L', 'LA', 'RGB', 'RGBA'):
+    assert images.open_image(encoded(noise(5, 4, mode), 'PNG')).mode == mode
+  assert images.open_image(encoded(noise(5, 4).quantize(8), 'PNG')).mode == 'P'
+
+
+def test_sixteen_bit_is_scaled():
+  values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
+  image = images.open_image(encoded(Image.fromarray(values), 'PNG'))
+  assert images.to_array(image)[0, :, 0].tolist() == [0, 1, 128, 255]
+  whole = Image.fromarray(values.astype(np.int32))
+  assert images.to_array(whole)[0, :, 2].tolist() == [0, 1, 128, 255]
+  fraction = Image.fromarray(np.array([[0, 0.5, 1, np.nan]], dtype=np.float32))
+  assert images.to_array(fraction)[0, :, 0].tolist() == [0, 128, 255, 0]
+
+
+def test_cmyk_grey_and_one_bit():
+  cmyk = Image.new('CMYK', (2, 2), (0, 255, 255, 0))
+  assert images.to_array(images.open_image(encoded(cmyk, 'TIFF')))[0, 0].tolist() == [255, 0, 0]
+  assert images.to_array(Image.new('L', (1, 1), 7))[0, 0].tolist() == [7, 7, 7]
+  assert images.to_array(Image.new('1', (1, 1), 1))[0, 0].tolist() == [255, 255, 255]
+  assert images.to_rgb(Image.new('LAB', (1, 1), (255, 128, 128))).mode == 'RGB'
+
+
+def test_alpha_policies():
+  clear = Image.new('RGBA', (1, 1), (10, 20, 30, 0))
+  assert images.to_array(images.to_rgb(clear))[0, 0].tolist() == [10, 20, 30]
+  assert images.to_array(images.to_rgb(clear, alpha='white'))[0, 0].tolist() == [255, 255, 255]
+  palette = Image.new('P', (1, 1), 0)
+  palette.putpalette([10, 20, 30])
+  palette.info['transparency'] = b'\x00'
+  assert images.to_array(images.to_rgb(palette))[0, 0].tolist() == [10, 20, 30]
+  assert images.to_array(images.to_rgb(palette, alpha='white'))[0, 0].tolist() == [255, 255, 255]
+
+
+def two_pass(values, new_width, new_height):
+  """Pillow's integer bicubic from its definition: horizontal pass, 8 bits, vertical pass."""
+
+  def weights(old, new):
+    table = np.zeros((new, old), dtype=np.int64)
+    scale = old / new
+    stretch = max(scale, 1.0)
+    for i in range(new):
+      centre = (i + 0.5) * scale
+      low = max(0, int(centre - 2 * stretch + 0.5))
+      high = min(old, int(centre + 2 * stretch + 0.5))
+      x = np.abs((np.arange(low, high) - centre + 0.5) / stretch)
+      w = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1,
+                   np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+      w = w / w.sum() * 2**22
+      table[i, low:high] = np.trunc(w + np.where(w < 0, -0.5, 0.5)).astype(np.int64)
+    return table
+
+  def apply(table, data):
+    return np.clip((2**21 + table @ data) >> 22, 0, 255)
+
+  rows = apply(weights(values.shape[1], new_width), values.astype(np.int64).T).T
+  return apply(weights(values.shape[0], new_height), rows).astype(np.uint8)
+
+
+def test_resize_is_horizontal_first_for_tall_images():
+  image = noise(20, 130, 'L')
+  expected = two_pass(np.asarray(image), 14, 14)
+  np.testing.assert_array_equal(np.asarray(images.resize_exact(image, (14, 14))), expected)
+  np.testing.assert_array_equal(np.asarray(images.resize_exact(Image.fromarray(
+    np.array([[0, 50, 200, 255]], np.uint8)), (2, 1))), [[37, 215]])
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA'])
+def test_resize_equals_pillow_for_wide_images(mode):
+  image = noise(60, 25, mode)
+  for size in ((10, 9), (10, 25), (60, 25), (60, 9), (71, 25), (10, 31)):
+    mine = images.resize_exact(image, size)
+    assert mine.mode == mode
+    np.testing.assert_array_equal(np.asarray(mine), np.asarray(image.resize(size, images.BICUBIC)))
+
+
+def test_resize_palette_is_nearest():
+  image = noise(13, 40).quantize(16)
+  mine = images.resize_exact(image, (7, 8))
+  assert mine.mode == 'P'
+  expected = image.convert('RGB').resize((7, 8), images.NEAREST)
+  np.testing.assert_array_equal(images.to_array(mine), np.asarray(expected))
+
+
+def test_resize_and_crop_refuse_nonsense():
+  image = noise(5, 5)
+  with pytest.raises(ValueError, match='size'):
+    images.resize_exact(image, (0, 3))
+  with pytest.raises(ValueError, match='box'):
+    images.crop(image, (0, 0, 6, 5))
+  with pytest.raises(ValueError, match='box'):
+    images.crop(image, (2, 0, 2, 5))
+  part = images.crop(image, (1, 2, 4, 5))
+  np.testing.assert_array_equal(np.asarray(part), np.asarray(image)[2:5, 1:4])
