@@ -1,0 +1,50 @@
+# Sourced by the other scripts: makes and fills .venv. Not meant to be run alone.
+# usage: ensure_env EXTRA [PIP_REQUIREMENT...]
+#
+# PYTHON names the interpreter that .venv is made from (default: python3).
+# Nothing is installed again while pyproject.toml, requirements.lock, the extra and the folder stay
+# as they are; delete .venv to start over.
+
+say() { printf '%s\n' "$*" >&2; }
+
+ensure_env() {
+  local extra=$1; shift
+  local python=${PYTHON:-python3}
+  if [[ ! -x .venv/bin/python ]]; then
+    if ! command -v "$python" >/dev/null; then
+      say "Python was not found ($python): install Python 3.11 or newer, or set PYTHON to its path."
+      return 2
+    fi
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      say "hrvlm_jax needs Python 3.11 or newer, found $("$python" -V 2>&1):" \
+          "install a newer one, or set PYTHON to its path."
+      return 2
+    fi
+    if ! "$python" -m venv .venv; then
+      rm -rf .venv
+      say "$python could not make a virtual environment: install its venv module" \
+          "(python3-venv on Debian and Ubuntu) or set PYTHON to another interpreter."
+      return 2
+    fi
+  fi
+
+  local stamp=".venv/installed-$extra" key
+  key=$(.venv/bin/python - "$extra" "$@" <<'PY'
+import hashlib, os, pathlib, sys
+files = [pathlib.Path(name).read_bytes() for name in ('pyproject.toml', 'requirements.lock')]
+parts = [*files, os.getcwd().encode(), sys.version.encode(), *(a.encode() for a in sys.argv[1:])]
+print(hashlib.sha256(b'\0'.join(parts)).hexdigest())
+PY
+)
+  if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
+    return 0
+  fi
+  say "Installing hrvlm_jax[$extra] into .venv (once; needs the network)."
+  rm -f "$stamp"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    -c requirements.lock setuptools
+  # One call, so that nothing can pull in another PyTorch than the one named here.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+    -c requirements.lock "$@" -e ".[$extra]"
+  printf '%s' "$key" >"$stamp"
+}

@@ -1,0 +1,88 @@
+"""Settings of the whole suite: CPU, exact matrix products, no network, and no hidden skips."""
+
+import os
+import pathlib
+import shutil
+import socket
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Set before anything imports JAX; tests that start processes hand them on.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(ROOT / '.cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('TRANSFORMERS_OFFLINE', '1')
+os.environ.setdefault('MPLBACKEND', 'Agg')
+
+import pytest  # noqa: E402
+
+# The only reasons for which a test may be skipped. A skip of any other kind is a failure
+# (tests/packaging/test_skips.py).
+SKIP_MARKS = ('gpu', 'tpu', 'peers', 'gcloud')
+
+
+def _missing(mark: str) -> str | None:
+  """Why tests with `mark` cannot run here, or None when they can."""
+  if mark in ('gpu', 'tpu'):
+    import jax
+
+    if all(device.platform != mark for device in jax.devices()):
+      return f'no {mark.upper()} here'
+  if mark == 'peers' and not os.environ.get('HRVLM_PEERS'):
+    return 'HRVLM_PEERS names no folder of other projects'
+  if mark == 'gcloud' and not (os.environ.get('HRVLM_GCLOUD') and shutil.which('gcloud')):
+    return 'HRVLM_GCLOUD is not set or gcloud is absent'
+  return None
+
+
+def pytest_collection_modifyitems(items):
+  reasons: dict[str, str | None] = {}
+  for item in items:
+    for mark in SKIP_MARKS:
+      if item.get_closest_marker(mark) is None:
+        continue
+      if mark not in reasons:
+        reasons[mark] = _missing(mark)
+      if reasons[mark]:
+        item.add_marker(pytest.mark.skip(reason=f'{mark}: {reasons[mark]}'))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+  del call
+  outcome = yield
+  report = outcome.get_result()
+  if report.skipped and not any(item.get_closest_marker(mark) for mark in SKIP_MARKS):
+    reason = getattr(report, 'wasxfail', None) or report.longrepr
+    report.outcome = 'failed'
+    report.longrepr = f'skipped without one of the marks {SKIP_MARKS}: {reason}'
+    if hasattr(report, 'wasxfail'):
+      del report.wasxfail
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+  outcome = yield
+  report = outcome.get_result()
+  if report.outcome == 'skipped':
+    report.outcome = 'failed'
+    report.longrepr = f'{collector.nodeid} skipped as a whole: {report.longrepr}'
+
+
+_connect = socket.socket.connect
+
+
+def _local_connect(self, address):
+  host = address[0] if isinstance(address, tuple) else 'localhost'
+  if host not in ('localhost', '127.0.0.1', '::1'):
+    raise OSError(f'the test suite uses no network, but something asked for {host}')
+  return _connect(self, address)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+  """A test that reaches for the network fails at once, and says for which host."""
+  monkeypatch.setattr(socket.socket, 'connect', _local_connect)
