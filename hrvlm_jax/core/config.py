@@ -13,11 +13,11 @@ A class whose field types depend on its values (the encoder's class follows from
 name) defines the classmethod `field_types(values) -> dict[str, type]` to override its hints.
 """
 
+from collections.abc import Mapping
 import dataclasses
 import enum
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
@@ -237,8 +237,8 @@ def _tags(classes: list[type]) -> tuple[str, dict[str, type]] | None:
       continue
     tags: dict[str, type] = {}
     for cls, other in zip(classes, hints):
-      for tag in typing.get_args(other[name]) if typing.get_origin(other.get(name)) is Literal else ():
-        tags.setdefault(tag, cls)
+      if typing.get_origin(other.get(name)) is Literal:
+        tags.update((tag, cls) for tag in typing.get_args(other[name]))
     sizes = [len(typing.get_args(other.get(name))) for other in hints]
     if all(sizes) and len(tags) == sum(sizes):
       return name, tags

@@ -4,8 +4,8 @@ Form of a message: what was found (with the file, config key or tensor path), wh
 what to do. The command line prints a `UserError` as it is, without a traceback, and exits with 2.
 """
 
-import difflib
 from collections.abc import Iterable
+import difflib
 
 
 class UserError(ValueError):

@@ -1,0 +1,283 @@
+"""The two-way name table between our parameter tree and a PyTorch state dict.
+
+One row per parameter KIND. Every operation knows its inverse, so the same table imports and
+exports; both directions are complete or refused with all problems in one message. NumPy only, one
+tensor at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import dataclasses
+import fnmatch
+from typing import Any
+
+import numpy as np
+
+from hrvlm_jax.core import errors, paths
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+  """An invertible rearrangement of one tensor.
+
+  Attributes:
+    load: PyTorch array -> our array (or a tuple of arrays, for a row with several of our paths).
+    save: the inverse.
+    shape: our shape (or tuple of shapes) -> the PyTorch shape.
+  """
+
+  name: str
+  load: Callable[[np.ndarray], Any]
+  save: Callable[[Any], np.ndarray]
+  shape: Callable[[Any], Shape]
+
+
+identity = Op('identity', lambda x: x, lambda x: x, lambda s: s)
+transpose = Op('transpose', lambda x: x.T, lambda x: x.T, lambda s: s[::-1])
+# (out, in, rows, cols) <-> (rows, cols, in, out)
+conv_kernel = Op(
+  'conv_kernel', lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1),
+  lambda s: (s[3], s[2], s[0], s[1]))
+# A 1x1 convolution used as a linear layer: (out, in, 1, 1) <-> (in, out)
+conv1x1 = Op(
+  'conv1x1', lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None],
+  lambda s: (s[1], s[0], 1, 1))
+
+
+def reshape(ours: Shape, theirs: Shape) -> Op:
+  """The same elements under two shapes (for example a scalar kept as [1])."""
+  return Op('reshape', lambda x: x.reshape(ours), lambda x: x.reshape(theirs), lambda s: theirs)
+
+
+def split_rows(parts: int, inner: Op = identity) -> Op:
+  """One fused PyTorch tensor [parts * m, ...] <-> `parts` of ours, each through `inner`."""
+
+  def load(x):
+    return tuple(inner.load(part) for part in np.split(x, parts, axis=0))
+
+  def save(arrays):
+    return np.concatenate([inner.save(part) for part in arrays], axis=0)
+
+  def shape(shapes):
+    each = [inner.shape(s) for s in shapes]
+    return (sum(s[0] for s in each), *each[0][1:])
+
+  return Op(f'split_rows({parts}, {inner.name})', load, save, shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One parameter kind.
+
+  Attributes:
+    ours: path in the parameter tree, or a tuple of paths that share one fused PyTorch tensor. With
+      `{i}` in `theirs` the leaf carries a leading layer axis.
+    theirs: name in the state dict, `{i}` running over layers; or a tuple of ALIASES, names that
+      hold equal tensors (import checks equality of those present, export writes all).
+    op: per-layer rearrangement.
+    indices: the values of `{i}`; default 0..depth-1.
+    optional: the tensor may be absent from a file; the leaf is then left out and named in
+      `Imported.fresh` (for starting points such as LLaVA-HR's stage 1).
+  """
+
+  ours: str | tuple[str, ...]
+  theirs: str | tuple[str, ...]
+  op: Op = identity
+  indices: tuple[int, ...] | None = None
+  optional: bool = False
+
+  @property
+  def our_paths(self) -> tuple[str, ...]:
+    return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
+
+  @property
+  def layered(self) -> bool:
+    return '{i}' in self.names[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """Rows plus the names that are knowingly left out.
+
+  Attributes:
+    ignored: {pattern (fnmatch) over PyTorch names: reason}: present in files, not parameters.
+    unused: {pattern over our paths: reason}: parameters kept for a round trip only.
+  """
+
+  rows: tuple[Row, ...]
+  ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def is_ignored(self, name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
+
+
+def prefixed(table: Table, *, ours: str = '', theirs: str = '') -> Table:
+  """The same table with prefixes on both sides, for a part inside a larger model."""
+  add = lambda prefix, value: (
+    prefix + value if isinstance(value, str) else tuple(prefix + v for v in value))
+  return Table(
+    tuple(dataclasses.replace(row, ours=add(ours, row.ours), theirs=add(theirs, row.theirs))
+          for row in table.rows),
+    {theirs + pattern: reason for pattern, reason in table.ignored.items()},
+    {ours + pattern: reason for pattern, reason in table.unused.items()})
+
+
+def joined(*tables: Table) -> Table:
+  """One table of several parts."""
+  ignored: dict[str, str] = {}
+  unused: dict[str, str] = {}
+  for table in tables:
+    ignored |= table.ignored
+    unused |= table.unused
+  return Table(tuple(row for table in tables for row in table.rows), ignored, unused)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One PyTorch tensor and where it lives in ours: `layer` is None for a leaf without layer axis."""
+
+  row: Row
+  names: tuple[str, ...]
+  layer: int | None
+  shape: Shape
+
+
+def entries(table: Table, abstract: Mapping[str, Any]) -> Iterator[Entry]:
+  """Expands the rows over layers against the abstract parameter tree.
+
+  Raises:
+    UserError: rows whose paths the model lacks, parameters no row covers (all listed).
+  """
+  flat = paths.flatten(abstract)
+  problems, covered, found = [], set(), []
+  for row in table.rows:
+    missing = [path for path in row.our_paths if path not in flat]
+    problems += [f'{path}: named by the table, not in the model' for path in missing]
+    problems += [f'{p}: covered by two rows' for p in row.our_paths if p in covered]
+    covered.update(row.our_paths)
+    if missing:
+      continue
+    shapes = tuple(tuple(flat[path].shape) for path in row.our_paths)
+    pick = lambda s: s[0] if isinstance(row.ours, str) else s  # noqa: B023
+    if not row.layered:
+      found.append(Entry(row, row.names, None, tuple(row.op.shape(pick(shapes)))))
+      continue
+    indices = row.indices if row.indices is not None else range(shapes[0][0])
+    if len(indices) != shapes[0][0]:
+      problems.append(f'{row.ours}: {shapes[0][0]} layers in the model, {len(indices)} in the table')
+      continue
+    shape = tuple(row.op.shape(pick(tuple(s[1:] for s in shapes))))
+    for layer, index in enumerate(indices):
+      names = tuple(name.replace('{i}', str(index)) for name in row.names)
+      found.append(Entry(row, names, layer, shape))
+  problems += [f'{path}: in the model, no row of the table' for path in flat if path not in covered]
+  errors.raise_all('weight table and model do not match', problems)
+  yield from found
+
+
+def check_names(
+  table: Table, abstract: Mapping[str, Any], shapes: Mapping[str, Shape], *, what: str = 'checkpoint'
+) -> list[Entry]:
+  """Holds a list of PyTorch names and shapes against the table; returns the entries present.
+
+  Raises:
+    UserError: missing, unexpected or misshapen tensors, all in one message.
+  """
+  problems, used, present = [], set(), []
+  for entry in entries(table, abstract):
+    names = [name for name in entry.names if name in shapes]
+    used.update(names)
+    if not names:
+      if not entry.row.optional:
+        problems.append(f'missing tensor {entry.names[0]} (for {_where(entry)})')
+      continue
+    for name in names:
+      if tuple(shapes[name]) != entry.shape:
+        problems.append(f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} expected')
+    present.append(dataclasses.replace(entry, names=tuple(names)))
+  problems += [
+    f'unexpected tensor {name} {tuple(shapes[name])}'
+    for name in shapes if name not in used and not table.is_ignored(name)]
+  errors.raise_all(f'tensors of the {what}', problems)
+  return present
+
+
+def import_tensors(
+  tensors: Mapping[str, np.ndarray], table: Table, abstract: Mapping[str, Any], *,
+  what: str = 'checkpoint', dtype=None,
+) -> dict[str, Any]:
+  """PyTorch tensors -> nested dict of NumPy arrays, complete or refused.
+
+  Args:
+    tensors: lazy or eager mapping; each tensor is read once. `.shapes` is used where it exists,
+      so that a lazy mapping is checked before anything is read.
+    dtype: cast on the way; default: the dtype of the file.
+
+  Raises:
+    UserError: every missing, unexpected, misshapen or unequal aliased tensor, in one message.
+  """
+  shapes = getattr(tensors, 'shapes', None) or {n: tuple(t.shape) for n, t in tensors.items()}
+  present = check_names(table, abstract, shapes, what=what)
+  flat = paths.flatten(abstract)
+  out: dict[str, np.ndarray] = {}
+  problems = []
+  for entry in present:
+    value = np.asarray(tensors[entry.names[0]])
+    for alias in entry.names[1:]:
+      if not np.array_equal(value, np.asarray(tensors[alias])):
+        problems.append(f'{alias}: differs from {entry.names[0]}, of which it is an alias')
+    loaded = entry.row.op.load(value)
+    arrays = (loaded,) if isinstance(entry.row.ours, str) else loaded
+    for path, array in zip(entry.row.our_paths, arrays, strict=True):
+      kind = dtype or array.dtype
+      if entry.layer is None:
+        out[path] = np.ascontiguousarray(array, dtype=kind).reshape(array.shape)
+        continue
+      if path not in out:
+        out[path] = np.empty(flat[path].shape, kind)
+      out[path][entry.layer] = array
+  errors.raise_all(f'tensors of the {what}', problems)
+  return paths.unflatten(out)
+
+
+def export_tensors(
+  params: Mapping[str, Any], table: Table
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Our parameters -> (PyTorch name, array), aliases written out, one tensor at a time."""
+  flat = paths.flatten(params)
+  for entry in entries(table, params):
+    arrays = [np.asarray(flat[path]) for path in entry.row.our_paths]
+    if entry.layer is not None:
+      arrays = [array[entry.layer] for array in arrays]
+    value = entry.row.op.save(arrays[0] if isinstance(entry.row.ours, str) else tuple(arrays))
+    for name in entry.names:
+      yield name, np.ascontiguousarray(value).reshape(value.shape)
+
+
+def linear(ours: str, theirs: str, *, bias: bool = True, **options) -> list[Row]:
+  """Rows of a linear layer: kernel (in, out) <-> weight (out, in), and its bias."""
+  rows = [Row(f'{ours}/kernel', f'{theirs}.weight', transpose, **options)]
+  if bias:
+    rows.append(Row(f'{ours}/bias', f'{theirs}.bias', identity, **options))
+  return rows
+
+
+def norm(ours: str, theirs: str, *, bias: bool = True, **options) -> list[Row]:
+  """Rows of a norm: scale <-> weight, and its bias."""
+  rows = [Row(f'{ours}/scale', f'{theirs}.weight', identity, **options)]
+  if bias:
+    rows.append(Row(f'{ours}/bias', f'{theirs}.bias', identity, **options))
+  return rows
+
+
+def _where(entry: Entry) -> str:
+  path = entry.row.our_paths[0]
+  return path if entry.layer is None else f'{path}[{entry.layer}]'

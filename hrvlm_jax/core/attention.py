@@ -1,0 +1,137 @@
+"""Dot-product attention behind one switch.
+
+Axis letters: b batch, t queries, s keys, h query heads, k key/value heads, d head width.
+`xla` works everywhere and is the reference of the tests; `cudnn` and `splash` are fused kernels of
+GPU and TPU. Scores are accumulated in float32 and the softmax is taken in float32 (the originals
+multiply q and k in float32 even in half precision; Phi-2 overflows otherwise).
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+IMPLEMENTATIONS = ('xla', 'cudnn', 'splash', 'auto')
+# Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
+_MASKED = float(jnp.finfo(jnp.float32).min)
+
+
+def attention(
+  q: Float[Array, 'b t h d'],
+  k: Float[Array, 'b s k d'],
+  v: Float[Array, 'b s k d'],
+  *,
+  mask: Bool[Array, '#b #h #t s'] | None = None,
+  causal: bool = False,
+  scale: float | None = None,
+  impl: str = 'xla',
+) -> Float[Array, 'b t h d']:
+  """softmax(q k^T * scale + mask) v, key head j serving query heads j*h/k .. (j+1)*h/k - 1.
+
+  Args:
+    mask: True where a query may look at a key, broadcastable to [b h t s].
+    causal: adds `key index <= query index` (t == s expected).
+    scale: default d ** -0.5.
+    impl: 'xla', 'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), or 'auto' (the fused kernel
+      of the default backend where the arguments allow it, else 'xla').
+
+  Raises:
+    ValueError: unknown `impl`, or one that this backend or these arguments do not support.
+  """
+  if impl not in IMPLEMENTATIONS:
+    raise ValueError(f'attention: impl must be one of {IMPLEMENTATIONS}, got {impl!r}')
+  scale = q.shape[-1] ** -0.5 if scale is None else scale
+  if impl == 'auto':
+    impl = _choose(q, mask)
+  if impl == 'cudnn':
+    return _cudnn(q, k, v, mask, causal, scale)
+  if impl == 'splash':
+    return _splash(q, k, v, mask, causal, scale)
+  weights = attention_weights(q, k, mask=mask, causal=causal, scale=scale).astype(v.dtype)
+  groups = q.shape[2] // k.shape[2]
+  weights = weights.reshape(weights.shape[0], k.shape[2], groups, *weights.shape[2:])
+  out = jnp.einsum('bkgts,bskd->btkgd', weights, v)
+  return out.reshape(*q.shape[:3], v.shape[-1])
+
+
+def attention_weights(
+  q: Float[Array, 'b t h d'],
+  k: Float[Array, 'b s k d'],
+  *,
+  mask: Bool[Array, '#b #h #t s'] | None = None,
+  causal: bool = False,
+  scale: float | None = None,
+) -> Float[Array, 'b h t s']:
+  """The float32 softmax weights themselves, for analyses and for the `xla` path."""
+  b, t, heads, width = q.shape
+  s, kv_heads = k.shape[1], k.shape[2]
+  scale = width**-0.5 if scale is None else scale
+  grouped = q.reshape(b, t, kv_heads, heads // kv_heads, width)
+  scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=jnp.float32)
+  scores = scores.reshape(b, heads, t, s) * scale
+  allowed = mask
+  if causal:
+    triangle = (jnp.arange(s) <= jnp.arange(t)[:, None])[None, None]
+    allowed = triangle if mask is None else mask & triangle
+  if allowed is not None:
+    scores = jnp.where(allowed, scores, _MASKED)
+  return jax.nn.softmax(scores, axis=-1)
+
+
+def _choose(q, mask) -> str:
+  backend = jax.default_backend()
+  if backend == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+    return 'cudnn'
+  # The splash kernel is tiled by 128 and takes no arbitrary masks.
+  if backend == 'tpu' and mask is None and q.shape[1] % 128 == 0:
+    return 'splash'
+  return 'xla'
+
+
+def _cudnn(q, k, v, mask, causal, scale):
+  if jax.default_backend() != 'gpu':
+    raise ValueError("attention: impl='cudnn' needs an NVIDIA GPU; use 'xla' or 'auto' here")
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    raise ValueError(f"attention: impl='cudnn' takes bfloat16 or float16, got {q.dtype}")
+  return jax.nn.dot_product_attention(
+    q, k, v, mask=mask, is_causal=causal, scale=scale, implementation='cudnn')
+
+
+def _splash(q, k, v, mask, causal, scale, *, interpret: bool = False):
+  """TPU splash attention. Head widths that are no multiple of 128 (72, 64) are padded with zeros,
+  which changes neither the scores nor the kept output columns."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+    splash_attention_mask as masks,
+  )
+
+  if mask is not None:
+    raise ValueError("attention: impl='splash' takes no mask array; use causal= or impl='xla'")
+  if not interpret and jax.default_backend() != 'tpu':
+    raise ValueError("attention: impl='splash' needs a TPU; use 'xla' or 'auto' here")
+  t, heads, width = q.shape[1:]
+  s, kv_heads = k.shape[1:3]
+  if t % 128 or s % 128:
+    raise ValueError(f"attention: impl='splash' needs lengths in multiples of 128, got {t}, {s}")
+  padded = math.ceil(width / 128) * 128
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded - width)))
+  shape = (t, s)
+  one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
+  build = kernel.make_splash_mha if heads == kv_heads else kernel.make_splash_mqa
+  if heads == kv_heads:
+    run = build(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1,
+                interpret=interpret)
+    heads_first = lambda x: jnp.swapaxes(pad(x), 1, 2)
+    out = jax.vmap(run)(heads_first(q * jnp.asarray(scale, q.dtype)), heads_first(k),
+                        heads_first(v))
+    return jnp.swapaxes(out, 1, 2)[..., :width].astype(q.dtype)
+  groups = heads // kv_heads
+  run = build(masks.MultiHeadMask([one] * groups), head_shards=1, q_seq_shards=1,
+              interpret=interpret)
+  grouped = pad(q * jnp.asarray(scale, q.dtype)).reshape(q.shape[0], t, kv_heads, groups, padded)
+  out = jax.vmap(jax.vmap(run))(
+    jnp.einsum('btkgd->bkgtd', grouped), jnp.swapaxes(pad(k), 1, 2), jnp.swapaxes(pad(v), 1, 2))
+  return jnp.einsum('bkgtd->btkgd', out).reshape(*q.shape[:3], padded)[..., :width].astype(q.dtype)

@@ -1,0 +1,143 @@
+"""Resampling that equals PyTorch's, as separable weight matrices made on the host.
+
+Each `*_matrix(n, m)` is float32 [m, n]: output = matrix @ input along one axis. They are constants
+of a shape, so a resize is two matrix products and differentiable. Sources: the kernels of
+`pytorch/pytorch: aten/src/ATen/native` as described in the systems' specifications.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+import numpy as np
+
+
+def _keys(t: np.ndarray, a: float) -> np.ndarray:
+  t = np.abs(t)
+  near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+  far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+  return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
+
+
+@functools.lru_cache(maxsize=256)
+def bicubic_matrix(n: int, m: int) -> np.ndarray:
+  """`interpolate(mode='bicubic')`, no antialias: a = -0.75, four taps, indices clamped.
+
+  Coordinates are float32, as the original computes them; float64 ones differ by more than 1e-5
+  on long axes.
+  """
+  if n == m:
+    return np.eye(n, dtype=np.float32)
+  scale = np.float32(n) / np.float32(m)
+  x = scale * (np.arange(m, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+  base = np.floor(x)
+  frac = (x - base).astype(np.float64)
+  matrix = np.zeros((m, n))
+  for tap in range(-1, 3):
+    index = np.clip(base.astype(np.int64) + tap, 0, n - 1)
+    np.add.at(matrix, (np.arange(m), index), _keys(frac - tap, -0.75))
+  return matrix.astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def bicubic_antialias_matrix(n: int, m: int) -> np.ndarray:
+  """`interpolate(mode='bicubic', antialias=True)`: a = -0.5, support grows when shrinking,
+  taps outside are dropped and the rest renormalised. Used for position tables."""
+  if n == m:
+    return np.eye(n, dtype=np.float32)
+  scale = n / m
+  stretch = max(scale, 1.0)
+  centre = (np.arange(m) + 0.5) * scale
+  weights = _keys((np.arange(n)[None] + 0.5 - centre[:, None]) / stretch, -0.5)
+  return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=256)
+def bilinear_corners_matrix(n: int, m: int) -> np.ndarray:
+  """`interpolate(mode='bilinear', align_corners=True)`, no antialias, float32 coordinates."""
+  if n == m:
+    return np.eye(n, dtype=np.float32)
+  scale = np.float32((n - 1) / (m - 1)) if m > 1 else np.float32(0)
+  x = np.arange(m, dtype=np.float32) * scale
+  low = np.minimum(x.astype(np.int64), n - 1)
+  high = np.minimum(low + 1, n - 1)
+  frac = x - low.astype(np.float32)
+  matrix = np.zeros((m, n), np.float32)
+  np.add.at(matrix, (np.arange(m), low), np.float32(1) - frac)
+  np.add.at(matrix, (np.arange(m), high), frac)
+  return matrix
+
+
+@functools.lru_cache(maxsize=256)
+def area_matrix(n: int, m: int) -> np.ndarray:
+  """`interpolate(mode='area')` = adaptive average: mean over floor(i n/m) .. ceil((i+1) n/m)."""
+  matrix = np.zeros((m, n), np.float32)
+  for i in range(m):
+    start, stop = (i * n) // m, -((-(i + 1) * n) // m)
+    matrix[i, start:stop] = np.float32(1) / np.float32(stop - start)
+  return matrix
+
+
+def nearest_index(n: int, m: int) -> np.ndarray:
+  """`interpolate(mode='nearest')`: int32 [m] source indices, in float32 arithmetic."""
+  ratio = np.float32(n) / np.float32(m)
+  index = (np.arange(m, dtype=np.float32) * ratio).astype(np.int64)
+  return np.minimum(index, n - 1).astype(np.int32)
+
+
+def resize(
+  x: Float[Array, '... h w c'], rows: np.ndarray, cols: np.ndarray
+) -> Float[Array, '... H W c']:
+  """Applies a row matrix [H, h] and a column matrix [W, w] in float32; keeps the dtype of x.
+
+  An axis whose matrix is the identity (a resize to the same size) is left untouched.
+  """
+  y = x.astype(jnp.float32)
+  if not _is_identity(cols):
+    y = jnp.einsum('Ww,...hwc->...hWc', cols, y)
+  if not _is_identity(rows):
+    y = jnp.einsum('Hh,...hwc->...Hwc', rows, y)
+  return y.astype(x.dtype)
+
+
+def adaptive_max(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... H W']:
+  """Adaptive max pooling over the windows of `area_matrix` (they overlap when sizes do not divide)."""
+  for axis, size in ((-2, rows), (-1, cols)):
+    n = x.shape[axis]
+    windows = [((i * n) // size, -((-(i + 1) * n) // size)) for i in range(size)]
+    width = max(stop - start for start, stop in windows)
+    # Every window is read at a common width; shorter ones repeat their last cell.
+    index = np.array([[min(start + j, stop - 1) for j in range(width)] for start, stop in windows])
+    taken = jnp.take(x, index.reshape(-1), axis=axis)
+    axis_from_end = x.ndim + axis
+    shape = (*taken.shape[:axis_from_end], size, width, *taken.shape[axis_from_end + 1:])
+    x = taken.reshape(shape).max(axis=axis_from_end + 1)
+  return x
+
+
+def position_table(
+  table: Float[Array, 'n d'], grid: tuple[int, int], *, extra: int = 0
+) -> Float[Array, 'm d']:
+  """Resamples a square learned position table to a (rows, cols) grid, as timm and LLaVA-HR do.
+
+  The first `extra` rows (a class token) are kept. The square part is resampled to the larger side
+  with antialiased bicubic weights in float32, then cropped; the same size is returned untouched.
+  """
+  side = int(round((table.shape[0] - extra) ** 0.5))
+  rows, cols = grid
+  if (rows, cols) == (side, side):
+    return table
+  target = max(rows, cols)
+  square = table[extra:].reshape(side, side, -1)
+  if target != side:
+    matrix = bicubic_antialias_matrix(side, target)
+    square = resize(square, matrix, matrix)
+  cropped = square[:rows, :cols].reshape(rows * cols, -1)
+  return jnp.concatenate([table[:extra], cropped]) if extra else cropped
+
+
+def _is_identity(matrix: np.ndarray) -> bool:
+  return matrix.shape[0] == matrix.shape[1] and np.array_equal(
+    matrix, np.eye(matrix.shape[0], dtype=matrix.dtype))

@@ -1,0 +1,191 @@
+"""Sizes and switches of the one decoder behind Phi, LLaMA/Vicuna and Qwen2.
+
+Source of the settings: Hugging Face `models/phi`, `models/llama`, `models/qwen2`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.layers import LoRA, activation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+  """A decoder-only language model.
+
+  Attributes:
+    family: 'phi', 'llama' or 'qwen2'; fixes only the names of its weights.
+    rotary_dim: leading components of each head that are rotated (partial rotary in Phi).
+    rope_linear_factor: inverse frequencies are divided by it (linear RoPE scaling).
+    parallel_block: attention and MLP read the same norm and are added together (Phi).
+    gated_mlp: SwiGLU (gate, up, down) instead of fc1, activation, fc2.
+    residual_dropout: on the attention and MLP branches, in training only.
+    pad_vocab_to: rows are padded to a multiple inside (sharding); padded logits are -inf.
+  """
+
+  family: str
+  vocab_size: int
+  width: int
+  depth: int
+  heads: int
+  kv_heads: int
+  head_dim: int
+  mlp_width: int
+  activation: str
+  norm: str
+  norm_eps: float
+  parallel_block: bool
+  gated_mlp: bool
+  rotary_dim: int
+  rope_theta: float = 10000.0
+  rope_linear_factor: float = 1.0
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  head_bias: bool = False
+  tie_embeddings: bool = False
+  max_positions: int = 2048
+  residual_dropout: float = 0.0
+  pad_vocab_to: int = 1
+  lora: tuple[LoRA, ...] = ()
+
+  def __post_init__(self):
+    problems = []
+    if self.family not in ('phi', 'llama', 'qwen2'):
+      problems.append(f"family must be 'phi', 'llama' or 'qwen2', got {self.family!r}")
+    if self.heads % self.kv_heads:
+      problems.append(f'heads {self.heads} is not a multiple of kv_heads {self.kv_heads}')
+    if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+      problems.append(f'rotary_dim {self.rotary_dim} must be even and at most head_dim '
+                      f'{self.head_dim}')
+    if self.norm not in ('layernorm', 'rmsnorm'):
+      problems.append(f"norm must be 'layernorm' or 'rmsnorm', got {self.norm!r}")
+    if self.tie_embeddings and self.head_bias:
+      problems.append('tie_embeddings and head_bias exclude each other')
+    if problems:
+      raise ValueError('DecoderConfig: ' + '; '.join(problems))
+    activation(self.activation)
+
+  @property
+  def rows(self) -> int:
+    """Rows of the embedding table, padding included."""
+    return -(-self.vocab_size // self.pad_vocab_to) * self.pad_vocab_to
+
+
+def phi(*, vocab_size=51200, width=2048, depth=24, heads=32, mlp_width=8192, rotary_factor=0.5,
+        **options) -> DecoderConfig:
+  """A Phi decoder; the defaults are Phi-1.5."""
+  head_dim = width // heads
+  settings = dict(
+    family='phi', vocab_size=vocab_size, width=width, depth=depth, heads=heads, kv_heads=heads,
+    head_dim=head_dim, mlp_width=mlp_width, activation='gelu_tanh', norm='layernorm',
+    norm_eps=1e-5, parallel_block=True, gated_mlp=False, rotary_dim=int(rotary_factor * head_dim),
+    qkv_bias=True, out_bias=True, mlp_bias=True, head_bias=True)
+  return DecoderConfig(**(settings | options))
+
+
+def llama(*, vocab_size=32000, width=4096, depth=32, heads=32, mlp_width=11008,
+          max_positions=4096, **options) -> DecoderConfig:
+  """A LLaMA / Vicuna decoder; the defaults are Vicuna-7B v1.5."""
+  settings = dict(
+    family='llama', vocab_size=vocab_size, width=width, depth=depth, heads=heads, kv_heads=heads,
+    head_dim=width // heads, mlp_width=mlp_width, activation='silu', norm='rmsnorm',
+    norm_eps=1e-5, parallel_block=False, gated_mlp=True, rotary_dim=width // heads,
+    max_positions=max_positions)
+  return DecoderConfig(**(settings | options))
+
+
+def qwen2(*, vocab_size=152064, width=3584, depth=28, heads=28, kv_heads=4, mlp_width=18944,
+          max_positions=32768, **options) -> DecoderConfig:
+  """A Qwen2 decoder; the defaults are Qwen2-7B."""
+  settings = dict(
+    family='qwen2', vocab_size=vocab_size, width=width, depth=depth, heads=heads,
+    kv_heads=kv_heads, head_dim=width // heads, mlp_width=mlp_width, activation='silu',
+    norm='rmsnorm', norm_eps=1e-6, parallel_block=False, gated_mlp=True,
+    rotary_dim=width // heads, rope_theta=1e6, qkv_bias=True, max_positions=max_positions)
+  return DecoderConfig(**(settings | options))
+
+
+RELEASED: dict[str, DecoderConfig] = {
+  'phi_1_5': phi(),
+  'phi_2': phi(width=2560, depth=32, mlp_width=10240, rotary_factor=0.4),
+  'vicuna_7b': llama(),
+  'vicuna_13b': llama(width=5120, depth=40, heads=40, mlp_width=13824),
+  'qwen2_1_5b': qwen2(vocab_size=151936, width=1536, heads=12, kv_heads=2, mlp_width=8960,
+                      tie_embeddings=True),
+  'qwen2_7b': qwen2(),
+}
+
+
+def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
+  """A Hugging Face `config.json` of model type phi, llama or qwen2 -> DecoderConfig.
+
+  Raises:
+    UserError: another model type, or a setting this decoder does not implement.
+  """
+  kind = values.get('model_type')
+  if kind not in ('phi', 'llama', 'qwen2'):
+    raise UserError(f"language model config: model_type {kind!r} is not supported; "
+                    "expected 'phi', 'llama' or 'qwen2'")
+  problems = []
+  if values.get('qk_layernorm'):
+    problems.append('qk_layernorm=True')
+  if values.get('use_sliding_window'):
+    problems.append('use_sliding_window=True')
+  if kind == 'llama' and (values.get('attention_bias') or values.get('mlp_bias')):
+    problems.append('attention_bias or mlp_bias')
+  scaling = values.get('rope_scaling') or {}
+  rope_type = scaling.get('rope_type', scaling.get('type', 'linear'))
+  if scaling and rope_type not in ('linear', 'default'):
+    problems.append(f'rope_scaling type {rope_type!r}')
+  if problems:
+    raise UserError(f'language model config: not supported: {", ".join(problems)}')
+  heads = values['num_attention_heads']
+  width = values['hidden_size']
+  head_dim = values.get('head_dim') or width // heads
+  shared: dict[str, Any] = dict(
+    vocab_size=values['vocab_size'], width=width, depth=values['num_hidden_layers'], heads=heads,
+    mlp_width=values['intermediate_size'], max_positions=values.get('max_position_embeddings', 2048),
+    rope_theta=float(values.get('rope_theta', 1e6 if kind == 'qwen2' else 1e4)),
+    rope_linear_factor=float(scaling.get('factor', 1.0)) if rope_type == 'linear' else 1.0,
+    tie_embeddings=bool(values.get('tie_word_embeddings', False)),
+    kv_heads=values.get('num_key_value_heads') or heads, head_dim=head_dim)
+  if kind == 'phi':
+    return phi(
+      rotary_factor=values.get('partial_rotary_factor', 0.5),
+      norm_eps=values.get('layer_norm_eps', 1e-5), activation=values.get('hidden_act', 'gelu_new'),
+      residual_dropout=values.get('resid_pdrop', 0.0),
+      head_bias=not shared['tie_embeddings'], **shared)
+  build = llama if kind == 'llama' else qwen2
+  return build(norm_eps=values.get('rms_norm_eps', 1e-6), rotary_dim=head_dim,
+               activation=values.get('hidden_act', 'silu'), **shared)
+
+
+def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
+  """The inverse of `config_from_hf`, as `transformers` writes it."""
+  c = config
+  names = {'phi': 'PhiForCausalLM', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}
+  values: dict[str, Any] = dict(
+    architectures=[names[c.family]], model_type=c.family, vocab_size=c.vocab_size,
+    hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads,
+    num_key_value_heads=c.kv_heads, intermediate_size=c.mlp_width,
+    max_position_embeddings=c.max_positions, rope_theta=c.rope_theta,
+    tie_word_embeddings=c.tie_embeddings,
+    rope_scaling=None if c.rope_linear_factor == 1 else {
+      'type': 'linear', 'rope_type': 'linear', 'factor': c.rope_linear_factor})
+  if c.family == 'phi':
+    return values | dict(hidden_act='gelu_new', layer_norm_eps=c.norm_eps, qk_layernorm=False,
+                         partial_rotary_factor=c.rotary_dim / c.head_dim,
+                         resid_pdrop=c.residual_dropout)
+  values |= dict(hidden_act=c.activation, rms_norm_eps=c.norm_eps)
+  if c.family == 'llama':
+    values |= dict(attention_bias=False, mlp_bias=False, head_dim=c.head_dim)
+  else:
+    values |= dict(use_sliding_window=False)
+    if c.head_dim != c.width // c.heads:
+      values |= dict(head_dim=c.head_dim)
+  return values

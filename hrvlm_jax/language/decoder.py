@@ -1,0 +1,359 @@
+"""The decoder: Phi (parallel block), LLaMA/Vicuna and Qwen2 (sequential block) in one module.
+
+Source: Hugging Face `models/{phi,llama,qwen2}`. Caches are arguments and results.
+Axis letters: b batch, t new tokens, s cache slots, l layers, h heads, k key/value heads, p head
+width, d model width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+
+from hrvlm_jax.core.attention import attention, attention_weights
+from hrvlm_jax.core.layers import (
+  Embedding, LayerNorm, Linear, Mlp, RMSNorm, activation, dropout, normal, zeros,
+)
+from hrvlm_jax.core.module import (
+  List, Module, Param, Rngs, depth_of, layer_at, scan_layers, stacked, unrolled,
+)
+from hrvlm_jax.language.config import DecoderConfig
+
+Cache = Any  # {'k', 'v': [l b s k p]} when layers are stacked; a list of {'k', 'v'} when held apart
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotation angles of the positions at hand: float32 cos and sin [b t rotary_dim/2]."""
+
+  cos: jax.Array
+  sin: jax.Array
+
+
+def inverse_frequencies(config: DecoderConfig) -> np.ndarray:
+  """float32 [rotary_dim/2]: theta^(-2i/r), divided by the linear factor."""
+  r = config.rotary_dim
+  exponent = np.arange(0, r, 2, dtype=np.float32) / np.float32(r)
+  return (1.0 / np.float32(config.rope_theta) ** exponent).astype(np.float32) / np.float32(
+    config.rope_linear_factor)
+
+
+def rope_table(config: DecoderConfig, positions: Int[Array, 'b t']) -> Rope:
+  """Angles position * inverse frequency, in float32."""
+  angle = positions.astype(jnp.float32)[..., None] * inverse_frequencies(config)
+  return Rope(jnp.cos(angle), jnp.sin(angle))
+
+
+def apply_rope(x: Float[Array, 'b t h p'], rope: Rope) -> Float[Array, 'b t h p']:
+  """Rotates the leading 2*len(cos) components of each head by halves; the rest pass through."""
+  half = rope.cos.shape[-1]
+  first, second, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+  cos = rope.cos[:, :, None].astype(x.dtype)
+  sin = rope.sin[:, :, None].astype(x.dtype)
+  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+  """What every layer of one call shares.
+
+  Attributes:
+    rope: angles of the new tokens.
+    mask: bool [b 1 t s]: which cache slots (or new tokens, without a cache) a query may read;
+      None together with causal=True when every token is real.
+    slot: first cache slot of the new tokens; 0 with `fresh` means a prefill.
+    causal: the fused causal form (no mask array) is enough.
+    fresh: the new tokens attend to each other only, even when they are written to a cache.
+  """
+
+  rope: Rope
+  mask: jax.Array | None
+  slot: jax.Array | int = 0
+  causal: bool = dataclasses.field(default=False, metadata={'static': True})
+  fresh: bool = dataclasses.field(default=True, metadata={'static': True})
+  impl: str = dataclasses.field(default='xla', metadata={'static': True})
+
+
+def causal_mask(
+  valid: Bool[Array, 'b s'], *, queries: int | None = None, slot: jax.Array | int = 0,
+  segments: Int[Array, 'b s'] | None = None,
+) -> Bool[Array, 'b 1 t s']:
+  """Which slots the queries at slots slot..slot+t may read: valid ones up to their own.
+
+  Every query may read itself, so that a padded row yields finite garbage instead of NaN.
+  segments: packed examples; a query reads its own segment only.
+  """
+  size = valid.shape[1]
+  queries = size if queries is None else queries
+  rows = jnp.arange(queries)[:, None] + slot
+  cols = jnp.arange(size)[None]
+  mask = (cols <= rows)[None] & valid[:, None, :]
+  if segments is not None:
+    own = jax.lax.dynamic_slice_in_dim(segments, slot, queries, axis=1)
+    mask &= own[:, :, None] == segments[:, None, :]
+  return (mask | (cols == rows)[None])[:, None]
+
+
+def default_positions(valid: Bool[Array, 'b t']) -> Int[Array, 'b t']:
+  """cumsum(valid) - 1, and 1 at padded places, as Hugging Face numbers padded batches."""
+  count = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
+  return jnp.where(valid, count, 1)
+
+
+class SelfAttention(Module):
+  """Grouped-query attention with rotary positions and an explicit cache."""
+
+  def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+    make = lambda n_in, n_out, bias: Linear(
+      n_in, n_out, bias=bias, lora=c.lora, kernel_init=normal(0.02), param_dtype=param_dtype,
+      rngs=rngs)
+    self.q = make(c.width, c.heads * c.head_dim, c.qkv_bias)
+    self.k = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+    self.v = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
+    self.out = make(c.heads * c.head_dim, c.width, c.out_bias)
+
+  def project(self, x: Float[Array, 'b t d'], rope: Rope, *, key=None):
+    """Rotated queries [b t h p], rotated keys and values [b t k p]."""
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    split = lambda y, heads: y.reshape(*y.shape[:-1], heads, self.head_dim)
+    q = apply_rope(split(self.q(x, key=keys[0]), self.heads), rope)
+    k = apply_rope(split(self.k(x, key=keys[1]), self.kv_heads), rope)
+    return q, k, split(self.v(x, key=keys[2]), self.kv_heads)
+
+  def __call__(self, x, context: Context, cache=None, *, key=None):
+    """Returns (output [b t d], cache with the new keys and values written at context.slot)."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    q, k, v = self.project(x, context.rope, key=keys[0])
+    read_k, read_v = k, v
+    if cache is not None:
+      write = lambda store, new: jax.lax.dynamic_update_slice_in_dim(
+        store, new.astype(store.dtype), context.slot, axis=1)
+      cache = {'k': write(cache['k'], k), 'v': write(cache['v'], v)}
+      if not context.fresh:
+        read_k, read_v = cache['k'].astype(x.dtype), cache['v'].astype(x.dtype)
+    y = attention(q, read_k, read_v, mask=context.mask, causal=context.causal, impl=context.impl)
+    return self.out(y.reshape(*x.shape[:2], -1), key=keys[1]), cache
+
+
+class GatedMlp(Module):
+  """down(activation(gate(x)) * up(x))."""
+
+  def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    make = lambda n_in, n_out: Linear(n_in, n_out, bias=c.mlp_bias, lora=c.lora,
+                                      kernel_init=normal(0.02), param_dtype=param_dtype, rngs=rngs)
+    self.gate, self.up = make(c.width, c.mlp_width), make(c.width, c.mlp_width)
+    self.down = make(c.mlp_width, c.width)
+    self.activation = c.activation
+
+  def __call__(self, x, *, key=None):
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    gate = activation(self.activation)(self.gate(x, key=keys[0]))
+    return self.down(gate * self.up(x, key=keys[1]), key=keys[2])
+
+
+class DecoderLayer(Module):
+  """One block: parallel (`norm1` feeds both branches) or sequential (`norm1`, `norm2`)."""
+
+  def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    make_norm = LayerNorm if c.norm == 'layernorm' else RMSNorm
+    norm = lambda: make_norm(c.width, eps=c.norm_eps, param_dtype=param_dtype, rngs=rngs)
+    self.norm1 = norm()
+    self.attn = SelfAttention(c, param_dtype=param_dtype, rngs=rngs)
+    self.norm2 = None if c.parallel_block else norm()
+    self.mlp = GatedMlp(c, param_dtype=param_dtype, rngs=rngs) if c.gated_mlp else Mlp(
+      c.width, c.mlp_width, activation=c.activation, bias=c.mlp_bias, lora=c.lora,
+      kernel_init=normal(0.02), param_dtype=param_dtype, rngs=rngs)
+    self.residual_dropout = c.residual_dropout
+
+  def __call__(self, x: Float[Array, 'b t d'], context: Context, cache=None, *, key=None):
+    keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+    drop = lambda y, sub: dropout(y, self.residual_dropout, sub)
+    normed = self.norm1(x)
+    y, cache = self.attn(normed, context, cache, key=keys[0])
+    y = drop(y, keys[1])
+    if self.norm2 is None:
+      return y + drop(self.mlp(normed, key=keys[2]), keys[3]) + x, cache
+    x = x + y
+    return x + drop(self.mlp(self.norm2(x), key=keys[2]), keys[3]), cache
+
+
+class Head(Module):
+  """The output projection: float32 logits, with a bias in Phi."""
+
+  def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.kernel = Param(normal(0.02)(rngs.params(), (c.width, c.rows), param_dtype))
+    self.bias = Param(zeros(None, (c.rows,), param_dtype)) if c.head_bias else None
+
+  def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... v']:
+    y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
+    return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+
+
+class Decoder(Module):
+  """Embedding table, layers, final norm and head.
+
+  Args:
+    hold_apart: layers are a list instead of a stack, for one-token decoding (`unstack` turns
+      stacked parameters into these).
+  """
+
+  def __init__(self, config: DecoderConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+               rngs: Rngs):
+    c = self.config = config
+    self.embed = Embedding(c.rows, c.width, param_dtype=param_dtype, rngs=rngs)
+    build = unrolled if hold_apart else stacked
+    self.blocks = build(lambda r: DecoderLayer(c, param_dtype=param_dtype, rngs=r), c.depth,
+                        rngs=rngs)
+    make_norm = LayerNorm if c.norm == 'layernorm' else RMSNorm
+    self.norm = make_norm(c.width, eps=c.norm_eps, param_dtype=param_dtype, rngs=rngs)
+    self.head = None if c.tie_embeddings else Head(c, param_dtype=param_dtype, rngs=rngs)
+
+  def context(
+    self, valid: Bool[Array, 'b s'], *, positions=None, slot: jax.Array | int = 0,
+    queries: int | None = None, segments=None, impl: str = 'xla',
+  ) -> Context:
+    """The context of new tokens at cache slots slot..slot+queries of a row of `valid` slots.
+
+    Without `queries` all slots are new tokens (prefill or training). `positions` [b t] default to
+    the count of valid slots before each token.
+    """
+    fresh = queries is None
+    if positions is None:
+      positions = default_positions(valid)
+      if not fresh:
+        positions = jax.lax.dynamic_slice_in_dim(positions, slot, queries, axis=1)
+    mask = causal_mask(valid, queries=queries, slot=slot, segments=segments)
+    return Context(rope_table(self.config, positions), mask, slot, fresh=fresh, impl=impl)
+
+  def layers(
+    self, x: Float[Array, 'b t d'], context: Context, cache: Cache = None, *, start: int = 0,
+    stop: int | None = None, remat=False, key=None,
+    before: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]] | None = None, extras: Any = None,
+  ):
+    """Runs layers start..stop of the residual stream.
+
+    Args:
+      before: `before(extra_i, x) -> x`, applied to the residual stream in front of every layer,
+        `extras` being per-layer inputs in the form of the cache.
+
+    Returns:
+      (x, cache of the layers that ran: [stop - start ...] leaves, or None).
+    """
+    keys = None if key is None else jax.random.split(key, depth_of(self.blocks))
+    if keys is not None and isinstance(self.blocks, List):
+      keys = list(keys)
+    count = depth_of(self.blocks)
+    empty = [None] * count if isinstance(self.blocks, List) else None
+    pick = lambda value: empty if value is None else value
+    if isinstance(self.blocks, List):
+      xs = list(zip(pick(cache), pick(keys), pick(extras), strict=True))
+    else:
+      xs = (cache, keys, extras)
+
+    def body(layer, x, inputs):
+      layer_cache, sub, extra = inputs
+      if before is not None:
+        x = before(extra, x)
+      return layer(x, context, layer_cache, key=sub)
+
+    x, new = scan_layers(self.blocks, x, body, xs=xs, start=start, stop=stop, remat=remat)
+    return x, (None if cache is None else new)
+
+  def __call__(
+    self, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, positions=None, segments=None,
+    remat=False, impl: str = 'xla', key=None,
+  ) -> Float[Array, 'b t d']:
+    """Final-normed hidden states of a whole sequence, without a cache."""
+    context = self.context(valid, positions=positions, segments=segments, impl=impl)
+    x, _ = self.layers(x, context, remat=remat, key=key)
+    return self.norm(x)
+
+  def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
+    """float32 logits of final-normed states; padded vocabulary rows are -inf."""
+    c = self.config
+    y = self.embed.attend(hidden) if self.head is None else self.head(hidden)
+    if c.rows == c.vocab_size:
+      return y
+    return jnp.where(jnp.arange(c.rows) < c.vocab_size, y, -jnp.inf)
+
+  def prefill(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, slots: int,
+              cache_dtype=None, before=None, extras=None):
+    """Reads a padded prompt and fills the first t of `slots` cache slots.
+
+    Returns:
+      (float32 logits [b v] after each row's last real token, its final-normed hidden state [b d],
+      cache). Rows may be padded on either side.
+    """
+    batch, length = valid.shape
+    held = isinstance(self.blocks, List)
+    cache = empty_cache(self.config, batch, slots, dtype=cache_dtype or embeds.dtype,
+                        hold_apart=held)
+    x, cache = self.layers(embeds, self.context(valid), cache, before=before, extras=extras)
+    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    return self.logits(hidden), hidden, cache
+
+  def extend(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b s'], cache: Cache,
+             slot: jax.Array | int, *, before=None, extras=None):
+    """Appends new tokens at cache slots slot..slot+t; one-token decoding is t = 1.
+
+    Args:
+      valid: which cache slots hold real tokens, the new ones included.
+
+    Returns:
+      (final-normed hidden states [b t d], cache).
+    """
+    context = self.context(valid, slot=slot, queries=embeds.shape[1])
+    x, cache = self.layers(embeds, context, cache, before=before, extras=extras)
+    return self.norm(x), cache
+
+  def step(self, tokens: Int[Array, 'b'], valid: Bool[Array, 'b s'], cache: Cache, slot, *,
+           dtype=jnp.float32, before=None, extras=None):
+    """One token per row: (float32 logits [b v], cache)."""
+    embeds = self.embed(tokens[:, None], dtype=dtype)
+    hidden, cache = self.extend(embeds, valid, cache, slot, before=before, extras=extras)
+    return self.logits(hidden[:, 0]), cache
+
+  def hidden_states(self, x, valid, *, positions=None) -> list[jax.Array]:
+    """[input, output of each layer, final-normed]: for parity checks and analyses, not training."""
+    context = self.context(valid, positions=positions)
+    states = [x]
+    for index in range(depth_of(self.blocks)):
+      x, _ = self.layers(x, context, start=index, stop=index + 1)
+      states.append(x)
+    return [*states, self.norm(x)]
+
+  def attention_of(self, x, valid, layer: int, *, positions=None, queries: Sequence[int] | None = None):
+    """Queries, keys, values and float32 attention weights [b h t s] of one layer.
+
+    Only that layer's weights are materialised (FastV, ViCrop, appendix C of Pheye).
+    """
+    context = self.context(valid, positions=positions)
+    x, _ = self.layers(x, context, stop=layer)
+    block = layer_at(self.blocks, layer)
+    q, k, v = block.attn.project(block.norm1(x), context.rope)
+    mask = context.mask
+    if queries is not None:
+      index = jnp.asarray(queries)
+      return q, k, v, attention_weights(q[:, index], k, mask=mask[:, :, index])
+    return q, k, v, attention_weights(q, k, mask=mask)
+
+
+def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype=jnp.float32,
+                hold_apart: bool = False) -> Cache:
+  """A cache of zeros; with `hold_apart` one dict per layer, else a leading layer axis."""
+  shape = (batch, slots, config.kv_heads, config.head_dim)
+  if hold_apart:
+    return [{'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
+            for _ in range(config.depth)]
+  shape = (config.depth, *shape)
+  return {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}

@@ -1,0 +1,200 @@
+"""Batched generation over an explicit cache: one compilation per bucket, none per token.
+
+Prompts are padded, on either side, to a bucket length; generated tokens take the cache slots after
+the bucket in every row, so rows of different length need no moving. `Generator` works over any
+module that offers `prefill(embeds, valid, slots=, **extras)` and `step(tokens, valid, cache, slot,
+**extras)`, as `language.decoder.Decoder` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hrvlm_jax.core.module import Functional, unstack
+from hrvlm_jax.language.beam import beam_search
+from hrvlm_jax.language.config import DecoderConfig
+from hrvlm_jax.language.decoder import Decoder
+from hrvlm_jax.language.sampling import Sampling, choose
+
+BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4608, 8192)
+_BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+  """New tokens.
+
+  Attributes:
+    tokens: int32 [b n]; the pad id follows a row's stop token.
+    lengths: int32 [b], tokens of each row, the stop token included.
+    logits: float32 [b n v] that chose each token, when asked for.
+  """
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  logits: np.ndarray | None = None
+
+  def rows(self) -> list[list[int]]:
+    """The tokens of each row without padding."""
+    return [row[:n].tolist() for row, n in zip(self.tokens, self.lengths, strict=True)]
+
+
+def bucket(length: int, buckets: Sequence[int] = BUCKETS) -> int:
+  """The smallest bucket that holds `length`; beyond the last one, its next multiple."""
+  for size in buckets:
+    if length <= size:
+      return size
+  return -(-length // buckets[-1]) * buckets[-1]
+
+
+class Generator:
+  """Generation with a module that has `prefill` and `step`.
+
+  Args:
+    fn: the module's functional form, its layers held apart.
+    params: its parameters.
+    dtype: activations and cache.
+  """
+
+  def __init__(self, fn: Functional, params, *, dtype=jnp.float32):
+    self.fn, self.params, self.dtype = fn, params, dtype
+    self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots',))
+    self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits'))
+    self._step = jax.jit(self._step_fn)
+
+  def _prefill_fn(self, params, embeds, valid, extras, *, slots):
+    logits, _, cache = self.fn.apply(params, embeds.astype(self.dtype), valid, slots=slots,
+                                     method='prefill', **extras)
+    return logits, cache
+
+  def _step_fn(self, params, tokens, valid, cache, slot, extras):
+    valid = valid.at[:, slot].set(True)
+    logits, cache = self.fn.apply(params, tokens, valid, cache, slot, dtype=self.dtype,
+                                  method='step', **extras)
+    return logits, valid, cache
+
+  def _loop_fn(self, params, logits, valid, cache, start, limit, key, extras, *, sampling,
+               keep_logits):
+    budget = sampling.max_new_tokens  # rounded up; `limit` is the caller's
+    batch = logits.shape[0]
+    stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
+
+    def select(logits, i, finished):
+      token = choose(logits, sampling, jax.random.fold_in(key, i))
+      token = jnp.where(finished, sampling.pad_id, token)
+      return token, finished | jnp.isin(token, stops)
+
+    def record(state, i, token, finished_before, logits):
+      state['tokens'] = state['tokens'].at[:, i].set(token)
+      state['lengths'] = state['lengths'] + (~finished_before).astype(jnp.int32)
+      if keep_logits:
+        state['logits'] = state['logits'].at[:, i].set(logits)
+      return state
+
+    state = {'tokens': jnp.full((batch, budget), sampling.pad_id, jnp.int32),
+             'lengths': jnp.zeros((batch,), jnp.int32)}
+    if keep_logits:
+      state['logits'] = jnp.zeros((batch, budget, logits.shape[-1]), jnp.float32)
+    none = jnp.zeros((batch,), bool)
+    token, finished = select(logits, 0, none)
+    state = record(state, 0, token, none, logits)
+
+    def more(carry):
+      i, _, finished, *_ = carry
+      return (i < limit) & ~jnp.all(finished)
+
+    def body(carry):
+      i, token, finished, valid, cache, state = carry
+      logits, valid, cache = self._step_fn(params, token, valid, cache, start + i - 1, extras)
+      token, now = select(logits, i, finished)
+      return i + 1, token, now, valid, cache, record(dict(state), i, token, finished, logits)
+
+    carry = (jnp.int32(1), token, finished, valid, cache, state)
+    return jax.lax.while_loop(more, body, carry)[-1]
+
+  def generate(self, embeds, valid, sampling: Sampling, *, key=None, keep_logits: bool = False,
+               extras: dict[str, Any] | None = None) -> Generated:
+    """Continues each row of a padded prompt.
+
+    Args:
+      embeds: [b t d] prompt embeddings, t being a bucket.
+      valid: bool [b t], real places; every row needs at least one.
+      extras: keyword arguments handed to `prefill` and `step` (keys and values of a
+        cross-attention, for example).
+    """
+    extras = extras or {}
+    valid = np.asarray(valid, bool)
+    if not valid.any(axis=1).all():
+      raise ValueError('generate: every row needs at least one real token')
+    length = valid.shape[1]
+    budget = -(-sampling.max_new_tokens // _BUDGET_STEP) * _BUDGET_STEP
+    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget)
+    valid = jnp.pad(valid, ((0, 0), (0, budget)))
+    if sampling.beams > 1:
+      step = functools.partial(self._step, self.params)
+      return Generated(*beam_search(step, logits, valid, cache, length, sampling, extras))
+    key = jax.random.key(0) if key is None else key
+    state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
+                       extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),
+                       keep_logits=keep_logits)
+    state = jax.device_get(state)
+    n = sampling.max_new_tokens
+    kept = state['logits'][:, :n] if keep_logits else None
+    return Generated(state['tokens'][:, :n], state['lengths'], kept)
+
+  def stream(self, embeds, valid, sampling: Sampling, *, key=None,
+             extras: dict[str, Any] | None = None) -> Iterator[np.ndarray]:
+    """Yields int32 [b], one token per row and step, until all rows stopped (pad after a stop)."""
+    if sampling.beams > 1:
+      raise ValueError('stream: beam search knows its answer only at the end; use generate')
+    extras = extras or {}
+    length = valid.shape[1]
+    budget = -(-sampling.max_new_tokens // _BUDGET_STEP) * _BUDGET_STEP
+    key = jax.random.key(0) if key is None else key
+    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget)
+    valid = jnp.pad(jnp.asarray(valid, bool), ((0, 0), (0, budget)))
+    finished = np.zeros(valid.shape[0], bool)
+    for i in range(sampling.max_new_tokens):
+      token = np.asarray(choose(logits, sampling, jax.random.fold_in(key, i)))
+      token = np.where(finished, sampling.pad_id, token).astype(np.int32)
+      yield token
+      finished |= np.isin(token, sampling.stop_ids)
+      if finished.all() or i + 1 == sampling.max_new_tokens:
+        return
+      logits, valid, cache = self._step(self.params, token, valid, cache, length + i, extras)
+
+
+class TextGenerator:
+  """Generation from token ids with a language model alone.
+
+  Args:
+    params: parameters of a stacked `Decoder`.
+  """
+
+  def __init__(self, config: DecoderConfig, params, *, dtype=jnp.float32):
+    self.config = config
+    fn = Functional(lambda rngs: Decoder(config, hold_apart=True, rngs=rngs))
+    self.generator = Generator(fn, params | {'blocks': unstack(params['blocks'])}, dtype=dtype)
+
+  def embed(self, ids) -> jax.Array:
+    """Token embeddings [b t d]."""
+    return jnp.take(self.generator.params['embed']['embedding'], jnp.asarray(ids), axis=0)
+
+  def generate(self, ids, valid, sampling: Sampling, **options) -> Generated:
+    """Continues rows of ids [b t], padded on either side to any length (bucketed here)."""
+    ids, valid = pad_to_bucket(np.asarray(ids), np.asarray(valid, bool))
+    return self.generator.generate(self.embed(ids), valid, sampling, **options)
+
+
+def pad_to_bucket(ids: np.ndarray, valid: np.ndarray, buckets: Sequence[int] = BUCKETS):
+  """Pads [b t] arrays on the right to the next bucket with zeros."""
+  extra = bucket(ids.shape[1], buckets) - ids.shape[1]
+  pad = lambda x: np.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+  return pad(ids), pad(valid)

@@ -1,0 +1,286 @@
+"""One configurable vision transformer: SigLIP, CLIP and C-RADIO are settings of it.
+
+Sources: Hugging Face `SiglipVisionModel` and `CLIPVisionModel`, timm `VisionTransformer` (PS3's
+trunk), as described in the systems' specifications. All are pre-norm with learned positions.
+Axis letters: n images, t tokens, d width, l layers, h heads, p head width, s prefix tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hrvlm_jax.core import resample
+from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.layers import (
+  Adapter, LayerNorm, Linear, LoRA, Mlp, PatchEmbed, activation, normal,
+)
+from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+  """Sizes and switches of a vision transformer.
+
+  Attributes:
+    image_size: side in pixels the position table was made for.
+    class_token: a learned token in front (CLIP); it has its own row in the position table.
+    patch_bias: the patch projection has a bias (SigLIP: yes, CLIP: no).
+    pre_norm: a layer norm between embeddings and blocks (CLIP's `pre_layrnorm`).
+    post_norm: the final layer norm exists as a parameter; `blocks` never applies it.
+    pool: 'map' adds SigLIP's attention pool (`head`), else None.
+    position: 'resample' (antialiased bicubic to the grid at hand) or 'crop' (C-RADIO: the top-left
+      part of a large table).
+    position_grid: side of the position table when it is not image_size // patch_size (C-RADIO).
+    pool_width, pool_mlp_width: sizes of the pool when they differ from the trunk's.
+  """
+
+  image_size: int
+  patch_size: int
+  width: int
+  depth: int
+  heads: int
+  mlp_width: int
+  activation: str = 'gelu_tanh'
+  norm_eps: float = 1e-6
+  channels: int = 3
+  class_token: bool = False
+  patch_bias: bool = True
+  pre_norm: bool = False
+  post_norm: bool = True
+  pool: str | None = None
+  pool_width: int | None = None
+  pool_mlp_width: int | None = None
+  position: str = 'resample'
+  position_grid: int | None = None
+  lora: tuple[LoRA, ...] = ()
+
+  def __post_init__(self):
+    problems = []
+    if self.width % self.heads:
+      problems.append(f'width {self.width} is not divisible by heads {self.heads}')
+    if self.image_size < self.patch_size:
+      problems.append(f'image_size {self.image_size} is below patch_size {self.patch_size}')
+    if self.pool not in (None, 'map'):
+      problems.append(f"pool must be 'map' or None, got {self.pool!r}")
+    if self.position not in ('resample', 'crop'):
+      problems.append(f"position must be 'resample' or 'crop', got {self.position!r}")
+    if problems:
+      raise ValueError('ViTConfig: ' + '; '.join(problems))
+    activation(self.activation)
+
+  @property
+  def grid(self) -> int:
+    """Patches per side at `image_size` (right and bottom remainders are not read)."""
+    return self.image_size // self.patch_size
+
+  @property
+  def table_grid(self) -> int:
+    """Side of the position table."""
+    return self.position_grid or self.grid
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of one square image of `image_size`, the class token included."""
+    return self.grid**2 + int(self.class_token)
+
+
+SIGLIP_SO400M_384 = ViTConfig(
+  image_size=384, patch_size=14, width=1152, depth=27, heads=16, mlp_width=4304, pool='map')
+CLIP_L_336 = ViTConfig(
+  image_size=336, patch_size=14, width=1024, depth=24, heads=16, mlp_width=4096,
+  activation='quick_gelu', norm_eps=1e-5, class_token=True, patch_bias=False, pre_norm=True)
+CLIP_H_224 = ViTConfig(
+  image_size=224, patch_size=14, width=1280, depth=32, heads=16, mlp_width=5120,
+  activation='quick_gelu', norm_eps=1e-5, class_token=True, patch_bias=False, pre_norm=True)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlocksOutput:
+  """What a run over transformer blocks returns.
+
+  Attributes:
+    x: output of the last block that ran, before any final norm.
+    taps: outputs of the blocks asked for, by block index.
+    keys, values: [l n t h p] of every block that ran, when asked for; else None.
+  """
+
+  x: jax.Array
+  taps: dict[int, jax.Array]
+  keys: jax.Array | None
+  values: jax.Array | None
+
+
+class Attention(Module):
+  """Multi-head self-attention with separate q, k, v, out projections."""
+
+  def __init__(self, width: int, heads: int, *, lora: Sequence[LoRA] = (), bias: bool = True,
+               param_dtype=jnp.float32, rngs: Rngs):
+    make = lambda: Linear(width, width, bias=bias, lora=lora, kernel_init=normal(width**-0.5),
+                          param_dtype=param_dtype, rngs=rngs)
+    self.heads = heads
+    self.q, self.k, self.v, self.out = make(), make(), make(), make()
+
+  def project(self, x: Float[Array, '... t d'], *, adapter: Adapter = None, key=None):
+    """q, k, v as [... t h p]."""
+    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
+    return tuple(split(layer(x, adapter=adapter, key=sub))
+                 for layer, sub in zip((self.q, self.k, self.v), keys, strict=True))
+
+  def __call__(self, x, *, adapter: Adapter = None, prefix=None, impl: str = 'xla', key=None):
+    """Returns (output [... t d], keys, values); `prefix` = (keys, values) put before x's own.
+
+    Leading axes beyond one (views of a sample) are flattened for the attention only.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    q, k, v = self.project(x, adapter=adapter, key=keys[0])
+    flat = lambda y: y.reshape(-1, *y.shape[-3:])
+    all_k, all_v = flat(k), flat(v)
+    if prefix is not None:
+      all_k = jnp.concatenate([prefix[0].astype(k.dtype), all_k], axis=1)
+      all_v = jnp.concatenate([prefix[1].astype(v.dtype), all_v], axis=1)
+    y = attention(flat(q), all_k, all_v, impl=impl)
+    return self.out(y.reshape(x.shape), adapter=adapter, key=keys[1]), k, v
+
+
+class Block(Module):
+  """x += attn(norm1(x)); x += mlp(norm2(x))."""
+
+  def __init__(self, config: ViTConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    norm = lambda: LayerNorm(config.width, eps=config.norm_eps, param_dtype=param_dtype, rngs=rngs)
+    self.norm1, self.norm2 = norm(), norm()
+    self.attn = Attention(config.width, config.heads, lora=config.lora, param_dtype=param_dtype,
+                          rngs=rngs)
+    self.mlp = Mlp(config.width, config.mlp_width, activation=config.activation, lora=config.lora,
+                   kernel_init=normal(config.width**-0.5), param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, x, *, adapter: Adapter = None, prefix=None, impl: str = 'xla', key=None):
+    keys = (None, None) if key is None else jax.random.split(key)
+    y, k, v = self.attn(self.norm1(x), adapter=adapter, prefix=prefix, impl=impl, key=keys[0])
+    x = x + y
+    return x + self.mlp(self.norm2(x), adapter=adapter, key=keys[1]), k, v
+
+
+class AttentionPool(Module):
+  """SigLIP's pooling head: one learned query attends to all tokens, then a residual MLP.
+
+  y = out(attention(q(probe), k(x), v(x))); y + mlp(norm(y)). There is no residual from the probe.
+  Source: `huggingface/transformers: models/siglip/modeling_siglip.py`
+  (SiglipMultiheadAttentionPoolingHead); timm's `AttentionPoolLatent` computes the same.
+  """
+
+  def __init__(self, width: int, heads: int, mlp_width: int, *, activation: str, eps: float,
+               param_dtype=jnp.float32, rngs: Rngs):
+    self.probe = Param(normal(0.02)(rngs.params(), (1, 1, width), param_dtype))
+    self.attn = Attention(width, heads, param_dtype=param_dtype, rngs=rngs)
+    self.norm = LayerNorm(width, eps=eps, param_dtype=param_dtype, rngs=rngs)
+    self.mlp = Mlp(width, mlp_width, activation=activation, param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, x: Float[Array, 'n t d'], *, valid=None) -> Float[Array, 'n d']:
+    """Args: valid: bool [n t], keys that may be looked at (all by default)."""
+    probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+    split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
+    mask = None if valid is None else valid[:, None, None, :]
+    y = attention(split(self.attn.q(probe)), split(self.attn.k(x)), split(self.attn.v(x)),
+                  mask=mask)
+    y = self.attn.out(y.reshape(probe.shape))
+    return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+class ViT(Module):
+  """Patch embedding, learned positions, scanned pre-norm blocks; norms and pool kept apart."""
+
+  def __init__(self, config: ViTConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.config = config
+    c = config
+    norm = lambda: LayerNorm(c.width, eps=c.norm_eps, param_dtype=param_dtype, rngs=rngs)
+    self.patch_embed = PatchEmbed(c.patch_size, c.channels, c.width, bias=c.patch_bias,
+                                  lora=c.lora, param_dtype=param_dtype, rngs=rngs)
+    rows = c.table_grid**2 + int(c.class_token)
+    self.pos_embed = Param(normal(0.02)(rngs.params(), (rows, c.width), param_dtype))
+    self.class_token = (
+      Param(normal(0.02)(rngs.params(), (c.width,), param_dtype)) if c.class_token else None)
+    self.pre_norm = norm() if c.pre_norm else None
+    self.blocks = stacked(lambda r: Block(c, param_dtype=param_dtype, rngs=r), c.depth, rngs=rngs)
+    self.post_norm = norm() if c.post_norm else None
+    self.pool = AttentionPool(
+      c.pool_width or c.width, c.heads, c.pool_mlp_width or c.mlp_width, activation=c.activation,
+      eps=c.norm_eps, param_dtype=param_dtype, rngs=rngs) if c.pool == 'map' else None
+
+  def positions(self, grid: tuple[int, int]) -> Float[Array, 't d']:
+    """The position table of a (rows, cols) grid, the class token's row first if there is one."""
+    c = self.config
+    extra = int(c.class_token)
+    table = self.pos_embed[...]
+    if c.position == 'crop':
+      rows, cols = grid
+      side = c.table_grid
+      square = table[extra:].reshape(side, side, -1)[:rows, :cols].reshape(rows * cols, -1)
+      return jnp.concatenate([table[:extra], square]) if extra else square
+    return resample.position_table(table, grid, extra=extra)
+
+  def embed(self, images: Float[Array, '... h w c'], *, adapter: Adapter = None, key=None):
+    """Normalised images -> tokens [... t d], after `pre_norm` where the model has one."""
+    c = self.config
+    x = self.patch_embed(images, adapter=adapter, key=key)
+    grid = (images.shape[-3] // c.patch_size, images.shape[-2] // c.patch_size)
+    if self.class_token is not None:
+      first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (*x.shape[:-2], 1, c.width))
+      x = jnp.concatenate([first, x], axis=-2)
+    x = x + self.positions(grid).astype(x.dtype)
+    return x if self.pre_norm is None else self.pre_norm(x)
+
+  def run(
+    self,
+    x: Float[Array, '... t d'],
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    taps: Sequence[int] = (),
+    adapter: Adapter = None,
+    prefix: tuple[jax.Array, jax.Array] | None = None,
+    return_kv: bool = False,
+    remat=False,
+    impl: str = 'xla',
+    key=None,
+  ) -> BlocksOutput:
+    """Runs blocks start..stop.
+
+    Args:
+      taps: block indices whose outputs are returned; depth is cut into scanned segments there, so
+        that no other hidden state is stored.
+      prefix: keys and values [l n s h p] of ALL blocks, put before each block's own.
+      return_kv: also return every run block's keys and values.
+      key: dropout key of the LoRA branches.
+    """
+    depth = depth_of(self.blocks)
+    stop = depth if stop is None else stop
+    dropout_keys = None if key is None else jax.random.split(key, depth)
+
+    def body(block, x, extra):
+      sub, before = extra
+      x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
+      return x, ((k, v) if return_kv else None)
+
+    found, kept = {}, []
+    cuts = sorted({t + 1 for t in taps if start <= t < stop} | {stop})
+    for cut in cuts:
+      x, kv = scan_layers(self.blocks, x, body, xs=(dropout_keys, prefix), start=start, stop=cut,
+                          remat=remat)
+      kept.append(kv)
+      if cut - 1 in taps:
+        found[cut - 1] = x
+      start = cut
+    join = lambda i: jnp.concatenate([kv[i] for kv in kept]) if return_kv else None
+    return BlocksOutput(x, found, join(0), join(1))
+
+  def __call__(self, images: Float[Array, 'n h w c'], **options) -> Float[Array, 'n t d']:
+    """Output of the last block, before `post_norm`; options as in `run`."""
+    adapter = options.get('adapter')
+    return self.run(self.embed(images, adapter=adapter), **options).x
