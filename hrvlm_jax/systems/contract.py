@@ -1,0 +1,155 @@
+"""What a system is: the data types every system shares and the record that registers one.
+
+A system turns images into visual tokens. Host side (`views`, `batch`) makes every shape static;
+device side (`Encoder`) is pure. Nothing here knows any single system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.checkpoint.rows import Table
+from hrvlm_jax.core.layers import activation
+from hrvlm_jax.core.module import Module
+from hrvlm_jax.language.config import DecoderConfig
+
+Views = dict[str, np.ndarray]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisualTokens:
+  """What an encoder returns.
+
+  Attributes:
+    values: [b n d].
+    valid: bool [b n]; False places are padding and are never read.
+    info: named extras for overlays and analyses (selection maps, gates, ...).
+  """
+
+  values: jax.Array
+  valid: jax.Array
+  info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+  """What one image costs: encoder views and visual tokens in the language model."""
+
+  views: int
+  tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+  """Visual width -> language width.
+
+  Attributes:
+    kind: 'mlp' (`depth` linear layers with an activation in between) or 'linear'.
+  """
+
+  n_in: int
+  n_out: int
+  kind: str = 'mlp'
+  depth: int = 2
+  activation: str = 'gelu'
+
+  def __post_init__(self):
+    if self.kind not in ('mlp', 'linear'):
+      raise ValueError(f"ProjectorConfig: kind must be 'mlp' or 'linear', got {self.kind!r}")
+    activation(self.activation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixFusion:
+  """Visual tokens take places in the prompt."""
+
+  kind: str = 'prefix'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossAttentionFusion:
+  """Dense cross-attention blocks in front of decoder layers (Pheye, section 3.3).
+
+  Attributes:
+    width: width of the visual tokens.
+    interval: a block stands before layer i (from 0) iff (i + 1) % interval == 0 and
+      i >= from_layer.
+    reduce: divides the inner width and the feed-forward width.
+  """
+
+  kind: str = 'cross_attention'
+  width: int
+  interval: int
+  from_layer: int = 0
+  reduce: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """A whole model: encoder, projector, fusion, language model, chat template.
+
+  Attributes:
+    system: name in the registry.
+    encoder: the system's own frozen dataclass.
+    chat: name of the chat template (`language.chat`).
+    image_token: the special token that stands for an image in the prompt; None where the template
+      has no placeholder (Pheye).
+  """
+
+  system: str
+  encoder: Any
+  text: DecoderConfig
+  projector: ProjectorConfig | None = None
+  fusion: PrefixFusion | CrossAttentionFusion = PrefixFusion()
+  chat: str = 'mc_llava'
+  image_token: str | None = '<image>'
+
+  def __post_init__(self):
+    problems = []
+    if self.projector is not None and isinstance(self.fusion, PrefixFusion):
+      if self.projector.n_out != self.text.width:
+        problems.append(f'projector.n_out {self.projector.n_out} is not text.width '
+                        f'{self.text.width}')
+    if problems:
+      raise ValueError('ModelConfig: ' + '; '.join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+  """One line of the registry: everything the verbs need of a system.
+
+  Attributes:
+    config: the encoder's dataclass.
+    count: (width, height, encoder config) -> Count.
+    views: (images, encoder config) -> Views of one example, unpadded.
+    batch: (list of Views, encoder config, slots=None) -> static arrays of a batch; crops share
+      `slots` places, per-row indices point into them.
+    encoder: (encoder config, param_dtype=, rngs=) -> Module; called with the batch's views it
+      returns VisualTokens.
+    table: (ModelConfig) -> weight table of the whole model.
+    from_release: config.json of the original -> ModelConfig, or None when it is not this system's.
+    to_release: ModelConfig -> {file name: JSON value} of the original's layout.
+    overlay: (image, encoder config, info) -> picture with crops, selection or gates drawn.
+    released: ModelConfig by release name.
+    tiny: a ModelConfig that trains on a laptop.
+  """
+
+  name: str
+  config: type
+  count: Callable[[int, int, Any], Count]
+  views: Callable[[Sequence[Image.Image], Any], Views]
+  batch: Callable[..., Views]
+  encoder: Callable[..., Module]
+  table: Callable[[ModelConfig], Table]
+  from_release: Callable[[Mapping[str, Any]], ModelConfig | None]
+  to_release: Callable[[ModelConfig], dict[str, Any]]
+  overlay: Callable[[Image.Image, Any, Mapping[str, Any]], Image.Image]
+  released: Mapping[str, ModelConfig]
+  tiny: Callable[[], ModelConfig]

@@ -1,0 +1,57 @@
+"""MC-LLaVA on the device: one tower over all crops, coordinate embedding, gathered tokens.
+
+Source: `visheratin/mc-llava: modeling_mc_llava.py`. Axis letters: c crop slots, p patches of a
+crop, b rows, t kept tokens of a row, d width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hrvlm_jax.core.layers import Mlp, torch_uniform
+from hrvlm_jax.core.module import Module, Rngs
+from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.vision.vit import ViT
+
+
+def normalise(pixels: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
+  """uint8 [... 3] -> (x * (1/255) - mean) / std in float32, bit-equal to Siglip's processor.
+
+  The original multiplies in float64 and casts, then works in float32; a table of the 256 values
+  made on the host keeps that order whatever the compiler fuses.
+  """
+  import numpy as np
+
+  levels = (np.arange(256) * 0.00392156862745098).astype(np.float32)[:, None]
+  table = (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+  channels = jnp.arange(table.shape[1])
+  return jnp.asarray(table)[pixels.astype(jnp.int32), channels]
+
+
+class Encoder(Module):
+  """Tower, coordinate MLP, selection of the last tokens of every view."""
+
+  def __init__(self, config: MCLlavaConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.config = config
+    width = config.vision.width
+    self.tower = ViT(config.vision, param_dtype=param_dtype, rngs=rngs)
+    # torch's Linear default; the fan-in of the first layer is 2.
+    self.coord_embed = Mlp(2, width, out=width, activation='gelu', kernel_init=torch_uniform(2),
+                           bias_init=torch_uniform(2), param_dtype=param_dtype, rngs=rngs)
+
+  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
+               impl: str = 'xla', key=None) -> VisualTokens:
+    """Views of a batch (`views.batch`) -> [b t d], before the projector."""
+    pixels = normalise(views['pixels'], self.config.mean, self.config.std).astype(dtype)
+    patches = self.tower(pixels, remat=remat, impl=impl, key=key)
+    values = self.select(patches, views['coords'].astype(dtype), views['index'])
+    return VisualTokens(values, views['valid'])
+
+  def select(self, patches: Float[Array, 'c p d'], coords: Float[Array, 'c 2'], index):
+    """Kept tokens plus the embedding of their view's centre: [b t d]."""
+    flat = patches.reshape(-1, patches.shape[-1])
+    where = self.coord_embed(coords)
+    return jnp.take(flat, index, axis=0) + jnp.take(where, index // patches.shape[1], axis=0)

@@ -1,0 +1,96 @@
+"""MC-LLaVA's released layout: names of all 909 tensors and config.json, both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
+from hrvlm_jax.language import config as language
+from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
+
+
+def table(config: ModelConfig) -> Table:
+  """Rows of the whole model."""
+  tower = prefixed(vision_weights.siglip(config.encoder.vision), ours='vision/tower/',
+                   theirs='vision_model.vision_tower.vision_model.')
+  own = Table((
+    *linear('vision/coord_embed/fc1', 'vision_model.coord_embed.0'),
+    *linear('vision/coord_embed/fc2', 'vision_model.coord_embed.2'),
+    *linear('projector/fc1', 'multi_modal_projector.linear_1'),
+    *linear('projector/fc2', 'multi_modal_projector.linear_2'),
+  ))
+  text = prefixed(language_weights.table(config.text), ours='language/', theirs='language_model.')
+  return joined(tower, own, text)
+
+
+def vision_from_hf(values: Mapping[str, Any]) -> ViTConfig:
+  """`vision_config` of a SigLIP model; what is absent takes SO400M/14-384's value."""
+  base = SIGLIP_SO400M_384
+  return ViTConfig(
+    image_size=values.get('image_size', base.image_size),
+    patch_size=values.get('patch_size', base.patch_size),
+    width=values.get('hidden_size', base.width),
+    depth=values.get('num_hidden_layers', base.depth),
+    heads=values.get('num_attention_heads', base.heads),
+    mlp_width=values.get('intermediate_size', base.mlp_width),
+    activation=values.get('hidden_act', base.activation),
+    norm_eps=values.get('layer_norm_eps', base.norm_eps),
+    channels=values.get('num_channels', base.channels), pool='map')
+
+
+def vision_to_hf(config: ViTConfig) -> dict[str, Any]:
+  """The inverse of `vision_from_hf`."""
+  return dict(
+    model_type='siglip_vision_model', image_size=config.image_size, patch_size=config.patch_size,
+    hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
+    intermediate_size=config.mlp_width, hidden_act='gelu_pytorch_tanh',
+    layer_norm_eps=config.norm_eps, num_channels=config.channels)
+
+
+def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
+  """config.json of a released folder -> ModelConfig; None when the model type is another one."""
+  if values.get('model_type') != 'mc-llava':
+    return None
+  text = language.config_from_hf({'model_type': 'phi', **values['text_config']})
+  vision = vision_from_hf(values['vision_config'])
+  ours = values.get('hrvlm', {})
+  return ModelConfig(
+    system='mc_llava',
+    encoder=dataclasses.replace(
+      MCLlavaConfig(vision=vision, num_tokens=min(728, vision.grid**2 - 1)),
+      **{k: tuple(v) if isinstance(v, list) else v for k, v in ours.items()}),
+    text=text,
+    projector=ProjectorConfig(n_in=vision.width, n_out=text.width), chat='mc_llava')
+
+
+def to_release(config: ModelConfig) -> dict[str, Any]:
+  """Files of the released layout: config.json, generation_config.json, preprocessor_config.json.
+
+  `hrvlm` in config.json holds the knobs the original passes at run time; its code ignores it.
+  """
+  encoder: MCLlavaConfig = config.encoder
+  knobs = {f.name: getattr(encoder, f.name) for f in dataclasses.fields(encoder)
+           if f.name not in ('vision', 'mean', 'std')}
+  size = encoder.vision.image_size
+  return {
+    'config.json': {
+      'architectures': ['LlavaForConditionalGeneration'], 'model_type': 'mc-llava',
+      'vision_config': vision_to_hf(encoder.vision),
+      'text_config': language.config_to_hf(config.text),
+      'ignore_index': -100, 'projector_hidden_act': 'gelu',
+      'vocab_size': config.text.vocab_size, 'hrvlm': knobs,
+    },
+    'generation_config.json': {'do_sample': False},
+    'preprocessor_config.json': {
+      'image_processor_type': 'SiglipImageProcessor', 'do_resize': True, 'resample': 3,
+      'size': {'height': size, 'width': size}, 'do_rescale': True,
+      'rescale_factor': 0.00392156862745098, 'do_normalize': True,
+      'image_mean': list(encoder.mean), 'image_std': list(encoder.std),
+    },
+  }

@@ -1,0 +1,29 @@
+"""All systems by name; a system is imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+
+from hrvlm_jax.core.errors import UserError, unknown
+from hrvlm_jax.systems.contract import System
+
+_MODULES = {
+  'mc_llava': 'hrvlm_jax.systems.mc_llava',
+  'single_view': 'hrvlm_jax.systems.baselines.single_view',
+}
+
+
+def names() -> list[str]:
+  """Names of all systems."""
+  return sorted(_MODULES)
+
+
+def get(name: str) -> System:
+  """The system of that name.
+
+  Raises:
+    UserError: unknown name.
+  """
+  if name not in _MODULES:
+    raise UserError(unknown(name, _MODULES, what='system'))
+  return importlib.import_module(_MODULES[name]).SYSTEM

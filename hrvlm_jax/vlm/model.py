@@ -1,0 +1,111 @@
+"""The vision-language model: any system's encoder, a projector, a fusion, a decoder.
+
+Parameter paths: `vision/...`, `projector/...`, `fusion/...` (cross-attention only), `language/...`.
+A batch is a dict (see `Batch`); everything in it was given a fixed shape on the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
+from hrvlm_jax.language.decoder import Cache, Decoder
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, VisualTokens
+from hrvlm_jax.vlm.prefix import merge, merge_valid
+from hrvlm_jax.vlm.projector import Projector
+
+
+class Batch(TypedDict, total=False):
+  """Inputs of the model.
+
+  tokens int32 [b t]: ids; 0 at visual places. visual_index int32 [b t]: which visual token of the
+  row stands there, -1 for text. valid bool [b t]. labels int32 [b t]: -100 ignored, unshifted.
+  segments, positions int32 [b t]: packed rows only. views: the system's arrays.
+  """
+
+  tokens: jax.Array
+  visual_index: jax.Array
+  valid: jax.Array
+  labels: jax.Array
+  segments: jax.Array
+  positions: jax.Array
+  views: dict[str, jax.Array]
+
+
+class VLM(Module):
+  """Encoder, projector and decoder joined by prefix fusion.
+
+  Args:
+    hold_apart: decoder layers are a list, for generation.
+  """
+
+  def __init__(self, config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+               rngs: Rngs):
+    if not isinstance(config.fusion, PrefixFusion):
+      raise ValueError(f'VLM: fusion {config.fusion.kind!r} is not a prefix fusion')
+    self.config = config
+    system = registry.get(config.system)
+    self.vision = system.encoder(config.encoder, param_dtype=param_dtype, rngs=rngs)
+    self.projector = None if config.projector is None else Projector(
+      config.projector, param_dtype=param_dtype, rngs=rngs)
+    self.language = Decoder(config.text, hold_apart=hold_apart, param_dtype=param_dtype, rngs=rngs)
+
+  def encode(self, views: dict[str, jax.Array], *, dtype=jnp.float32, **options) -> VisualTokens:
+    """Visual tokens in language width, [b n d]."""
+    visual = self.vision(views, dtype=dtype, **options)
+    if self.projector is None:
+      return visual
+    return VisualTokens(self.projector(visual.values), visual.valid, visual.info)
+
+  def embed(self, batch: Batch, visual: VisualTokens, *, dtype=jnp.float32):
+    """(embeddings [b t d], valid [b t]) of the prompt with its visual tokens in place."""
+    text = self.language.embed(batch['tokens'], dtype=dtype)
+    index = batch['visual_index']
+    return merge(text, visual, index), merge_valid(batch['valid'], visual, index)
+
+  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+               ) -> Float[Array, 'b t d']:
+    """Final-normed hidden states of every place; `logits` turns them into scores.
+
+    Args:
+      key: dropout key; None at inference.
+    """
+    keys = (None, None) if key is None else jax.random.split(key)
+    visual = self.encode(batch['views'], dtype=dtype, remat=remat, impl=impl, key=keys[0])
+    embeds, valid = self.embed(batch, visual, dtype=dtype)
+    return self.language(embeds, valid, positions=batch.get('positions'),
+                         segments=batch.get('segments'), remat=remat, impl=impl, key=keys[1])
+
+  def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
+    """float32 logits."""
+    return self.language.logits(hidden)
+
+  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+    """What generation needs of a batch: (embeddings, valid, extras for `prefill` and `step`)."""
+    embeds, valid = self.embed(batch, self.encode(batch['views'], dtype=dtype), dtype=dtype)
+    return embeds, valid, {}
+
+  def prefill(self, embeds, valid, *, slots: int, **extras):
+    """See `Decoder.prefill`."""
+    return self.language.prefill(embeds, valid, slots=slots, **extras)
+
+  def step(self, tokens, valid, cache: Cache, slot, *, dtype=jnp.float32, **extras):
+    """See `Decoder.step`."""
+    return self.language.step(tokens, valid, cache, slot, dtype=dtype, **extras)
+
+
+def build(config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32) -> Functional:
+  """The model of a config as a pair of pure functions (`init`, `apply`)."""
+  return Functional(lambda rngs: VLM(config, hold_apart=hold_apart, param_dtype=param_dtype,
+                                     rngs=rngs))
+
+
+def hold_apart(params: dict[str, Any]) -> dict[str, Any]:
+  """Training parameters -> parameters of `build(..., hold_apart=True)`."""
+  language = params['language']
+  return params | {'language': language | {'blocks': unstack(language['blocks'])}}
