@@ -1,0 +1,120 @@
+"""Writing folders so that a half-written one is never taken for a whole one.
+
+`staged_folder` collects files in a neighbour of the target and renames it into place at the end;
+`clear_errors` turns what the operating system says into one sentence.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import errno
+import hashlib
+import os
+import pathlib
+import shutil
+
+from hrvlm_jax.core.errors import UserError
+
+_CAUSES = {
+    errno.ENOSPC: 'the disk is full; free some space or choose another place',
+    errno.EDQUOT: 'the disk quota is used up; free some space or choose another place',
+    errno.EFBIG: 'the file would be larger than this system allows; choose another place',
+    errno.EACCES: 'permission denied; choose a folder that you may write to',
+    errno.EPERM: 'permission denied; choose a folder that you may write to',
+    errno.EROFS: 'the file system is read-only; choose another place',
+    errno.ENOTDIR: 'a part of the path is a file, not a folder',
+    errno.ENAMETOOLONG: 'the name is too long',
+}
+
+
+def cause(error: BaseException) -> str | None:
+  """What a user can do about an error of the operating system, or None for other errors.
+
+  TensorStore reports such errors as text; the text of the operating system is inside it.
+  """
+  seen: BaseException | None = error
+  while seen is not None:
+    if isinstance(seen, OSError) and seen.errno in _CAUSES:
+      return _CAUSES[seen.errno]
+    for number, sentence in _CAUSES.items():
+      if os.strerror(number) in str(seen) and number != errno.EPERM:
+        return sentence
+    seen = seen.__cause__ or seen.__context__
+  return None
+
+
+@contextlib.contextmanager
+def clear_errors(what: str) -> Iterator[None]:
+  """Raises `UserError('<what>: <cause>')` in place of disk-full and permission errors.
+
+  Args:
+    what: begins the sentence, as in `cannot write /data/run`.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    if (sentence := cause(error)) is None:
+      raise
+    raise UserError(f'{what}: {sentence}') from error
+
+
+@contextlib.contextmanager
+def staged_folder(
+    path: str | os.PathLike, *, overwrite: bool = False
+) -> Iterator[pathlib.Path]:
+  """Yields an empty folder to fill; it becomes `path` when the block ends without an error.
+
+  On an error nothing is left behind and an existing `path` stays as it was.
+
+  Args:
+    path: the folder to be made. An empty existing folder is taken; one with files only with
+      `overwrite`, which replaces it as a whole.
+
+  Raises:
+    UserError: `path` holds files and `overwrite` is false; no space or no permission.
+  """
+  path = pathlib.Path(os.path.abspath(path))
+  if path.exists() and not path.is_dir():
+    raise UserError(f'{path}: is a file, expected a folder to write')
+  if path.is_dir() and any(path.iterdir()) and not overwrite:
+    raise UserError(f'{path}: the folder is not empty; choose another one or remove it first')
+  stage = path.with_name(f'.{path.name}.partial-{os.getpid()}')
+  old = path.with_name(f'.{path.name}.old-{os.getpid()}')
+  with clear_errors(f'cannot write {path}'):
+    try:
+      shutil.rmtree(stage, ignore_errors=True)
+      stage.mkdir(parents=True)
+      yield stage
+      for file in stage.rglob('*'):
+        if file.is_file():
+          sync(file)
+      if path.exists():
+        path.rename(old)
+      try:
+        stage.rename(path)
+      except OSError:
+        if old.exists():
+          old.rename(path)
+        raise
+    finally:
+      shutil.rmtree(stage, ignore_errors=True)
+      shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: str | os.PathLike) -> None:
+  """Waits until a file's bytes are on the disk, so that a rename cannot overtake them."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """Checksum of a file, read in pieces."""
+  digest = hashlib.sha256()
+  with open(path, 'rb') as file:
+    while block := file.read(1 << 22):
+      digest.update(block)
+  return digest.hexdigest()

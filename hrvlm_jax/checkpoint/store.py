@@ -1,0 +1,553 @@
+"""The checkpoint store: parameters or whole training states, sharded, asynchronous, atomic.
+
+A checkpoint is a folder:
+
+    checkpoint.json   format name, version, kind, step
+    config.json       the resolved config of the run or model
+    data/<process>.*  state of each process's data iterator (training checkpoints)
+    arrays/           Orbax; its commit file is written last
+
+The commit file makes the folder a checkpoint: everything else is on disk before it, so that one
+interrupted at any moment is never taken for a whole one. Training checkpoints are such folders
+under `<workdir>/checkpoints/<step>`; every function here that reads parameters accepts either.
+
+Orbax's v1 interface is used in this file only (it is due to become the top-level one).
+"""
+
+from collections.abc import Mapping
+import json
+import os
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+
+from hrvlm_jax import __version__
+from hrvlm_jax.checkpoint import files
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.errors import UserError, raise_all
+
+FORMAT = 'hrvlm_jax'
+VERSION = 1
+STEPS = 'checkpoints'
+_MARKER, _CONFIG, _ARRAYS, _DATA = 'checkpoint.json', 'config.json', 'arrays', 'data'
+_COMMIT = 'commit_success.txt'
+_PARAMS, _REST = 'params', 'state'
+
+PathLike = str | os.PathLike
+
+
+class Restored(NamedTuple):
+  """A training checkpoint: its step, its state, and this process's data iterator state."""
+
+  step: int
+  state: Any
+  data_state: Any
+
+
+# ---------------------------------------------------------------- trees as nested dicts of arrays
+
+
+def _key(entry: Any) -> str:
+  for attribute in ('key', 'name', 'idx'):
+    if hasattr(entry, attribute):
+      return str(getattr(entry, attribute))
+  return str(entry)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Any pytree as {path: leaf}, path joined by '/'; names of dict keys, fields and positions."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(map(_key, path)): leaf for path, leaf in leaves}
+
+
+def _is_key(leaf: Any) -> bool:
+  return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(leaf: Any) -> Any:
+  if _is_key(leaf):
+    return jax.random.key_data(leaf)
+  return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
+
+
+def _stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
+  """Shape and dtype of an abstract or concrete leaf as it is stored."""
+  if _is_key(leaf):
+    return jax.eval_shape(jax.random.key_data, leaf)
+  array = leaf if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') else np.asarray(leaf)
+  return jax.ShapeDtypeStruct(tuple(array.shape), array.dtype)
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+  return paths.unflatten(flat)
+
+
+# ------------------------------------------------------------------------- one checkpoint folder
+
+
+def _path(directory: PathLike) -> epath.Path:
+  """Absolute path; addresses such as gs://bucket stay as they are."""
+  text = os.fspath(directory)
+  return epath.Path(text if '://' in text else os.path.abspath(text))
+
+
+def is_whole(directory: PathLike) -> bool:
+  """Whether a folder is a checkpoint that was written to its end."""
+  directory = _path(directory)
+  return (directory / _ARRAYS / _COMMIT).exists() and (directory / _MARKER).exists()
+
+
+def steps(workdir: PathLike) -> list[int]:
+  """Steps of the whole training checkpoints of a work directory, in order."""
+  root = _path(workdir) / STEPS
+  if not root.is_dir():
+    return []
+  return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and is_whole(p))
+
+
+def resolve(directory: PathLike) -> epath.Path:
+  """The checkpoint folder meant by a folder: itself, or the newest one of a work directory.
+
+  Raises:
+    UserError: no checkpoint there, an unfinished one, or one of an unknown format or version.
+  """
+  directory = _path(directory)
+  if not directory.is_dir():
+    raise UserError(f'checkpoint {directory}: no such folder')
+  if not (directory / _MARKER).exists() and (found := steps(directory)):
+    directory = directory / STEPS / str(found[-1])
+  if not (directory / _MARKER).exists():
+    hint = 'its first checkpoint is not finished' if (directory / STEPS).is_dir() else (
+        'to read original weights, use hrvlm convert first')
+    raise UserError(f'{directory}: holds no checkpoint ({_MARKER} is absent); {hint}')
+  if not is_whole(directory):
+    raise UserError(f'{directory}: the checkpoint is not whole, writing it was interrupted; '
+                    f'remove the folder and use another checkpoint')
+  marker = _read_json(directory / _MARKER)
+  if marker.get('format') != FORMAT:
+    raise UserError(f'{directory / _MARKER}: format {marker.get("format")!r}, expected {FORMAT!r}')
+  if marker.get('version') != VERSION:
+    raise UserError(
+        f'{directory}: checkpoint format version {marker.get("version")}, this is hrvlm_jax '
+        f'{__version__}, which reads version {VERSION}; it was written by hrvlm_jax '
+        f'{marker.get("hrvlm_jax")}')
+  return directory
+
+
+def _read_json(path: epath.Path) -> Any:
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path}: cannot be read as JSON ({error})') from error
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+  path.write_text(json.dumps(value, indent=2) + '\n')
+
+
+def _write_beside(
+    directory: epath.Path, config: Mapping[str, Any], marker: Mapping[str, Any],
+    extra_files: Mapping[str, str | bytes] | None = None,
+) -> None:
+  """Everything but the arrays. Process 0 only; on disk before the arrays are committed."""
+  if jax.process_index() != 0:
+    return
+  directory.mkdir(parents=True, exist_ok=True)
+  _write_json(directory / _CONFIG, dict(config))
+  for name, content in (extra_files or {}).items():
+    target = directory / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+      target.write_bytes(content)
+    else:
+      target.write_text(content)
+  header = {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, **marker}
+  _write_json(directory / _MARKER, header)
+
+
+def _context(*, host_copy: bool = True) -> ocp.Context:
+  context = ocp.Context()
+  # Without a copy, host arrays (memory-mapped ones during conversion) are written from where they
+  # lie; a training state must be copied, since the next step may change it.
+  context.memory.deepcopy_host_arrays = host_copy
+  return context
+
+
+# --------------------------------------------------------------------------------------- parameters
+
+
+def save_params(
+    directory: PathLike, params: Mapping[str, Any], config: Mapping[str, Any], *,
+    extra_files: Mapping[str, str | bytes] | None = None, overwrite: bool = False,
+) -> None:
+  """Writes parameters and their config as one checkpoint; returns when it is whole.
+
+  Call it on every process. Host arrays are not copied, so that memory-mapped leaves cost no
+  anonymous memory.
+
+  Args:
+    directory: the folder to be made. What an interrupted save left there is removed.
+    params: nested dict of arrays.
+    config: JSON values; becomes `config.json`.
+    extra_files: further files by name, for example a tokenizer.
+    overwrite: replace an existing whole checkpoint (it is removed only after the new one is
+      whole, on file systems that can rename).
+
+  Raises:
+    UserError: a whole checkpoint or foreign files are there; disk full; no permission.
+  """
+  directory = _path(directory)
+  with files.clear_errors(f'cannot write the checkpoint {directory}'):
+    target = directory
+    if is_whole(directory):
+      if not overwrite:
+        raise UserError(f'{directory}: holds a checkpoint already; choose another folder or '
+                        f'remove it first')
+      target = directory.parent / f'.{directory.name}.new'
+    elif directory.exists() and any(p.name not in (_MARKER, _CONFIG) and _ARRAYS not in p.name
+                                    for p in directory.iterdir()):
+      raise UserError(f'{directory}: holds other files; choose an empty folder')
+    _clear(target)
+    _write_beside(target, config, {'kind': 'params'}, extra_files)
+    with _context(host_copy=False):
+      ocp.save_checkpointables(target / _ARRAYS, {_PARAMS: jax.tree.map(_storable, dict(params))})
+    if target != directory and jax.process_index() == 0:
+      old = directory.parent / f'.{directory.name}.old'
+      directory.rename(old)
+      target.rename(directory)
+      old.rmtree()
+
+
+def _clear(directory: epath.Path) -> None:
+  """Removes what an interrupted save left. All processes wait until it is gone."""
+  if jax.process_index() == 0 and directory.exists():
+    directory.rmtree()
+  _barrier(f'clear {directory}')
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices(name)
+
+
+def load_config(directory: PathLike) -> dict[str, Any]:
+  """The config saved with a checkpoint; `directory` as for `resolve`."""
+  return _read_json(resolve(directory) / _CONFIG)
+
+
+def load_marker(directory: PathLike) -> dict[str, Any]:
+  """Format, version, kind and, for training checkpoints, step; `directory` as for `resolve`."""
+  return _read_json(resolve(directory) / _MARKER)
+
+
+def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every parameter by path, without reading any of them."""
+  return _stored(resolve(directory), _PARAMS)
+
+
+def _stored(directory: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
+  tree = ocp.checkpointables_metadata(directory / _ARRAYS).metadata.get(part) or {}
+  leaves = flatten(tree)
+  return {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype) for path, m in leaves.items()}
+
+
+def load_params(
+    directory: PathLike, abstract: Mapping[str, Any] | None = None, *, dtype: Any = None,
+    shardings: Any = None,
+) -> dict[str, Any]:
+  """Reads the parameters of a checkpoint, also of a training checkpoint or work directory.
+
+  Args:
+    directory: see `resolve`.
+    abstract: nested dict of `jax.ShapeDtypeStruct` that the checkpoint must match exactly. Leaves
+      get its dtypes, and its shardings where it has them. None: everything, as stored.
+    dtype: dtype of all floating-point leaves instead; 'stored' keeps that of the file.
+    shardings: one `jax.sharding.Sharding`, a nested dict of them, or 'host' for NumPy arrays.
+      Default: those of `abstract`, else the first local device.
+
+  Raises:
+    UserError: missing, extra or misshapen parameters (all listed), or no whole checkpoint.
+  """
+  directory = resolve(directory)
+  stored = _stored(directory, _PARAMS)
+  wanted = stored if abstract is None else flatten(abstract)
+  title = f'checkpoint {directory} and model do not match'
+  raise_all(title, _mismatches(stored, wanted))
+  places = _places(wanted, shardings)
+  flat = {}
+  for path, leaf in wanted.items():
+    kind = stored[path].dtype if dtype == 'stored' or abstract is None else leaf.dtype
+    if dtype not in (None, 'stored') and np.issubdtype(stored[path].dtype, np.inexact) or (
+        dtype not in (None, 'stored') and stored[path].dtype.kind == 'V'):
+      kind = np.dtype(dtype)
+    flat[path] = _target(leaf.shape, kind, places[path])
+  return ocp.load(directory / _ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+
+
+def load_leaf(directory: PathLike, path: str) -> np.ndarray:
+  """One parameter as a NumPy array, without reading the others.
+
+  Raises:
+    UserError: no such parameter (the nearest known path is named).
+  """
+  directory = resolve(directory)
+  stored = _stored(directory, _PARAMS)
+  if path not in stored:
+    from hrvlm_jax.core.errors import nearest
+    raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
+  flat = {p: ocp.PLACEHOLDER for p in stored}
+  flat[path] = np.empty(stored[path].shape, stored[path].dtype)
+  tree = ocp.load(directory / _ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+  return paths.flatten(tree)[path]
+
+
+def _mismatches(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  problems = [f'missing in the checkpoint: {p} {tuple(_stored_shape(leaf).shape)}'
+              for p, leaf in wanted.items() if p not in stored]
+  problems += [f'not in the model: {p} {tuple(stored[p].shape)}'
+               for p in stored if p not in wanted]
+  for path, leaf in wanted.items():
+    if path in stored and tuple(stored[path].shape) != tuple(_stored_shape(leaf).shape):
+      problems.append(f'shape: {path} is {tuple(_stored_shape(leaf).shape)} in the model, '
+                      f'{tuple(stored[path].shape)} in the checkpoint')
+  return problems
+
+
+def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
+  if shardings == 'host':
+    return dict.fromkeys(wanted)
+  if isinstance(shardings, Mapping):
+    flat = paths.flatten(shardings)
+    raise_all('shardings', [f'no sharding for {p}' for p in wanted if p not in flat])
+    return {path: flat[path] for path in wanted}
+  default = shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if shardings is not None:
+    return dict.fromkeys(wanted, shardings)
+  return {path: getattr(leaf, 'sharding', None) or default for path, leaf in wanted.items()}
+
+
+def _target(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+  """What Orbax is told to restore: a NumPy array for the host, else a sharded abstract array."""
+  if place is None:
+    # Never touched: pages of an empty array cost no memory.
+    return np.empty(shape, dtype)
+  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place)
+
+
+# ------------------------------------------------------------------------------ training checkpoints
+
+
+class TrainStore:
+  """Training checkpoints under `<workdir>/checkpoints/<step>`.
+
+  Saving is asynchronous: `save` returns as soon as the arrays are copied to the host, and an error
+  of the background write is raised by the next `save` or `wait`. Old checkpoints are removed only
+  when a newer one is whole. Every process makes one store and makes the same calls.
+
+  Args:
+    workdir: work directory of the run.
+    keep: number of newest checkpoints to keep.
+    keep_every: steps divisible by it are kept for good.
+    config: resolved run config, written beside every checkpoint.
+  """
+
+  def __init__(
+      self, workdir: PathLike, *, keep: int = 3, keep_every: int | None = None,
+      config: Mapping[str, Any] | None = None,
+  ):
+    if keep < 1:
+      raise UserError(f'checkpoints to keep: found {keep}, expected at least 1')
+    if keep_every is not None and keep_every < 1:
+      raise UserError(f'checkpoints kept for good: every {keep_every} steps, expected at least 1')
+    self.workdir = _path(workdir)
+    self.keep, self.keep_every = keep, keep_every
+    self.config = dict(config or {})
+    self._pending: tuple[int, Any] | None = None
+
+  def __enter__(self) -> 'TrainStore':
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    if kind is None:
+      self.close()
+    elif self._pending is not None:  # the first error is the one to be seen
+      try:
+        self.wait()
+      except UserError:
+        pass
+
+  def folder(self, step: int) -> epath.Path:
+    """The folder of one step's checkpoint."""
+    return self.workdir / STEPS / str(step)
+
+  def steps(self) -> list[int]:
+    """Steps with a whole checkpoint, in order."""
+    return steps(self.workdir)
+
+  def latest(self) -> int | None:
+    """The newest step with a whole checkpoint, or None."""
+    found = self.steps()
+    return found[-1] if found else None
+
+  def save(self, step: int, state: Any, data_state: Any = None) -> None:
+    """Begins to save; waits for the previous save first.
+
+    Args:
+      step: number of finished steps. Saving a step that is whole already does nothing.
+      state: any pytree of arrays; a mapping or object with `params` keeps these readable on their
+        own (`load_params`).
+      data_state: this process's data iterator state: a JSON value or bytes.
+
+    Raises:
+      UserError: disk full or no permission, for this or the previous save. Whole checkpoints stay.
+    """
+    self.wait()
+    folder = self.folder(step)
+    if is_whole(folder):
+      return
+    with files.clear_errors(f'cannot write the checkpoint {folder}'):
+      _clear(folder)
+      marker = {'kind': 'train', 'step': step, 'processes': jax.process_count()}
+      _write_beside(folder, self.config, marker)
+      if data_state is not None:
+        self._write_data(folder, data_state)
+      params, rest = _split(state)
+      parts = {_REST: _nested({p: _storable(leaf) for p, leaf in rest.items()})}
+      if params:
+        parts[_PARAMS] = _nested({p: _storable(leaf) for p, leaf in params.items()})
+      with _context():
+        response = ocp.save_checkpointables_async(folder / _ARRAYS, parts)
+    self._pending = (step, response)
+
+  def _write_data(self, folder: epath.Path, data_state: Any) -> None:
+    (folder / _DATA).mkdir(parents=True, exist_ok=True)
+    name = folder / _DATA / str(jax.process_index())
+    if isinstance(data_state, bytes):
+      epath.Path(f'{name}.bin').write_bytes(data_state)
+    else:
+      _write_json(epath.Path(f'{name}.json'), data_state)
+
+  def wait(self) -> None:
+    """Waits for the save in progress, then removes checkpoints that are no longer kept.
+
+    Raises:
+      UserError: as `save`.
+    """
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    try:
+      with files.clear_errors(f'cannot write the checkpoint {self.folder(step)}'):
+        response.result()
+    except Exception:
+      if jax.process_index() == 0:
+        _remove(self.folder(step))
+      raise
+    if jax.process_index() == 0:
+      self._prune(step)
+
+  def close(self) -> None:
+    """Waits for the save in progress; the store can be used again."""
+    self.wait()
+
+  def _prune(self, newest: int) -> None:
+    whole = self.steps()
+    kept = set(whole[-self.keep:])
+    if self.keep_every:
+      kept |= {step for step in whole if step % self.keep_every == 0}
+    root = self.workdir / STEPS
+    for entry in list(root.iterdir()):
+      # Unfinished folders of older steps are left-overs of interrupted runs.
+      if entry.name.isdigit() and int(entry.name) not in kept and (
+          int(entry.name) in whole or int(entry.name) < newest):
+        _remove(entry)
+
+  def data_states(self, step: int) -> list[Any]:
+    """The data iterator states of all processes that saved the step, by process."""
+    folder = self.folder(step) / _DATA
+    if not folder.is_dir():
+      return []
+    found = {}
+    for entry in folder.iterdir():
+      process, _, kind = entry.name.partition('.')
+      found[int(process)] = entry.read_bytes() if kind == 'bin' else _read_json(entry)
+    return [found[process] for process in sorted(found)]
+
+  def restore(self, abstract: Any, *, step: int | None = None) -> Restored:
+    """Reads a whole training state.
+
+    Args:
+      abstract: pytree like the saved state, of arrays or `jax.ShapeDtypeStruct`; gives dtypes and
+        shardings (also of another mesh than the one that saved), leaf by leaf.
+      step: default: the newest.
+
+    Returns:
+      Step, state, and this process's data iterator state (None when none was saved for it; see
+      `data_states` when the number of processes changed).
+
+    Raises:
+      UserError: no such checkpoint; missing, extra or misshapen leaves, all listed.
+    """
+    self.wait()
+    found = self.steps()
+    if step is None:
+      if not found:
+        raise UserError(f'{self.workdir}: holds no whole checkpoint')
+      step = found[-1]
+    if step not in found:
+      raise UserError(f'{self.workdir}: no checkpoint of step {step}; there are: {found}')
+    folder = resolve(self.folder(step))
+    params, rest = _split(abstract)
+    parts, problems, wanted = {}, [], {}
+    for part, leaves in ((_PARAMS, params), (_REST, rest)):
+      stored = _stored(folder, part)
+      problems += _mismatches(stored, leaves)
+      if leaves:
+        shapes = {p: _stored_shape(leaf) for p, leaf in leaves.items()}
+        places = _places(leaves, None)
+        parts[part] = _nested(
+            {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()})
+      wanted[part] = leaves
+    raise_all(f'checkpoint {folder} and training state do not match', problems)
+    loaded = ocp.load_checkpointables(folder / _ARRAYS, parts)
+    state = _join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
+    states = self.data_states(step)
+    mine = states[jax.process_index()] if jax.process_index() < len(states) else None
+    return Restored(step, state, mine)
+
+
+def _remove(folder: epath.Path) -> None:
+  """Deletes a checkpoint; the commit file goes first, so that no half of it looks whole."""
+  try:
+    (folder / _ARRAYS / _COMMIT).unlink(missing_ok=True)
+    folder.rmtree()
+  except OSError as error:
+    # Left-overs are removed again by the next save; they are never read.
+    if files.cause(error) is None and folder.exists():
+      raise
+
+
+def _split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Leaves under `params` (by path below it) and all other leaves (by whole path)."""
+  flat = flatten(state)
+  prefix = f'{_PARAMS}/'
+  params = {p.removeprefix(prefix): leaf for p, leaf in flat.items() if p.startswith(prefix)}
+  return params, {p: leaf for p, leaf in flat.items() if not p.startswith(prefix)}
+
+
+def _join(abstract: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:
+  """The inverse of `_split`, with the structure and key types of `abstract`."""
+  leaves, treedef = jax.tree_util.tree_flatten(abstract)
+  out = []
+  for path, like in zip(flatten(abstract), leaves, strict=True):
+    inside = path.startswith(f'{_PARAMS}/')
+    value = parts[_PARAMS][path.removeprefix(f'{_PARAMS}/')] if inside else parts[_REST][path]
+    if _is_key(like):
+      value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
+    out.append(value)
+  return jax.tree_util.tree_unflatten(treedef, out)

@@ -1,0 +1,75 @@
+"""`hrvlm VERB ...`: finds the verb, imports only its module, and turns user errors into a sentence.
+
+Every verb is a thin wrapper around a documented function. A verb module offers one function
+`(argv: list[str]) -> int | None`; its result is the exit status (None is 0).
+
+Exit status: 0 done; 1 done, and the answer is no (`verify`, `doctor`); 2 a mistake of the user,
+printed as one sentence on standard error; anything unexpected keeps its traceback.
+"""
+
+from collections.abc import Sequence
+import importlib
+import os
+import sys
+
+from hrvlm_jax import __version__
+from hrvlm_jax.core.errors import UserError, unknown
+
+# verb -> (module:function, what it does). A new verb is one line here.
+VERBS: dict[str, tuple[str, str]] = {
+    'train': ('hrvlm_jax.cli.train:main', 'train any stage of any system; resumes by itself'),
+    'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
+    'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
+    'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),
+    'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
+    'verify': ('hrvlm_jax.cli.verify:main', 'compare with recorded cases, tensor by tensor'),
+    'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
+    'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
+}
+
+
+def usage() -> str:
+  """The text of `hrvlm --help`."""
+  width = max(map(len, VERBS))
+  lines = [f'  {verb:<{width}}  {text}' for verb, (_, text) in VERBS.items()]
+  return '\n'.join([
+      'usage: hrvlm VERB [options]        (hrvlm VERB --help lists the options)', '',
+      *lines, '',
+      '--config takes a Python file with get_config(); --config.a.b=VALUE changes one key of it.',
+  ])
+
+
+def run(argv: Sequence[str]) -> int:
+  """Runs one verb; raises `UserError` for mistakes of the user. See `main` for the exit status."""
+  if not argv or argv[0] in ('-h', '--help', 'help'):
+    print(usage())
+    return 0
+  if argv[0] in ('-V', '--version'):
+    print(f'hrvlm_jax {__version__}')
+    return 0
+  verb = argv[0]
+  if verb not in VERBS:
+    raise UserError(f'{unknown(verb, VERBS, what="verb")}; hrvlm --help lists them all')
+  module, function = VERBS[verb][0].split(':')
+  return getattr(importlib.import_module(module), function)(list(argv[1:])) or 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The console script. Returns the exit status, see the head of this module."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    return run(argv)
+  except UserError as error:
+    name = f'hrvlm {argv[0]}' if argv and argv[0] in VERBS else 'hrvlm'
+    print(f'{name}: {error}', file=sys.stderr)
+    return 2
+  except KeyboardInterrupt:
+    print('hrvlm: interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+if __name__ == '__main__':
+  sys.exit(main())
