@@ -1,0 +1,302 @@
+#!/usr/bin/env bash
+# Runs a job on one host of a run, detached from whoever started it. Used by launch.sh on TPU VMs and
+# by `launch.sh simulate` on a laptop.
+#
+#   worker_run.sh start  RUN [--slice I] [--bucket gs://b/RUN] [--env-file F] [--env K=V] [--force] -- CMD...
+#   worker_run.sh status RUN [--slice I]    one line of KEY=VALUE words for launch.sh
+#   worker_run.sh logs   RUN [--slice I] [--lines N] [--follow]
+#   worker_run.sh stop   RUN [--slice I] [--grace 60]
+#
+# Files in ~/runs/RUN ($HRVLM_RUNS/RUN): log.WORKER, pid (leader of the job's process group),
+# command, exit_code and ended (once it is over), PREEMPTED (the job said that it stopped early
+# because the machine is taken away). The job finds this directory in HRVLM_RUN_DIR; it writes the
+# marker there or as PREEMPTED into its --workdir.
+set -euo pipefail
+
+METADATA=${HRVLM_METADATA_URL-http://metadata.google.internal/computeMetadata/v1/instance}
+EX_BUSY=9
+
+die() {
+  printf 'worker_run.sh: %s\n' "$2" >&2
+  exit "$1"
+}
+
+metadata() {
+  [ -n "$METADATA" ] || return 1
+  curl -sf --max-time 3 -H 'Metadata-Flavor: Google' "$METADATA/$1" 2>/dev/null
+}
+
+# This host's label: the number in its slice, with the slice in front when there are several.
+worker_label() {
+  local number
+  number=${HRVLM_WORKER:-$(metadata attributes/agent-worker-number || printf 0)}
+  printf '%s%s' "${SLICE:+$SLICE.}" "$number"
+}
+
+# alive DIR: does the job that wrote DIR/pid still run? Numbers are used again after a reboot, so the
+# start time must match too.
+alive() {
+  local pid
+  [ -f "$1/pid" ] || return 1
+  pid=$(cat "$1/pid")
+  kill -0 "$pid" 2>/dev/null || return 1
+  case $(ps -o stat= -p "$pid" 2>/dev/null) in '' | Z*) return 1 ;; esac
+  [ "$(ps -o lstart= -p "$pid" 2>/dev/null)" = "$(cat "$1/pid_start" 2>/dev/null)" ]
+}
+
+write() { printf '%s\n' "$2" >"$DIR/$1.part" && mv "$DIR/$1.part" "$DIR/$1"; }
+
+# The value of --workdir in the job's command.
+workdir_of() {
+  local previous='' word
+  for word in "$@"; do
+    case $word in --workdir=*) printf '%s' "${word#--workdir=}" && return 0 ;; esac
+    [ "$previous" != --workdir ] || { printf '%s' "$word" && return 0; }
+    previous=$word
+  done
+}
+
+# --- start -------------------------------------------------------------------------------------
+
+start() {
+  local other waited=0
+  local -a detach
+  [ "${#JOB[@]}" -gt 0 ] || die 2 'start needs a command after --.'
+  if [ "$FORCE" = 1 ]; then
+    for other in "$RUNS"/*/; do
+      ! alive "${other%/}" || end_job "${other%/}" "$GRACE"
+    done
+  fi
+  for other in "$RUNS"/*/; do
+    if alive "${other%/}"; then
+      die "$EX_BUSY" "a job is already running here: run $(basename "$other"), pid $(cat "$other/pid")."
+    fi
+  done
+  mkdir -p "$DIR"
+  rm -f "$DIR/pid" "$DIR/pid_start" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
+  detach=(nohup)
+  ! command -v setsid >/dev/null || detach=(setsid)
+  "${detach[@]}" bash "$0" supervise "$RUN" "${OPTIONS[@]}" -- "${JOB[@]}" \
+    </dev/null >>"$DIR/supervisor.log" 2>&1 &
+  while [ ! -f "$DIR/pid" ] && [ ! -f "$DIR/exit_code" ]; do
+    if [ "$waited" -ge 100 ]; then
+      tail -n 5 "$DIR/supervisor.log" >&2
+      die 1 'the job did not start within 10 s; see supervisor.log.'
+    fi
+    waited=$((waited + 1))
+    sleep 0.1
+  done
+  printf 'worker %s: started run %s, pid %s\n' "$LABEL" "$RUN" "$(cat "$DIR/pid" 2>/dev/null || printf -)"
+}
+
+load_env() {
+  local line
+  while IFS= read -r line || [ -n "$line" ]; do
+    case $line in
+      '' | \#*) ;;
+      *=*) export "${line%%=*}=${line#*=}" ;;
+    esac
+  done <"$1"
+}
+
+upload_logs() {
+  [ -n "$BUCKET" ] || return 0
+  tail -c 262144 "$LOG" >"$DIR/upload.$LABEL"
+  gcloud storage cp "$DIR/upload.$LABEL" "$BUCKET/logs/log.$LABEL" >/dev/null 2>&1 || true
+}
+
+# A sentence for deaths that give Python no chance to say anything.
+obituary() {
+  case $1 in
+    0) return 0 ;;
+    134) printf 'The program was aborted (signal 6). If another host of the run died, this is how JAX ends on the others: read the log of the worker that failed first.' ;;
+    137) printf 'The program was killed (signal 9): by hand, by the out-of-memory killer, or with the machine.' ;;
+    139) printf 'The program crashed in native code (signal 11).' ;;
+    143) printf 'The program was asked to end (signal 15).' ;;
+    *) printf 'The program ended with exit code %s.' "$1" ;;
+  esac
+}
+
+# Holds the lock, runs the command in its own process group, writes down how it ended.
+supervise() {
+  local child code=0 uploader='' pair workdir
+  mkdir -p "$DIR"
+  if command -v flock >/dev/null; then
+    exec 9>"$DIR/lock"
+    flock -n 9 || die "$EX_BUSY" "another supervisor of run $RUN holds the lock."
+  fi
+  [ -z "$ENV_FILE" ] || load_env "$ENV_FILE"
+  for pair in ${ENV[@]+"${ENV[@]}"}; do
+    export "${pair%%=*}=${pair#*=}"
+  done
+  export HRVLM_RUN_DIR=$DIR HRVLM_WORKER_LABEL=$LABEL
+  [ ! -d "$VENV/bin" ] || export PATH="$VENV/bin:$PATH"
+  workdir=$(workdir_of "${JOB[@]}")
+  case $LABEL in
+    0 | 0.0)
+      # A marker of the previous attempt must not be taken for one of this attempt.
+      case $workdir in
+        '') ;;
+        gs://*) gcloud storage rm "$workdir/PREEMPTED" >/dev/null 2>&1 || true ;;
+        *) rm -f "$workdir/PREEMPTED" ;;
+      esac
+      ;;
+  esac
+  printf '%s\n' "$(printf '%q ' "${JOB[@]}")" >"$DIR/command"
+  printf '=== worker %s on %s starts run %s at %s\n' "$LABEL" "$(hostname)" "$RUN" \
+    "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >>"$LOG"
+  set -m # the job gets a process group of its own, which stop can end as a whole
+  "${JOB[@]}" </dev/null >>"$LOG" 2>&1 9>&- &
+  child=$!
+  set +m
+  ps -o lstart= -p "$child" >"$DIR/pid_start" 2>/dev/null || true
+  write pid "$child"
+  if [ -n "$BUCKET" ]; then
+    while sleep 60; do upload_logs; done 9>&- &
+    uploader=$!
+  fi
+  wait "$child" || code=$?
+  [ -z "$uploader" ] || kill "$uploader" 2>/dev/null || true
+  [ "$code" -eq 0 ] || printf '=== worker %s: %s\n' "$LABEL" "$(obituary "$code")" >>"$LOG"
+  if [ "$code" -eq 0 ] && [ -n "$workdir" ]; then
+    case $workdir in
+      gs://*) ! gcloud storage ls "$workdir/PREEMPTED" >/dev/null 2>&1 || : >"$DIR/PREEMPTED" ;;
+      *) [ ! -e "$workdir/PREEMPTED" ] || : >"$DIR/PREEMPTED" ;;
+    esac
+  fi
+  upload_logs
+  write ended "$(date +%s)"
+  write exit_code "$code"
+}
+
+# --- status, logs, stop ------------------------------------------------------------------------
+
+file_age() {
+  local modified
+  modified=$(stat -c %Y "$1" 2>/dev/null || stat -f %m "$1" 2>/dev/null) || return 1
+  printf '%s' "$(($(date +%s) - modified))"
+}
+
+# Newest checkpoint of a local working directory: its checkpoints are directories named by step.
+newest_step() {
+  local workdir path name best=-1
+  [ -f "$DIR/command" ] || return 0
+  local -a words
+  eval "words=($(cat "$DIR/command"))" # written by supervise with %q
+  workdir=$(workdir_of ${words[@]+"${words[@]}"})
+  case $workdir in '' | gs://*) return 0 ;; esac
+  for path in "$workdir"/checkpoints/*/; do
+    name=$(basename "$path")
+    case $name in *[!0-9]*) continue ;; esac
+    [ "$name" -le "$best" ] || best=$name
+  done
+  [ "$best" -lt 0 ] || printf '%s' "$best"
+}
+
+status() {
+  local state=none code=- marker=- ended=- pid=- age=- last='' step preempted
+  if [ -f "$DIR/exit_code" ]; then
+    code=$(cat "$DIR/exit_code")
+    ended=$(cat "$DIR/ended")
+    state=failed
+    [ "$code" -ne 0 ] || state=success
+  elif alive "$DIR"; then
+    state=running
+  elif [ -d "$DIR" ]; then
+    state=dead # the machine was restarted, or the supervisor was killed as well
+  fi
+  [ ! -e "$DIR/PREEMPTED" ] || marker=PREEMPTED
+  [ ! -f "$DIR/pid" ] || pid=$(cat "$DIR/pid")
+  if [ -f "$LOG" ]; then
+    age="$(file_age "$LOG")s"
+    last=$(tail -n 1 "$LOG" | tr -d '\r' | cut -c1-160)
+  fi
+  step=$(newest_step)
+  preempted=$(metadata preempted || printf FALSE)
+  printf 'status %s host=%s pid=%s state=%s exit=%s ended=%s age=%s marker=%s preempted=%s step=%s last=%s\n' \
+    "$LABEL" "$(hostname)" "$pid" "$state" "$code" "$ended" "$age" "$marker" "$preempted" "${step:--}" "$last"
+}
+
+logs() {
+  local -a command
+  [ -f "$LOG" ] || die 2 "there is no log of run $RUN on worker $LABEL."
+  command=(tail -n "$LINES_WANTED")
+  if [ "$FOLLOW" = 1 ]; then
+    command+=(-F)
+    # GNU tail can end together with the job.
+    if alive "$DIR" && tail --version >/dev/null 2>&1; then
+      command+=("--pid=$(cat "$DIR/pid")")
+    elif ! alive "$DIR"; then
+      command=(tail -n "$LINES_WANTED")
+    fi
+  fi
+  exec "${command[@]}" "$LOG"
+}
+
+# end_job DIR GRACE: asks the whole process group to end (the trainer saves), then kills it.
+end_job() {
+  local pid waited=0
+  pid=$(cat "$1/pid")
+  kill -TERM -- "-$pid" 2>/dev/null || true
+  while alive "$1"; do
+    if [ "$waited" -ge $(($2 * 10)) ]; then
+      kill -KILL -- "-$pid" 2>/dev/null || true
+    fi
+    waited=$((waited + 1))
+    sleep 0.1
+  done
+  # Workers of the data pipeline may outlive their parent.
+  kill -KILL -- "-$pid" 2>/dev/null || true
+}
+
+stop() {
+  if ! alive "$DIR"; then
+    printf 'worker %s: nothing runs.\n' "$LABEL"
+    return 0
+  fi
+  end_job "$DIR" "$GRACE"
+  printf 'worker %s: stopped.\n' "$LABEL"
+}
+
+[ $# -ge 2 ] || die 2 'expected: worker_run.sh start|status|logs|stop RUN [options] [-- COMMAND...]'
+VERB=$1 RUN=$2
+shift 2
+case $RUN in '' | .* | *[!A-Za-z0-9._-]*) die 2 "found run name '$RUN', expected letters, digits, dots, dashes." ;; esac
+SLICE='' BUCKET='' ENV_FILE='' FORCE=0 FOLLOW=0 LINES_WANTED=+1 GRACE=60
+ENV=() JOB=() OPTIONS=(--grace 60)
+while [ $# -gt 0 ]; do
+  case $1 in
+    --)
+      shift
+      JOB=("$@")
+      break
+      ;;
+    --force) FORCE=1 ;;
+    --follow) FOLLOW=1 ;;
+    --slice | --bucket | --env-file | --env | --lines | --grace)
+      [ $# -ge 2 ] || die 2 "$1 needs a value."
+      case $1 in
+        --slice) SLICE=$2 ;;
+        --bucket) BUCKET=$2 ;;
+        # Relative to the home directory, where launch.sh puts the secrets.
+        --env-file) case $2 in /*) ENV_FILE=$2 ;; *) ENV_FILE=$HOME/$2 ;; esac ;;
+        --env) ENV+=("$2") ;;
+        --lines) LINES_WANTED=$2 ;;
+        --grace) GRACE=$2 ;;
+      esac
+      [ "$1" = --lines ] || OPTIONS+=("$1" "$2")
+      shift
+      ;;
+    *) die 2 "unknown option $1." ;;
+  esac
+  shift
+done
+RUNS=${HRVLM_RUNS:-$HOME/runs}
+DIR=$RUNS/$RUN
+VENV=${HRVLM_VENV:-$HOME/hrvlm-venv}
+LABEL=$(worker_label)
+LOG=$DIR/log.$LABEL
+case $VERB in
+  start | supervise | status | logs | stop) "$VERB" ;;
+  *) die 2 "unknown command $VERB." ;;
+esac
