@@ -1,0 +1,289 @@
+"""Chat templates as data, and their rendering into stretches of text that are trained or not.
+
+A template says what surrounds the system text, a question and an answer. `render` joins them into
+segments whose borders are the borders of the label mask, so that labels follow by construction
+(`data/conversation.py`) and the text of a prompt for generation is the same text, cut short.
+
+Sources: visheratin/mc-llava: conversation.py, dataset.py (MC-LLaVA); miguelscarv/pheye: README and
+generate.py (Pheye); haotian-liu/LLaVA: llava/conversation.py (Vicuna, plain); NVlabs/VILA:
+llava/utils/tokenizer.py and its qwen2 chat template (VILA-HD).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Literal
+
+from hrvlm_jax.core.errors import UserError, unknown
+
+IMAGE = '<image>'
+USER, ASSISTANT = 'user', 'assistant'
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+  """One turn: role 'user' or 'assistant', and its text."""
+
+  role: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A stretch of the rendered text; `trained`: its tokens are targets of the loss.
+
+  `message` is the index of the message it belongs to, -1 for the system text.
+  """
+
+  text: str
+  trained: bool
+  message: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+  """Text around the parts of a conversation; `{text}` marks the place of each part.
+
+  Attributes:
+    system: default system text.
+    system_format: around the system text; '' when the template has none.
+    user: a question.
+    header: between question and answer, not trained. A prompt for generation ends with it.
+    answer: an answer as it is trained, its end sign included.
+    after: follows an answer, not trained.
+    image: what one image puts in front of a question; '' when images are not part of the text.
+    image_leads: in training data a placeholder anywhere in a message moves to its beginning.
+    strip: remove white space around every message first.
+    first_turn_only: the template knows one question and one answer.
+    drop_question: the question's text is not used, only its images (captioning).
+    stop: strings of the tokens at which generation ends.
+    unit: what is tokenised at once, the whole 'text' or every 'message' on its own.
+    border: how the first trained token of an answer is found: by its place in the text ('place'),
+      or by counting the header's tokens when tokenised alone ('count', the rule of MC-LLaVA).
+  """
+
+  name: str
+  system: str = ''
+  system_format: str = ''
+  user: str
+  header: str
+  answer: str
+  after: str = ''
+  image: str = f'{IMAGE}\n'
+  image_leads: bool = False
+  strip: bool = False
+  first_turn_only: bool = False
+  drop_question: bool = False
+  stop: tuple[str, ...] = ()
+  unit: Literal['text', 'message'] = 'text'
+  border: Literal['place', 'count'] = 'place'
+
+
+_VICUNA_SYSTEM = (
+  'A chat between a curious user and an artificial intelligence assistant. '
+  "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_PHEYE_SYSTEM = (
+  'You are an AI visual assistant and you are seeing a single image. You will receive an '
+  'instruction regarding that image. Your goal is to follow the instruction as faithfully as you '
+  'can.'
+)
+
+TEMPLATES: dict[str, Template] = {template.name: template for template in (
+  # ChatML as MC-LLaVA answers: a newline after every <|im_end|>.
+  Template(
+    name='mc_llava',
+    user='<|im_start|>user\n{text}<|im_end|>\n',
+    header='<|im_start|>assistant\n',
+    answer='{text}<|im_end|>',
+    after='\n',
+    stop=('<|im_end|>',),
+  ),
+  # ChatML as MC-LLaVA was trained: no newline after <|im_end|>, every message tokenised alone.
+  Template(
+    name='mc_llava_train',
+    user='<|im_start|>user\n{text}<|im_end|>',
+    header='<|im_start|>assistant\n',
+    answer='{text}<|im_end|>',
+    stop=('<|im_end|>',),
+    unit='message',
+    border='count',
+  ),
+  # The left strip in the original's answer extraction suggests the space before the answer.
+  Template(
+    name='pheye',
+    system=_PHEYE_SYSTEM,
+    system_format='{text}\n\n',
+    user='Instruction: {text}\n',
+    header='Output:',
+    answer=' {text}<|endoftext|>',
+    image='',
+    first_turn_only=True,
+    stop=('<|endoftext|>',),
+  ),
+  Template(
+    name='vicuna_v1',
+    system=_VICUNA_SYSTEM,
+    system_format='{text} ',
+    user='USER: {text}',
+    header=' ASSISTANT:',
+    answer=' {text}</s>',
+    image_leads=True,
+    stop=('</s>',),
+  ),
+  # Stage 1 of LLaVA: caption an image; the newline is the end sign.
+  Template(
+    name='plain',
+    user='{text}',
+    header='',
+    answer='{text}\n',
+    image=IMAGE,
+    image_leads=True,
+    first_turn_only=True,
+    drop_question=True,
+    stop=('</s>',),
+  ),
+  # VILA's own qwen2 template: its system text has no full stop.
+  Template(
+    name='vila_qwen2',
+    system='You are a helpful assistant',
+    system_format='<|im_start|>system\n{text}<|im_end|>\n',
+    user='<|im_start|>user\n{text}<|im_end|>\n',
+    header='<|im_start|>assistant\n',
+    answer='{text}<|im_end|>',
+    after='\n',
+    image=IMAGE,
+    strip=True,
+    stop=('<|im_end|>',),
+  ),
+)}
+
+
+def get_template(name: str) -> Template:
+  """The template of a name.
+
+  Raises:
+    UserError: unknown name.
+  """
+  if name not in TEMPLATES:
+    raise UserError(unknown(name, TEMPLATES, what='chat template'))
+  return TEMPLATES[name]
+
+
+def question(template: Template, text: str, images: int = 0) -> Message:
+  """A user message about `images` images, with the placeholders the template wants.
+
+  Placeholders inside the text itself are removed: their number must be that of the images.
+
+  Raises:
+    UserError: nothing is asked (except under a template that drops the question).
+  """
+  text = text.replace(IMAGE, '').strip()
+  if not text and not template.drop_question:
+    raise UserError('the question is empty')
+  return Message(USER, template.image * images + text)
+
+
+def check_messages(messages: Sequence[Message], *, generation: bool = False) -> None:
+  """Questions and answers must alternate, beginning with a question.
+
+  Args:
+    generation: the last message is a question that awaits its answer.
+
+  Raises:
+    UserError: what is wrong, with the index of the message.
+  """
+  if not messages:
+    raise UserError('the conversation is empty')
+  for index, message in enumerate(messages):
+    expected = (USER, ASSISTANT)[index % 2]
+    if message.role != expected:
+      raise UserError(f'message {index} comes from {message.role!r}, expected {expected!r}: '
+                      'questions and answers must alternate, beginning with a question')
+  if generation and len(messages) % 2 == 0:
+    raise UserError('the last message is an answer, expected a question')
+  if not generation and len(messages) % 2 == 1:
+    raise UserError('the last message is a question without an answer')
+
+
+def render(
+  template: Template,
+  messages: Sequence[Message],
+  *,
+  system: str | None = None,
+  generation: bool = False,
+) -> list[Segment]:
+  """The conversation as segments; their texts joined are the rendered text.
+
+  Args:
+    template: see `Template`.
+    messages: alternating, beginning with the user. Image placeholders stand in their text.
+    system: replaces the template's system text ('' gives the format around nothing).
+    generation: end with the header, for the model to go on.
+
+  Raises:
+    UserError: messages that do not alternate, or more turns than the template knows.
+  """
+  check_messages(messages, generation=generation)
+  if template.first_turn_only and len(messages) > 2:
+    raise UserError(f'the template {template.name} has one question and one answer, '
+                    f'found {len(messages)} messages')
+  segments = []
+  if template.system_format:
+    text = template.system if system is None else system
+    segments.append(Segment(template.system_format.replace('{text}', text), False, -1))
+  for index, message in enumerate(messages):
+    text = message.text.strip() if template.strip else message.text
+    if message.role == USER:
+      if template.drop_question:
+        text = template.image * text.count(IMAGE)
+      segments.append(Segment(template.user.replace('{text}', text), False, index))
+      if generation and index == len(messages) - 1:
+        segments.append(Segment(template.header, False, index + 1))
+    else:
+      segments.append(Segment(template.header, False, index))
+      segments.append(Segment(template.answer.replace('{text}', text), True, index))
+      segments.append(Segment(template.after, False, index))
+  return [segment for segment in segments if segment.text]
+
+
+def rendered_text(segments: Sequence[Segment]) -> str:
+  """All segments as one string."""
+  return ''.join(segment.text for segment in segments)
+
+
+def parse(template: Template, text: str) -> tuple[str, list[Message]]:
+  """The system text and messages of a rendered text: the inverse of `render`.
+
+  Ambiguous when a message contains the template's own separators; `render` of the result then
+  still gives the same text.
+
+  Raises:
+    UserError: the text does not have the template's form.
+  """
+  def cut(rest: str, end: str) -> tuple[str, str]:
+    head, found, tail = rest.partition(end) if end else (rest, 'x', '')
+    if not found:
+      raise UserError(f'text is not of the template {template.name}: expected {end!r} '
+                      f'in {rest[:40]!r}')
+    return head, tail
+
+  before, after = template.user.split('{text}')
+  between = after + template.header
+  answer_before, answer_after = template.answer.split('{text}')
+  messages, system = [], ''
+  if template.system_format:
+    start, end = template.system_format.split('{text}')
+    # The end of a system text is where the first question begins.
+    system, text = cut(text.removeprefix(start), end + before)
+  else:
+    text = text.removeprefix(before)
+  while text:
+    asked, text = cut(text, between)
+    messages.append(Message(USER, asked))
+    if text:
+      told, text = cut(text.removeprefix(answer_before), answer_after + template.after)
+      messages.append(Message(ASSISTANT, told))
+      text = text.removeprefix(before)
+  return system, messages
