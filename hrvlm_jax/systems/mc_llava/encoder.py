@@ -12,23 +12,10 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.core.layers import Mlp, torch_uniform
 from hrvlm_jax.core.module import Module, Rngs
+from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.vision.vit import ViT
-
-
-def normalise(pixels: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-  """uint8 [... 3] -> (x * (1/255) - mean) / std in float32, bit-equal to Siglip's processor.
-
-  The original multiplies in float64 and casts, then works in float32; a table of the 256 values
-  made on the host keeps that order whatever the compiler fuses.
-  """
-  import numpy as np
-
-  levels = (np.arange(256) * 0.00392156862745098).astype(np.float32)[:, None]
-  table = (levels - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
-  channels = jnp.arange(table.shape[1])
-  return jnp.asarray(table)[pixels.astype(jnp.int32), channels]
 
 
 class Encoder(Module):
