@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from hrvlm_jax.core.module import Functional
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.module import Functional, Params
+from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
+from hrvlm_jax.training.optimizer import optimizer, schedule, split
+
+State = dict[str, Any]  # params (nested), opt, step, and ema (flat dict of trained leaves) if kept
+Objective = Callable[..., tuple[jax.Array, jax.Array]]
+
+_REMAT = {
+  'none': False,
+  'layers': True,
+  'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
 
 
 def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.float32, remat=False,
@@ -21,3 +34,86 @@ def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.floa
   module = fn.bind(params)
   hidden = module(batch, dtype=dtype, remat=remat, impl=impl, key=key)
   return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
+
+
+OBJECTIVES: dict[str, Objective] = {'next_token': loss_sum}
+
+
+def init_state(config: TrainingConfig, groups: Mapping[str, Group], params: Params) -> State:
+  """Parameters with fresh optimizer state; frozen leaves get none."""
+  trained, _ = split(paths.flatten(params), groups)
+  state = {'params': params, 'opt': optimizer(config, groups).init(trained),
+           'step': jnp.zeros((), jnp.int32)}
+  if config.optimizer.ema is not None:
+    state['ema'] = dict(trained)
+  return state
+
+
+def value_and_grad(
+  fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], params: Params, batch, key
+):
+  """(loss sum, targets, gradients of the trained leaves), gradients being those of the MEAN loss.
+
+  A batch of `accumulate` > 1 carries a leading micro-batch axis on every array.
+  """
+  trained, frozen = split(paths.flatten(params), groups)
+  objective = OBJECTIVES[config.objective]
+  dtype = jnp.dtype(config.dtype)
+
+  def sums(trained, micro, key):
+    merged = paths.unflatten(frozen | trained)
+    total, count = objective(
+      fn, merged, micro, dtype=dtype, remat=_REMAT[config.remat], impl=config.attention, key=key,
+      chunk=config.loss_chunk)
+    if config.loss_average == 'micro_batch':
+      total, count = total / jnp.maximum(count, 1), jnp.ones_like(count)
+    return total, count
+
+  grad = jax.value_and_grad(sums, has_aux=True)
+  if config.accumulate == 1:
+    (total, count), grads = grad(trained, batch, key)
+  else:
+    def body(carry, inputs):
+      micro, number = inputs
+      (total, count), grads = grad(trained, micro, jax.random.fold_in(key, number))
+      return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(
+      lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), trained))
+    numbers = jnp.arange(config.accumulate)
+    (total, count, grads), _ = jax.lax.scan(body, zeros, (batch, numbers))
+  share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+  return total, count, jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
+
+
+def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], seed: int):
+  """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+
+  Random keys are a function of (seed, step), so that a resumed run draws what it would have drawn.
+  metrics: loss (mean per target), targets, grad_norm, learning_rate.
+  """
+  tx, rate = optimizer(config, groups), schedule(config)
+
+  def step(state: State, batch) -> tuple[State, dict[str, jax.Array]]:
+    key = jax.random.fold_in(jax.random.key(seed), state['step'])
+    total, count, grads = value_and_grad(fn, config, groups, state['params'], batch, key)
+    trained, frozen = split(paths.flatten(state['params']), groups)
+    updates, opt = tx.update(grads, state['opt'], trained)
+    trained = optax.apply_updates(trained, updates)
+    new = state | {'params': _like(state['params'], frozen | trained), 'opt': opt,
+                   'step': state['step'] + 1}
+    if config.optimizer.ema is not None:
+      decay = config.optimizer.ema
+      new['ema'] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now,
+                                state['ema'], trained)
+    metrics = {
+      'loss': total / jnp.maximum(count, 1), 'targets': count,
+      'grad_norm': optax.global_norm(grads), 'learning_rate': rate(state['step'])}
+    return new, metrics
+
+  return step
+
+
+def _like(params: Params, flat: Mapping[str, jax.Array]) -> Params:
+  """The flat leaves in the structure and order of `params`."""
+  return paths.map_with_path(lambda path, _: flat[path], params)

@@ -1,0 +1,153 @@
+"""The run config: what `configs/*.py` must produce, as strict dataclasses.
+
+`RunConfig` is built by `core.config.from_dict` from an ml_collections ConfigDict; an unknown,
+missing or mistyped key is one error with its path.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from hrvlm_jax.systems.contract import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+  """One parameter group; the first whose pattern matches the whole path wins.
+
+  Attributes:
+    pattern: regular expression over parameter paths.
+    learning_rate: factor on the run's learning rate.
+    decay: weight decay acts on the group.
+    frozen: no gradient, no optimizer state; the stored dtype is kept.
+  """
+
+  pattern: str
+  learning_rate: float = 1.0
+  decay: bool = True
+  frozen: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW and its schedule; moments are float32.
+
+  Attributes:
+    warmup: steps of the linear warm-up; a value below 1 is a share of all steps.
+    clip_norm: largest global gradient norm; None: no clipping.
+    ema: decay of an exponential moving average of the trained parameters; None: none is kept.
+  """
+
+  learning_rate: float
+  schedule: Literal['cosine', 'linear', 'constant'] = 'cosine'
+  warmup: float = 0.0
+  warmup_from: int = 0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float | None = 1.0
+  ema: float | None = None
+
+  def __post_init__(self):
+    problems = []
+    if self.learning_rate < 0:
+      problems.append(f'learning_rate must not be negative, got {self.learning_rate}')
+    if self.warmup < 0:
+      problems.append(f'warmup must not be negative, got {self.warmup}')
+    if self.ema is not None and not 0 < self.ema < 1:
+      problems.append(f'ema must lie in (0, 1), got {self.ema}')
+    if problems:
+      raise ValueError('OptimizerConfig: ' + '; '.join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+  """One stage.
+
+  Attributes:
+    batch_size: examples of one optimizer step, over all devices; `accumulate` micro-batches.
+    groups: first match wins; every parameter must be covered.
+    dtype: of activations; parameters and optimizer state are float32 masters, frozen groups keep
+      `frozen_dtype` (None: as loaded).
+    remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
+    loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
+      'micro_batch' averages the means of micro-batches (the LLaVA trainer).
+    deterministic: fixes what can be fixed for bit-equal losses after a resume; see docs.
+    init_from: checkpoint whose parameters the run starts from.
+    init_allow: patterns of parameters that may be missing there and start fresh.
+  """
+
+  steps: int
+  batch_size: int
+  optimizer: OptimizerConfig
+  groups: tuple[Group, ...] = (
+    Group(pattern=r'.*/(bias|scale)', decay=False), Group(pattern=r'.*'))
+  accumulate: int = 1
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  frozen_dtype: Literal['float32', 'bfloat16'] | None = None
+  remat: Literal['none', 'layers', 'dots'] = 'none'
+  attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
+  loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
+  loss_chunk: int = 1024
+  objective: str = 'next_token'
+  deterministic: bool = False
+  log_every: int = 10
+  checkpoint_every: int = 500
+  keep: int = 2
+  keep_every: int | None = None
+  eval_every: int = 0
+  init_from: str | None = None
+  init_allow: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    problems = []
+    for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every'):
+      if getattr(self, name) < 1:
+        problems.append(f'{name} must be at least 1, got {getattr(self, name)}')
+    if self.accumulate >= 1 and self.batch_size % self.accumulate:
+      problems.append(f'batch_size {self.batch_size} is no multiple of accumulate '
+                      f'{self.accumulate}')
+    if problems:
+      raise ValueError('TrainingConfig: ' + '; '.join(problems))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where examples come from and how they become batches.
+
+  Attributes:
+    train: LLaVA JSON of the training set (or a folder written by the built-in task).
+    eval: the same for evaluation inside and after the run; None: none.
+    images: folder the image paths are relative to; default: the folder of the JSON.
+    tokenizer: a tokenizer folder or file, or 'byte' (one id per byte; tiny models).
+    lengths: bucket lengths of text plus visual places; the smallest that holds a batch is used.
+    slots: crop slots of one batch; None: the system's default for its rows.
+    exif: 'apply' turns photographs upright; 'ignore' as the originals did.
+    workers: Grain worker processes; 0 reads in the main process.
+    lanes: the order of examples is decided on this many lanes, which hosts own.
+  """
+
+  train: str
+  eval: str | None = None
+  images: str | None = None
+  tokenizer: str = 'byte'
+  lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+  slots: int | None = None
+  shuffle: bool = True
+  exif: Literal['apply', 'ignore'] = 'apply'
+  workers: int = 0
+  lanes: int = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """Everything a run depends on."""
+
+  model: ModelConfig
+  data: DataConfig
+  training: TrainingConfig
+  seed: int = 0
+  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  system_options: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,81 @@
+"""Parameter groups and the optimizer: AdamW over the trained leaves only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.training.config import Group, TrainingConfig
+from hrvlm_jax.training.schedules import learning_rate, warmup_steps
+
+
+def groups_of(config: TrainingConfig, abstract: Mapping[str, Any]) -> dict[str, Group]:
+  """The group of every parameter path.
+
+  Raises:
+    UserError: paths without a group (all listed), or no trained parameter at all.
+  """
+  rules = [(group.pattern, group) for group in config.groups]
+  found = paths.match_rules(rules, paths.flatten(abstract), what='training group')
+  if all(group.frozen for group in found.values()):
+    raise UserError('training.groups freezes every parameter; leave at least one group trained')
+  return found
+
+
+def split(flat: Mapping[str, Any], groups: Mapping[str, Group]) -> tuple[dict, dict]:
+  """(trained, frozen) leaves of a flat parameter dict."""
+  trained = {path: leaf for path, leaf in flat.items() if not groups[path].frozen}
+  return trained, {path: leaf for path, leaf in flat.items() if groups[path].frozen}
+
+
+def schedule(config: TrainingConfig):
+  """The run's learning rate as a function of the optimizer step."""
+  o = config.optimizer
+  warm = int(o.warmup) if o.warmup >= 1 else warmup_steps(config.steps, o.warmup)
+  return learning_rate(o.schedule, peak=o.learning_rate, total_steps=config.steps,
+                       warmup_steps=min(warm, config.steps), warmup_from=o.warmup_from)
+
+
+def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.GradientTransformation:
+  """AdamW over the flat dict of trained leaves.
+
+  Order: clip the global norm, Adam moments (float32), decoupled decay where the group decays, the
+  group's factor, the schedule.
+  """
+  o = config.optimizer
+  trained = {path: group for path, group in groups.items() if not group.frozen}
+  factors = {path: group.learning_rate for path, group in trained.items()}
+  parts = []
+  if o.clip_norm is not None:
+    parts.append(optax.clip_by_global_norm(o.clip_norm))
+  parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=jnp.float32))
+  if o.weight_decay:
+    mask = {path: group.decay for path, group in trained.items()}
+    parts.append(optax.add_decayed_weights(o.weight_decay, mask=mask))
+  if any(factor != 1 for factor in factors.values()):
+    parts.append(optax.stateless(
+      lambda updates, _: {path: updates[path] * factors[path] for path in updates}))
+  parts.append(optax.scale_by_learning_rate(schedule(config)))
+  return optax.chain(*parts)
+
+
+def frozen_summary(groups: Mapping[str, Group], abstract: Mapping[str, Any]) -> str:
+  """One line: how many parameters train and how many are frozen."""
+  flat = paths.flatten(abstract)
+  size = lambda leaf: math.prod(leaf.shape)
+  trained = sum(size(flat[p]) for p, g in groups.items() if not g.frozen)
+  total = sum(map(size, flat.values()))
+  return f'{trained:,} of {total:,} parameters are trained'
+
+
+def describe(group: Group) -> str:
+  """A group in a word, for tables."""
+  if group.frozen:
+    return 'frozen'
+  return f'x{group.learning_rate:g}' + ('' if group.decay else ', no decay')
