@@ -1,0 +1,1 @@
+"""The analyses of the papers, as functions over scores, probabilities and features."""

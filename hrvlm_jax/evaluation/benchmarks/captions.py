@@ -1,0 +1,127 @@
+"""NoCaps, TextCaps, DOCCI: captions scored by CIDEr.
+
+The headline is `cider_simple` (built-in tokens). Numbers in papers are `cider_ptb`: use
+`score_ptb` after installing the extra `caption` (and Java).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from hrvlm_jax.evaluation.benchmarks.base import (
+    Benchmark,
+    Collector,
+    Sample,
+    Scores,
+    Submission,
+    first_image,
+    read_json_lines,
+)
+from hrvlm_jax.evaluation.benchmarks.scoring import by_category, percent
+from hrvlm_jax.evaluation.metrics import cider
+
+
+def _nocaps(folder: Path, split: str) -> list[Sample]:
+  c = Collector('nocaps', folder)
+  path = c.find('nocaps_val_4500_captions.json' if split == 'val'
+                else 'nocaps_test_image_info.json')
+  captions: dict[int, list[str]] = {}
+  if split == 'val':
+    for where, row in c.rows(c.section(path, 'annotations'), f'{path.name}:annotations'):
+      number, text = c.get(row, 'image_id', where, int), c.get(row, 'caption', where)
+      captions.setdefault(number, []).append(text or '')
+  for where, row in c.rows(c.section(path, 'images'), f'{path.name}:images'):
+    number, name = c.get(row, 'id', where, int), c.get(row, 'file_name', where)
+    if number is None or name is None:
+      continue
+    answers = tuple(captions.get(number, ())) if split == 'val' else None
+    picture = first_image(folder / 'images' / name, folder / split / name)
+    c.add(_caption(str(number), picture, answers, category=str(row.get('domain', '')),
+                   image_id=number), where)
+  return c.finish()
+
+
+def _textcaps(folder: Path, split: str) -> list[Sample]:
+  c = Collector('textcaps', folder)
+  path = c.find(f'TextCaps_0.1_{split}.json')
+  seen: dict[str, tuple] = {}
+  for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
+    image = c.get(row, 'image_id', where)
+    found = None if split == 'test' else c.get(row, 'reference_strs', where, list)
+    if image is None or (found is None and split != 'test'):
+      continue
+    references = None if found is None else tuple(map(str, found))
+    if image in seen:  # the file repeats an image once for each of its captions
+      if seen[image] != references:
+        c.problems.append(f'{where}: image {image} comes again with other reference captions')
+      continue
+    seen[image] = references
+    picture = first_image(*(folder / n / f'{image}.jpg'
+                            for n in ('train_images', 'test_images', 'images')))
+    c.add(_caption(image, picture, references, image_id=image), where)
+  return c.finish()
+
+
+def _docci(folder: Path, split: str) -> list[Sample]:
+  c = Collector('docci', folder)
+  path = c.find('docci_descriptions.jsonlines')
+  for where, row in read_json_lines(path, c.problems):
+    part, name = c.get(row, 'split', where), c.get(row, 'image_file', where)
+    text = c.get(row, 'description', where)
+    number = c.get(row, 'example_id', where)
+    if None not in (part, name, text, number) and part == split:
+      picture = first_image(folder / 'images' / name)
+      c.add(_caption(number, picture, (text,), image_id=number), where)
+  return c.finish()
+
+
+def _caption(number, picture, answers, *, category: str = '', image_id) -> Sample:
+  # A caption has no question of its own; the template holds the whole instruction.
+  return Sample(number, (picture,), 'Describe the image.', answers, category=category,
+                meta={'image_id': image_id})
+
+
+Tokenizer = Callable[[Sequence[str]], list[list[str]]]
+
+
+def score_captions(samples: Sequence[Sample], texts: Sequence[str], *, name: str,
+                   tokenize: Tokenizer) -> Scores:
+  """CIDEr-D times 100 under `name`, over all samples (document frequencies from all of them)."""
+  flat = [caption.replace('\n', ' ') for sample in samples for caption in sample.answers]
+  words = iter(tokenize(flat))
+  references = [[next(words) for _ in sample.answers] for sample in samples]
+  scores = cider.cider_d(tokenize([text.replace('\n', ' ') for text in texts]), references)
+  note = f'CIDEr over {len(samples)} images; it is not comparable with CIDEr over another set'
+  return Scores(name, {name: percent(scores)}, by_category=by_category(samples, scores),
+                per_sample=[min(1.0, score) for score in scores], units=scores, notes=(note,))
+
+
+def score_simple(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
+  """`cider_simple`: built-in tokens."""
+  tokenize = lambda captions: [cider.simple_tokens(caption) for caption in captions]
+  return score_captions(samples, texts, name='cider_simple', tokenize=tokenize)
+
+
+def score_ptb(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
+  """`cider_ptb`: the published CIDEr (needs pycocoevalcap and Java)."""
+  return score_captions(samples, texts, name='cider_ptb', tokenize=cider.ptb_tokens)
+
+
+def _submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:
+  return [{'image_id': sample.meta['image_id'], 'caption': text.strip()}
+          for sample, text in zip(samples, texts)]
+
+
+BENCHMARKS = (
+    Benchmark(
+        'nocaps', 'NoCaps, CIDEr', 'nocaps_val_4500_captions.json and images/',
+        {'val': 4500, 'test': 10600}, _nocaps, score_simple, max_new_tokens=64,
+        submission=Submission('nocaps_submission.json', _submission)),
+    Benchmark(
+        'textcaps', 'TextCaps 0.1, CIDEr',
+        'TextCaps_0.1_val.json or TextCaps_0.1_test.json and train_images/ or test_images/',
+        {'val': 3166, 'test': 3289}, _textcaps, score_simple, max_new_tokens=64,
+        submission=Submission('textcaps_submission.json', _submission)),
+    Benchmark(
+        'docci', 'DOCCI, CIDEr with one reference', 'docci_descriptions.jsonlines and images/',
+        {'test': 5000, 'qual_test': 100, 'train': 9647}, _docci, score_simple, max_new_tokens=512),
+)
