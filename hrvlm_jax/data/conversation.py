@@ -177,13 +177,20 @@ def _by_place(
     if segment.trained:
       trained.append((place, place + len(segment.text)))
     place += len(segment.text)
-  labels, span = [], 0
+  return ids, _labels(ids, starts, trained, image_id), starts
+
+
+def _labels(
+  ids: Sequence[int], starts: Sequence[int], spans: Sequence[tuple[int, int]], image_id: int | None
+) -> list[int]:
+  """The ids that start inside one of the ascending (from, to) character spans, else -100."""
+  labels, at = [], 0
   for index, start in zip(ids, starts, strict=True):
-    while span < len(trained) and start >= trained[span][1]:
-      span += 1
-    inside = span < len(trained) and start >= trained[span][0] and index != image_id
+    while at < len(spans) and start >= spans[at][1]:
+      at += 1
+    inside = at < len(spans) and start >= spans[at][0] and index != image_id
     labels.append(index if inside else IGNORE)
-  return ids, labels, starts
+  return labels
 
 
 def _by_message(
@@ -235,24 +242,26 @@ def encode_llava(
   ids, labels, starts = _by_place(segments, tokenizer, image_id)
   text = rendered_text(segments)
   if not template.drop_question:  # the captioning template has no rounds
-    labels = _walk_rounds(text, ids, labels, starts, template, max_length, pad_id)
+    labels = _walk_rounds(text, ids, starts, template, image_id, max_length, pad_id)
   return Encoded(ids, labels, text).cut(max_length)
 
 
-def _walk_rounds(text, ids, labels, starts, template, max_length, pad_id):
-  end = template.answer.split('{text}')[1]
-  separator = template.header + template.answer.split('{text}')[0]
-  walked = place = 0
+def _walk_rounds(text, ids, starts, template, image_id, max_length, pad_id):
+  """Labels round by round, up to the first one that does not have exactly one separator."""
+  before, end = template.answer.split('{text}')
+  separator = template.header + before
+  spans, place = [], 0
   for part in text.split(end):
     if not part or part.count(separator) != 1:
       break
+    answer = place + part.index(separator) + len(template.header)
     place += len(part) + len(end)
-    walked = sum(start < place for start in starts)
-  walked = max(walked, 1)
-  if walked != sum(index != pad_id for index in ids) and (
-      max_length is None or walked < max_length):
-    return [IGNORE] * len(labels)
-  return labels[:walked] + [IGNORE] * (len(labels) - walked)
+    spans.append((answer, place))
+  walked = max(1, sum(start < place for start in starts))
+  counted = sum(index != pad_id for index in ids)
+  if walked != counted and (max_length is None or walked < max_length):
+    return [IGNORE] * len(ids)
+  return _labels(ids, starts, spans, image_id)
 
 
 def encode_vila(
