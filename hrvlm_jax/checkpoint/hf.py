@@ -53,11 +53,13 @@ class TensorFolder(Mapping[str, np.ndarray]):
     self.metadata: dict[str, str] = {}
     self._home: dict[str, Mapping[str, np.ndarray]] = {}
     problems: list[str] = []
+    damaged: set[str] = set()
     for file in self.files:
       try:
         part = PickledFile(file) if file.suffix in _PICKLES else SafetensorsFile(file)
       except UserError as error:
         problems.append(str(error))
+        damaged.add(file.name)
         continue
       self.metadata.update(part.metadata)
       for name in part:
@@ -69,7 +71,7 @@ class TensorFolder(Mapping[str, np.ndarray]):
         self._home[name] = part
         self.shapes[name], self.dtypes[name] = part.shapes[name], part.dtypes[name]
     for name, file in (index or {}).items():
-      if name not in self._home and not any(file in problem for problem in problems):
+      if name not in self._home and file not in damaged:
         problems.append(f'{name}: named by the index, not in {file}')
     raise_all(f'weights in {self.path}', problems)
 
