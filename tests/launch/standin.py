@@ -18,7 +18,9 @@ def main() -> int:
   parser.add_argument('--every', type=int, default=4, help='steps between checkpoints')
   parser.add_argument('--step-seconds', type=float, default=0.03)
   parser.add_argument('--forgetful', action='store_true', help='never resume (for a test)')
-  parser.add_argument('--drift', action='store_true', help='lose the state at a resume (for a test)')
+  parser.add_argument(
+    '--drift', action='store_true', help='lose the state at a resume (for a test)'
+  )
   parser.add_argument('--deaf', action='store_true', help='never notice lost peers (for a test)')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument('--coordinator', required=True)
