@@ -142,7 +142,7 @@ def joined(*tables: Table) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-  """One PyTorch tensor and where it lives in ours: `layer` is None for a leaf without layer axis."""
+  """One PyTorch tensor and where it lives in ours; `layer` is None without a layer axis."""
 
   row: Row
   names: tuple[str, ...]
@@ -172,7 +172,8 @@ def entries(table: Table, abstract: Mapping[str, Any]) -> Iterator[Entry]:
       continue
     indices = row.indices if row.indices is not None else range(shapes[0][0])
     if len(indices) != shapes[0][0]:
-      problems.append(f'{row.ours}: {shapes[0][0]} layers in the model, {len(indices)} in the table')
+      problems.append(f'{row.ours}: {shapes[0][0]} layers in the model, {len(indices)} in the '
+                      'table')
       continue
     shape = tuple(row.op.shape(pick(tuple(s[1:] for s in shapes))))
     for layer, index in enumerate(indices):
@@ -184,7 +185,8 @@ def entries(table: Table, abstract: Mapping[str, Any]) -> Iterator[Entry]:
 
 
 def check_names(
-  table: Table, abstract: Mapping[str, Any], shapes: Mapping[str, Shape], *, what: str = 'checkpoint'
+  table: Table, abstract: Mapping[str, Any], shapes: Mapping[str, Shape], *,
+  what: str = 'checkpoint',
 ) -> list[Entry]:
   """Holds a list of PyTorch names and shapes against the table; returns the entries present.
 
@@ -201,7 +203,8 @@ def check_names(
       continue
     for name in names:
       if tuple(shapes[name]) != entry.shape:
-        problems.append(f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} expected')
+        problems.append(f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} '
+                        'expected')
     present.append(dataclasses.replace(entry, names=tuple(names)))
   problems += [
     f'unexpected tensor {name} {tuple(shapes[name])}'

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from hrvlm_jax.core.layers import wide_dtype
+
 IMPLEMENTATIONS = ('xla', 'cudnn', 'splash', 'auto')
 # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
@@ -70,7 +72,8 @@ def attention_weights(
   s, kv_heads = k.shape[1], k.shape[2]
   scale = width**-0.5 if scale is None else scale
   grouped = q.reshape(b, t, kv_heads, heads // kv_heads, width)
-  scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, preferred_element_type=jnp.float32)
+  scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k,
+                      preferred_element_type=wide_dtype(q.dtype))
   scores = scores.reshape(b, heads, t, s) * scale
   allowed = mask
   if causal:

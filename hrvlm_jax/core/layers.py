@@ -17,6 +17,17 @@ from jaxtyping import Array, Float, Int
 
 from hrvlm_jax.core.module import Module, Param, Rngs
 
+
+def wide(x: jax.Array) -> jax.Array:
+  """At least float32: half precision is promoted, float64 stays (never a cast downwards)."""
+  return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype) -> jnp.dtype:
+  """The dtype of `wide`, for `preferred_element_type`."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Adapter = str | tuple[tuple[str, int], ...] | None
 
@@ -71,13 +82,15 @@ class LoRA:
   """One low-rank adapter set: y += (alpha / rank) * dropout(x) @ a @ b.
 
   A set without a name is always on; named sets are chosen at the call (`adapter=`). Switching
-  sets on adds the leaves `lora_a[_name]`, `lora_b[_name]` and renames nothing.
+  sets on adds the leaves `lora_a[_name]`, `lora_b[_name]` and renames nothing. A `frozen` set acts
+  but gets no gradient.
   """
 
   rank: int
   alpha: float
   name: str = ''
   dropout: float = 0.0
+  frozen: bool = False
 
   def __post_init__(self):
     if self.rank < 1:
@@ -91,6 +104,11 @@ class LoRA:
   def leaves(self) -> tuple[str, str]:
     suffix = f'_{self.name}' if self.name else ''
     return f'lora_a{suffix}', f'lora_b{suffix}'
+
+
+def _lora_pair(layer: Module, spec: LoRA) -> tuple[jax.Array, jax.Array]:
+  a, b = (getattr(layer, name)[...] for name in spec.leaves)
+  return (jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)) if spec.frozen else (a, b)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -147,7 +165,7 @@ class Linear(Module):
     return y
 
   def _low_rank(self, spec: LoRA, x, key):
-    a, b = (getattr(self, name)[...].astype(x.dtype) for name in spec.leaves)
+    a, b = (leaf.astype(x.dtype) for leaf in _lora_pair(self, spec))
     return (dropout(x, spec.dropout, key) @ a @ b) * jnp.asarray(spec.scale, x.dtype)
 
   def _segments(self, segments, x, key):
@@ -178,13 +196,13 @@ class LayerNorm(Module):
     self.bias = Param(jnp.zeros((width,), param_dtype)) if bias else None
 
   def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... d']:
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     mean = x32.mean(axis=-1, keepdims=True)
     centred = x32 - mean
     var = jnp.square(centred).mean(axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(var + self.eps) * self.scale[...].astype(jnp.float32)
+    y = centred * jax.lax.rsqrt(var + self.eps) * self.scale[...].astype(x32.dtype)
     if self.bias is not None:
-      y = y + self.bias[...].astype(jnp.float32)
+      y = y + self.bias[...].astype(x32.dtype)
     return y.astype(x.dtype)
 
 
@@ -200,7 +218,7 @@ class RMSNorm(Module):
     self.scale = Param(jnp.ones((width,), param_dtype))
 
   def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... d']:
-    x32 = x.astype(jnp.float32)
+    x32 = wide(x)
     y = x32 * jax.lax.rsqrt(jnp.square(x32).mean(axis=-1, keepdims=True) + self.eps)
     return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
@@ -220,7 +238,7 @@ class Embedding(Module):
   def attend(self, x: Float[Array, '... d']) -> Float[Array, '... v']:
     """Scores of every row, accumulated in float32."""
     return jnp.matmul(
-      x, self.embedding[...].T.astype(x.dtype), preferred_element_type=jnp.float32
+      x, self.embedding[...].T.astype(x.dtype), preferred_element_type=wide_dtype(x.dtype)
     )
 
 
@@ -283,10 +301,9 @@ class PatchEmbed(Module):
     return kernel[...].reshape(-1, kernel.shape[-1]).astype(dtype)
 
   def _low_rank(self, spec: LoRA, patches, key):
-    a, b = spec.leaves
-    low = dropout(patches, spec.dropout, key) @ self._matrix(getattr(self, a), patches.dtype)
-    return low @ getattr(self, b)[...].astype(patches.dtype) * jnp.asarray(
-      spec.scale, patches.dtype)
+    a, b = _lora_pair(self, spec)
+    low = dropout(patches, spec.dropout, key) @ self._matrix(a, patches.dtype)
+    return low @ b.astype(patches.dtype) * jnp.asarray(spec.scale, patches.dtype)
 
 
 def patchify(images: Float[Array, '... h w c'], patch: int) -> Float[Array, '... n ppc']:

@@ -132,6 +132,16 @@ def layer_at(layers: Module | List, index: int) -> Module:
   return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], state))
 
 
+def grouped(layers: Module, size: int, *, start: int = 0, stop: int | None = None) -> Module:
+  """The stacked layers start..stop as groups of `size`: leaves [groups, size, ...].
+
+  A group is itself a stack, so `scan_layers` nests. stop - start must be a multiple of `size`.
+  """
+  graphdef, state = nnx.split(layers)
+  cut = lambda leaf: leaf[start:stop].reshape(-1, size, *leaf.shape[1:])
+  return nnx.merge(graphdef, jax.tree.map(cut, state))
+
+
 def depth_of(layers: Module | List) -> int:
   """Number of layers of a stack."""
   if isinstance(layers, List):

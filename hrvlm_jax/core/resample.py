@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from hrvlm_jax.core.layers import wide
+
 
 def _keys(t: np.ndarray, a: float) -> np.ndarray:
   t = np.abs(t)
@@ -94,7 +96,7 @@ def resize(
 
   An axis whose matrix is the identity (a resize to the same size) is left untouched.
   """
-  y = x.astype(jnp.float32)
+  y = wide(x)
   if not _is_identity(cols):
     y = jnp.einsum('Ww,...hwc->...hWc', cols, y)
   if not _is_identity(rows):
@@ -103,7 +105,7 @@ def resize(
 
 
 def adaptive_max(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... H W']:
-  """Adaptive max pooling over the windows of `area_matrix` (they overlap when sizes do not divide)."""
+  """Adaptive max pooling over the windows of `area_matrix`; they overlap where sizes do not divide."""
   for axis, size in ((-2, rows), (-1, cols)):
     n = x.shape[axis]
     windows = [((i * n) // size, -((-(i + 1) * n) // size)) for i in range(size)]

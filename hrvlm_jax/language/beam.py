@@ -57,8 +57,9 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
     cache: layers held apart, leaves with the batch axis first.
 
   Returns:
-    (tokens int32 [b n], lengths int32 [b]): the best hypothesis of each row; a stop token is
-    appended when there is room, then padding.
+    (tokens int32 [b n], lengths int32 [b], scores float32 [b]): the best hypothesis of each row; a
+    stop token is appended when there is room, then padding. A score is the sum of
+    log-probabilities over length ** penalty.
   """
   batch, beams, budget = logits.shape[0], sampling.beams, sampling.max_new_tokens
   stops = set(sampling.stop_ids)
@@ -97,11 +98,11 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
     logits, valid, cache = step(jnp.asarray(tokens.reshape(-1)), valid[order],
                                 _reorder(cache, order), start + length - 1, extras)
   out = np.full((batch, budget), sampling.pad_id, np.int32)
-  lengths = np.zeros(batch, np.int32)
+  lengths, values = np.zeros(batch, np.int32), np.zeros(batch, np.float32)
   for row in range(batch):
     if not done[row]:  # the length limit: live beams compete with their own normalised score
       for score, tokens_ in zip(scores[row], live[row], strict=True):
         finished[row].add(tokens_, float(score), len(tokens_))
-    chosen = finished[row].items[0][1]
+    values[row], chosen = finished[row].items[0]
     out[row, :len(chosen)], lengths[row] = chosen, len(chosen)
-  return out, lengths
+  return out, lengths, values

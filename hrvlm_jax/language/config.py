@@ -149,7 +149,8 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
   head_dim = values.get('head_dim') or width // heads
   shared: dict[str, Any] = dict(
     vocab_size=values['vocab_size'], width=width, depth=values['num_hidden_layers'], heads=heads,
-    mlp_width=values['intermediate_size'], max_positions=values.get('max_position_embeddings', 2048),
+    mlp_width=values['intermediate_size'],
+    max_positions=values.get('max_position_embeddings', 2048),
     rope_theta=float(values.get('rope_theta', 1e6 if kind == 'qwen2' else 1e4)),
     rope_linear_factor=float(scaling.get('factor', 1.0)) if rope_type == 'linear' else 1.0,
     tie_embeddings=bool(values.get('tie_word_embeddings', False)),

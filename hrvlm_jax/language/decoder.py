@@ -18,10 +18,27 @@ import numpy as np
 
 from hrvlm_jax.core.attention import attention, attention_weights
 from hrvlm_jax.core.layers import (
-  Embedding, LayerNorm, Linear, Mlp, RMSNorm, activation, dropout, normal, zeros,
+  Embedding,
+  LayerNorm,
+  Linear,
+  Mlp,
+  RMSNorm,
+  activation,
+  dropout,
+  normal,
+  wide_dtype,
+  zeros,
 )
 from hrvlm_jax.core.module import (
-  List, Module, Param, Rngs, depth_of, layer_at, scan_layers, stacked, unrolled,
+  List,
+  Module,
+  Param,
+  Rngs,
+  depth_of,
+  layer_at,
+  scan_layers,
+  stacked,
+  unrolled,
 )
 from hrvlm_jax.language.config import DecoderConfig
 
@@ -194,8 +211,9 @@ class Head(Module):
     self.bias = Param(zeros(None, (c.rows,), param_dtype)) if c.head_bias else None
 
   def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... v']:
-    y = jnp.matmul(x, self.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
-    return y if self.bias is None else y + self.bias[...].astype(jnp.float32)
+    y = jnp.matmul(x, self.kernel[...].astype(x.dtype),
+                   preferred_element_type=wide_dtype(x.dtype))
+    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Decoder(Module):
@@ -237,7 +255,7 @@ class Decoder(Module):
   def layers(
     self, x: Float[Array, 'b t d'], context: Context, cache: Cache = None, *, start: int = 0,
     stop: int | None = None, remat=False, key=None,
-    before: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]] | None = None, extras: Any = None,
+    before: Callable[[Any, jax.Array], jax.Array] | None = None, extras: Any = None,
   ):
     """Runs layers start..stop of the residual stream.
 
@@ -332,7 +350,8 @@ class Decoder(Module):
       states.append(x)
     return [*states, self.norm(x)]
 
-  def attention_of(self, x, valid, layer: int, *, positions=None, queries: Sequence[int] | None = None):
+  def attention_of(self, x, valid, layer: int, *, positions=None,
+                   queries: Sequence[int] | None = None):
     """Queries, keys, values and float32 attention weights [b h t s] of one layer.
 
     Only that layer's weights are materialised (FastV, ViCrop, appendix C of Pheye).

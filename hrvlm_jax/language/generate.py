@@ -35,11 +35,13 @@ class Generated:
     tokens: int32 [b n]; the pad id follows a row's stop token.
     lengths: int32 [b], tokens of each row, the stop token included.
     logits: float32 [b n v] that chose each token, when asked for.
+    scores: float32 [b], of beam search only.
   """
 
   tokens: np.ndarray
   lengths: np.ndarray
   logits: np.ndarray | None = None
+  scores: np.ndarray | None = None
 
   def rows(self) -> list[list[int]]:
     """The tokens of each row without padding."""
@@ -68,6 +70,22 @@ class Generator:
     self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots',))
     self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits'))
     self._step = jax.jit(self._step_fn)
+    self._prompt = jax.jit(lambda params, batch: fn.apply(
+      params, batch, dtype=dtype, method='prompt'))
+    self._info = jax.jit(lambda params, views: fn.apply(
+      params, views, dtype=dtype, method='encode').info)
+
+  def prompt(self, batch):
+    """(embeddings, valid, extras) of a batch, for modules with a `prompt` method."""
+    return self._prompt(self.params, batch)
+
+  def info(self, batch):
+    """What the encoder says about a batch's views, for overlays."""
+    return jax.device_get(self._info(self.params, batch['views']))
+
+  def compilations(self) -> int:
+    """How many programs were compiled so far: it must not grow inside a bucket."""
+    return sum(fn._cache_size() for fn in (self._prefill, self._loop, self._step, self._prompt))
 
   def _prefill_fn(self, params, embeds, valid, extras, *, slots):
     logits, _, cache = self.fn.apply(params, embeds.astype(self.dtype), valid, slots=slots,
@@ -139,7 +157,8 @@ class Generator:
     valid = jnp.pad(valid, ((0, 0), (0, budget)))
     if sampling.beams > 1:
       step = functools.partial(self._step, self.params)
-      return Generated(*beam_search(step, logits, valid, cache, length, sampling, extras))
+      tokens, lengths, scores = beam_search(step, logits, valid, cache, length, sampling, extras)
+      return Generated(tokens, lengths, scores=scores)
     key = jax.random.key(0) if key is None else key
     state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
                        extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),

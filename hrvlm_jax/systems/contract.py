@@ -90,6 +90,15 @@ class CrossAttentionFusion:
   from_layer: int = 0
   reduce: int = 1
 
+  def __post_init__(self):
+    if self.interval < 1 or self.from_layer < 0 or self.reduce < 1:
+      raise ValueError('CrossAttentionFusion: interval and reduce must be at least 1, from_layer at '
+                       f'least 0, got {self.interval}, {self.reduce}, {self.from_layer}')
+
+  def layers(self, depth: int) -> tuple[int, ...]:
+    """The decoder layers, of `depth`, with a block in front."""
+    return tuple(i for i in range(self.from_layer, depth) if (i + 1) % self.interval == 0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -98,27 +107,47 @@ class ModelConfig:
   Attributes:
     system: name in the registry.
     encoder: the system's own frozen dataclass.
+    text: the language model; None for an encoder alone (PS3 as released).
     chat: name of the chat template (`language.chat`).
     image_token: the special token that stands for an image in the prompt; None where the template
       has no placeholder (Pheye).
+    after_image: text that follows the visual tokens of every image (VILA-HD: a newline).
   """
 
   system: str
   encoder: Any
-  text: DecoderConfig
+  text: DecoderConfig | None
   projector: ProjectorConfig | None = None
   fusion: PrefixFusion | CrossAttentionFusion = PrefixFusion()
   chat: str = 'mc_llava'
   image_token: str | None = '<image>'
+  after_image: str = ''
 
   def __post_init__(self):
     problems = []
-    if self.projector is not None and isinstance(self.fusion, PrefixFusion):
+    if self.text is None:
+      if self.projector is not None or isinstance(self.fusion, CrossAttentionFusion):
+        problems.append('text is None, an encoder alone: projector must be None too, and fusion a '
+                        'prefix fusion')
+    elif self.projector is not None and isinstance(self.fusion, PrefixFusion):
       if self.projector.n_out != self.text.width:
         problems.append(f'projector.n_out {self.projector.n_out} is not text.width '
                         f'{self.text.width}')
+    if self.text is not None and isinstance(self.fusion, CrossAttentionFusion):
+      if not self.fusion.layers(self.text.depth):
+        problems.append(f'no decoder layer gets a cross-attention block: fusion.interval '
+                        f'{self.fusion.interval}, fusion.from_layer {self.fusion.from_layer}, '
+                        f'text.depth {self.text.depth}')
     if problems:
       raise ValueError('ModelConfig: ' + '; '.join(problems))
+
+  @classmethod
+  def field_types(cls, values: Mapping[str, Any]) -> dict[str, type]:
+    """The encoder's dataclass follows from the system's name (see `core.config.from_dict`)."""
+    from hrvlm_jax.systems import registry  # the registry imports this module
+
+    name = values.get('system')
+    return {'encoder': registry.get(name).config} if isinstance(name, str) else {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +157,8 @@ class System:
   Attributes:
     config: the encoder's dataclass.
     count: (width, height, encoder config) -> Count.
-    views: (images, encoder config) -> Views of one example, unpadded.
+    views: (images, encoder config) -> Views of one example, unpadded; `tokens` int32 [images] are
+      the visual tokens of each image.
     batch: (list of Views, encoder config, slots=None) -> static arrays of a batch; crops share
       `slots` places, per-row indices point into them.
     encoder: (encoder config, param_dtype=, rngs=) -> Module; called with the batch's views it
@@ -137,6 +167,7 @@ class System:
     from_release: config.json of the original -> ModelConfig, or None when it is not this system's.
     to_release: ModelConfig -> {file name: JSON value} of the original's layout.
     overlay: (image, encoder config, info) -> picture with crops, selection or gates drawn.
+    overlay_needs_info: the picture needs the encoder's `info` (a forward pass), not only sizes.
     released: ModelConfig by release name.
     tiny: a ModelConfig that trains on a laptop.
   """
@@ -153,3 +184,4 @@ class System:
   overlay: Callable[[Image.Image, Any, Mapping[str, Any]], Image.Image]
   released: Mapping[str, ModelConfig]
   tiny: Callable[[], ModelConfig]
+  overlay_needs_info: bool = False

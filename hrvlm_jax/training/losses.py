@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hrvlm_jax.core.layers import wide, wide_dtype
+
 IGNORED = -100
 
 
@@ -21,7 +23,7 @@ def shifted_targets(labels: Int[Array, 'b t']) -> Int[Array, 'b t']:
 
 def _nll(logits: Float[Array, '... v'], targets: Int[Array, '...']) -> Float[Array, '...']:
   """Negative log-likelihood per place, 0 where the target is ignored."""
-  logits = logits.astype(jnp.float32)
+  logits = wide(logits)
   safe = jnp.where(targets == IGNORED, 0, targets)
   chosen = jnp.take_along_axis(logits, safe[..., None], axis=-1)[..., 0]
   return jnp.where(targets == IGNORED, 0.0, jax.nn.logsumexp(logits, axis=-1) - chosen)
@@ -60,5 +62,6 @@ def chunked_cross_entropy(
     states, wanted = piece
     return total + _nll(logits_of(states), wanted).sum(), None
 
-  total, _ = jax.lax.scan(body, jnp.float32(0), (flat, parts))
+  zero = jnp.zeros((), wide_dtype(hidden.dtype))
+  total, _ = jax.lax.scan(body, zero, (flat, parts))
   return total, count

@@ -78,11 +78,11 @@ def value_and_grad(
       (total, count), grads = grad(trained, micro, jax.random.fold_in(key, number))
       return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
-    zeros = (jnp.float32(0), jnp.int32(0), jax.tree.map(
-      lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)), trained))
+    shapes = jax.eval_shape(grad, trained, jax.tree.map(lambda x: x[0], batch), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (*shapes[0], shapes[1]))
     numbers = jnp.arange(config.accumulate)
     (total, count, grads), _ = jax.lax.scan(body, zeros, (batch, numbers))
-  share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
+  share = 1 / jnp.maximum(count, 1).astype(total.dtype)
   return total, count, jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
 
 

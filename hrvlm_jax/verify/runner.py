@@ -125,7 +125,7 @@ class Case:
     """The original's state dict; empty when the case has none."""
     if self._weights is None:
       return {}
-    return {key: self._weights.get_tensor(key) for key in self._weights.keys()}
+    return {key: self._weights.get_tensor(key) for key in list(self._weights.keys())}
 
   def expect(self, key: str, value, *, tol: float = WHOLE_MODEL, mask=None) -> None:
     """Compares with tolerance tol x max(1, max|reference|); integers and booleans exactly.
@@ -336,7 +336,7 @@ def run_case(folder: str | pathlib.Path) -> Report:
                     f'{sorted(_CHECKS)}')
   try:
     fn(case)
-  except Exception as error:  # the report must name the case and go on with the next one
+  except Exception as error:  # noqa: BLE001 - the report names the case, the next one runs
     detail = ''.join(traceback.format_exception(error))
     case.results.append(Result('(check)', np.inf, 0.0, 'error', detail))
     return Report(str(case.folder), case.system, case.kind, tuple(case.results))

@@ -17,7 +17,14 @@ from jaxtyping import Array, Float
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.layers import (
-  Adapter, LayerNorm, Linear, LoRA, Mlp, PatchEmbed, activation, normal,
+  Adapter,
+  LayerNorm,
+  Linear,
+  LoRA,
+  Mlp,
+  PatchEmbed,
+  activation,
+  normal,
 )
 from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
 

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from hrvlm_jax.checkpoint.rows import (
-  Row, Table, conv_kernel, identity, linear, norm, split_rows, transpose,
+  Row,
+  Table,
+  conv_kernel,
+  identity,
+  linear,
+  norm,
+  split_rows,
+  transpose,
 )
 from hrvlm_jax.vision.vit import ViTConfig
 

@@ -12,10 +12,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, VisualTokens
+from hrvlm_jax.systems.contract import (
+  CrossAttentionFusion, ModelConfig, PrefixFusion, VisualTokens,
+)
+from hrvlm_jax.vlm.cross_attention import CrossAttention, Media
 from hrvlm_jax.vlm.prefix import merge, merge_valid
 from hrvlm_jax.vlm.projector import Projector
 
@@ -25,7 +29,9 @@ class Batch(TypedDict, total=False):
 
   tokens int32 [b t]: ids; 0 at visual places. visual_index int32 [b t]: which visual token of the
   row stands there, -1 for text. valid bool [b t]. labels int32 [b t]: -100 ignored, unshifted.
-  segments, positions int32 [b t]: packed rows only. views: the system's arrays.
+  segments, positions int32 [b t]: packed rows only. views: the system's arrays. With
+  cross-attention `visual_index` is not read, and there may be k rows of text per image: b = k *
+  images, the rows of one image one after the other.
   """
 
   tokens: jax.Array
@@ -44,10 +50,13 @@ class VLM(Module):
     hold_apart: decoder layers are a list, for generation.
   """
 
+  FUSION = PrefixFusion
+
   def __init__(self, config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
                rngs: Rngs):
-    if not isinstance(config.fusion, PrefixFusion):
-      raise ValueError(f'VLM: fusion {config.fusion.kind!r} is not a prefix fusion')
+    if not isinstance(config.fusion, self.FUSION):
+      raise ValueError(f'{type(self).__name__}: fusion {config.fusion.kind!r} is not a '
+                       f'{self.FUSION.__name__}')
     self.config = config
     system = registry.get(config.system)
     self.vision = system.encoder(config.encoder, param_dtype=param_dtype, rngs=rngs)
@@ -99,13 +108,68 @@ class VLM(Module):
     return self.language.step(tokens, valid, cache, slot, dtype=dtype, **extras)
 
 
+class CrossAttentionVLM(VLM):
+  """Encoder and decoder joined by cross-attention blocks; the prompt holds text alone."""
+
+  FUSION = CrossAttentionFusion
+
+  def __init__(self, config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+               rngs: Rngs):
+    super().__init__(config, hold_apart=hold_apart, param_dtype=param_dtype, rngs=rngs)
+    self.fusion = CrossAttention(config.fusion, config.text, hold_apart=hold_apart,
+                                 param_dtype=param_dtype, rngs=rngs)
+
+  def embed(self, batch: Batch, visual: VisualTokens | None = None, *, dtype=jnp.float32):
+    """(embeddings [b t d], valid [b t]) of the text."""
+    del visual
+    if batch.get('segments') is not None:
+      raise UserError('cross-attention reads one image per row: rows packed of several examples '
+                      'are not supported; switch packing off')
+    return self.language.embed(batch['tokens'], dtype=dtype), batch['valid']
+
+  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+               ) -> Float[Array, 'b t d']:
+    """See `VLM.__call__`."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    embeds, valid = self.embed(batch, dtype=dtype)
+    visual = self.encode(batch['views'], dtype=dtype, remat=remat, impl=impl, key=keys[0])
+    context = self.language.context(valid, positions=batch.get('positions'), impl=impl)
+    x = self.fusion.run(self.language, embeds, context, visual, remat=remat, impl=impl,
+                        key=keys[1])
+    return self.language.norm(x)
+
+  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+    """See `VLM.prompt`; the extras hold keys and values of the visual tokens, made once."""
+    embeds, valid = self.embed(batch, dtype=dtype)
+    media = self.fusion.media(self.encode(batch['views'], dtype=dtype))
+    return embeds, valid, {'media': media}
+
+  def prefill(self, embeds, valid, *, slots: int, media: Media):
+    """See `Decoder.prefill`."""
+    hooks = self.fusion.hooks(self.language, media)
+    return self.language.prefill(embeds, valid, slots=slots, **hooks)
+
+  def step(self, tokens, valid, cache: Cache, slot, *, media: Media, dtype=jnp.float32):
+    """See `Decoder.step`; rows may be a multiple of the images (beams)."""
+    hooks = self.fusion.hooks(self.language, media)
+    return self.language.step(tokens, valid, cache, slot, dtype=dtype, **hooks)
+
+  def attention(self, batch: Batch, *, ranges: int | None = None, dtype=jnp.float32):
+    """Cross-attention probabilities of a prompt with its answer, see `CrossAttention.attention`."""
+    embeds, valid = self.embed(batch, dtype=dtype)
+    context = self.language.context(valid, positions=batch.get('positions'))
+    visual = self.encode(batch['views'], dtype=dtype)
+    return self.fusion.attention(self.language, embeds, context, visual, ranges=ranges)
+
+
 def build(config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32) -> Functional:
-  """The model of a config as a pair of pure functions (`init`, `apply`)."""
-  return Functional(lambda rngs: VLM(config, hold_apart=hold_apart, param_dtype=param_dtype,
-                                     rngs=rngs))
+  """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`)."""
+  kind = VLM if isinstance(config.fusion, PrefixFusion) else CrossAttentionVLM
+  return Functional(lambda rngs: kind(config, hold_apart=hold_apart, param_dtype=param_dtype,
+                                      rngs=rngs))
 
 
 def hold_apart(params: dict[str, Any]) -> dict[str, Any]:
   """Training parameters -> parameters of `build(..., hold_apart=True)`."""
-  language = params['language']
-  return params | {'language': language | {'blocks': unstack(language['blocks'])}}
+  apart = lambda part: part | {'blocks': unstack(part['blocks'])}
+  return params | {name: apart(params[name]) for name in ('language', 'fusion') if name in params}

@@ -7,8 +7,7 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
-from hrvlm_jax.language import config as language
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.vision import weights as vision_weights

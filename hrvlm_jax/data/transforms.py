@@ -1,0 +1,157 @@
+"""From a record to arrays: views, token ids, labels; one example at a time, NumPy only.
+
+Systems are known through their `views` and `batch` functions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import open_image
+from hrvlm_jax.data.conversation import (
+  encode_conversation,
+  encode_prompt,
+  messages_from_llava,
+  prepare,
+)
+from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
+from hrvlm_jax.language.chat import Message, get_template, question
+from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+# The tokenizer of tiny models: one id per byte, then the special tokens of all templates.
+BYTE_SPECIALS = {'<|im_end|>': 256, '<|im_start|>': 257, '<image>': 258, '<pad>': 259,
+                 '<|endoftext|>': 260, '<s>': 261, '</s>': 262, '<unk>': 263}
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+  """The tokenizer a config names: 'byte', or a folder or file.
+
+  Raises:
+    UserError: no tokenizer there.
+  """
+  if name == 'byte':
+    return ByteTokenizer(BYTE_SPECIALS, {'pad': '<pad>', 'eos': '<|im_end|>', 'bos': '<s>'})
+  return load_tokenizer(name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+  """How a model's text is written and tokenised.
+
+  Attributes:
+    chat: template of prompts; training uses `<chat>_train` where there is one.
+    image_token: the placeholder's own token; None: the template has no placeholder.
+    image_sentinel: placeholder id where the vocabulary has no image token (LLaVA: -200).
+  """
+
+  tokenizer: Tokenizer
+  chat: str
+  image_token: str | None
+  image_sentinel: int | None = None
+  after_image: str = ''
+
+  @property
+  def image_id(self) -> int | None:
+    if self.image_sentinel is not None:
+      return self.image_sentinel
+    return None if self.image_token is None else self.tokenizer.special(self.image_token)
+
+  def after(self) -> list[int]:
+    """Ids that follow the visual tokens of every image."""
+    return self.tokenizer.encode(self.after_image, bos=False) if self.after_image else []
+
+  def stop_ids(self) -> tuple[int, ...]:
+    """Ids at which generation ends."""
+    return tuple(self.tokenizer.special(s) for s in get_template(self.chat).stop)
+
+  def prompt(self, text: str, counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """A question about len(counts) images: arrays of `expand`.
+
+    Raises:
+      UserError: the question is empty.
+    """
+    if not text.strip():
+      raise UserError('the question is empty; write what you want to know about the image')
+    template = get_template(self.chat)
+    messages = [question(template, text, len(counts))]
+    encoded = encode_prompt(messages, template, self.tokenizer,
+                            image_id=self.image_id if counts else None)
+    return self._expand(encoded, counts)
+
+  def conversation(self, messages: Sequence[Message], counts: Sequence[int], *,
+                   max_length: int | None = None) -> dict[str, np.ndarray]:
+    """A finished conversation with its label mask: arrays of `expand`."""
+    template = self._training_template()
+    messages = prepare(messages, template, len(counts))
+    encoded = encode_conversation(
+      messages, template, self.tokenizer, image_id=self.image_id if counts else None,
+      max_length=max_length)
+    return self._expand(encoded, counts)
+
+  def _training_template(self):
+    try:
+      return get_template(f'{self.chat}_train')
+    except UserError:
+      return get_template(self.chat)
+
+  def _expand(self, encoded, counts):
+    if self.image_id is None:  # cross-attention: images take no places in the text
+      return expand(encoded.ids, encoded.labels, _NO_IMAGE, ())
+    return expand(encoded.ids, encoded.labels, self.image_id, counts, after=self.after())
+
+
+_NO_IMAGE = -(2**31)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToExample:
+  """A record of a source -> {'views', 'tokens', 'visual_index', 'labels'} of one example.
+
+  Attributes:
+    views: (images, encoder config) -> dict of arrays with 'tokens' per image.
+    exif: 'apply' turns photographs upright, 'ignore' follows the originals.
+  """
+
+  text: Text
+  views: Callable[[Sequence[Image.Image], Any], dict[str, np.ndarray]]
+  encoder: Any
+  exif: str = 'apply'
+  max_length: int | None = None
+
+  def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    images = [open_image(item, exif=self.exif) for item in record.get('images', ())]
+    views = self.views(images, self.encoder)
+    messages = messages_from_llava(record['conversations'])
+    arrays = self.text.conversation(messages, views['tokens'].tolist(),
+                                    max_length=self.max_length)
+    return {'views': views, **arrays}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToBatch:
+  """Examples -> one batch of static shapes.
+
+  Attributes:
+    batch: the system's function that packs views.
+    lengths: bucket lengths of a row.
+    slots: crop slots of the whole batch; None: the system's default.
+    side: padding side of the text.
+  """
+
+  batch: Callable[..., dict[str, np.ndarray]]
+  encoder: Any
+  lengths: tuple[int, ...]
+  slots: int | None = None
+  side: str = 'right'
+
+  def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    longest = max(len(example['tokens']) for example in examples)
+    rows = pad_batch(examples, choose_bucket(longest, self.lengths), self.side)
+    views = self.batch([example['views'] for example in examples], self.encoder, slots=self.slots)
+    return {**rows, 'views': views}

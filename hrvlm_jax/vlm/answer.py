@@ -1,0 +1,150 @@
+"""Asking a model about images: the one path behind `ask`, `eval`, in-loop evaluation and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import os
+import pathlib
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import open_image
+from hrvlm_jax.data.expansion import pad_batch
+from hrvlm_jax.data.transforms import Text, tokenizer_of
+from hrvlm_jax.language.generate import Generator, bucket
+from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.vlm import model as vlm
+
+_SENTINEL = -200  # placeholder where the vocabulary has no image token (LLaVA)
+
+
+def text_of(config: ModelConfig, tokenizer: Tokenizer) -> Text:
+  """How this model's text is written: template, placeholder, stop tokens."""
+  token = config.image_token
+  own = token is not None and token in tokenizer.vocabulary
+  return Text(tokenizer=tokenizer, chat=config.chat, image_token=token,
+              image_sentinel=None if token is None or own else _SENTINEL,
+              after_image=config.after_image)
+
+
+class Answerer:
+  """A model ready to answer: parameters with layers held apart, tokenizer, system.
+
+  Args:
+    params: parameters of `vlm.build(config)` (layers stacked).
+    lengths: bucket lengths of prompts.
+    exif: how image files are opened.
+  """
+
+  def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, dtype=jnp.float32,
+               exif: str = 'apply'):
+    self.config, self.exif = config, exif
+    self.system = registry.get(config.system)
+    self.text = text_of(config, tokenizer)
+    self.generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params),
+                               dtype=dtype)
+
+  @classmethod
+  def load(cls, checkpoint: str | os.PathLike, *, dtype=jnp.float32, exif: str = 'apply',
+           encoder_options: dict[str, Any] | None = None) -> Answerer:
+    """From a checkpoint folder or the work directory of a run.
+
+    Args:
+      encoder_options: settings of the encoder to override (`max_crops`, `num_tokens`, ...).
+
+    Raises:
+      UserError: no checkpoint, no tokenizer, tensors that do not fit (all listed).
+    """
+    config = model_config(checkpoint, encoder_options)
+    params = store.load_params(checkpoint, vlm.build(config).abstract)
+    return cls(config, params, find_tokenizer(checkpoint), dtype=dtype, exif=exif)
+
+  def batch(self, items: Sequence[tuple[Sequence[Image.Image], str]]) -> dict[str, Any]:
+    """Arrays of several (images, question), padded on the left to a bucket."""
+    views = [self.system.views(images, self.config.encoder) for images, _ in items]
+    rows = [self.text.prompt(question, view['tokens'].tolist())
+            for (_, question), view in zip(items, views, strict=True)]
+    length = bucket(max(len(row['tokens']) for row in rows))
+    packed = self.system.batch(views, self.config.encoder)
+    return pad_batch(rows, length, 'left') | {'views': packed}
+
+  def sampling(self, **options) -> Sampling:
+    """Generation settings with this model's stop and pad tokens."""
+    pad = self.text.tokenizer.pad_id
+    return Sampling(stop_ids=self.text.stop_ids(), pad_id=0 if pad is None else pad, **options)
+
+  def answer(self, items: Sequence[tuple[Sequence[Any], str]], *, key=None, **options) -> list[str]:
+    """Answers to several (images, question); an image is a PIL image, a path or bytes.
+
+    options: fields of `Sampling` (max_new_tokens, temperature, beams, ...).
+    """
+    opened = [([self._open(image) for image in images], text) for images, text in items]
+    embeds, valid, extras = self.generator.prompt(self.batch(opened))
+    out = self.generator.generate(embeds, valid, self.sampling(**options), key=key, extras=extras)
+    return [self.decode(row) for row in out.rows()]
+
+  def stream(self, images: Sequence[Any], text: str, **options) -> Iterator[str]:
+    """The answer to one question, piece by piece."""
+    opened = [self._open(image) for image in images]
+    embeds, valid, extras = self.generator.prompt(self.batch([(opened, text)]))
+    ids: list[int] = []
+    shown = ''
+    for token in self.generator.stream(embeds, valid, self.sampling(**options), extras=extras):
+      ids.append(int(token[0]))
+      now = self.decode(ids)
+      # A character may span several tokens; an unfinished one decodes to the replacement mark.
+      if now.startswith(shown) and not now.endswith('\ufffd'):
+        yield now[len(shown):]
+        shown = now
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text of new tokens, without special tokens and outer white space."""
+    stops = set(self.text.stop_ids())
+    kept = [i for i in ids if i not in stops]
+    return self.text.tokenizer.decode(np.asarray(kept, np.int64).tolist()).strip()
+
+  def overlay(self, image: Image.Image, question: str | None = None) -> Image.Image:
+    """The image with what the system looked at (crops, selection, gates)."""
+    item = ([image], question or 'What is in the image?')
+    info = self.generator.info(self.batch([item])) if self.system.overlay_needs_info else {}
+    return self.system.overlay(image, self.config.encoder, info)
+
+  def _open(self, image: Any) -> Image.Image:
+    return image if isinstance(image, Image.Image) else open_image(image, exif=self.exif)
+
+
+def model_config(checkpoint, encoder_options: dict[str, Any] | None = None) -> ModelConfig:
+  """The model of a checkpoint; `encoder_options` replace settings of the encoder, strictly."""
+  values = store.load_config(checkpoint)
+  values = dict(values['model'] if 'model' in values else values)
+  if encoder_options:
+    values['encoder'] = dict(values['encoder']) | encoder_options
+  return from_dict(ModelConfig, values, path='model', title=f'{checkpoint}')
+
+
+def find_tokenizer(checkpoint) -> Tokenizer:
+  """The tokenizer saved with a checkpoint: beside it, or in its run's work directory.
+
+  Raises:
+    UserError: none there.
+  """
+  folder = pathlib.Path(os.fspath(layout.resolve(checkpoint)))
+  places = [folder / 'tokenizer', folder.parent.parent / 'tokenizer']
+  for place in places:
+    if place.is_dir():
+      return load_tokenizer(place)
+  config = store.load_config(checkpoint)
+  named = config.get('data', {}).get('tokenizer') if isinstance(config.get('data'), dict) else None
+  if named:
+    return tokenizer_of(named)
+  raise UserError(f'{checkpoint}: no tokenizer; expected a folder {places[0]} (copy the tokenizer '
+                  'files of the language model there)')
