@@ -15,12 +15,12 @@ Axis letters: h height, w width. Sizes and boxes as in Pillow: (width, height), 
 
 import io
 import os
-import threading
 from pathlib import Path
+import threading
 from typing import Literal
 
-import numpy as np
 from jaxtyping import UInt8
+import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from hrvlm_jax.core.errors import UserError
@@ -34,6 +34,22 @@ MAX_PIXELS = 89_478_485
 
 # Containers with a decoder that is pure pixels. EPS and friends would start other programs.
 FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'ICO', 'AVIF', 'JPEG2000')
+
+class ImageError(UserError):
+  """A file that is no usable image.
+
+  Attributes:
+    kind: 'missing' (no such file, a folder, unreadable), 'empty', 'not an image', 'damaged'
+      (truncated, broken header or data), 'no pixels', 'too large'. Counted by data pipelines.
+  """
+
+  def __init__(self, kind: str, message: str):
+    super().__init__(message)
+    self.kind = kind
+
+  def __reduce__(self):
+    return ImageError, (self.kind, str(self))
+
 
 ImageFile = str | os.PathLike | bytes | bytearray | memoryview
 ExifPolicy = Literal['apply', 'ignore']
@@ -62,8 +78,9 @@ def open_image(
     name: how errors call the image; default: the path, or 'image' for bytes.
 
   Raises:
-    UserError: missing file, directory, unreadable, empty, not an image of a supported kind,
-      truncated or damaged, zero size, too many pixels. Always one sentence that names the file.
+    ImageError: missing file, directory, unreadable, empty, not an image of a supported kind,
+      truncated or damaged, zero size, too many pixels. A `UserError`: one sentence that names the
+      file.
     ValueError: unknown `exif` policy.
   """
   if exif not in ('apply', 'ignore'):
@@ -74,21 +91,21 @@ def open_image(
     name = name or os.fspath(source)
     data = read_file(source, name=name)
   if not data:
-    raise UserError(f'{name}: the image file is empty (0 bytes)')
+    raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
 
   image = _open_header(data, name)
   width, height = image.size
   if width < 1 or height < 1:
-    raise UserError(f'{name}: the image has no pixels ({width} x {height})')
+    raise ImageError('no pixels', f'{name}: the image has no pixels ({width} x {height})')
   if width * height > max_pixels:
-    raise UserError(
-      f'{name}: the image has {width} x {height} = {width * height} pixels, the limit is '
-      f'{max_pixels}; make it smaller or raise the pixel limit'
-    )
+    raise ImageError(
+      'too large', f'{name}: the image has {width} x {height} = {width * height} pixels, the limit '
+      f'is {max_pixels}; make it smaller or raise the pixel limit')
   try:
     image.load()
   except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
-    raise UserError(f'{name}: the image data is truncated or damaged ({_reason(error)})') from error
+    raise ImageError(
+      'damaged', f'{name}: the image data is truncated or damaged ({_reason(error)})') from error
   if getattr(image, 'is_animated', False):
     image = image.copy()  # the first frame alone, without the open file
   return _upright(image) if exif == 'apply' else image
@@ -98,22 +115,22 @@ def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:
   """The bytes of a regular file.
 
   Raises:
-    UserError: missing, a directory or another thing that is not a file, not readable.
+    ImageError: missing, a directory or another thing that is not a file, not readable.
   """
   name = name or os.fspath(path)
   path = Path(path)
   try:
     if path.is_dir():
-      raise UserError(f'{name}: is a folder, expected an image file')
+      raise ImageError('missing', f'{name}: is a folder, expected an image file')
     if not path.exists():
-      raise UserError(f'{name}: no such file')
+      raise ImageError('missing', f'{name}: no such file')
     if not path.is_file():
-      raise UserError(f'{name}: is not a regular file')
+      raise ImageError('missing', f'{name}: is not a regular file')
     return path.read_bytes()
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f'{name}: cannot be read ({_reason(error)})') from error
+    raise ImageError('missing', f'{name}: cannot be read ({_reason(error)})') from error
 
 
 def to_rgb(image: Image.Image, *, alpha: Literal['drop', 'white'] = 'drop') -> Image.Image:
@@ -218,9 +235,10 @@ def _open_header(data: bytes, name: str) -> Image.Image:
       finally:
         Image.MAX_IMAGE_PIXELS = limit
   except UnidentifiedImageError as error:
-    raise UserError(f'{name}: is not an image{_looks_like(data)}') from error
+    raise ImageError('not an image', f'{name}: is not an image{_looks_like(data)}') from error
   except Exception as error:
-    raise UserError(f'{name}: the image header is damaged ({_reason(error)})') from error
+    raise ImageError(
+      'damaged', f'{name}: the image header is damaged ({_reason(error)})') from error
 
 
 def _formats() -> list[str]:

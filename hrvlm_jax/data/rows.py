@@ -1,0 +1,234 @@
+"""One row of a data set, its images not opened yet, and what can be wrong with it.
+
+Every source gives `Row`s. Nothing of a row is trusted: a path must stay inside the data folder
+(links followed), an image is decoded under a pixel limit, and whatever is wrong becomes a `BadRow`
+that says which row of which file and what kind of fault, so that faults can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import os
+import struct
+from typing import Any
+import zlib
+
+from PIL import Image
+
+from hrvlm_jax.core import images
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.language.chat import Message
+
+_MAGIC = b'HRV1'
+
+
+class BadRow(UserError):
+  """A row that cannot be used.
+
+  Attributes:
+    kind: what is wrong in one or two words, the key of counts: 'json', 'encoding', 'form', 'path',
+      'checksum', 'conversation', or a kind of `core.images.ImageError`.
+    where: file and row.
+  """
+
+  def __init__(self, kind: str, where: str, message: str):
+    super().__init__(f'{where}: {message}')
+    self.kind, self.where, self.message = kind, where, message
+
+  def __reduce__(self):
+    return BadRow, (self.kind, self.where, self.message)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+  """An image that is not opened yet: the bytes of its file, or a path inside a folder.
+
+  Attributes:
+    name: how errors call it.
+    data: content of the file, or None.
+    folder: data folder that `path` is relative to and must not leave.
+  """
+
+  name: str
+  data: bytes | None = None
+  folder: str | None = None
+  path: str | None = None
+
+  def read(self) -> bytes:
+    """The bytes of the image file.
+
+    Raises:
+      UserError: outside the data folder, missing, unreadable.
+    """
+    if self.data is not None:
+      return self.data
+    return images.read_file(inside(self.folder, self.path), name=self.name)
+
+  def open(
+    self, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+  ) -> Image.Image:
+    """The decoded image in its own mode; see `core.images.open_image`.
+
+    Raises:
+      UserError: see `read` and `core.images.open_image`.
+    """
+    return images.open_image(self.read(), exif=exif, max_pixels=max_pixels, name=self.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One example of a data set.
+
+  Attributes:
+    id: name of the example, '' when it has none.
+    images: in the order of their placeholders in the text; () for text alone.
+    messages: questions and answers, as the file has them; () for an image alone.
+    where: file and row, for errors.
+    extra: other fields of the row (boxes, sizes, ...).
+  """
+
+  id: str
+  images: tuple[ImageRef, ...]
+  messages: tuple[Message, ...]
+  where: str = ''
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def inside(folder: str, path: str) -> str:
+  """The real path of `path` in `folder`, all links followed.
+
+  Raises:
+    UserError: empty, absolute, or leading out of the folder, by '..' or by a link.
+  """
+  if not path or '\0' in path:
+    raise UserError(f'image path {path!r} is no file name')
+  if os.path.isabs(path):
+    raise UserError(f'image path {path!r} is absolute, expected one relative to the image folder')
+  root = os.path.realpath(folder)
+  real = os.path.realpath(os.path.join(root, path))
+  if real != root and not real.startswith(root.rstrip(os.sep) + os.sep):
+    raise UserError(f'image path {path!r} leads out of the image folder {folder}')
+  return real
+
+
+def open_images(
+  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+) -> list[Image.Image]:
+  """All images of a row, decoded.
+
+  Raises:
+    BadRow: the first image that cannot be used, with its kind of fault.
+  """
+  opened = []
+  for ref in row.images:
+    try:
+      opened.append(ref.open(exif=exif, max_pixels=max_pixels))
+    except images.ImageError as error:
+      raise BadRow(error.kind, row.where, str(error)) from error
+    except UserError as error:
+      raise BadRow('path', row.where, str(error)) from error
+  return opened
+
+
+def encode_record(row: Row) -> bytes:
+  """A row with its image files as one self-contained, checksummed record.
+
+  Layout: magic, CRC-32 of the rest, length of the header, header (JSON), image files.
+
+  Raises:
+    UserError: an image that cannot be read.
+  """
+  files = [ref.read() for ref in row.images]
+  header = json.dumps({
+    'id': row.id, 'messages': [[m.role, m.text] for m in row.messages],
+    'images': [[ref.name, len(data)] for ref, data in zip(row.images, files, strict=True)],
+    'extra': dict(row.extra),
+  }, ensure_ascii=False).encode()
+  body = struct.pack('<I', len(header)) + header + b''.join(files)
+  return _MAGIC + struct.pack('<I', zlib.crc32(body)) + body
+
+
+def decode_record(record: bytes, where: str) -> Row:
+  """The row of a record of `encode_record`.
+
+  Raises:
+    BadRow: not such a record, or its checksum does not fit.
+  """
+  if record[:4] != _MAGIC or len(record) < 12:
+    raise BadRow('form', where, "is no record of this library (expected to begin with 'HRV1')")
+  if zlib.crc32(record[8:]) != struct.unpack('<I', record[4:8])[0]:
+    raise BadRow('checksum', where, 'the checksum does not fit the record: it is damaged')
+  length = struct.unpack('<I', record[8:12])[0]
+  header = json.loads(record[12:12 + length])
+  refs, place = [], 12 + length
+  for name, size in header['images']:
+    refs.append(ImageRef(name, data=record[place:place + size]))
+    place += size
+  messages = tuple(Message(role, text) for role, text in header['messages'])
+  return Row(header['id'], tuple(refs), messages, where, header['extra'])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fields:
+  """Which field of a table row is what; None: there is no such field.
+
+  Attributes:
+    image: one image or a list of them, as file content, {'bytes': ..., 'path': ...} or path.
+    id: name of the example.
+    conversations: LLaVA or OpenAI style list of messages; wins over the fields below.
+    question: a text, or a list of them.
+    answer: a text, or a list: as many as questions, or several answers to one (the first counts).
+    prompt: the question of rows without a `question` field (captions).
+  """
+
+  image: str | None = 'image'
+  id: str | None = None
+  conversations: str | None = None
+  question: str | None = None
+  answer: str | None = None
+  prompt: str = ''
+
+
+def question_answers(questions: Any, answers: Any) -> list[tuple[str, str]]:
+  """Pairs of one or several questions and their answers.
+
+  Raises:
+    UserError: they do not fit each other.
+  """
+  questions = [questions] if isinstance(questions, str) else list(questions)
+  answers = [answers] if isinstance(answers, str) else list(answers)
+  if len(questions) == 1:
+    answers = answers[:1]
+  if not questions or len(questions) != len(answers):
+    raise UserError(f'{len(questions)} questions and {len(answers)} answers do not fit')
+  if any(not isinstance(text, str) for text in [*questions, *answers]):
+    raise UserError('a question or an answer is not a text')
+  return list(zip(questions, answers, strict=True))
+
+
+def image_refs(value: Any, folder: str | None, where: str) -> tuple[ImageRef, ...]:
+  """Images of a table's field, in any of the forms that `Fields.image` allows.
+
+  Raises:
+    UserError: none of those forms, or a path without an image folder.
+  """
+  if value is None:
+    return ()
+  values = value if isinstance(value, Sequence) and not isinstance(
+    value, (str, bytes)) else [value]
+  refs = []
+  for index, item in enumerate(values):
+    name = f'image {index} of {where}'
+    data, path = (item.get('bytes'), item.get('path')) if isinstance(item, Mapping) else (
+      (item, None) if isinstance(item, bytes) else (None, item))
+    if data is not None:
+      refs.append(ImageRef(path or name, data=data))
+    elif isinstance(path, str) and folder is not None:
+      refs.append(ImageRef(path, folder=folder, path=path))
+    elif isinstance(path, str):
+      raise UserError(f'image {path!r} is a path, but no image folder is given')
+    else:
+      raise UserError(f'image {index} is {type(item).__name__}, expected a file name or bytes')
+  return tuple(refs)

@@ -1,0 +1,242 @@
+"""Sources: random access to the rows of a data set.
+
+A source has a length, gives `Row`s by index (or raises `BadRow` for that one row) and can be sent
+to worker processes: it holds paths and offsets, and opens its files where it is used. Tables
+(parquet, ArrayRecord, TFDS) are in `data/tables.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+import json
+import mmap
+import os
+import pathlib
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.conversation import messages_from_llava
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, image_refs, inside
+from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+
+IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
+
+
+@runtime_checkable
+class Source(Protocol):
+  """What pipelines need: a length, and rows by index; see `Row`, `BadRow`."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Row: ...
+
+
+class InMemory:
+  """Rows that are there already."""
+
+  def __init__(self, rows: Iterable[Row]):
+    self._rows = tuple(rows)
+
+  def __len__(self):
+    return len(self._rows)
+
+  def __getitem__(self, index):
+    return self._rows[index]
+
+
+class LlavaJson:
+  """LLaVA style conversations: a JSON array, or JSON lines.
+
+  A row is {"id", "image": path or list of paths (optional), "conversations":
+  [{"from": "human" | "gpt", "value"}]}; other fields are kept in `extra`. Only offsets are held in
+  memory, so that a file of a gigabyte costs a worker process a few megabytes.
+
+  Args:
+    path: the file.
+    images: folder that image paths are relative to; default: the folder of the file.
+
+  Raises:
+    UserError: missing or empty file, JSON that breaks between rows (with line and column).
+  """
+
+  def __init__(self, path: str | os.PathLike, images: str | os.PathLike | None = None):
+    self.path = os.fspath(path)
+    self.images = os.fspath(images if images is not None else pathlib.Path(path).parent)
+    if not os.path.isfile(self.path):
+      raise UserError(f'{self.path}: no such file')
+    if not os.path.isdir(self.images):
+      raise UserError(f'{self.images}: no such image folder')
+    data = pathlib.Path(self.path).read_bytes()
+    if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
+      raise UserError(f'{self.path}: is UTF-16 text, expected UTF-8')
+    start = 3 if data.startswith(b'\xef\xbb\xbf') else 0
+    if not data[start:].strip():
+      raise UserError(f'{self.path}: the file is empty, expected a JSON array or JSON lines')
+    if data[start:].lstrip().startswith(b'['):
+      self._spans = _array_spans(data, start, self.path)
+    else:
+      self._spans = _line_spans(data, start)
+    self._map: mmap.mmap | None = None
+
+  def __len__(self):
+    return len(self._spans)
+
+  def where(self, index: int) -> str:
+    """File, row and line of a row."""
+    return f'{self.path}, row {index} (line {self._spans[index, 2]})'
+
+  def __getitem__(self, index):
+    if self._map is None:
+      with open(self.path, 'rb') as file:
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    begin, end, _ = self._spans[index]
+    return llava_row(self._map[begin:end], self.where(index), self.images)
+
+  def __getstate__(self):
+    return self.__dict__ | {'_map': None}
+
+
+def llava_row(data: bytes, where: str, images: str) -> Row:
+  """The row of one JSON object in LLaVA's form.
+
+  Raises:
+    BadRow: of kind 'encoding', 'json', 'form' or 'path'.
+  """
+  try:
+    value = json.loads(data.decode('utf-8'))
+  except UnicodeDecodeError as error:
+    raise BadRow('encoding', where, f'is not UTF-8 text ({error.reason})') from error
+  except (ValueError, RecursionError) as error:
+    raise BadRow('json', where, f'not valid JSON ({error})') from error
+  if not isinstance(value, dict):
+    raise BadRow('form', where, f'is {type(value).__name__}, expected an object')
+  turns = value.get('conversations', value.get('messages'))
+  if not isinstance(turns, list) or not turns:
+    raise BadRow('form', where, "has no 'conversations', expected a list of messages")
+  names = value.get('image', value.get('images'))
+  names = [names] if isinstance(names, str) else names
+  if names is not None and (not isinstance(names, list) or any(
+      not isinstance(name, str) for name in names)):
+    raise BadRow('form', where, "has an 'image' that is neither a path nor a list of paths")
+  try:
+    messages = messages_from_llava(turns)
+  except UserError as error:
+    raise BadRow('form', where, str(error)) from error
+  try:
+    for name in names or ():
+      inside(images, name)
+    refs = image_refs(names, images, where)
+  except UserError as error:
+    raise BadRow('path', where, str(error)) from error
+  extra = {key: value[key] for key in value
+           if key not in ('id', 'image', 'images', 'conversations', 'messages')}
+  return Row(str(value.get('id', '')), refs, tuple(messages), where, extra)
+
+
+def _array_spans(data: bytes, start: int, path: str) -> np.ndarray:
+  """[rows, 3] begin, end, line of the elements of a JSON array.
+
+  JSON's own signs are ASCII, so Latin-1, one character per byte, finds the borders of any file; the
+  text of a row is decoded when the row is read.
+  """
+  text = data.decode('latin-1')
+  decoder = json.JSONDecoder()
+  place = text.index('[', start) + 1
+  spans, line, counted = [], 1, 0
+
+  def skip(place: int) -> int:
+    while place < len(text) and text[place] in ' \t\r\n':
+      place += 1
+    return place
+
+  def fail(place: int, what: str) -> UserError:
+    row, column = data.count(b'\n', 0, place) + 1, place - data.rfind(b'\n', 0, place)
+    return UserError(f'{path}: line {row} column {column}: {what} (after {len(spans)} rows)')
+
+  place = skip(place)
+  if text[place:place + 1] == ']':
+    raise UserError(f'{path}: the JSON array has no rows')
+  while True:
+    try:
+      _, end = decoder.raw_decode(text, place)
+    except ValueError as error:
+      at = getattr(error, 'pos', place)
+      raise fail(at, f'not valid JSON ({getattr(error, "msg", error)})') from error
+    except RecursionError as error:
+      raise fail(place, 'JSON nested too deeply') from error
+    line += data.count(b'\n', counted, place)
+    counted = place
+    spans.append((place, end, line))
+    place = skip(end)
+    if text[place:place + 1] == ']':
+      break
+    if text[place:place + 1] != ',':
+      raise fail(place, "not valid JSON (expected ',' or ']' after a row)")
+    place = skip(place + 1)
+  if text[skip(place + 1):]:
+    raise fail(place + 1, 'more text after the end of the JSON array')
+  return np.array(spans, np.int64)
+
+
+def _line_spans(data: bytes, start: int) -> np.ndarray:
+  """[rows, 3] begin, end, line of the lines that are not blank."""
+  spans, place, line = [], start, 1
+  while place < len(data):
+    end = data.find(b'\n', place)
+    end = len(data) if end < 0 else end
+    if data[place:end].strip():
+      spans.append((place, end, line))
+    place, line = end + 1, line + 1
+  return np.array(spans, np.int64)
+
+
+class ImageFolder:
+  """Images of a folder and its sub-folders in the order of their names; links out are left out.
+
+  A text file beside an image (`a.jpg`, `a.txt`) is its caption: the answer to `prompt`.
+
+  Args:
+    folder: where the images are.
+    prompt: question of every row; '' gives rows without messages (to encode, to ask about).
+
+  Raises:
+    UserError: no such folder, or no image in it.
+  """
+
+  def __init__(self, folder: str | os.PathLike, *, prompt: str = ''):
+    self.folder, self.prompt = os.fspath(folder), prompt
+    if not os.path.isdir(self.folder):
+      raise UserError(f'{self.folder}: no such folder')
+    root = pathlib.Path(self.folder)
+    self._names = sorted(
+      path.relative_to(root).as_posix() for path in root.rglob('*')
+      if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    self._names = [name for name in self._names if self._is_inside(name)]
+    if not self._names:
+      raise UserError(f'{self.folder}: has no images ({", ".join(IMAGE_SUFFIXES)})')
+
+  def _is_inside(self, name: str) -> bool:
+    try:
+      return bool(inside(self.folder, name))
+    except UserError:
+      return False
+
+  def __len__(self):
+    return len(self._names)
+
+  def __getitem__(self, index):
+    name = self._names[index]
+    where = os.path.join(self.folder, name)
+    messages: Sequence[Message] = ()
+    if self.prompt:
+      messages = (Message(USER, self.prompt),)
+      caption = pathlib.Path(where).with_suffix('.txt')
+      if caption.is_file():
+        try:
+          messages += (Message(ASSISTANT, caption.read_text('utf-8').strip()),)
+        except UnicodeDecodeError as error:
+          raise BadRow('encoding', where, f'{caption.name} is not UTF-8 text') from error
+    ref = ImageRef(name, folder=self.folder, path=name)
+    return Row(name, (ref,), tuple(messages), where)

@@ -1,0 +1,162 @@
+import json
+import os
+import pickle
+
+from PIL import Image
+import pytest
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, decode_record, encode_record, open_images
+from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, Source
+from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+
+
+def turns(question='What?', answer='This.'):
+  return [{'from': 'human', 'value': question}, {'from': 'gpt', 'value': answer}]
+
+
+def rows():
+  return [
+    {'id': 1, 'image': 'a/one.png', 'conversations': turns('<image>\nWhat? é漢'), 'box': [1, 2]},
+    {'id': 'two', 'conversations': turns()},
+    {'image': ['a/one.png', 'a/one.png'], 'conversations': turns('<image><image>')},
+  ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / 'a').mkdir()
+  Image.new('RGB', (3, 2), 'red').save(tmp_path / 'a' / 'one.png')
+  return tmp_path
+
+
+def write(folder, name, content):
+  path = folder / name
+  path.write_bytes(content if isinstance(content, bytes) else content.encode())
+  return path
+
+
+@pytest.mark.parametrize('form', ['array', 'indented', 'lines', 'bom'])
+def test_llava_json(folder, form):
+  text = {
+    'array': json.dumps(rows()),
+    'indented': ' ' + json.dumps(rows(), indent=2, ensure_ascii=False) + '\n',
+    'lines': '\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows()) + '\n',
+    'bom': '\ufeff' + json.dumps(rows(), ensure_ascii=False),
+  }[form]
+  source = pickle.loads(pickle.dumps(LlavaJson(write(folder, 'data.json', text))))
+  assert isinstance(source, Source)
+  assert len(source) == 3
+  first, text_only, several = (source[i] for i in range(3))
+  assert first.id == '1'
+  assert first.messages == (Message(USER, '<image>\nWhat? é漢'), Message(ASSISTANT, 'This.'))
+  assert first.extra == {'box': [1, 2]}
+  assert [image.size for image in open_images(first)] == [(3, 2)]
+  assert text_only.images == ()
+  assert len(several.images) == 2
+  line = {'array': 1, 'indented': 20, 'lines': 3, 'bom': 1}[form]
+  assert text_only.where == f'{source.path}, row 1 (line {line})'
+  pickle.dumps(source)
+
+
+@pytest.mark.parametrize('row, kind, words', [
+  (b'{"conversations": [', 'json', 'not valid JSON'),
+  (b'7', 'form', 'is int, expected an object'),
+  (b'{"id": 1}', 'form', "no 'conversations'"),
+  (b'{"conversations": []}', 'form', "no 'conversations'"),
+  (b'{"conversations": [{"from": "bot", "value": ""}]}', 'form', "comes from 'bot'"),
+  (b'{"image": 5, "conversations": [{"from": "gpt", "value": ""}]}', 'form', 'neither a path'),
+  (b'{"conversations": [{"from": "gpt", "value": "\xff"}]}', 'encoding', 'not UTF-8'),
+  (b'{"image": "/etc/x", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'absolute'),
+  (b'{"image": "../x", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'leads out'),
+  (b'{"image": "a/../../x", "conversations": [{"from": "gpt", "value": ""}]}', 'path',
+   'leads out'),
+  (b'{"image": "out/x", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'leads out'),
+  (b'{"image": "", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'no file name'),
+])
+def test_bad_rows_name_their_line(folder, tmp_path_factory, row, kind, words):
+  os.symlink(tmp_path_factory.mktemp('other'), folder / 'out')
+  good = json.dumps(rows()[1]).encode()
+  source = LlavaJson(write(folder, 'data.jsonl', good + b'\n' + row + b'\n' + good))
+  assert source[0].id == source[2].id == 'two'
+  with pytest.raises(BadRow, match=words) as caught:
+    source[1]
+  assert caught.value.kind == kind
+  assert 'data.jsonl, row 1 (line 2): ' in str(caught.value)
+  again = pickle.loads(pickle.dumps(caught.value))
+  assert (str(again), again.kind) == (str(caught.value), kind)
+
+
+@pytest.mark.parametrize('content, words', [
+  ('', 'is empty'),
+  ('\n  ', 'is empty'),
+  ('[]', 'no rows'),
+  ('[{"a": 1},\n {"b": }]', r'line 2 column 8: not valid JSON .* \(after 1 rows\)'),
+  ('[{"a": 1}\n {"b": 2}]', "line 2 column 2: .*expected ','"),
+  ('[{"a": 1}] x', 'more text after the end'),
+  ('[{"a": 1}', "expected ','"),
+  ('é'.encode('utf-16'), 'UTF-16'),
+])
+def test_files_that_break_between_rows(folder, content, words):
+  with pytest.raises(UserError, match=words) as caught:
+    LlavaJson(write(folder, 'data.json', content))
+  assert 'data.json' in str(caught.value)
+
+
+def test_missing_files(folder):
+  with pytest.raises(UserError, match='none.json: no such file'):
+    LlavaJson(folder / 'none.json')
+  with pytest.raises(UserError, match='no such image folder'):
+    LlavaJson(write(folder, 'data.json', json.dumps(rows())), folder / 'none')
+  with pytest.raises(UserError, match='no such folder'):
+    ImageFolder(folder / 'none')
+
+
+def test_bad_images_have_kinds(folder):
+  write(folder, 'html.jpg', '<html>')
+  write(folder, 'empty.jpg', '')
+  for name, kind in (('html.jpg', 'not an image'), ('empty.jpg', 'empty'), ('none.jpg', 'missing')):
+    ref = ImageRef(name, folder=str(folder), path=name)
+    with pytest.raises(BadRow) as caught:
+      open_images(Row('', (ref,), (), 'row 7'))
+    assert caught.value.kind == kind
+    assert str(caught.value).startswith(f'row 7: {name}: ')
+  with pytest.raises(BadRow) as caught:
+    open_images(Row('', (ImageRef('x', folder=str(folder), path='../x'),), (), 'row 7'))
+  assert caught.value.kind == 'path'
+  with pytest.raises(BadRow, match='the limit is 5') as caught:
+    open_images(LlavaJson(write(folder, 'd.json', json.dumps(rows())))[0], max_pixels=5)
+  assert caught.value.kind == 'too large'
+
+
+def test_image_folder(folder, tmp_path_factory):
+  other = tmp_path_factory.mktemp('other')
+  Image.new('RGB', (1, 1)).save(other / 'x.png')
+  os.symlink(other / 'x.png', folder / 'b.png')
+  Image.new('RGB', (1, 1)).save(folder / 'c.JPG', 'JPEG')
+  write(folder, 'c.txt', 'A dot.\n')
+  source = ImageFolder(folder, prompt='Describe.')
+  assert [source[i].id for i in range(len(source))] == ['a/one.png', 'c.JPG']
+  assert source[0].messages == (Message(USER, 'Describe.'),)
+  assert source[1].messages == (Message(USER, 'Describe.'), Message(ASSISTANT, 'A dot.'))
+  assert ImageFolder(folder)[1].messages == ()
+  with pytest.raises(UserError, match='has no images'):
+    ImageFolder(tmp_path_factory.mktemp('void'))
+
+
+def test_records(folder):
+  row = LlavaJson(write(folder, 'data.json', json.dumps(rows())))[0]
+  data = encode_record(row)
+  again = decode_record(data, 'shard 0, record 1')
+  assert (again.id, again.messages, dict(again.extra)) == (row.id, row.messages, {'box': [1, 2]})
+  assert again.images[0].read() == row.images[0].read()
+  for broken, kind in ((data[:-1], 'checksum'), (data[:20] + b'?' + data[21:], 'checksum'),
+                       (b'x' + data, 'form'), (b'', 'form')):
+    with pytest.raises(BadRow) as caught:
+      decode_record(broken, 'shard 0, record 1')
+    assert caught.value.kind == kind
+
+
+def test_in_memory():
+  source = InMemory([Row('a', (), ())])
+  assert (len(source), source[0].id) == (1, 'a')
