@@ -142,6 +142,8 @@ class ToBatch:
     lengths: bucket lengths of a row.
     slots: crop slots of the whole batch; None: the system's default.
     side: padding side of the text.
+    parts: micro-batches; more than 1 adds a leading axis to every array, crop slots being shared
+      within a micro-batch only.
   """
 
   batch: Callable[..., dict[str, np.ndarray]]
@@ -149,9 +151,21 @@ class ToBatch:
   lengths: tuple[int, ...]
   slots: int | None = None
   side: str = 'right'
+  parts: int = 1
 
   def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     longest = max(len(example['tokens']) for example in examples)
     rows = pad_batch(examples, choose_bucket(longest, self.lengths), self.side)
-    views = self.batch([example['views'] for example in examples], self.encoder, slots=self.slots)
-    return {**rows, 'views': views}
+    views = [example['views'] for example in examples]
+    if self.parts == 1:
+      return {**rows, 'views': self.batch(views, self.encoder, slots=self.slots)}
+    size = len(examples) // self.parts
+    groups = [views[i * size:(i + 1) * size] for i in range(self.parts)]
+    packed = [self.batch(group, self.encoder, slots=self.slots) for group in groups]
+    slots = max(len(part['pixels']) for part in packed)
+    packed = [part if len(part['pixels']) == slots else
+              self.batch(group, self.encoder, slots=slots)
+              for part, group in zip(packed, groups, strict=True)]
+    split = {key: value.reshape(self.parts, size, *value.shape[1:]) for key, value in rows.items()}
+    stacked = {key: np.stack([part[key] for part in packed]) for key in packed[0]}
+    return {**split, 'views': stacked}

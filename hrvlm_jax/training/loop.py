@@ -1,0 +1,250 @@
+"""The training loop of every stage of every system.
+
+Order: resolve the config, build the data iterator and the state, resume if the work directory
+holds a checkpoint, then step. The step is one compiled program per bucket; the loop itself only
+hands batches over, writes metrics one step late and saves checkpoints in the background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import signal
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.data import pipeline
+from hrvlm_jax.data.sources import open_source
+from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.systems import registry
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.metrics import MetricsWriter
+from hrvlm_jax.training.optimizer import frozen_summary, groups_of
+from hrvlm_jax.training.step import State, init_state, make_train_step
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import text_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """How a run ended: the step reached, the last loss, and whether a signal ended it early."""
+
+  step: int
+  loss: float | None
+  interrupted: bool
+  compilations: int
+
+
+def make_batches(config: RunConfig) -> Any:
+  """The checkpointable iterator over training batches of a config."""
+  system = registry.get(config.model.system)
+  tokenizer = tokenizer_of(config.data.tokenizer)
+  example = ToExample(text=text_of(config.model, tokenizer), views=system.views,
+                      encoder=config.model.encoder, exif=config.data.exif,
+                      max_length=max(config.data.lengths))
+  batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=config.data.lengths,
+                  slots=config.data.slots, parts=config.training.accumulate)
+  source = open_source(config.data.train, images=config.data.images)
+  return pipeline.build(
+    source, example, batch_size=config.training.batch_size, collate=batch, seed=config.seed,
+    shuffle=config.data.shuffle, workers=config.data.workers, lanes=config.data.lanes,
+    host=jax.process_index(), hosts=jax.process_count())
+
+
+def initial_params(config: RunConfig, fn: Functional, say: Callable[[str], None]) -> Any:
+  """Random parameters, or those of `training.init_from` with the differences said aloud.
+
+  Raises:
+    UserError: parameters missing there that `init_allow` does not name, or of another shape.
+  """
+  init = jax.jit(fn.init)
+  if config.training.init_from is None:
+    return init(jax.random.key(config.seed))
+  source = config.training.init_from
+  stored = {path.removeprefix('params/'): leaf for path, leaf in store.describe(source).items()
+            if not path.startswith('state/')}
+  wanted = paths.flatten(fn.abstract)
+  allowed = lambda path: any(re.fullmatch(p, path) for p in config.training.init_allow)
+  fresh = sorted(p for p in wanted if p not in stored)
+  problems = [f'{p}: missing there' for p in fresh if not allowed(p)]
+  problems += [f'{p}: {tuple(stored[p].shape)} there, {tuple(wanted[p].shape)} in the model'
+               for p in wanted if p in stored and tuple(stored[p].shape) != tuple(wanted[p].shape)]
+  raise_all(f'training.init_from={source}', problems)
+  unused = sorted(p for p in stored if p not in wanted)
+  if fresh:
+    say(f'{len(fresh)} parameters start fresh: {_few(fresh)}')
+  if unused:
+    say(f'{len(unused)} parameters of {source} are not used: {_few(unused)}')
+  params = paths.flatten(init(jax.random.key(config.seed)))
+  for path in wanted:
+    if path in stored:
+      params[path] = jax.numpy.asarray(store.load_leaf(source, path), wanted[path].dtype)
+  return paths.unflatten(params)
+
+
+def _few(names: list[str]) -> str:
+  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
+
+
+def train(
+  config: RunConfig, workdir: str | os.PathLike, *, progress: bool = True,
+  params: Any = None, on_step: Callable[[int, State], None] | None = None,
+) -> Result:
+  """Trains to `training.steps`, resuming by itself from the work directory's newest checkpoint.
+
+  SIGTERM and SIGINT finish the step at hand, save and return with `interrupted`.
+
+  Args:
+    params: initial parameters (instead of random ones or `init_from`); ignored on resume.
+    on_step: called after every step (tests, in-loop evaluation).
+
+  Raises:
+    UserError: bad config or data; a non-finite loss (with the steps and the saved batch); the
+      work directory belongs to another config.
+  """
+  workdir = pathlib.Path(workdir)
+  workdir.mkdir(parents=True, exist_ok=True)
+  resolved = to_dict(config)
+  _same_model(workdir, resolved)
+  tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
+  (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
+
+  t = config.training
+  fn = vlm.build(config.model)
+  groups = groups_of(t, fn.abstract)
+  batches = make_batches(config)
+  with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
+    notes: list[str] = [frozen_summary(groups, fn.abstract)]
+    state, start = _start(config, fn, groups, saver, batches, params, notes.append)
+    writer = MetricsWriter(workdir, start=start, total=t.steps, progress=progress)
+    for note in notes:
+      writer.say(note)
+    step_fn = jax.jit(make_train_step(fn, t, groups, config.seed), donate_argnums=0)
+    with _Signals() as signals:
+      try:
+        loss = _run(config, state, start, step_fn, batches, saver, writer, signals, on_step,
+                    workdir)
+      finally:
+        writer.close()
+  return Result(loss[0], loss[1], signals.caught, step_fn._cache_size())
+
+
+def _start(config, fn, groups, saver, batches, params, say):
+  """(state, first step): restored, or fresh."""
+  abstract = jax.eval_shape(lambda p: init_state(config.training, groups, p), fn.abstract)
+  if saver.latest() is not None:
+    restored = saver.restore(abstract)
+    if restored.data_state is not None:
+      batches.set_state(restored.data_state)
+    say(f'resuming from step {restored.step} of {saver.workdir}')
+    return restored.state, restored.step
+  if params is None:
+    params = initial_params(config, fn, say)
+  return jax.jit(lambda p: init_state(config.training, groups, p))(params), 0
+
+
+def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir):
+  t = config.training
+  iterator: Iterator = iter(batches)
+  pending: tuple[int, dict, Any, float] | None = None
+  waited = 0.0
+  clock, last_logged, loss = time.perf_counter(), start, None
+
+  def settle(pending):
+    """Reads the metrics of the previous step; stops the run on a non-finite loss."""
+    nonlocal clock, last_logged, waited
+    number, metrics, batch, _ = pending
+    value = float(metrics['loss'])
+    if not np.isfinite(value):
+      path = _save_batch(workdir, number, batch)
+      raise UserError(
+        f'loss is {value} at step {number} (last finite loss was written before it); the batch is '
+        f'saved as {path}; lower the learning rate, look at the batch, or resume from the last '
+        'checkpoint with another seed')
+    if number % t.log_every == 0 or number == t.steps:
+      now = time.perf_counter()
+      seconds, steps = now - clock, number - last_logged
+      values = jax.device_get(metrics) | {
+        'steps_per_second': steps / seconds if seconds else 0.0,
+        'input_wait_share': waited / seconds if seconds else 0.0,
+        'compilations': step_fn._cache_size()}
+      writer.write(number, values, advance=steps)
+      clock, last_logged, waited = now, number, 0.0
+    return value
+
+  step = start
+  while step < t.steps and not signals.caught:
+    before = time.perf_counter()
+    batch = next(iterator)
+    waited += time.perf_counter() - before
+    state, metrics = step_fn(state, batch)
+    step += 1
+    if pending is not None:
+      loss = settle(pending)
+    pending = (step, metrics, batch, 0.0)
+    if on_step is not None:
+      on_step(step, state)
+    if step % t.checkpoint_every == 0 and step < t.steps:
+      loss, pending = settle(pending), None
+      saver.save(step, state, batches.get_state())
+  if pending is not None:
+    loss = settle(pending)
+  if step > start:
+    saver.save(step, state, batches.get_state())
+    saver.wait()
+  return step, loss
+
+
+def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:
+  path = workdir / f'bad_batch_{step}.npz'
+  np.savez_compressed(path, **{k: np.asarray(v) for k, v in paths.flatten(batch).items()})
+  return path
+
+
+def _same_model(workdir: pathlib.Path, resolved: dict[str, Any]) -> None:
+  """Refuses to go on with another model in the same work directory."""
+  path = workdir / 'config.json'
+  if not path.exists() or not store.steps(workdir):
+    return
+  before = json.loads(path.read_text())
+  if before.get('model') != resolved['model']:
+    old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
+                    f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another --workdir')
+
+
+class _Signals:
+  """Turns SIGTERM and SIGINT into a flag while training runs."""
+
+  def __init__(self):
+    self.caught = False
+    self._old: dict[int, Any] = {}
+
+  def __enter__(self):
+    def note(number, frame):
+      del number, frame
+      self.caught = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+      try:
+        self._old[number] = signal.signal(number, note)
+      except ValueError:  # not in the main thread (a test): signals stay as they are
+        break
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
