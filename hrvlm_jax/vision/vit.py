@@ -143,6 +143,7 @@ class Attention(Module):
   def __call__(self, x, *, adapter: Adapter = None, prefix=None, impl: str = 'xla', key=None):
     """Returns (output [... t d], keys, values); `prefix` = (keys, values) put before x's own.
 
+    A prefix of fewer rows serves equally many consecutive rows of x each.
     Leading axes beyond one (views of a sample) are flattened for the attention only.
     """
     keys = (None, None) if key is None else jax.random.split(key)
@@ -150,10 +151,18 @@ class Attention(Module):
     flat = lambda y: y.reshape(-1, *y.shape[-3:])
     all_k, all_v = flat(k), flat(v)
     if prefix is not None:
-      all_k = jnp.concatenate([prefix[0].astype(k.dtype), all_k], axis=1)
-      all_v = jnp.concatenate([prefix[1].astype(v.dtype), all_v], axis=1)
+      before_k, before_v = (_shared(part, all_k.shape[0]).astype(k.dtype) for part in prefix)
+      all_k = jnp.concatenate([before_k, all_k], axis=1)
+      all_v = jnp.concatenate([before_v, all_v], axis=1)
     y = attention(flat(q), all_k, all_v, impl=impl)
     return self.out(y.reshape(x.shape), adapter=adapter, key=keys[1]), k, v
+
+
+def _shared(prefix: Float[Array, 'b s h p'], rows: int) -> Float[Array, 'n s h p']:
+  times, rest = divmod(rows, prefix.shape[0])
+  if rest:
+    raise ValueError(f'a prefix of {prefix.shape[0]} rows cannot serve {rows} rows evenly')
+  return prefix if times == 1 else jnp.repeat(prefix, times, axis=0)
 
 
 class Block(Module):
@@ -262,7 +271,8 @@ class ViT(Module):
     Args:
       taps: block indices whose outputs are returned; depth is cut into scanned segments there, so
         that no other hidden state is stored.
-      prefix: keys and values [l n s h p] of ALL blocks, put before each block's own.
+      prefix: keys and values [l n s h p] of ALL blocks, put before each block's own; n may be a
+        divisor of the rows of x (see `Attention`).
       return_kv: also return every run block's keys and values.
       key: dropout key of the LoRA branches.
     """
