@@ -9,6 +9,7 @@ from hrvlm_jax.systems.contract import System
 
 _MODULES = {
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
+  'pheye': 'hrvlm_jax.systems.pheye',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',
 }
 
