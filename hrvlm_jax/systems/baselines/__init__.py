@@ -1,0 +1,1 @@
+"""What the four systems are compared with: one folder per baseline."""

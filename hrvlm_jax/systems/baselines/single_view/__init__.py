@@ -1,0 +1,10 @@
+"""Plain LLaVA: one resized view."""
+
+from hrvlm_jax.systems.baselines.single_view import config, encoder, views, weights
+from hrvlm_jax.systems.contract import System
+
+SYSTEM = System(
+  name='single_view', config=config.SingleViewConfig, count=views.count, views=views.views,
+  batch=views.batch, encoder=encoder.Encoder, table=weights.table,
+  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
+  released=config.RELEASED, tiny=config.tiny)

@@ -1,0 +1,75 @@
+"""Plain LLaVA on the host: one view per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import resize_exact
+from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
+from hrvlm_jax.systems.contract import Count, Views
+
+
+def count(width: int, height: int, config: SingleViewConfig) -> Count:
+  """One view, always."""
+  if width < 1 or height < 1:
+    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  return Count(1, config.tokens)
+
+
+def view_pixels(image: Image.Image, config: SingleViewConfig) -> np.ndarray:
+  """uint8 [size size 3]."""
+  rgb = image if image.mode == 'RGB' else image.convert('RGB')
+  if config.fit == 'pad' and rgb.width != rgb.height:
+    side = max(rgb.size)
+    canvas = Image.new('RGB', (side, side), tuple(int(255 * m) for m in config.mean))
+    canvas.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
+    rgb = canvas
+  size = config.vision.image_size
+  return np.asarray(resize_exact(rgb, (size, size)), np.uint8)
+
+
+def views(images: Sequence[Image.Image], config: SingleViewConfig) -> Views:
+  """Arrays of one example: pixels uint8 [m h w 3], tokens int32 [m]."""
+  size = config.vision.image_size
+  pixels = [view_pixels(image, config) for image in images]
+  return {
+    'pixels': np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8),
+    'tokens': np.full(len(images), config.tokens, np.int32),
+  }
+
+
+def batch(examples: Sequence[Views], config: SingleViewConfig, *, slots: int | None = None) -> Views:
+  """Packs a batch: pixels [slots h w 3], index int32 [b m] (view slot of each image of a row),
+  valid bool [b m].
+
+  Raises:
+    UserError: more views than slots.
+  """
+  total = sum(len(e['pixels']) for e in examples)
+  most = max((len(e['pixels']) for e in examples), default=1) or 1
+  slots = max(len(examples) * most, 1) if slots is None else slots
+  if total > slots:
+    raise UserError(f'a batch of {total} views does not fit {slots} slots')
+  size = config.vision.image_size
+  out = {'pixels': np.zeros((slots, size, size, 3), np.uint8),
+         'index': np.zeros((len(examples), most), np.int32),
+         'valid': np.zeros((len(examples), most), bool)}
+  start = 0
+  for row, example in enumerate(examples):
+    n = len(example['pixels'])
+    out['pixels'][start:start + n] = example['pixels']
+    out['index'][row, :n] = start + np.arange(n)
+    out['valid'][row, :n] = True
+    start += n
+  return out
+
+
+def overlay(image: Image.Image, config: SingleViewConfig, info: Mapping[str, object]) -> Image.Image:
+  """What the model sees: the view, blown up to the image's size without smoothing."""
+  del info
+  view = Image.fromarray(view_pixels(image, config))
+  return view.resize(image.size, Image.Resampling.NEAREST)
