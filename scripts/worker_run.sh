@@ -33,15 +33,21 @@ worker_label() {
   printf '%s%s' "${SLICE:+$SLICE.}" "$number"
 }
 
-# alive DIR: does the job that wrote DIR/pid still run? Numbers are used again after a reboot, so the
-# start time must match too.
+# alive DIR [pid|supervisor]: does the job (or its supervisor) still run? Numbers are used again
+# after a reboot, so the start time must match too.
 alive() {
-  local pid
-  [ -f "$1/pid" ] || return 1
-  pid=$(cat "$1/pid")
+  local pid file=$1/${2:-pid}
+  [ -f "$file" ] || return 1
+  pid=$(cat "$file")
   kill -0 "$pid" 2>/dev/null || return 1
   case $(ps -o stat= -p "$pid" 2>/dev/null) in '' | Z*) return 1 ;; esac
-  [ "$(ps -o lstart= -p "$pid" 2>/dev/null)" = "$(cat "$1/pid_start" 2>/dev/null)" ]
+  [ "$(ps -o lstart= -p "$pid" 2>/dev/null)" = "$(cat "${file}_start" 2>/dev/null)" ]
+}
+
+# remember NAME PID: what `alive` looks at.
+remember() {
+  ps -o lstart= -p "$2" >"$DIR/${1}_start" 2>/dev/null || true
+  write "$1" "$2"
 }
 
 write() { printf '%s\n' "$2" >"$DIR/$1.part" && mv "$DIR/$1.part" "$DIR/$1"; }
@@ -73,7 +79,7 @@ start() {
     fi
   done
   mkdir -p "$DIR"
-  rm -f "$DIR/pid" "$DIR/pid_start" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
+  rm -f "$DIR/pid" "$DIR/supervisor" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
   detach=(nohup)
   ! command -v setsid >/dev/null || detach=(setsid)
   "${detach[@]}" bash "$0" supervise "$RUN" "${OPTIONS[@]}" -- "${JOB[@]}" \
@@ -143,14 +149,14 @@ supervise() {
       ;;
   esac
   printf '%s\n' "$(printf '%q ' "${JOB[@]}")" >"$DIR/command"
+  remember supervisor "$$"
   printf '=== worker %s on %s starts run %s at %s\n' "$LABEL" "$(hostname)" "$RUN" \
     "$(date -u +%Y-%m-%dT%H:%M:%SZ)" >>"$LOG"
   set -m # the job gets a process group of its own, which stop can end as a whole
   "${JOB[@]}" </dev/null >>"$LOG" 2>&1 9>&- &
   child=$!
   set +m
-  ps -o lstart= -p "$child" >"$DIR/pid_start" 2>/dev/null || true
-  write pid "$child"
+  remember pid "$child"
   if [ -n "$BUCKET" ]; then
     while sleep 60; do upload_logs; done 9>&- &
     uploader=$!
@@ -195,13 +201,14 @@ newest_step() {
 
 status() {
   local state=none code=- marker=- ended=- pid=- age=- last='' step preempted
-  if [ -f "$DIR/exit_code" ]; then
+  # The job may have ended while its supervisor still sends the log away: that is running, too.
+  if [ ! -f "$DIR/exit_code" ] && { alive "$DIR" || alive "$DIR" supervisor; }; then
+    state=running
+  elif [ -f "$DIR/exit_code" ]; then
     code=$(cat "$DIR/exit_code")
     ended=$(cat "$DIR/ended")
     state=failed
     [ "$code" -ne 0 ] || state=success
-  elif alive "$DIR"; then
-    state=running
   elif [ -d "$DIR" ]; then
     state=dead # the machine was restarted, or the supervisor was killed as well
   fi

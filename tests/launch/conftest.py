@@ -14,8 +14,8 @@ import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
-# Answers by rules: the first whose pattern is found in the call. A rule's replies are used one after
-# the other, the last one again and again. A call without a rule fails and fails the test.
+# Answers by rules: the first whose pattern is found in the call. A rule's replies are used one
+# after the other, the last one again and again. A call without a rule fails and fails the test.
 FAKE_GCLOUD = r"""
 import fcntl, json, os, pathlib, re, subprocess, sys
 home = pathlib.Path(os.environ['FAKE_CLOUD'])
@@ -118,8 +118,7 @@ class Cloud:
       stdin=stdin,
       text=True,
       timeout=120,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
+      capture_output=True,
     )
     read = lambda name: (self.path / name).read_text() if (self.path / name).exists() else ''
     assert not read('unexpected'), f'calls without a rule:\n{read("unexpected")}\n{done.stderr}'

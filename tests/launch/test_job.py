@@ -127,8 +127,8 @@ def test_run_is_detached_on_all_workers(cloud):
   result = cloud.launch('run', *NAME, '--env', 'A=x y', *JOB, rules=[HOSTS(2), SSH])
   assert result.code == 0
   assert commands(result) == [
-    'cd hrvlm && bash scripts/worker_run.sh start pod --env A=x\\ y -- python -m hrvlm_jax.cli train '
-    '--config a\\ b.py --workdir gs://b/r'
+    'cd hrvlm && bash scripts/worker_run.sh start pod --env A=x\\ y -- '
+    'python -m hrvlm_jax.cli train --config a\\ b.py --workdir gs://b/r'
   ]
   assert '--worker=all' in result.calls[-1]
 
