@@ -72,16 +72,16 @@ class Generator:
     self._step = jax.jit(self._step_fn)
     self._prompt = jax.jit(lambda params, batch: fn.apply(
       params, batch, dtype=dtype, method='prompt'))
-    self._info = jax.jit(lambda params, views: fn.apply(
-      params, views, dtype=dtype, method='encode').info)
+    self._info = jax.jit(lambda params, batch: fn.apply(
+      params, batch, dtype=dtype, method='info'))
 
   def prompt(self, batch):
     """(embeddings, valid, extras) of a batch, for modules with a `prompt` method."""
     return self._prompt(self.params, batch)
 
   def info(self, batch):
-    """What the encoder says about a batch's views, for overlays."""
-    return jax.device_get(self._info(self.params, batch['views']))
+    """What the model says about a batch's views, for overlays."""
+    return jax.device_get(self._info(self.params, batch))
 
   def compilations(self) -> int:
     """How many programs were compiled so far: it must not grow inside a bucket."""

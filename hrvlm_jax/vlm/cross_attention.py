@@ -181,7 +181,7 @@ class CrossAttention(Module):
     if isinstance(decoder.blocks, List):
       return decoder.layers(x, context, **self.hooks(decoder, self.media(visual), impl=impl))[0]
     size, depth = self.interval, depth_of(decoder.blocks)
-    start, stop = max(self.at[0] + 1 - size, 0), self.at[-1] + 1
+    start, stop = self.at[0] + 1 - size, self.at[-1] + 1
     keys = None if key is None else jax.random.split(key, depth)
     grouped_keys = None if keys is None else keys[start:stop].reshape(-1, size)
     plain = lambda layer, x, sub: layer(x, context, key=sub)

@@ -99,6 +99,10 @@ class VLM(Module):
     embeds, valid = self.embed(batch, self.encode(batch['views'], dtype=dtype), dtype=dtype)
     return embeds, valid, {}
 
+  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+    """What overlays draw of a batch: the encoder's info."""
+    return self.encode(batch['views'], dtype=dtype).info
+
   def prefill(self, embeds, valid, *, slots: int, **extras):
     """See `Decoder.prefill`."""
     return self.language.prefill(embeds, valid, slots=slots, **extras)
@@ -160,6 +164,16 @@ class CrossAttentionVLM(VLM):
     context = self.language.context(valid, positions=batch.get('positions'))
     visual = self.encode(batch['views'], dtype=dtype)
     return self.fusion.attention(self.language, embeds, context, visual, ranges=ranges)
+
+  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+    """`attention_share` float32 [b sub-images]: where the text of a row looks.
+
+    Mean over blocks, heads and the row's tokens of the attention on each sub-image; sums to 1.
+    """
+    ranges = getattr(self.config.encoder, 'sub_images', 1)
+    probs = self.attention(batch, ranges=ranges, dtype=dtype).mean(axis=(0, 2))
+    weight = batch['valid'].astype(jnp.float32)
+    return {'attention_share': jnp.einsum('btr,bt->br', probs, weight / weight.sum(1)[:, None])}
 
 
 def build(config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32) -> Functional:

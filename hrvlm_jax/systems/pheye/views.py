@@ -46,7 +46,7 @@ def count(width: int, height: int, config: PheyeConfig) -> Count:
 
 
 def views(images: Sequence[Image.Image], config: PheyeConfig) -> Views:
-  """Arrays of one example: pixels uint8 [1 + level^2, s, s, 3].
+  """Arrays of one example: pixels uint8 [1 + level^2, s, s, 3], tokens int32 [1].
 
   Raises:
     UserError: not exactly one image (a prompt has one image that all its text reads).
@@ -54,7 +54,7 @@ def views(images: Sequence[Image.Image], config: PheyeConfig) -> Views:
   if len(images) != 1:
     raise UserError(f'Pheye reads exactly one image per prompt, got {len(images)}; drop examples '
                     'without or with several images')
-  return {'pixels': sub_images(images[0], config)}
+  return {'pixels': sub_images(images[0], config), 'tokens': np.array([config.tokens], np.int32)}
 
 
 def batch(examples: Sequence[Views], config: PheyeConfig, *, slots: int | None = None) -> Views:
