@@ -4,7 +4,7 @@ Readers collect every problem of their files (malformed lines, missing keys, mis
 answers, duplicated ids) in a `Collector` and raise them as one `UserError`; nothing is dropped.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 from pathlib import Path
@@ -62,6 +62,14 @@ class Sample:
   meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+class Samples(list):
+  """Samples of one split, and the `files` that they were read from (without the images)."""
+
+  def __init__(self, samples: Iterable[Sample] = (), files: Iterable[Path] = ()):
+    super().__init__(samples)
+    self.files = tuple(files)
+
+
 @dataclasses.dataclass
 class Scores:
   """Outcome of scoring one benchmark.
@@ -74,6 +82,7 @@ class Scores:
     unparsed: answers that no rule could read (they count as wrong).
     units: the values whose mean (or `statistic`) is the headline; for its confidence interval.
     statistic: positions of resampled units -> headline, where it is not 100 times the mean.
+    strata: labels of the units when they are to be resampled within groups of fixed size.
     notes: sentences that have to stand beside the number.
   """
 
@@ -84,6 +93,7 @@ class Scores:
   unparsed: int = 0
   units: Sequence[float] | None = None
   statistic: Callable | None = None
+  strata: Sequence | None = None
   notes: tuple[str, ...] = ()
 
   @property
@@ -124,7 +134,7 @@ class Benchmark:
   title: str
   files: str
   splits: Mapping[str, int | None]
-  read: Callable[[Path, str], list[Sample]]
+  read: Callable[[Path, str], Samples]
   score: Score | None
   template: str = ''
   max_new_tokens: int = 16
@@ -135,7 +145,7 @@ class Benchmark:
   def default_split(self) -> str:
     return next(iter(self.splits))
 
-  def load(self, folder: str | Path, split: str | None = None) -> list[Sample]:
+  def load(self, folder: str | Path, split: str | None = None) -> Samples:
     """Samples of a split.
 
     Raises:
@@ -170,7 +180,8 @@ class Collector:
       found = sorted(self.folder.glob(name)) if any(c in name for c in '*?[') \
           else [self.folder / name]
       if found and found[0].exists():
-        self.sources.append(found[0])
+        used = found if found[0].suffix == '.parquet' else found[:1]  # shards belong together
+        self.sources.extend(path for path in used if path.is_file())
         return found[0]
     if optional:
       return None
@@ -235,7 +246,7 @@ class Collector:
         self.problems.append(f'{where}: image of {sample.id} is missing: {image.path}')
     self.samples.append(sample)
 
-  def finish(self) -> list[Sample]:
+  def finish(self) -> Samples:
     """The samples, when nothing is wrong.
 
     Raises:
@@ -245,7 +256,7 @@ class Collector:
     if len(self.problems) > MAX_LISTED:
       problems.append(f'and {len(self.problems) - MAX_LISTED} more')
     raise_all(f'{self.benchmark}: {self.folder}', problems)
-    return self.samples
+    return Samples(self.samples, self.sources)
 
 
 def file_image(path: Path) -> ImageSource:

@@ -11,6 +11,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
     Sample,
+    Samples,
     Scores,
     Submission,
     first_image,
@@ -20,7 +21,7 @@ from hrvlm_jax.evaluation.benchmarks.scoring import by_category, percent
 from hrvlm_jax.evaluation.metrics import cider
 
 
-def _nocaps(folder: Path, split: str) -> list[Sample]:
+def _nocaps(folder: Path, split: str) -> Samples:
   c = Collector('nocaps', folder)
   path = c.find('nocaps_val_4500_captions.json' if split == 'val'
                 else 'nocaps_test_image_info.json')
@@ -40,7 +41,7 @@ def _nocaps(folder: Path, split: str) -> list[Sample]:
   return c.finish()
 
 
-def _textcaps(folder: Path, split: str) -> list[Sample]:
+def _textcaps(folder: Path, split: str) -> Samples:
   c = Collector('textcaps', folder)
   path = c.find(f'TextCaps_0.1_{split}.json')
   seen: dict[str, tuple] = {}
@@ -61,7 +62,7 @@ def _textcaps(folder: Path, split: str) -> list[Sample]:
   return c.finish()
 
 
-def _docci(folder: Path, split: str) -> list[Sample]:
+def _docci(folder: Path, split: str) -> Samples:
   c = Collector('docci', folder)
   path = c.find('docci_descriptions.jsonlines')
   for where, row in read_json_lines(path, c.problems):

@@ -6,10 +6,13 @@ from pathlib import Path
 import random
 import re
 
+import numpy as np
+
 from hrvlm_jax.evaluation.benchmarks.base import (
   Benchmark,
   Collector,
   Sample,
+  Samples,
   Scores,
   file_image,
   first_image,
@@ -28,7 +31,7 @@ from hrvlm_jax.evaluation.benchmarks.tables import read_parquet
 from hrvlm_jax.evaluation.metrics import choice, exact
 
 
-def _scienceqa(folder: Path, split: str) -> list[Sample]:
+def _scienceqa(folder: Path, split: str) -> Samples:
   c = Collector('scienceqa', folder)
   problems = read_json(c.find('problems.json', 'data/scienceqa/problems.json'))
   splits = c.find('pid_splits.json', 'data/scienceqa/pid_splits.json')
@@ -76,7 +79,7 @@ def _score_scienceqa(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   return scores
 
 
-def _seed(folder: Path, split: str) -> list[Sample]:
+def _seed(folder: Path, split: str) -> Samples:
   c = Collector('seed', folder)
   path = c.find('SEED-Bench.json')
   kinds = {number: name for name, number in (read_json(path).get('question_type') or {}).items()}
@@ -121,7 +124,7 @@ _VSTAR_SEED = 0
 
 def _vstar(shuffled: bool):
   """V*Bench folders: image and JSON of the same stem; option 0 of the file is the right one."""
-  def read(folder: Path, split: str) -> list[Sample]:
+  def read(folder: Path, split: str) -> Samples:
     c = Collector('vstar' if shuffled else 'vstar_likelihood', folder)
     parts = VSTAR_PARTS if split == 'all' else (VSTAR_EXTRA.get(split, split),)
     for part in parts:
@@ -140,13 +143,18 @@ def _vstar(shuffled: bool):
         pictures = [path.with_suffix(e) for e in ('.jpg', '.jpeg', '.png', '.JPG', '.webp')]
         c.add(Sample(where.removesuffix('.json'), (first_image(*pictures),), question,
                      (letters[order.index(0)],), choices=tuple(str(options[i]) for i in order),
-                     category=part, meta={'boxes': row.get('bbox') or [], 'options': options,
+                     category=part, meta={'boxes': _corners(row.get('bbox')), 'options': options,
                                           'targets': row.get('target_object') or []}), where)
     return c.finish()
   return read
 
 
-def _realworldqa(folder: Path, split: str) -> list[Sample]:
+def _corners(boxes: list | None) -> list[list[float]]:
+  """(x, y, width, height) boxes as (x0, y0, x1, y1)."""
+  return [[x, y, x + width, y + height] for x, y, width, height in boxes or []]
+
+
+def _realworldqa(folder: Path, split: str) -> Samples:
   c = Collector('realworldqa', folder)
   if path := c.find('annotations.jsonl', optional=True):
     rows = read_json_lines(path, c.problems)
@@ -183,7 +191,7 @@ _MMMU_FILES = {'standard': ('standard (10 options)/test-*.parquet', 'standard/te
                'vision': ('vision/test-*.parquet', 'vision*.parquet')}
 
 
-def _mmmu_pro(folder: Path, split: str) -> list[Sample]:
+def _mmmu_pro(folder: Path, split: str) -> Samples:
   c = Collector('mmmu_pro', folder)
   for part in ('standard', 'vision') if split == 'both' else (split,):
     first = c.find(*_MMMU_FILES[part])
@@ -236,15 +244,21 @@ def _score_mmmu_pro(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   guessed = [choice.random_letter(letter, len(s.choices), rng)
              for letter, s in zip(letters, samples)]
   right = [float(letter == s.answers[0]) for letter, s in zip(letters, samples)]
-  values = {}
+  values: dict[str, float] = {}
   parts = list(dict.fromkeys(s.meta['part'] for s in samples))
   for name, found in (('accuracy_mmmu', letters), ('accuracy_mmmu_random42', guessed)):
     for part in parts:
       values[f'{name}_{part}'] = percent(
           [float(f == s.answers[0]) for f, s in zip(found, samples) if s.meta['part'] == part])
     values[name] = sum(values[f'{name}_{part}'] for part in parts) / len(parts)
+  place = [parts.index(s.meta['part']) for s in samples]
+
+  def resampled(chosen) -> float:
+    hits = np.bincount(np.take(place, chosen), np.take(right, chosen), len(parts))
+    return 100 * float((hits / np.bincount(place)).mean())
+
   return Scores('accuracy_mmmu', values, by_category=by_category(samples, right), per_sample=right,
-                unparsed=letters.count(None), units=right)
+                unparsed=letters.count(None), units=right, strata=place, statistic=resampled)
 
 
 BENCHMARKS = (

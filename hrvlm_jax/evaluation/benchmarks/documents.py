@@ -7,6 +7,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
     Sample,
+    Samples,
     Scores,
     Submission,
     first_image,
@@ -18,7 +19,7 @@ from hrvlm_jax.evaluation.metrics import anls, ocrbench
 
 def _rrc(name: str, patterns: tuple[str, ...], picture: str, folders: tuple[str, ...]):
   """Reader of the Robust Reading Competition's JSON: questions and answers under `data`."""
-  def read(folder: Path, split: str) -> list[Sample]:
+  def read(folder: Path, split: str) -> Samples:
     c = Collector(name, folder)
     path = c.find(*(pattern.format(split=split) for pattern in patterns))
     for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
@@ -43,7 +44,7 @@ def _rrc_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dic
 _ANLS = mean_score(anls_lmms=references(anls.anls_lmms), anls_strict=references(anls.anls_strict))
 
 
-def _ocrbench(folder: Path, split: str) -> list[Sample]:
+def _ocrbench(folder: Path, split: str) -> Samples:
   c = Collector('ocrbench', folder)
   path = c.find('OCRBench.json', 'OCRBench/OCRBench.json')
   for where, row in c.rows(read_json(path), path.name):

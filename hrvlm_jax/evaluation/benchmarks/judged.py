@@ -9,6 +9,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
     Sample,
+    Samples,
     Scores,
     Submission,
     first_image,
@@ -21,7 +22,7 @@ from hrvlm_jax.evaluation.metrics import mathvista
 MMVET_CAPABILITIES = ('rec', 'ocr', 'know', 'gen', 'spat', 'math')
 
 
-def _mmvet(folder: Path, split: str) -> list[Sample]:
+def _mmvet(folder: Path, split: str) -> Samples:
   c = Collector('mmvet', folder)
   path = c.find('mm-vet.json')
   for where, row in c.rows(read_json(path), path.name):
@@ -69,7 +70,7 @@ def mmvet_total(grades: Mapping[str, Mapping], samples: Sequence[Sample], *, jud
           'date': date}
 
 
-def _mathvista(folder: Path, split: str) -> list[Sample]:
+def _mathvista(folder: Path, split: str) -> Samples:
   c = Collector('mathvista', folder)
   path = c.find(f'{split}.json', f'annot_{split}.json', f'{split}-*.parquet',
                 f'data/{split}-*.parquet')

@@ -12,6 +12,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
     Sample,
+    Samples,
     Scores,
     file_image,
     read_json,
@@ -19,7 +20,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
 from hrvlm_jax.evaluation.benchmarks.scoring import percent
 
 
-def _needle(folder: Path, split: str) -> list[Sample]:
+def _needle(folder: Path, split: str) -> Samples:
   c = Collector('needle', folder)
   path = c.find('needle.json')
   for where, row in c.rows(read_json(path), path.name):

@@ -8,6 +8,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Collector,
     ImageSource,
     Sample,
+    Samples,
     Scores,
     Submission,
     file_image,
@@ -46,7 +47,7 @@ def _choice_rows(c: Collector, path: Path, *, hidden: bool):
     yield where, row, index, question, options, answer, source
 
 
-def _mmbench(folder: Path, split: str) -> list[Sample]:
+def _mmbench(folder: Path, split: str) -> Samples:
   c = Collector('mmbench', folder)
   path = c.find(*{'dev': ('mmbench_dev_en_20231003.tsv', 'MMBench_DEV_EN.tsv', 'mmbench_dev*.tsv'),
                   'test': ('mmbench_test_en_20231003.tsv', 'MMBench_TEST_EN.tsv',
@@ -91,7 +92,7 @@ def _mmbench_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list
   return [sample.meta['row'] | {'prediction': text} for sample, text in zip(samples, texts)]
 
 
-def _hrbench(folder: Path, split: str) -> list[Sample]:
+def _hrbench(folder: Path, split: str) -> Samples:
   c = Collector('hrbench', folder)
   path = c.find(f'hr_bench_{split}.tsv', f'HRBench{split.upper()}.tsv')
   for where, row, index, question, options, answer, source in _choice_rows(c, path, hidden=False):
@@ -129,7 +130,7 @@ def _question_groups(samples: Sequence[Sample]) -> dict:
   return groups
 
 
-def _four_k_pro(folder: Path, split: str) -> list[Sample]:
+def _four_k_pro(folder: Path, split: str) -> Samples:
   """Local files with 4KPro's columns: the benchmark itself is not public.
 
   `4kpro.jsonl`: id, image (path), question, options (list) or A, B, ..., answer (letter), category

@@ -10,6 +10,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
   Collector,
   ImageSource,
   Sample,
+  Samples,
   Scores,
   Submission,
   file_image,
@@ -52,7 +53,7 @@ def prompt_to_question(prompt: str) -> str:
 
 
 def _textvqa(with_ocr: bool):
-  def read(folder: Path, split: str) -> list[Sample]:
+  def read(folder: Path, split: str) -> Samples:
     c = Collector('textvqa_ocr' if with_ocr else 'textvqa', folder)
     path = c.find(f'TextVQA_0.5.1_{split}.json')
     tokens = _ocr_tokens(c, split) if with_ocr else {}
@@ -102,7 +103,7 @@ def _ocr_tokens(c: Collector, split: str) -> dict:
 
 def _coco_vqa(name: str, files: dict[str, tuple[str, str | None, str]]):
   """Reader of the VQA toolkit's pairs: split -> (questions, annotations, COCO image folder)."""
-  def read(folder: Path, split: str) -> list[Sample]:
+  def read(folder: Path, split: str) -> Samples:
     c = Collector(name, folder)
     question_file, annotation_file, picture_folder = files[split]
     questions = c.find(question_file)
@@ -138,7 +139,7 @@ def _vqav2_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[d
           for sample, text in zip(samples, texts)]
 
 
-def _vizwiz(folder: Path, split: str) -> list[Sample]:
+def _vizwiz(folder: Path, split: str) -> Samples:
   c = Collector('vizwiz', folder)
   path = c.find(f'{split}.json', f'Annotations/{split}.json')
   for where, row in c.rows(read_json(path), path.name):
@@ -160,7 +161,7 @@ def _vizwiz_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[
           for sample, text in zip(samples, texts)]
 
 
-def _gqa(folder: Path, split: str) -> list[Sample]:
+def _gqa(folder: Path, split: str) -> Samples:
   c = Collector('gqa', folder)
   path = c.find(f'{split}_questions.json', f'questions1.2/{split}_questions.json')
   for where, row in c.rows(read_json(path), path.name):
@@ -183,7 +184,7 @@ def _gqa_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dic
 _OCRVQA_SPLITS = {'train': 1, 'val': 2, 'test': 3}
 
 
-def _ocrvqa(folder: Path, split: str) -> list[Sample]:
+def _ocrvqa(folder: Path, split: str) -> Samples:
   c = Collector('ocrvqa', folder)
   if split == 'core':
     return _ocrvqa_core(c, folder)
@@ -205,7 +206,7 @@ def _ocrvqa(folder: Path, split: str) -> list[Sample]:
   return c.finish()
 
 
-def _ocrvqa_core(c: Collector, folder: Path) -> list[Sample]:
+def _ocrvqa_core(c: Collector, folder: Path) -> Samples:
   path = c.find('OCRVQA_TESTCORE.tsv')
   pictures: dict[str, ImageSource] = {}
   for where, row in read_tsv(path, c.problems):
@@ -222,7 +223,7 @@ def _ocrvqa_core(c: Collector, folder: Path) -> list[Sample]:
   return c.finish()
 
 
-def _chartqa(folder: Path, split: str) -> list[Sample]:
+def _chartqa(folder: Path, split: str) -> Samples:
   c = Collector('chartqa', folder)
   root = folder / split if (folder / split).is_dir() else folder
   for half in ('human', 'augmented'):

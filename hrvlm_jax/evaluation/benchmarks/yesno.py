@@ -9,6 +9,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
     Sample,
+    Samples,
     Scores,
     Submission,
     file_image,
@@ -19,7 +20,7 @@ from hrvlm_jax.evaluation.metrics import yesno
 POPE_PARTS = ('random', 'popular', 'adversarial')
 
 
-def _pope(folder: Path, split: str) -> list[Sample]:
+def _pope(folder: Path, split: str) -> Samples:
   c = Collector('pope', folder)
   for part in POPE_PARTS if split == 'all' else (split,):
     path = c.find(f'coco_pope_{part}.json', f'coco/coco_pope_{part}.json')
@@ -57,18 +58,23 @@ def _score_pope(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
       mean = float(np.mean([getattr(c, rate) for c in per_part.values()]))
       values[f'pope_{rate}_{name}'] = 100 * mean
 
+  says_yes = np.array([answer == 'yes' for answer in read['llava']], float)
+  is_yes = np.array([label == 'yes' for label in labels], float)
+  place = np.array([parts.index(sample.category) for sample in samples])
+
   def resampled(chosen) -> float:
-    groups = {part: [i for i in chosen if samples[i].category == part] for part in parts}
-    return 100 * float(np.mean([counts(read['llava'], g).f1 for g in groups.values()]))
+    total = lambda values: np.bincount(place[chosen], values[chosen], len(parts))
+    f1 = 2 * total(says_yes * is_yes) / np.maximum(total(says_yes) + total(is_yes), 1)
+    return 100 * float(f1.mean())
 
   right = [float(found == label) for found, label in zip(read['llava'], labels)]
   other = sum(answer == 'other' for answer in read['exact'])
   notes = (f'{other} answers are neither yes nor no; pope_f1_llava counts them by its own rule',)
   return Scores('pope_f1_llava', values, by_category=headlines['llava'], per_sample=right,
-                units=right, statistic=resampled, notes=notes if other else ())
+                units=right, statistic=resampled, strata=place, notes=notes if other else ())
 
 
-def _mme(folder: Path, split: str) -> list[Sample]:
+def _mme(folder: Path, split: str) -> Samples:
   c = Collector('mme', folder)
   groups = {'perception': yesno.MME_PERCEPTION, 'cognition': yesno.MME_COGNITION,
             'all': yesno.MME_PERCEPTION + yesno.MME_COGNITION}
@@ -127,14 +133,14 @@ def _score_mme(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   images = [(task, answers) for task in tasks for answers in grouped.get(task, {}).values()]
 
   def resampled(chosen) -> float:
-    """Resamples images within each subtask's share of the draw."""
     again: dict[str, dict[str, list[bool]]] = {}
     for place, i in enumerate(chosen):
       again.setdefault(images[i][0], {})[str(place)] = images[i][1]
     return sum(sum(yesno.mme_subtask(answers)) for answers in again.values())
 
   return Scores(headline, values, by_category=subtasks, per_sample=right, unparsed=other,
-                units=[0.0] * len(images), statistic=resampled)
+                units=[0.0] * len(images), statistic=resampled,
+                strata=[task for task, _ in images])
 
 
 def _mme_submission(samples: Sequence[Sample], texts: Sequence[str]) -> dict[str, str]:

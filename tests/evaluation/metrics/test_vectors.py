@@ -232,7 +232,7 @@ def test_mathvista():
   assert mathvista.normalize('3.7', answer_type='integer', **free) == '3'
   assert mathvista.normalize('3.14159', answer_type='float', precision=2.0, **free) == '3.14'
   assert mathvista.normalize('x', answer_type='float', precision=2.0, **free) is None
-  assert mathvista.extract_regex('the total is 1,234 units', answer_type='integer', **free) == '1234'
+  assert mathvista.extract_regex('in all 1,234 units', answer_type='integer', **free) == '1234'
   assert mathvista.extract_regex('so [1, 2] it is', answer_type='list', **free) == '[1, 2]'
   assert mathvista.equal(' 3', '3') and not mathvista.equal(None, 'None')
 

@@ -1,0 +1,204 @@
+"""Benchmark files with mistakes: every one is named, in one message, and nothing is scored."""
+
+import json
+from pathlib import Path
+import shutil
+
+import pytest
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.evaluation import benchmarks
+
+SAMPLES = Path(__file__).parent / 'samples'
+
+
+@pytest.fixture
+def copy(tmp_path):
+  """Copies a sample folder; returns it."""
+  def make(name):
+    return Path(shutil.copytree(SAMPLES / name, tmp_path / name))
+  return make
+
+
+def message(name, folder, split=None):
+  with pytest.raises(UserError) as error:
+    benchmarks.get(name).load(folder, split)
+  return str(error.value)
+
+
+def edit(path, change):
+  value = json.loads(path.read_text('utf-8'))
+  path.write_text(json.dumps(change(value) or value), 'utf-8')
+
+
+def test_all_problems_in_one_message(copy):
+  folder = copy('textvqa')
+
+  def change(value):
+    rows = value['data']
+    rows[1]['question_id'] = rows[0]['question_id']
+    rows[2]['answers'] = []
+    rows[2]['image_id'] = 'gone'
+    del rows[0]['question']
+    rows.append('text')
+
+  edit(folder / 'TextVQA_0.5.1_val.json', change)
+  text = message('textvqa', folder)
+  assert '4 problems' in text
+  assert "data[0]: lacks 'question'" in text
+  assert '103 has no reference answer' in text
+  assert 'image of 103 is missing' in text and 'gone.jpg' in text
+  assert "data[3]: found str 'text', expected a mapping" in text
+
+
+def test_duplicated_ids(copy):
+  folder = copy('docvqa')
+  edit(folder / 'val_v1.0.json', lambda v: v['data'].append(v['data'][0]))
+  text = message('docvqa', folder)
+  assert 'id 1 is a duplicate of the one at val_v1.0.json:data[0]' in text
+
+
+def test_long_lists_of_problems_are_cut(copy):
+  folder = copy('gqa')
+  edit(folder / 'testdev_balanced_questions.json', lambda v: {str(i): {} for i in range(30)})
+  text = message('gqa', folder)
+  assert 'and 70 more' in text and len(text.splitlines()) == 22
+
+
+def test_broken_json(copy):
+  folder = copy('gqa')
+  (folder / 'testdev_balanced_questions.json').write_text('{"a": [1,\n')
+  assert 'is not JSON' in message('gqa', folder) and 'line 2' in message('gqa', folder)
+
+
+def test_missing_file_folder_split(tmp_path, copy):
+  assert 'lacks TextVQA_0.5.1_val.json' in message('textvqa', tmp_path)
+  assert 'no such folder' in message('textvqa', tmp_path / 'none')
+  assert "unknown split 'tset'; it has val, test" in message('textvqa', copy('textvqa'), 'tset')
+
+
+def test_wrong_file_under_the_right_name(copy):
+  folder = copy('textvqa')
+  (folder / 'TextVQA_0.5.1_val.json').write_text('[1, 2]')
+  assert "has no top level key 'data'" in message('textvqa', folder)
+
+
+def test_json_lines(copy):
+  folder = copy('pope')
+  path = folder / 'coco_pope_random.json'
+  path.write_text(path.read_text() + '{"question_id":\n[]\n{"question_id": 9, "image": '
+                  '"COCO_val2014_000000310196.jpg", "text": "x?", "label": "maybe"}\n')
+  text = message('pope', folder)
+  assert 'coco_pope_random.json:3: is not JSON' in text
+  assert 'coco_pope_random.json:4: found list' in text
+  assert "coco_pope_random.json:5: label is 'maybe', expected yes or no" in text
+
+
+def test_unannotated_vqa_question(copy):
+  folder = copy('vqav2')
+  edit(folder / 'v2_mscoco_val2014_annotations.json', lambda v: v['annotations'].pop())
+  assert 'question_id 73000 has no annotation' in message('vqav2', folder)
+
+
+def test_mme_text_files(copy):
+  folder = copy('mme')
+  (folder / 'count/0001.txt').write_text('One question? Please answer yes or no.\tYes\n')
+  (folder / 'OCR/0001.txt').write_text('No tab here\nIs it?\tPerhaps\n')
+  text = message('mme', folder)
+  assert 'count/0001.txt: has 1 questions, expected 2' in text
+  assert text.count('expected a question, a tab and Yes or No') == 2
+
+
+def test_tsv(copy, tmp_path):
+  folder = copy('mmbench')
+  path = folder / 'mmbench_dev_en_20231003.tsv'
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text(''.join(lines) + '7\tshort\n8\tWhich?\t\tcat\tdog\t\t\tC\tidentity\t99\ts\tl\t\td\n')
+  text = message('mmbench', folder)
+  assert 'row 5: has 2 columns, the header has 14' in text
+  assert 'row 6: has no image (refers to row 99)' in text
+  path.write_text(lines[0] + '1\t"open')
+  assert 'ends inside a quoted field' in message('mmbench', folder)
+  path.write_text('a\tb\n1\t2\n')
+  assert 'has no column index' in message('mmbench', folder)
+
+
+def test_tsv_image_that_is_not_base64(copy):
+  folder = copy('hrbench')
+  path = folder / 'hr_bench_8k.tsv'
+  head, row = path.read_text().splitlines()
+  cells = row.split('\t')
+  path.write_text(head + '\n' + '\t'.join([*cells[:-1], '*' * 100]) + '\n')
+  sample, = benchmarks.get('hrbench').load(folder, '8k')
+  with pytest.raises(UserError, match='row 1: the image is not base64'):
+    sample.images[0].open()
+
+
+def test_parquet(copy):
+  folder = copy('realworldqa')
+  (folder / 'test-00000-of-00001.parquet').write_bytes(b'PAR1')
+  assert 'is not a parquet file' in message('realworldqa', folder)
+
+
+def test_damaged_image_is_named(copy):
+  folder = copy('gqa')
+  (folder / 'images/n161313.jpg').write_bytes(b'\xff\xd8broken')
+  sample = benchmarks.get('gqa').load(folder)[0]
+  with pytest.raises(UserError, match='n161313.jpg'):
+    sample.images[0].open()
+
+
+def test_scienceqa_and_seed(copy):
+  folder = copy('scienceqa')
+  edit(folder / 'problems.json', lambda v: v['1'].update(answer=5) or v.pop('3') and None)
+  text = message('scienceqa', folder)
+  assert 'answer 5 is not one of 2 choices' in text and 'problem 3 is not in problems.json' in text
+  folder = copy('seed')
+  edit(folder / 'SEED-Bench.json', lambda v: v['questions'][0].update(answer='Z'))
+  assert "answer is 'Z', expected A, B, C or D" in message('seed', folder)
+
+
+def test_needle_and_others(copy):
+  folder = copy('needle')
+
+  def change(rows):
+    rows[0]['conversations'].pop()
+    del rows[1]['needle'], rows[1]['relative_area']
+
+  edit(folder / 'needle.json', change)
+  text = message('needle', folder)
+  assert 'turns do not alternate' in text and 'no relative area' in text
+  folder = copy('4kpro')
+  path = folder / '4kpro.jsonl'
+  path.write_text(path.read_text().replace('"gaming"', '"sports"', 1).replace('"B"', '"Q"', 1))
+  text = message('4kpro', folder)
+  assert "category 'sports' is not one of av, household, gaming, ui" in text
+  assert "answer 'Q' is not the letter of one of its options" in text
+  folder = copy('mathvista')
+  edit(folder / 'testmini.json', lambda v: v['1'].pop('query') and None)
+  assert "lacks 'query'" in message('mathvista', folder)
+  folder = copy('ocrbench')
+  edit(folder / 'OCRBench.json', lambda v: v[0].update(type='Odd'))
+  assert "unknown type 'Odd'" in message('ocrbench', folder)
+
+
+def test_mmvet_grades():
+  from hrvlm_jax.evaluation.benchmarks.judged import mmvet_total
+  samples = benchmarks.get('mmvet').load(SAMPLES / 'mmvet')
+  grades = {'v1_0': {'score': [0.0, 0.5]}, 'v1_1': {'score': [1.0]}}
+  total = mmvet_total(grades, samples, judge='a judge', date='2024-05-01')
+  assert total['mmvet_total'] == 75 and total['by_capability']['math'] == 50
+  assert total['judge'] == 'a judge'
+  with pytest.raises(UserError, match='1 answers have none'):
+    mmvet_total({'v1_0': grades['v1_0']}, samples, judge='x', date='y')
+
+
+def test_partly_hidden_labels(copy, tmp_path):
+  import dataclasses
+
+  from hrvlm_jax.evaluation.result import score_texts
+  benchmark = benchmarks.get('gqa')
+  samples = benchmark.load(SAMPLES / 'gqa')
+  samples[0] = dataclasses.replace(samples[0], answers=None)
+  with pytest.raises(UserError, match='1 of 3 samples have no labels'):
+    score_texts(benchmark, 'x', samples, {}, identity={})

@@ -1,0 +1,80 @@
+"""Every benchmark end to end on its made-up sample: files -> prompts -> answers -> score, submission.
+
+`samples/cases.json` holds the answers given and the values they must score, worked out by hand.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hrvlm_jax.evaluation import benchmarks
+from hrvlm_jax.evaluation.runner import Setup, evaluate
+
+SAMPLES = Path(__file__).parent / 'samples'
+CASES = json.loads((SAMPLES / 'cases.json').read_text('utf-8'))
+
+
+def _answers(case, loaded):
+  if 'answer_with' in case:  # options are shuffled: answer with the right or with another letter
+    wanted = case['answer_with']
+    return {s.id: s.answers[0] if wanted[s.id] == 'right' else 'AB'[s.answers[0] == 'A']
+            for s in loaded}
+  return case.get('answers')
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: f'{c["benchmark"]}-{c["split"]}')
+def test_sample(case, tmp_path):
+  benchmark = benchmarks.get(case['benchmark'])
+  folder = SAMPLES / case['folder']
+  loaded = benchmark.load(folder, case['split'])
+  answers = _answers(case, loaded)
+  rendered = {}
+  order = iter([s.id for s in loaded])
+
+  def answer_fn(pairs):
+    result = []
+    for picture, question in pairs:
+      number = next(order, None)
+      rendered[number] = question
+      sample = next(s for s in loaded if s.id == number)
+      assert (picture is None) == (not sample.images)
+      result.append(answers[number])
+    return result
+
+  def likelihood_fn(triples):
+    return [case['losses'][option] for _, _, option in triples]
+
+  result = evaluate(
+    benchmark, None if benchmark.likelihood else answer_fn, data=folder, out=tmp_path / 'out',
+    setup=Setup(model='made up'), split=case['split'], batch_size=1, progress=False,
+    likelihood_fn=likelihood_fn if benchmark.likelihood else None)
+
+  for name, value in case['values'].items():
+    assert result.values[name] == pytest.approx(value, abs=1e-9), name
+  if 'by_category' in case:
+    assert result.by_category == pytest.approx(case['by_category'])
+  assert result.n_unparsed == case.get('n_unparsed', result.n_unparsed)
+  assert (result.value is None) == (not case['values'])
+  for number, prompt in case.get('prompt', {}).items():
+    assert rendered[number] == prompt
+  if 'submission' in case:
+    text = (tmp_path / 'out' / benchmark.submission.filename).read_text('utf-8')
+    assert (text if isinstance(case['submission'], str) else json.loads(text)) == case['submission']
+  if result.value is not None:
+    low, high = result.ci95
+    assert low <= result.value + 1e-9 and result.value - 1e-9 <= high
+  for name in ('run.json', 'result.json', 'report.html', 'predictions.jsonl'):
+    assert (tmp_path / 'out' / name).is_file()
+
+
+def test_every_benchmark_has_a_sample():
+  assert {case['benchmark'] for case in CASES} == set(benchmarks.BENCHMARKS)
+
+
+def test_headline_is_among_the_checked_values():
+  for case in CASES:
+    if case['values']:
+      loaded = benchmarks.get(case['benchmark']).load(SAMPLES / case['folder'], case['split'])
+      scores = benchmarks.get(case['benchmark']).score(loaded, [''] * len(loaded))
+      assert scores.metric in case['values']
