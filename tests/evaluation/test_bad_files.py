@@ -96,7 +96,7 @@ def test_json_lines(copy):
 
 def test_unannotated_vqa_question(copy):
   folder = copy('vqav2')
-  edit(folder / 'v2_mscoco_val2014_annotations.json', lambda v: v['annotations'].pop())
+  edit(folder / 'v2_mscoco_val2014_annotations.json', lambda v: v['annotations'].pop() and None)
   assert 'question_id 73000 has no annotation' in message('vqav2', folder)
 
 
@@ -113,7 +113,8 @@ def test_tsv(copy, tmp_path):
   folder = copy('mmbench')
   path = folder / 'mmbench_dev_en_20231003.tsv'
   lines = path.read_text().splitlines(keepends=True)
-  path.write_text(''.join(lines) + '7\tshort\n8\tWhich?\t\tcat\tdog\t\t\tC\tidentity\t99\ts\tl\t\td\n')
+  bad = '7\tshort\n8\tWhich?\t\tcat\tdog\t\t\tC\tidentity\t99\ts\tl\t\td\n'
+  path.write_text(''.join(lines) + bad)
   text = message('mmbench', folder)
   assert 'row 5: has 2 columns, the header has 14' in text
   assert 'row 6: has no image (refers to row 99)' in text

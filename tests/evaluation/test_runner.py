@@ -16,8 +16,8 @@ from hrvlm_jax.evaluation.runner import Answer, Setup, evaluate, score_predictio
 SAMPLES = Path(__file__).parent / 'samples'
 SETUP = Setup(model='toy', checkpoint='here', checkpoint_hash='0' * 64,
               generation={'temperature': 0}, preprocessing={'views': 3})
-KEYS = ('task', 'split', 'metric', 'value', 'values', 'n', 'n_missing', 'n_truncated', 'by_category',
-        'ci95', 'model', 'checkpoint_hash', 'config', 'preprocessing', 'prompt_template',
+KEYS = ('task', 'split', 'metric', 'value', 'values', 'n', 'n_missing', 'n_truncated',
+        'by_category', 'ci95', 'model', 'checkpoint_hash', 'config', 'preprocessing', 'prompt_template',
         'generation', 'dataset', 'scorer_version', 'git', 'packages')
 
 
@@ -187,7 +187,8 @@ def test_last_batch_is_filled_up(tmp_path):
 
 def test_score_only(tmp_path):
   path = tmp_path / 'p.jsonl'
-  path.write_text('{"sample_id": "human_1", "text": "yes"}\n{"sample_id": "human_0", "text": "10"}\n')
+  rows = [{'sample_id': 'human_1', 'text': 'yes'}, {'sample_id': 'human_0', 'text': '10'}]
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
   result = score_predictions('chartqa', path, data=SAMPLES / 'chartqa')
   assert result.n_missing == 1 and result.values['em_relaxed'] == pytest.approx(200 / 3)
   assert '1 of 3 samples have no prediction; they count as wrong' in result.notes

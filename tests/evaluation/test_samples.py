@@ -1,4 +1,4 @@
-"""Every benchmark end to end on its made-up sample: files -> prompts -> answers -> score, submission.
+"""Every benchmark end to end on its made-up sample: files, prompts, answers, score, submission.
 
 `samples/cases.json` holds the answers given and the values they must score, worked out by hand.
 """

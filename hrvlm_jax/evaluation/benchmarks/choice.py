@@ -33,7 +33,8 @@ from hrvlm_jax.evaluation.metrics import choice, exact
 
 def _scienceqa(folder: Path, split: str) -> Samples:
   c = Collector('scienceqa', folder)
-  problems = read_json(c.find('problems.json', 'data/scienceqa/problems.json'))
+  path = c.find('problems.json', 'data/scienceqa/problems.json')
+  problems = {where[len(path.name) + 1:-1]: row for where, row in c.rows(read_json(path), path.name)}
   splits = c.find('pid_splits.json', 'data/scienceqa/pid_splits.json')
   part, images_only = split.removesuffix('_img'), split.endswith('_img')
   for number in c.section(splits, part):
@@ -82,7 +83,7 @@ def _score_scienceqa(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
 def _seed(folder: Path, split: str) -> Samples:
   c = Collector('seed', folder)
   path = c.find('SEED-Bench.json')
-  kinds = {number: name for name, number in (read_json(path).get('question_type') or {}).items()}
+  kinds = {number: name for name, number in c.section(path, 'question_type').items()}
   for where, row in c.rows(c.section(path, 'questions'), f'{path.name}:questions'):
     kind = c.get(row, 'data_type', where)
     if split != 'all' and kind != split:
