@@ -65,13 +65,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 _ALIASES = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh'}
 
 
+def activation_name(name: str) -> str:
+  """Our name of an activation that a Hugging Face config may call otherwise."""
+  return _ALIASES.get(name, name)
+
+
 def activation(name: str) -> Callable[[jax.Array], jax.Array]:
   """The activation of a config; Hugging Face's names for the tanh form are accepted.
 
   Raises:
     ValueError: an unknown name.
   """
-  name = _ALIASES.get(name, name)
+  name = activation_name(name)
   if name not in ACTIVATIONS:
     raise ValueError(f'unknown activation {name!r}; known: {sorted(ACTIVATIONS | _ALIASES)}')
   return ACTIVATIONS[name]

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.layers import LoRA, activation
+from hrvlm_jax.core.layers import LoRA, activation, activation_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,12 +158,12 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
   if kind == 'phi':
     return phi(
       rotary_factor=values.get('partial_rotary_factor', 0.5),
-      norm_eps=values.get('layer_norm_eps', 1e-5), activation=values.get('hidden_act', 'gelu_new'),
+      norm_eps=values.get('layer_norm_eps', 1e-5), activation=activation_name(values.get('hidden_act', 'gelu_new')),
       residual_dropout=values.get('resid_pdrop', 0.0),
       head_bias=not shared['tie_embeddings'], **shared)
   build = llama if kind == 'llama' else qwen2
   return build(norm_eps=values.get('rms_norm_eps', 1e-6), rotary_dim=head_dim,
-               activation=values.get('hidden_act', 'silu'), **shared)
+               activation=activation_name(values.get('hidden_act', 'silu')), **shared)
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -223,7 +223,8 @@ def _same_model(workdir: pathlib.Path, resolved: dict[str, Any]) -> None:
     old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
-                    f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another --workdir')
+                    f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another '
+                    '--workdir')
 
 
 class _Signals:

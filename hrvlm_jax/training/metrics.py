@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object per line, TensorBoard, a progress line; never in the step's way.
+"""Metrics of a run: JSON lines, TensorBoard, a progress line; never in the step's way.
 
 Values arrive as device arrays and are read one step late, when they are certainly done.
 """

@@ -125,7 +125,7 @@ class Answerer:
 def model_config(checkpoint, encoder_options: dict[str, Any] | None = None) -> ModelConfig:
   """The model of a checkpoint; `encoder_options` replace settings of the encoder, strictly."""
   values = store.load_config(checkpoint)
-  values = dict(values['model'] if 'model' in values else values)
+  values = dict(values.get('model', values))
   if encoder_options:
     values['encoder'] = dict(values['encoder']) | encoder_options
   return from_dict(ModelConfig, values, path='model', title=f'{checkpoint}')

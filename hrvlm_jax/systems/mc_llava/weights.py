@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
+from hrvlm_jax.core.layers import activation_name
 from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
@@ -38,7 +39,7 @@ def vision_from_hf(values: Mapping[str, Any]) -> ViTConfig:
     depth=values.get('num_hidden_layers', base.depth),
     heads=values.get('num_attention_heads', base.heads),
     mlp_width=values.get('intermediate_size', base.mlp_width),
-    activation=values.get('hidden_act', base.activation),
+    activation=activation_name(values.get('hidden_act', base.activation)),
     norm_eps=values.get('layer_norm_eps', base.norm_eps),
     channels=values.get('num_channels', base.channels), pool='map')
 
@@ -48,7 +49,8 @@ def vision_to_hf(config: ViTConfig) -> dict[str, Any]:
   return dict(
     model_type='siglip_vision_model', image_size=config.image_size, patch_size=config.patch_size,
     hidden_size=config.width, num_hidden_layers=config.depth, num_attention_heads=config.heads,
-    intermediate_size=config.mlp_width, hidden_act='gelu_pytorch_tanh',
+    intermediate_size=config.mlp_width,
+    hidden_act={'gelu_tanh': 'gelu_pytorch_tanh'}.get(config.activation, config.activation),
     layer_norm_eps=config.norm_eps, num_channels=config.channels)
 
 

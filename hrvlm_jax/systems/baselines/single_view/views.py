@@ -42,7 +42,8 @@ def views(images: Sequence[Image.Image], config: SingleViewConfig) -> Views:
   }
 
 
-def batch(examples: Sequence[Views], config: SingleViewConfig, *, slots: int | None = None) -> Views:
+def batch(examples: Sequence[Views], config: SingleViewConfig, *,
+          slots: int | None = None) -> Views:
   """Packs a batch: pixels [slots h w 3], index int32 [b m] (view slot of each image of a row),
   valid bool [b m].
 
@@ -68,7 +69,8 @@ def batch(examples: Sequence[Views], config: SingleViewConfig, *, slots: int | N
   return out
 
 
-def overlay(image: Image.Image, config: SingleViewConfig, info: Mapping[str, object]) -> Image.Image:
+def overlay(image: Image.Image, config: SingleViewConfig,
+            info: Mapping[str, object]) -> Image.Image:
   """What the model sees: the view, blown up to the image's size without smoothing."""
   del info
   view = Image.fromarray(view_pixels(image, config))

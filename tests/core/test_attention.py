@@ -1,0 +1,84 @@
+"""One definition, several kernels: each must give what the plain formula gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hrvlm_jax.core import attention as lib
+
+
+def inputs(t=5, s=7, h=4, k=2, d=8, dtype=jnp.float32):
+  keys = jax.random.split(jax.random.key(0), 3)
+  shapes = ((2, t, h, d), (2, s, k, d), (2, s, k, d))
+  return [jax.random.normal(key, shape).astype(dtype)
+          for key, shape in zip(keys, shapes, strict=True)]
+
+
+def reference(q, k, v, mask=None):
+  groups = q.shape[2] // k.shape[2]
+  k, v = (np.repeat(np.asarray(x, np.float64), groups, axis=2) for x in (k, v))
+  scores = np.einsum('bthd,bshd->bhts', np.asarray(q, np.float64), k) * q.shape[-1]**-0.5
+  if mask is not None:
+    scores = np.where(mask, scores, -1e30)
+  weights = np.exp(scores - scores.max(-1, keepdims=True))
+  weights /= weights.sum(-1, keepdims=True)
+  return np.einsum('bhts,bshd->bthd', weights, v)
+
+
+def test_grouped_heads_repeat_consecutively():
+  q, k, v = inputs()
+  np.testing.assert_allclose(lib.attention(q, k, v), reference(q, k, v), atol=1e-5)
+
+
+def test_masks_and_causality():
+  q, k, v = inputs(t=7)
+  mask = np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7
+  mask |= np.eye(7, dtype=bool)
+  np.testing.assert_allclose(lib.attention(q, k, v, mask=jnp.asarray(mask)),
+                             reference(q, k, v, mask), atol=1e-5)
+  triangle = np.tril(np.ones((7, 7), bool))
+  np.testing.assert_allclose(lib.attention(q, k, v, mask=jnp.asarray(mask), causal=True),
+                             reference(q, k, v, mask & triangle), atol=1e-5)
+
+
+def test_a_row_without_keys_is_finite():
+  q, k, v = inputs()
+  out = lib.attention(q, k, v, mask=jnp.zeros((1, 1, 5, 7), bool))
+  assert np.isfinite(out).all()
+
+
+def test_half_precision_scores_are_float32():
+  q, k, v = (x * 30 for x in inputs(dtype=jnp.bfloat16))
+  weights = lib.attention_weights(q, k)
+  assert weights.dtype == jnp.float32
+  np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize('causal', [False, True])
+@pytest.mark.parametrize('kv', [2, 1])
+def test_splash_kernel_interpreted_pads_head_widths(causal, kv):
+  q, k, v = inputs(t=128, s=128, h=2, k=kv, d=72)
+  got = lib._splash(q, k, v, None, causal, 72**-0.5, interpret=True)
+  mask = np.tril(np.ones((128, 128), bool)) if causal else None
+  np.testing.assert_allclose(got, reference(q, k, v, mask), atol=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('causal', [False, True])
+def test_cudnn_kernel(causal):
+  q, k, v = inputs(t=64, s=64, h=4, k=2, d=64, dtype=jnp.bfloat16)
+  mask = np.tril(np.ones((64, 64), bool)) if causal else None
+  got = lib.attention(q, k, v, causal=causal, impl='cudnn')
+  np.testing.assert_allclose(np.asarray(got, np.float32), reference(q, k, v, mask), atol=3e-2)
+
+
+def test_choices_that_cannot_work_are_refused():
+  q, k, v = inputs()
+  with pytest.raises(ValueError, match='impl must be one of'):
+    lib.attention(q, k, v, impl='flash')
+  if jax.default_backend() == 'cpu':
+    for impl in ('cudnn', 'splash'):
+      with pytest.raises(ValueError, match=f"impl='{impl}' needs"):
+        lib.attention(q, k, v, impl=impl)
+    np.testing.assert_allclose(lib.attention(q, k, v, impl='auto'), reference(q, k, v), atol=1e-5)

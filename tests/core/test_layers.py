@@ -1,0 +1,125 @@
+"""Layers against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from hrvlm_jax.core import layers
+from hrvlm_jax.core.module import Functional
+
+
+def make(build):
+  fn = Functional(lambda rngs: build(rngs))
+  return fn, fn.init(jax.random.key(0))
+
+
+def random(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+SETS = (layers.LoRA(rank=2, alpha=4, name='first'), layers.LoRA(rank=3, alpha=6, name='second'))
+
+
+def with_random_b(params):
+  """LoRA's b starts at zero; random values make the test see it."""
+  return {k: random(*v.shape, seed=hash(k) % 97) if k.startswith('lora') else v
+          for k, v in params.items()}
+
+
+def test_lora_adds_leaves_and_renames_none():
+  plain, _ = make(lambda r: layers.Linear(4, 5, rngs=r))
+  lora, _ = make(lambda r: layers.Linear(4, 5, lora=SETS, rngs=r))
+  assert set(plain.abstract) < set(lora.abstract)
+  assert set(lora.abstract) - set(plain.abstract) == {
+    'lora_a_first', 'lora_b_first', 'lora_a_second', 'lora_b_second'}
+
+
+def test_adapter_segments_equal_separate_calls():
+  fn, params = make(lambda r: layers.Linear(4, 5, lora=SETS, rngs=r))
+  params = with_random_b(params)
+  x = random(2, 4, 3, 4)
+  mixed = fn.apply(params, x, adapter=(('first', 1), ('second', 3)))
+  np.testing.assert_allclose(mixed[:, :1], fn.apply(params, x[:, :1], adapter='first'), rtol=1e-5)
+  np.testing.assert_allclose(mixed[:, 1:], fn.apply(params, x[:, 1:], adapter='second'), rtol=1e-5)
+  off = fn.apply(params, x, adapter=(('none', 1), ('second', 3)))
+  np.testing.assert_allclose(off[:, :1], fn.apply(params, x[:, :1]), rtol=1e-5)
+  expected = x @ params['kernel'] + params['bias'] + 2.0 * (
+    x @ params['lora_a_second'] @ params['lora_b_second'])
+  np.testing.assert_allclose(fn.apply(params, x, adapter='second'), expected, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match='do not cover axis 1'):
+    fn.apply(params, x, adapter=(('first', 1), ('second', 2)))
+
+
+def test_unnamed_lora_is_always_on_and_dropout_needs_a_key():
+  fn, params = make(lambda r: layers.Linear(
+    4, 5, lora=(layers.LoRA(rank=2, alpha=2, dropout=0.5),), rngs=r))
+  params = with_random_b(params)
+  x = random(8, 4)
+  base = x @ params['kernel'] + params['bias']
+  np.testing.assert_allclose(fn.apply(params, x) - base,
+                             x @ params['lora_a'] @ params['lora_b'], rtol=1e-4, atol=1e-5)
+  dropped = fn.apply(params, x, key=jax.random.key(3))
+  assert not np.allclose(dropped, fn.apply(params, x))
+
+
+def test_patch_embed_is_a_convolution_that_skips_the_remainder():
+  fn, params = make(lambda r: layers.PatchEmbed(3, 2, 5, bias=True, lora=SETS, rngs=r))
+  params = with_random_b(params) | {'bias': random(5, seed=9)}
+  images = random(2, 7, 10, 2)
+  conv = lambda kernel: torch.nn.functional.conv2d(
+    torch.tensor(np.array(images)).permute(0, 3, 1, 2),
+    torch.tensor(np.array(kernel)).permute(3, 2, 0, 1), stride=3)
+  expected = conv(params['kernel']).flatten(2).transpose(1, 2).numpy() + params['bias']
+  np.testing.assert_allclose(fn.apply(params, images), expected, rtol=1e-4, atol=1e-5)
+  low = conv(params['lora_a_first']).flatten(2).transpose(1, 2).numpy()
+  adapted = expected + 2.0 * low @ params['lora_b_first']
+  np.testing.assert_allclose(fn.apply(params, images, adapter='first'), adapted, rtol=1e-4,
+                             atol=1e-4)
+  views = jnp.stack([images, images], axis=1)
+  mixed = fn.apply(params, views, adapter=(('first', 1), ('second', 1)))
+  np.testing.assert_allclose(mixed[:, 0], adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_norms_have_float32_statistics(dtype):
+  x = (100 + random(4, 64)).astype(dtype)
+  fn, params = make(lambda r: layers.LayerNorm(64, eps=1e-5, rngs=r))
+  got = fn.apply(params, x)
+  expected = torch.nn.functional.layer_norm(
+    torch.tensor(np.asarray(x, np.float32)), (64,), eps=1e-5).numpy()
+  assert got.dtype == dtype
+  np.testing.assert_allclose(np.asarray(got, np.float32), expected, rtol=1e-2, atol=2e-3)
+  fn, params = make(lambda r: layers.RMSNorm(64, eps=1e-6, rngs=r))
+  x32 = np.asarray(x, np.float32)
+  expected = x32 / np.sqrt((x32**2).mean(-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(np.asarray(fn.apply(params, x), np.float32), expected, rtol=1e-2)
+
+
+def test_float64_is_never_cast_down():
+  with jax.enable_x64(True):
+    fn = Functional(lambda r: layers.LayerNorm(8, eps=1e-6, param_dtype=jnp.float64, rngs=r))
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, jnp.float64), fn.abstract)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 8)) + 1e6)
+    y = fn.apply(params, x)
+    ref = np.asarray(x - x.mean(-1, keepdims=True))
+    ref = ref / np.sqrt((ref**2).mean(-1, keepdims=True) + 1e-6)
+    assert y.dtype == jnp.float64
+    np.testing.assert_allclose(y - 1, ref, rtol=1e-9)
+
+
+@pytest.mark.parametrize('name, reference', [
+  ('gelu', torch.nn.functional.gelu),
+  ('gelu_new', lambda x: torch.nn.functional.gelu(x, approximate='tanh')),
+  ('quick_gelu', lambda x: x * torch.sigmoid(1.702 * x)),
+  ('silu', torch.nn.functional.silu)])
+def test_activations(name, reference):
+  x = np.linspace(-6, 6, 101, dtype=np.float32)
+  np.testing.assert_allclose(layers.activation(name)(x), reference(torch.tensor(x)).numpy(),
+                             atol=2e-6)
+
+
+def test_unknown_activation():
+  with pytest.raises(ValueError, match="unknown activation 'gelo'"):
+    layers.activation('gelo')

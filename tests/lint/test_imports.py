@@ -1,0 +1,90 @@
+"""Rules of the house that a reader could overlook: who may import what."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[2] / 'hrvlm_jax'
+# The functional core of NNX, and nothing else of Flax.
+NNX_NAMES = {'Module', 'Param', 'Rngs', 'initializers', 'split', 'merge', 'eval_shape',
+             'to_pure_dict', 'List', 'Variable'}
+# A room may import rooms below it (imports point down only).
+BELOW = {
+  'core': set(),
+  'checkpoint': {'core'},
+  'parallel': {'core'},
+  'vision': {'core', 'checkpoint'},
+  'language': {'core', 'checkpoint'},
+  'systems': {'core', 'checkpoint', 'vision', 'language'},
+  'data': {'core', 'language'},
+  'vlm': {'core', 'checkpoint', 'parallel', 'vision', 'language', 'systems', 'data'},
+}
+
+
+def modules():
+  for path in sorted(PACKAGE.rglob('*.py')):
+    yield path, ast.parse(path.read_text())
+
+
+def imported(tree):
+  """(module name, names) of every import of a file."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name, ()
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      yield node.module, tuple(alias.name for alias in node.names)
+
+
+def test_only_core_imports_flax_and_only_nnx_functional_names():
+  problems = []
+  for path, tree in modules():
+    inside_core = path.parent == PACKAGE / 'core'
+    for module, names in imported(tree):
+      if module.split('.')[0] != 'flax':
+        continue
+      if not inside_core or (module, names) != ('flax', ('nnx',)):
+        problems.append(f'{path.relative_to(PACKAGE)}: imports {module} {names}')
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        if node.value.id == 'nnx' and node.attr not in NNX_NAMES:
+          problems.append(f'{path.relative_to(PACKAGE)}: uses nnx.{node.attr}')
+  assert not problems, '\n'.join(problems)
+
+
+def test_imports_point_down():
+  problems = []
+  for path, tree in modules():
+    room = path.relative_to(PACKAGE).parts[0]
+    if room not in BELOW:
+      continue
+    for module, _ in imported(tree):
+      parts = module.split('.')
+      if parts[0] == 'hrvlm_jax' and len(parts) > 1:
+        other = parts[1]
+        is_room = (PACKAGE / other).is_dir()
+        if is_room and other != room and other not in BELOW[room]:
+          problems.append(f'{path.relative_to(PACKAGE)}: imports {module}')
+  assert not problems, '\n'.join(problems)
+
+
+def test_systems_do_not_import_each_other():
+  problems = []
+  for path, tree in modules():
+    parts = path.relative_to(PACKAGE).parts
+    if parts[0] != 'systems' or len(parts) < 3:
+      continue
+    # ps3 is the vision tower of vila_hd; every other system stands alone.
+    allowed = {parts[1], 'contract', 'registry'} | ({'ps3'} if parts[1] == 'vila_hd' else set())
+    for module, _ in imported(tree):
+      other = module.split('.')
+      if other[:2] == ['hrvlm_jax', 'systems'] and len(other) > 2 and other[2] not in allowed:
+        problems.append(f'{path.relative_to(PACKAGE)}: imports {module}')
+  assert not problems, '\n'.join(problems)
+
+
+def test_meshes_name_their_axis_types():
+  problems = [
+    str(path.relative_to(PACKAGE)) for path, tree in modules() for node in ast.walk(tree)
+    if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'make_mesh'
+    and not any(k.arg == 'axis_types' for k in node.keywords)]
+  assert not problems, problems
