@@ -1,0 +1,172 @@
+"""LLaVA-HR on the host: one square image of S pixels per picture.
+
+Source: `luogen1996/LLaVA-HR: llava_hr/mm_utils.py` (process_images, expand2square) and Hugging
+Face's CLIP processor. The low-resolution image is made from the same pixels inside the tower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, to_rgb
+from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.llava_hr.config import CLIP_MEAN, LlavaHRConfig
+
+_LIMIT = 4 * MAX_PIXELS  # of an intermediate picture
+
+
+def square_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+  """((width, height) after resizing, (left, top) of the centre crop) of aspect mode 'square'."""
+  short, long = min(width, height), max(width, height)
+  longer = int(size * long / short)
+  resized = (size, longer) if width <= height else (longer, size)
+  return resized, ((resized[0] - size) // 2, (resized[1] - size) // 2)
+
+
+def pad_geometry(width: int, height: int) -> tuple[int, tuple[int, int]]:
+  """(side of the square, (x, y) where the picture is pasted) of aspect mode 'pad'."""
+  side = max(width, height)
+  return side, ((side - width) // 2, (side - height) // 2)
+
+
+def background(mean: Sequence[float]) -> tuple[int, ...]:
+  """The colour around a padded picture: floor(255 * mean)."""
+  return tuple(int(255 * value) for value in mean)
+
+
+def to_square(image: Image.Image, size: int, *, aspect: str = 'pad',
+              mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
+  """The picture as RGB, size x size pixels: padded ('pad') or resized and cropped ('square').
+
+  Raises:
+    UserError: the picture is so elongated that the square, or the resized picture, would be huge.
+  """
+  image = to_rgb(image)
+  if aspect == 'pad':
+    side, place = pad_geometry(*image.size)
+    _check(image, side * side)
+    if image.width != image.height:
+      square = Image.new('RGB', (side, side), background(mean))
+      square.paste(image, place)
+      image = square
+    return resize_exact(image, (size, size))
+  resized, (left, top) = square_geometry(*image.size, size)
+  _check(image, resized[0] * resized[1])
+  return resize_exact(image, resized).crop((left, top, left + size, top + size))
+
+
+def count(width: int, height: int, config: LlavaHRConfig) -> Count:
+  """Every image is one view and costs the same number of tokens."""
+  if width < 1 or height < 1:
+    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  return Count(1, config.tokens)
+
+
+def views(images: Sequence[Image.Image], config: LlavaHRConfig) -> Views:
+  """Arrays of one example.
+
+  Returns:
+    pixels uint8 [m s s 3], tokens int32 [images] visual tokens of each image, views int32 [images].
+  """
+  size = config.image_size
+  pixels = [np.asarray(_square(image, config), np.uint8) for image in images]
+  return {
+    'pixels': np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8),
+    'tokens': np.full(len(images), config.tokens, np.int32),
+    'views': np.ones(len(images), np.int32),
+  }
+
+
+def batch(examples: Sequence[Views], config: LlavaHRConfig, *, slots: int | None = None,
+          tokens: int | None = None) -> Views:
+  """Packs the images of several examples into shared slots; rows without images use none.
+
+  The original encodes a blank image for such a row and discards it; here its places are invalid.
+
+  Args:
+    slots: image slots of the whole batch; default: rows times the largest number of images of a
+      row (at least one).
+    tokens: places per row; default: those of the largest number of images of a row.
+
+  Returns:
+    pixels uint8 [slots s s 3] (zeros when empty), index int32 [b t] into the flattened
+    (slots x tokens) of the encoder, valid bool [b t].
+
+  Raises:
+    UserError: the images or tokens do not fit.
+  """
+  size, each = config.image_size, config.tokens
+  counts = [len(example['pixels']) for example in examples]
+  most = max([1, *counts])
+  slots = len(examples) * most if slots is None else slots
+  tokens = most * each if tokens is None else tokens
+  longest = max(counts, default=0) * each
+  if sum(counts) > slots or longest > tokens:
+    raise UserError(f'a batch of {sum(counts)} images and {longest} tokens in one row does not fit '
+                    f'{slots} image slots and {tokens} places')
+  out = {
+    'pixels': np.zeros((slots, size, size, 3), np.uint8),
+    'index': np.zeros((len(examples), tokens), np.int32),
+    'valid': np.zeros((len(examples), tokens), bool),
+  }
+  start = 0
+  for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
+    out['pixels'][start:start + n] = example['pixels']
+    out['index'][row, :n * each] = start * each + np.arange(n * each)
+    out['valid'][row, :n * each] = True
+    start += n
+  return out
+
+
+def overlay(image: Image.Image, config: LlavaHRConfig, info: Mapping[str, object]) -> Image.Image:
+  """What the encoder saw, and below it one panel per adapter: where it injected, and its gate.
+
+  A panel is the picture, darkened where little was injected; the bar under it runs from its middle
+  to the gate's value, -1 at the left edge and +1 at the right (a vector gate: its mean). Without
+  adapters, the square picture alone.
+  """
+  picture = _square(image, config)
+  if 'gates' not in info:
+    return picture
+  gates = [float(np.asarray(g, np.float32)[0].mean()) for g in _per_adapter(info['gates'])]
+  strengths = [np.asarray(s, np.float32)[0] for s in _per_adapter(info['injected'])]
+  side = max(picture.width, 192)
+  panel = side // len(gates)
+  bar = max(8, panel // 8)
+  canvas = Image.new('RGB', (side, side + panel + bar + 14), 'white')
+  canvas.paste(picture.resize((side, side)), (0, 0))
+  draw = ImageDraw.Draw(canvas)
+  largest = max(float(s.max()) for s in strengths) or 1.0
+  for number, (gate, strength) in enumerate(zip(gates, strengths, strict=True)):
+    x, y = number * panel, side
+    heat = Image.fromarray(np.uint8(np.clip(strength / largest, 0, 1) * 255))
+    small = np.asarray(picture.resize((panel, panel)), np.float32)
+    light = 0.15 + 0.85 * np.asarray(heat.resize((panel, panel)), np.float32)[..., None] / 255
+    canvas.paste(Image.fromarray(np.uint8(small * light)), (x, y))
+    middle, reach = x + panel // 2, int(gate * (panel // 2 - 2))
+    draw.rectangle((x + 1, y + panel, x + panel - 2, y + panel + bar), outline='black')
+    draw.rectangle((min(middle, middle + reach), y + panel + 2, max(middle, middle + reach),
+                    y + panel + bar - 2), fill='seagreen' if gate >= 0 else 'firebrick')
+    draw.text((x + 2, y + panel + bar + 1), f'gate {number + 1}: {gate:+.3f}', fill='black')
+  return canvas
+
+
+def _per_adapter(values) -> list:
+  """[n k ...] or a list of [n ...] -> a list of [n ...]."""
+  return list(values) if isinstance(values, (list, tuple)) else list(
+    np.moveaxis(np.asarray(values), 1, 0))
+
+
+def _square(image: Image.Image, config: LlavaHRConfig) -> Image.Image:
+  return to_square(image, config.image_size, aspect=config.aspect, mean=config.mean)
+
+
+def _check(image: Image.Image, pixels: int) -> None:
+  if pixels > _LIMIT:
+    raise UserError(f'image of {image.width}x{image.height} pixels is too elongated: making it '
+                    f'square needs a picture of {pixels} pixels, at most {_LIMIT} are allowed; '
+                    'crop it first')
