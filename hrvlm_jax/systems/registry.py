@@ -8,6 +8,7 @@ from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.systems.contract import System
 
 _MODULES = {
+  'llava_hr': 'hrvlm_jax.systems.llava_hr',
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
   'pheye': 'hrvlm_jax.systems.pheye',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',
