@@ -17,8 +17,8 @@ SAMPLES = Path(__file__).parent / 'samples'
 SETUP = Setup(model='toy', checkpoint='here', checkpoint_hash='0' * 64,
               generation={'temperature': 0}, preprocessing={'views': 3})
 KEYS = ('task', 'split', 'metric', 'value', 'values', 'n', 'n_missing', 'n_truncated',
-        'by_category', 'ci95', 'model', 'checkpoint_hash', 'config', 'preprocessing', 'prompt_template',
-        'generation', 'dataset', 'scorer_version', 'git', 'packages')
+        'by_category', 'ci95', 'model', 'checkpoint_hash', 'config', 'preprocessing',
+        'prompt_template', 'generation', 'dataset', 'scorer_version', 'git', 'packages')
 
 
 def by_length(pairs):

@@ -34,7 +34,8 @@ from hrvlm_jax.evaluation.metrics import choice, exact
 def _scienceqa(folder: Path, split: str) -> Samples:
   c = Collector('scienceqa', folder)
   path = c.find('problems.json', 'data/scienceqa/problems.json')
-  problems = {where[len(path.name) + 1:-1]: row for where, row in c.rows(read_json(path), path.name)}
+  rows = c.rows(read_json(path), path.name)
+  problems = {where[len(path.name) + 1:-1]: row for where, row in rows}
   splits = c.find('pid_splits.json', 'data/scienceqa/pid_splits.json')
   part, images_only = split.removesuffix('_img'), split.endswith('_img')
   for number in c.section(splits, part):
