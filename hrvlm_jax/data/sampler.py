@@ -1,9 +1,9 @@
 """Orders of examples: uniform shuffling on lanes, and LLaVA's grouping by length and modality.
 
-Lanes make the order independent of the number of hosts. A data set is dealt to a fixed number of
-lanes as cards are: lane l of L gets the shuffled positions l, l + L, l + 2L, ... Each lane gives
-every global batch the same number of examples, and hosts own whole lanes. So the same seed makes
-the same global batches for every host count that divides L.
+Lanes make the order independent of the number of hosts. Global batch k holds the positions
+k * B .. (k + 1) * B - 1 of one endless order; it is cut into a fixed number of lanes of equal size,
+and hosts own whole, neighbouring lanes. So the same seed makes the same global batches for every
+host count that divides the number of lanes, and a batch number says exactly what is left.
 
 Source of the grouping: luogen1996/LLaVA-HR: llava_hr/train/llava_trainer.py.
 """
@@ -53,16 +53,14 @@ class Lanes:
     """Examples of a batch on this host."""
     return self.batch_size // self.hosts
 
-  def positions(self, step: int) -> list[int]:
-    """Positions in the global order of this host's part of batch `step`, lane by lane.
+  def positions(self, step: int) -> range:
+    """Positions in the global order of this host's part of batch `step`.
 
-    The parts of all hosts, one after the other, are the global batch; together the batches 0..n-1
+    The parts of all hosts, one after the other, are the global batch; the batches 0..n-1 together
     hold exactly the positions 0..n * batch_size - 1.
     """
-    each = self.batch_size // self.lanes
-    own = self.lanes // self.hosts
-    return [(step * each + j) * self.lanes + lane
-            for lane in range(self.host * own, (self.host + 1) * own) for j in range(each)]
+    start = step * self.batch_size + self.host * self.local_batch_size
+    return range(start, start + self.local_batch_size)
 
 
 def shuffled_index(position: int, size: int, seed: int, *, shuffle: bool = True) -> tuple[int, int]:

@@ -240,3 +240,87 @@ class ImageFolder:
           raise BadRow('encoding', where, f'{caption.name} is not UTF-8 text') from error
     ref = ImageRef(name, folder=self.folder, path=name)
     return Row(name, (ref,), tuple(messages), where)
+
+
+def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = None) -> Source:
+  """The data set at a path; what is there decides how it is read.
+
+  | path | source |
+  | --- | --- |
+  | `*.mixture.json` | `Mixture` of the data sets the file lists (see `open_mixture`) |
+  | `*.json`, `*.jsonl` | `LlavaJson` |
+  | `*.parquet`, `*.array_record*` (or a pattern) | `Parquet`, `ArrayRecords` |
+  | folder with shards of these | the same |
+  | folder with dataset_info.json | `Tfds` (split train) |
+  | folder with one JSON of records (the built-in task writes one) | `LlavaJson` |
+  | folder with images | `ImageFolder` |
+
+  Args:
+    images: folder that image paths are relative to; default: the folder of the file.
+
+  Raises:
+    UserError: nothing there, or nothing of these kinds.
+  """
+  from hrvlm_jax.data import tables
+
+  path = os.fspath(path)
+  if path.endswith('.mixture.json'):
+    return open_mixture(path, images=images)
+  if path.endswith(('.json', '.jsonl', '.ndjson')):
+    return LlavaJson(path, images)
+  if '.parquet' in os.path.basename(path):
+    return tables.Parquet(path, images=images)
+  if '.array_record' in os.path.basename(path):
+    return tables.ArrayRecords(path)
+  if not os.path.exists(path):
+    raise UserError(f'{path}: no such file or folder; expected LLaVA JSON, parquet, ArrayRecord, a '
+                    'TFDS data set or a folder of images')
+  if not os.path.isdir(path):
+    raise UserError(f'{path}: is of no known kind; expected a name with .json, .jsonl, .parquet or '
+                    '.array_record')
+  names = sorted(os.listdir(path))
+  if 'dataset_info.json' in names:
+    return tables.Tfds(path)
+  if any('.array_record' in name for name in names):
+    return tables.ArrayRecords(path)
+  if any('.parquet' in name for name in names):
+    return tables.Parquet(path, images=images)
+  records = [name for name in names if name.endswith(('.json', '.jsonl')) and name != 'task.json']
+  if len(records) > 1:
+    raise UserError(f'{path}: has several record files {records}; name one of them')
+  if records:
+    return LlavaJson(os.path.join(path, records[0]), images)
+  return ImageFolder(path)
+
+
+def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = None) -> Source:
+  """A mixture described by a JSON file.
+
+  {"parts": [{"path": "a.json", "images": "folder", "amount": 1000, "weight": null,
+  "format": {"suffix": "...", "turns": 1, "prompts": []}}], "size": null, "seed": 0}; only "path"
+  is needed. With "published": a name of `mixture.MIXTURES`, "parts" gives {"name", "path",
+  "images"} of its data sets. Paths are relative to the file.
+
+  Raises:
+    UserError: an unknown or mistyped key (with its path), or a data set that cannot be opened.
+  """
+  from hrvlm_jax.core.config import from_dict
+  from hrvlm_jax.data import mixture
+
+  path = pathlib.Path(path)
+  try:
+    values = json.loads(path.read_text('utf-8'))
+  except OSError as error:
+    raise UserError(f'{path}: no such file') from error
+  except ValueError as error:
+    raise UserError(f'{path}: not valid JSON ({error})') from error
+  file = from_dict(mixture.MixtureFile, values, title=str(path))
+  sources = {}
+  for index, part in enumerate(file.parts):
+    own = path.parent / part.images if part.images else images
+    sources[part.name or str(index)] = open_source(path.parent / part.path, images=own)
+  if file.published:
+    return mixture.published_mixture(file.published, sources, seed=file.seed)
+  shares = [mixture.Share(name=part.name or str(index), amount=part.amount, weight=part.weight,
+                          format=part.format) for index, part in enumerate(file.parts)]
+  return mixture.Mixture(shares, sources, size=file.size, seed=file.seed)

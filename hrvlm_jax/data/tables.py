@@ -53,6 +53,17 @@ def table_row(values: Mapping[str, Any], fields: Fields, folder: str | None, whe
   return Row(str(name), refs, tuple(messages), where, extra)
 
 
+def guess_fields(names: Sequence[str]) -> Fields:
+  """Fields of a table by the usual names of its columns."""
+  first = lambda *known: next((name for name in known if name in names), None)
+  return Fields(
+    image=first('image', 'images', 'jpg', 'png'), id=first('id', 'question_id', 'image_id'),
+    conversations=first('conversations', 'messages', 'conversation'),
+    question=first('question', 'questions', 'prompt'),
+    answer=first('answer', 'answers', 'caption', 'captions', 'text'),
+    prompt='Describe the image.')
+
+
 def _text(value: Any) -> Any:
   if isinstance(value, bytes):
     return value.decode('utf-8')
@@ -89,7 +100,7 @@ class Parquet:
 
   Args:
     pattern: file, folder or pattern of files.
-    fields: which column is what.
+    fields: which column is what; None: by the usual names (`guess_fields`).
     images: folder for images stored as paths.
 
   Raises:
@@ -98,21 +109,17 @@ class Parquet:
 
   def __init__(self, pattern: str | os.PathLike, fields: Fields | None = None, *,
                images: str | os.PathLike | None = None):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    self.fields = fields or Fields(conversations='conversations')
     self.images = None if images is None else os.fspath(images)
     self.paths = find_files(pattern, '.parquet')
+    if fields is None:
+      fields = guess_fields(_parquet_file(self.paths[0]).schema_arrow.names)
+    self.fields = fields
     groups = []  # file, group, first row of the group in the file, first row of the group at all
     total = 0
     wanted = [name for name in (self.fields.image, self.fields.id, self.fields.conversations,
                                 self.fields.question, self.fields.answer) if name]
     for number, path in enumerate(self.paths):
-      try:
-        file = pq.ParquetFile(path)
-      except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f'{path}: is not a parquet file ({error})') from error
+      file = _parquet_file(path)
       names = file.schema_arrow.names
       if missing := [name for name in wanted if name not in names]:
         raise UserError(f'{path}: has no columns {missing}; found {names}')
@@ -162,6 +169,16 @@ class Parquet:
     self._reset()
 
 
+def _parquet_file(path: str):
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  try:
+    return pq.ParquetFile(path)
+  except (pa.ArrowInvalid, OSError) as error:
+    raise UserError(f'{path}: is not a parquet file ({error})') from error
+
+
 class ArrayRecords:
   """Rows of ArrayRecord shards written by `write_records`: self-contained, checksummed.
 
@@ -209,13 +226,14 @@ class Tfds:
   Args:
     folder: the version folder of the data set (with dataset_info.json and features.json).
     split: for example 'train', 'train[:10%]'.
-    fields: which feature is what.
+    fields: which feature is what; None: by the usual names (`guess_fields`).
 
   Raises:
     UserError: not a prepared data set, not ArrayRecord, no such split or feature.
   """
 
-  def __init__(self, folder: str | os.PathLike, fields: Fields, *, split: str = 'train'):
+  def __init__(self, folder: str | os.PathLike, fields: Fields | None = None, *,
+               split: str = 'train'):
     self.folder, self.split, self.fields = os.fspath(folder), split, fields
     self._source = None
     try:
@@ -233,6 +251,8 @@ class Tfds:
       import tensorflow_datasets as tfds
 
       builder = tfds.builder_from_directory(self.folder)
+      if self.fields is None:
+        self.fields = guess_fields(list(builder.info.features))
       fields = self.fields
       wanted = [name for name in (fields.image, fields.id, fields.conversations, fields.question,
                                   fields.answer) if name]

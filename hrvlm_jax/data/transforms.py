@@ -13,14 +13,9 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import open_image
-from hrvlm_jax.data.conversation import (
-  encode_conversation,
-  encode_prompt,
-  messages_from_llava,
-  prepare,
-)
+from hrvlm_jax.data.conversation import encode_conversation, encode_prompt, prepare
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
+from hrvlm_jax.data.rows import Row, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -111,7 +106,7 @@ _NO_IMAGE = -(2**31)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToExample:
-  """A record of a source -> {'views', 'tokens', 'visual_index', 'labels'} of one example.
+  """A row of a source -> {'views', 'tokens', 'visual_index', 'labels'} of one example.
 
   Attributes:
     views: (images, encoder config) -> dict of arrays with 'tokens' per image.
@@ -124,11 +119,10 @@ class ToExample:
   exif: str = 'apply'
   max_length: int | None = None
 
-  def __call__(self, record: Mapping[str, Any]) -> dict[str, Any]:
-    images = [open_image(item, exif=self.exif) for item in record.get('images', ())]
-    views = self.views(images, self.encoder)
-    messages = messages_from_llava(record['conversations'])
-    arrays = self.text.conversation(messages, views['tokens'].tolist(),
+  def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, Any]:
+    del rng  # nothing is drawn here
+    views = self.views(open_images(row, exif=self.exif), self.encoder)
+    arrays = self.text.conversation(row.messages, views['tokens'].tolist(),
                                     max_length=self.max_length)
     return {'views': views, **arrays}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import optax
 
 from hrvlm_jax.data.conversation import (
   encode_conversation,
@@ -29,6 +28,7 @@ from hrvlm_jax.language.chat import (
   rendered_text,
 )
 from hrvlm_jax.language.tokenizer import ByteTokenizer, load_tokenizer
+from hrvlm_jax.training.schedules import learning_rate
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
 
 
@@ -142,8 +142,8 @@ def llava_data(case: Case) -> None:
   _prompts(case, file, expected['eval_prompts'], tokenizer, image_id)
   _samplers(case, file, expected)
   for stage, part in expected['lr'].items():
-    rate = optax.warmup_cosine_decay_schedule(0.0, part['peak'], part['warmup_steps'],
-                                              part['total_steps'])
+    rate = learning_rate('cosine', peak=part['peak'], total_steps=part['total_steps'],
+                         warmup_steps=part['warmup_steps'])
     for at, (step, _) in enumerate(part['lr_at_step']):
       case.expect_json(('lr', stage, 'lr_at_step', at, 1), float(rate(step)), file=file, tol=1e-9)
 

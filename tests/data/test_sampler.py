@@ -13,9 +13,7 @@ def test_lanes_give_the_same_global_batches_for_every_host_count():
 
   for step in range(3):
     assert batch(step, 1) == batch(step, 2) == batch(step, 4)
-  assert sorted(sum((batch(step, 2) for step in range(5)), [])) == list(range(40))
-  # A lane keeps its positions: l, l + L, ...
-  assert {position % 4 for position in batch(0, 1)[:2]} == {0}
+  assert sum((batch(step, 2) for step in range(5)), []) == list(range(40))
 
 
 def test_lanes_refuse_what_does_not_divide():

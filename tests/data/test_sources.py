@@ -6,8 +6,9 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.mixture import Mixture
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row, decode_record, encode_record, open_images
-from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, Source
+from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, Source, open_source
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 
@@ -160,3 +161,35 @@ def test_records(folder):
 def test_in_memory():
   source = InMemory([Row('a', (), ())])
   assert (len(source), source[0].id) == (1, 'a')
+
+
+def test_open_source(folder, tmp_path_factory):
+  path = write(folder, 'data.json', json.dumps(rows()))
+  assert isinstance(open_source(path), LlavaJson)
+  assert isinstance(open_source(folder), LlavaJson)
+  assert isinstance(open_source(folder / 'a'), ImageFolder)
+  write(folder, 'other.jsonl', json.dumps(rows()[0]))
+  with pytest.raises(UserError, match='several record files'):
+    open_source(folder)
+  with pytest.raises(UserError, match='no such file or folder'):
+    open_source(folder / 'none')
+  with pytest.raises(UserError, match='of no known kind'):
+    open_source(write(folder, 'data.bin', 'x'))
+
+
+def test_mixture_files(folder):
+  write(folder, 'data.json', json.dumps(rows()))
+  file = {'parts': [{'path': 'data.json', 'amount': 5, 'format': {'suffix': ' Short.'}},
+                    {'path': 'a'}], 'seed': 1}
+  mix = open_source(write(folder, 'x.mixture.json', json.dumps(file)))
+  assert isinstance(mix, Mixture)
+  assert len(mix) == 6
+  assert mix[0].messages[0].text.endswith(' Short.')
+  file['parts'][0]['format'] = {'sufix': ''}
+  with pytest.raises(UserError, match=r'parts.*sufix.*suffix'):
+    open_source(write(folder, 'x.mixture.json', json.dumps(file)))
+  published = {'published': 'llava_1_5', 'parts': [
+    {'name': 'llava_v1_5_mix665k', 'path': 'data.json'}]}
+  assert len(open_source(write(folder, 'y.mixture.json', json.dumps(published)))) == 3
+  with pytest.raises(UserError, match='not valid JSON'):
+    open_source(write(folder, 'z.mixture.json', '{'))

@@ -67,8 +67,9 @@ def test_parquet(tmp_path):
     assert level(source[index]) == [index]
     assert source[index].messages == (Message(USER, f'q{index}'), Message(ASSISTANT, 'yes'))
   assert source[6].where.endswith('part-1.parquet, row 1')
-  with pytest.raises(UserError, match=r"has no columns \['conversations'\]; found \['image'"):
-    Parquet(tmp_path)
+  assert Parquet(tmp_path)[7].messages == source[7].messages  # the usual names are known
+  with pytest.raises(UserError, match=r"has no columns \['caption'\]; found \['image'"):
+    Parquet(tmp_path, Fields(answer='caption'))
   (tmp_path / 'part-2.parquet').write_text('no')
   with pytest.raises(UserError, match=r'part-2.parquet: is not a parquet file'):
     Parquet(tmp_path, Fields())
@@ -133,6 +134,7 @@ def test_tfds_without_tensorflow(tmp_path):
   assert level(source[2]) == [2]
   assert source[1].messages == (Message(USER, 'q1'), Message(ASSISTANT, 'yes'))
   assert len(Tfds(folder, fields, split='train[:2]')) == 2
+  assert Tfds(folder)[1].messages == source[1].messages
   with pytest.raises(UserError, match=r"no features \['caption'\]; found \['answer'"):
     Tfds(folder, Fields(answer='caption'))
   with pytest.raises(UserError, match="split 'test'"):

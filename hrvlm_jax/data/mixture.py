@@ -1,0 +1,233 @@
+"""Mixtures of data sets, each with its own prompt format and turn sampling; published ones as data.
+
+A `Mixture` is a source itself. One epoch takes a fixed number of rows from every part; which ones
+rotates from epoch to epoch, so that over time every row of a part comes equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+
+import numpy as np
+
+from hrvlm_jax.core.errors import UserError, raise_all, unknown
+from hrvlm_jax.data.rows import BadRow, Row
+from hrvlm_jax.data.sampler import shuffled_index
+from hrvlm_jax.data.sources import Source
+from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptFormat:
+  """How the questions of one data set are asked.
+
+  Attributes:
+    suffix: put behind every question (response-formatting prompts).
+    turns: how many random question-answer pairs of a row are used; None: all.
+    prompts: one of these, drawn at random, replaces every question (captioning).
+  """
+
+  suffix: str = ''
+  turns: int | None = None
+  prompts: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    if self.turns is not None and self.turns < 1:
+      raise ValueError(f'turns: expected at least 1 or None, got {self.turns}')
+
+  def apply(self, row: Row, rng: np.random.Generator) -> Row:
+    """The row as it is asked; pairs keep their order.
+
+    Image placeholders leave the text when turns are dropped or questions replaced; templates put
+    them in front of the first question (`conversation.prepare`).
+
+    Raises:
+      BadRow: turns should be drawn from messages that are no pairs.
+    """
+    messages = list(row.messages)
+    if self.turns is not None or self.prompts:
+      if messages and messages[0].role == ASSISTANT:
+        messages = messages[1:]
+      roles = [m.role for m in messages]
+      if not messages or roles != [USER, ASSISTANT] * (len(messages) // 2):
+        raise BadRow('conversation', row.where, 'is no sequence of question-answer pairs')
+      pairs = [messages[i:i + 2] for i in range(0, len(messages), 2)]
+      if self.turns is not None and self.turns < len(pairs):
+        kept = sorted(rng.choice(len(pairs), self.turns, replace=False).tolist())
+        pairs = [pairs[i] for i in kept]
+      asked = [str(rng.choice(self.prompts)) if self.prompts else _plain(pair[0].text)
+               for pair in pairs]
+      messages = [m for text, pair in zip(asked, pairs, strict=True)
+                  for m in (Message(USER, text), pair[1])]
+    if self.suffix:
+      messages = [Message(m.role, m.text + self.suffix) if m.role == USER else m for m in messages]
+    return dataclasses.replace(row, messages=tuple(messages))
+
+
+def _plain(text: str) -> str:
+  return text.replace(f'{IMAGE}\n', '').replace(IMAGE, '').strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Share:
+  """How much of one data set a mixture has.
+
+  Attributes:
+    name: of the data set.
+    amount: rows per epoch; None: all, or by `weight`.
+    weight: share of the epoch; either all parts of a mixture have one or none.
+    format: how its questions are asked.
+  """
+
+  name: str
+  amount: int | None = None
+  weight: float | None = None
+  format: PromptFormat = PromptFormat()
+
+  def __post_init__(self):
+    if self.amount is not None and self.weight is not None:
+      raise ValueError(f'{self.name}: has an amount and a weight, expected one of them')
+    if (self.amount is not None and self.amount < 1) or (
+        self.weight is not None and self.weight <= 0):
+      raise ValueError(f'{self.name}: amount and weight must be positive')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixturePart:
+  """One data set of a mixture file; see `sources.open_mixture` and `Share`."""
+
+  path: str
+  name: str = ''
+  images: str = ''
+  amount: int | None = None
+  weight: float | None = None
+  format: PromptFormat = PromptFormat()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureFile:
+  """Content of a mixture file; see `sources.open_mixture`."""
+
+  parts: tuple[MixturePart, ...]
+  published: str = ''
+  size: int | None = None
+  seed: int = 0
+
+
+class Mixture:
+  """Several data sets as one source.
+
+  Args:
+    shares: what is taken of each.
+    sources: the data sets by name.
+    size: rows of an epoch when shares have weights; default: the sum of all lengths.
+    seed: decides which rows of a part an epoch takes.
+
+  Raises:
+    UserError: a data set is missing or empty, or only some parts have weights; all are named.
+  """
+
+  def __init__(self, shares: Sequence[Share], sources: Mapping[str, Source], *,
+               size: int | None = None, seed: int = 0):
+    problems = [f'data set {share.name!r} is missing' for share in shares
+                if share.name not in sources]
+    problems += [f'data set {share.name!r} has no rows' for share in shares
+                 if share.name in sources and not len(sources[share.name])]
+    weighted = [share.weight is not None for share in shares]
+    if any(weighted) and not all(weighted):
+      problems.append('some data sets have weights and some have none')
+    if not shares:
+      problems.append('has no data sets')
+    raise_all('mixture', problems)
+    self.shares, self.seed = tuple(shares), seed
+    self.sources = tuple(sources[share.name] for share in shares)
+    if all(weighted):
+      size = sum(map(len, self.sources)) if size is None else size
+      self.amounts = _apportion([share.weight for share in shares], size)
+    else:
+      self.amounts = [len(source) if share.amount is None else share.amount
+                      for share, source in zip(self.shares, self.sources, strict=True)]
+    self._ends = np.cumsum(self.amounts)
+
+  def __len__(self):
+    return int(self._ends[-1])
+
+  def __getitem__(self, index):
+    return self.fetch(index, 0, np.random.default_rng(index))
+
+  def fetch(self, index: int, epoch: int, rng: np.random.Generator) -> Row:
+    """Row `index` of an epoch, in the format of its data set.
+
+    Raises:
+      BadRow: see the data set.
+    """
+    if not 0 <= index < len(self):
+      raise IndexError(index)
+    part = int(np.searchsorted(self._ends, index, side='right'))
+    place = index - int(self._ends[part]) + self.amounts[part]
+    source = self.sources[part]
+    _, own = shuffled_index(epoch * self.amounts[part] + place, len(source), self.seed + part)
+    return self.shares[part].format.apply(source[own], rng)
+
+
+def _apportion(weights: Sequence[float], size: int) -> list[int]:
+  """Whole numbers in the ratio of the weights with sum `size` (largest remainders)."""
+  exact = np.asarray(weights) / sum(weights) * size
+  amounts = np.floor(exact).astype(int)
+  for index in np.argsort(amounts - exact, kind='stable')[:size - amounts.sum()]:
+    amounts[index] += 1
+  return np.maximum(amounts, 1).tolist()
+
+
+_SHORT = PromptFormat(suffix='\nAnswer the question using a single word or phrase')
+_ONE = PromptFormat(turns=1)
+_ONE_SHORT = dataclasses.replace(_SHORT, turns=1)
+_TWO_SHORT = dataclasses.replace(_SHORT, turns=2)
+
+# Published mixtures. Amounts are rows per epoch as the papers round them; None takes all.
+MIXTURES: dict[str, tuple[Share, ...]] = {
+  # Pheye, stage III (arXiv 2501.02584, section 3.1 and appendix A). The paper leaves open whether
+  # the response prompt stands on a new line; LLaVA-1.5 puts it there.
+  'pheye_stage_3': (
+    Share(name='llava', amount=158_000, format=_ONE),
+    Share(name='llavar', amount=20_000, format=_ONE),
+    Share(name='vqav2', amount=166_000, format=_TWO_SHORT),
+    Share(name='gqa', amount=144_000, format=_TWO_SHORT),
+    Share(name='okvqa', amount=9_000, format=_ONE_SHORT),
+    Share(name='ocrvqa', amount=80_000, format=_ONE_SHORT),
+    Share(name='textvqa', amount=35_000, format=_SHORT),
+    Share(name='stvqa', amount=26_000, format=_SHORT),
+    Share(name='aokvqa', amount=17_000, format=PromptFormat(
+      suffix="\nAnswer with the option's letter from the given choices directly.")),
+    Share(name='textcaps', amount=22_000, format=PromptFormat(prompts=(
+      'Generate a one-sentence caption for the provided image, incorporating textual elements '
+      'visible in the image.',))),
+  ),
+  # Pheye, stage II: one random turn per sample of several turns.
+  'pheye_stage_2': tuple(
+    Share(name=name, format=_ONE) for name in ('mimic_it', 'lrv', 'svit', 'lvis_instruct')),
+  # LLaVA-1.5 (and LLaVA-HR stage 2): one file whose questions carry their response prompts.
+  'llava_1_5': (Share(name='llava_v1_5_mix665k'),),
+  # MC-LLaVA (visheratin/mc-llava: data_module.py): amounts drawn per epoch where it draws.
+  'mc_llava': (
+    Share(name='landmarks'),
+    Share(name='street_signs', format=_ONE),
+    Share(name='objects', amount=35_000, format=_ONE),
+    Share(name='captions', amount=100_000),
+    Share(name='questions', amount=50_000),
+    Share(name='ocrvqa', format=_ONE),
+    Share(name='textvqa'),
+  ),
+}
+
+
+def published_mixture(name: str, sources: Mapping[str, Source], *, seed: int = 0) -> Mixture:
+  """A mixture of `MIXTURES` over the user's copies of its data sets.
+
+  Raises:
+    UserError: unknown mixture, or data sets missing (all named).
+  """
+  if name not in MIXTURES:
+    raise UserError(unknown(name, MIXTURES, what='mixture'))
+  return Mixture(MIXTURES[name], sources, seed=seed)
