@@ -125,6 +125,7 @@ class DataConfig:
     lengths: bucket lengths of text plus visual places; the smallest that holds a batch is used.
     slots: crop slots of one batch; None: the system's default for its rows.
     exif: 'apply' turns photographs upright; 'ignore' as the originals did.
+    bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
     lanes: the order of examples is decided on this many lanes, which hosts own.
   """
@@ -137,6 +138,7 @@ class DataConfig:
   slots: int | None = None
   shuffle: bool = True
   exif: Literal['apply', 'ignore'] = 'apply'
+  bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0
   lanes: int = 8
 

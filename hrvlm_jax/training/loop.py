@@ -26,7 +26,7 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.data import pipeline
-from hrvlm_jax.data.sources import open_source
+from hrvlm_jax.data.sources import LlavaJson
 from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.config import RunConfig
@@ -56,11 +56,11 @@ def make_batches(config: RunConfig) -> Any:
                       max_length=max(config.data.lengths))
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=config.data.lengths,
                   slots=config.data.slots, parts=config.training.accumulate)
-  source = open_source(config.data.train, images=config.data.images)
+  source = LlavaJson(config.data.train, config.data.images)
   return pipeline.build(
     source, example, batch_size=config.training.batch_size, collate=batch, seed=config.seed,
     shuffle=config.data.shuffle, workers=config.data.workers, lanes=config.data.lanes,
-    host=jax.process_index(), hosts=jax.process_count())
+    bad_rows=config.data.bad_rows, host=jax.process_index(), hosts=jax.process_count())
 
 
 def initial_params(config: RunConfig, fn: Functional, say: Callable[[str], None]) -> Any:
@@ -118,6 +118,7 @@ def train(
   workdir.mkdir(parents=True, exist_ok=True)
   resolved = to_dict(config)
   _same_model(workdir, resolved)
+  (workdir / 'tokenizer').mkdir(exist_ok=True)
   tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
   (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
 

@@ -1,0 +1,155 @@
+"""Losses of PS3's pre-training: sigmoid contrast over the global batch, supervised selection.
+
+Source: `NVlabs/PS3: train/src/open_clip/loss.py`; paper 2503.19903, section 3. Axis letters: b
+pairs, o feature width, g all pairs of all devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from hrvlm_jax.core.layers import wide
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.systems.ps3.model import target_maps
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig:
+  """Weights and switches of the three losses.
+
+  Attributes:
+    select_target: the ground-truth map overrides the selection.
+    pool_target: pool only tokens the map covers.
+    chunk: columns of the logit matrix that exist at a time; None: all of them.
+  """
+
+  prior_weight: float = 1.0
+  posterior_weight: float = 1.0
+  select_target: bool = True
+  pool_target: bool = True
+  chunk: int | None = 1024
+
+
+def sigmoid_loss(
+  image: Float[Array, 'b o'], text: Float[Array, 'b o'], logit_scale: Float[Array, ''],
+  logit_bias: Float[Array, ''], *, axis: str | None = None, chunk: int | None = None,
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """SigLIP's loss: (sum over all pairs of softplus(-z * logit), number of rows).
+
+  logit = exp(logit_scale) * image . text + logit_bias; z = 1 on the diagonal, -1 elsewhere; the
+  loss is sum / rows. Only [b chunk] logits exist at a time, forward and backward: on a mesh that
+  splits the batch, each device holds the rows of its own images.
+
+  Args:
+    image, text: of unit length; this device's rows when `axis` is given.
+    axis: mesh axis of a `shard_map`: the texts of all devices are gathered (features, not logits)
+      and the returned sums are this device's; add them up with `psum`.
+  """
+  image, text = wide(image), wide(text)
+  rows, first = image.shape[0], 0
+  if axis is not None:
+    first = jax.lax.axis_index(axis) * rows
+    text = jax.lax.all_gather(text, axis, tiled=True)
+  columns = text.shape[0]
+  chunk = columns if chunk is None else min(chunk, columns)
+  extra = -columns % chunk
+  parts = jnp.pad(text, ((0, extra), (0, 0))).reshape(-1, chunk, text.shape[-1])
+  scale, bias = jnp.exp(wide(logit_scale)), wide(logit_bias)
+  own = first + jnp.arange(rows)
+
+  @jax.checkpoint
+  def body(total, piece):
+    number, part = piece
+    column = number * chunk + jnp.arange(chunk)
+    logits = scale * (image @ part.T) + bias
+    sign = jnp.where(own[:, None] == column, 1.0, -1.0)
+    loss = jnp.where(column < columns, jax.nn.softplus(-sign * logits), 0.0)
+    return total + loss.sum(), None
+
+  zero = jnp.zeros((), image.dtype)
+  if axis is not None:
+    zero = jax.lax.pcast(zero, (axis,), to='varying') if hasattr(jax.lax, 'pcast') else zero
+  total, _ = jax.lax.scan(body, zero, (jnp.arange(parts.shape[0]), parts))
+  return total, jnp.asarray(rows, image.dtype)
+
+
+def selection_loss(
+  probs: Sequence[Float[Array, 'b _ _']], targets: Sequence[Float[Array, 'b _ _']],
+  is_local: Bool[Array, 'b'],
+) -> tuple[Float[Array, ''], Float[Array, '']]:
+  """(sum over local rows, number of them) of the binary cross entropy of selection maps.
+
+  A cell is positive where the target covers any of it; the mean is over cells, then over scales
+  with equal weight. Without a local row both are 0.
+
+  Args:
+    probs: per high scale, before the ground-truth override.
+    targets: per high scale, area coverage on the same grid.
+  """
+  total = jnp.zeros((), jnp.float32)
+  for p, target in zip(probs, targets, strict=True):
+    p = wide(p)
+    # torch bounds the logarithms at -100; probabilities of the selection never get there.
+    nll = -jnp.where(target > 0, jnp.maximum(jnp.log(p), -100.0), jnp.maximum(jnp.log1p(-p), -100.0))
+    total = total + jnp.where(is_local, nll.mean(axis=(1, 2)), 0.0).sum() / len(probs)
+  return total, is_local.sum().astype(total.dtype)
+
+
+def pretrain_losses(
+  fn: Functional, params, batch: Mapping[str, Any], config: ContrastiveConfig, *,
+  dtype=jnp.float32, remat=False, impl: str = 'xla',
+) -> dict[str, jax.Array]:
+  """The losses of one global batch: contrastive, prior, posterior, total.
+
+  Args:
+    fn, params: of `systems.ps3.model.build`.
+    batch: see `PS3.__call__`; `is_global` absent means that all rows are local, `target` absent
+      switches the selection losses off.
+  """
+  module = fn.bind(params)
+  image, text, out = module(
+    dict(batch), select_target=config.select_target, pool_target=config.pool_target, dtype=dtype,
+    remat=remat, impl=impl)
+  total, rows = sigmoid_loss(image, text, module.logit_scale[...], module.logit_bias[...],
+                             chunk=config.chunk)
+  contrastive = total / rows
+  losses = {'prior': jnp.zeros((), contrastive.dtype), 'posterior': jnp.zeros((), contrastive.dtype)}
+  if batch.get('target') is not None:
+    targets = target_maps(batch['target'], out.plan)
+    is_local = jnp.ones(image.shape[0], bool)
+    if batch.get('is_global') is not None:
+      is_local = ~batch['is_global'][:, 0]
+    for name, probs in (('prior', out.prior), ('posterior', out.posterior)):
+      loss, number = selection_loss(probs, targets, is_local)
+      losses[name] = loss / jnp.maximum(number, 1)
+  weighted = (contrastive + config.prior_weight * losses['prior']
+              + config.posterior_weight * losses['posterior'])
+  return losses | {'contrastive': contrastive, 'total': weighted}
+
+
+def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = ContrastiveConfig(),
+              dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+              chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
+  """(total loss times rows, rows), in the form of `training.step`'s objectives.
+
+  Contrast is over the rows at hand: with gradient accumulation, over a micro-batch.
+  """
+  del key
+  losses = pretrain_losses(fn, params, batch, dataclasses.replace(config, chunk=chunk), dtype=dtype,
+                           remat=remat, impl=impl)
+  rows = batch['tokens'].shape[0]
+  return losses['total'] * rows, jnp.asarray(rows, jnp.int32)
+
+
+def clamp_logit_scale(params):
+  """After each step: exp(logit_scale) stays within [1, 100]."""
+  return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
