@@ -14,6 +14,8 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 
+from hrvlm_jax.core.constraints import constrain
+
 Module = nnx.Module
 Param = nnx.Param
 Rngs = nnx.Rngs
@@ -112,7 +114,8 @@ def scan_layers(
     inputs = [None] * len(chosen) if xs is None else list(xs)[start:stop]
     ys = []
     for layer, inp in zip(chosen, inputs, strict=True):
-      x, y = wrap(lambda x, inp, layer=layer: body(layer, x, inp))(x, inp)
+      step = lambda x, inp, layer=layer: body(layer, constrain('hidden', x), inp)
+      x, y = wrap(step)(x, inp)
       ys.append(y)
     return x, ys
   graphdef, state = nnx.split(layers)
@@ -120,7 +123,8 @@ def scan_layers(
   if start or (stop is not None and stop != depth):
     cut = lambda tree: jax.tree.map(lambda leaf: leaf[start:stop], tree)
     state, xs = cut(state), cut(xs)
-  step = wrap(lambda x, leaves: body(nnx.merge(graphdef, leaves[0]), x, leaves[1]))
+  step = wrap(lambda x, leaves: body(
+    nnx.merge(graphdef, leaves[0]), constrain('hidden', x), leaves[1]))
   return jax.lax.scan(step, x, (state, xs))
 
 
