@@ -17,7 +17,7 @@ import io
 import os
 from pathlib import Path
 import threading
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from jaxtyping import UInt8
 import numpy as np
@@ -93,14 +93,8 @@ def open_image(
   if not data:
     raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
 
-  image = _open_header(data, name)
-  width, height = image.size
-  if width < 1 or height < 1:
-    raise ImageError('no pixels', f'{name}: the image has no pixels ({width} x {height})')
-  if width * height > max_pixels:
-    raise ImageError(
-      'too large', f'{name}: the image has {width} x {height} = {width * height} pixels, the limit '
-      f'is {max_pixels}; make it smaller or raise the pixel limit')
+  image = _open_header(io.BytesIO(data), data[:512], name)
+  _check_size(image.size, max_pixels, name)
   try:
     image.load()
   except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
@@ -111,6 +105,29 @@ def open_image(
   return _upright(image) if exif == 'apply' else image
 
 
+def image_size(
+  source: ImageFile, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+) -> tuple[int, int]:
+  """(width, height) as stored, from the header alone: damaged pixels go unnoticed.
+
+  Raises:
+    ImageError: as `open_image`, for everything the header shows.
+  """
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    name, file = name or 'image', io.BytesIO(bytes(source))
+  else:
+    name = name or os.fspath(source)
+    file = open(_regular_file(source, name), 'rb')  # noqa: SIM115 - closed below
+  with file:
+    head = file.read(512)
+    if not head:
+      raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
+    file.seek(0)
+    size = _open_header(file, head, name).size
+  _check_size(size, max_pixels, name)
+  return size
+
+
 def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:
   """The bytes of a regular file.
 
@@ -118,6 +135,13 @@ def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:
     ImageError: missing, a directory or another thing that is not a file, not readable.
   """
   name = name or os.fspath(path)
+  try:
+    return _regular_file(path, name).read_bytes()
+  except OSError as error:
+    raise ImageError('missing', f'{name}: cannot be read ({_reason(error)})') from error
+
+
+def _regular_file(path: str | os.PathLike, name: str) -> Path:
   path = Path(path)
   try:
     if path.is_dir():
@@ -126,11 +150,21 @@ def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:
       raise ImageError('missing', f'{name}: no such file')
     if not path.is_file():
       raise ImageError('missing', f'{name}: is not a regular file')
-    return path.read_bytes()
+    return path
   except (OSError, ValueError) as error:
     if isinstance(error, UserError):
       raise
     raise ImageError('missing', f'{name}: cannot be read ({_reason(error)})') from error
+
+
+def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
+  width, height = size
+  if width < 1 or height < 1:
+    raise ImageError('no pixels', f'{name}: the image has no pixels ({width} x {height})')
+  if width * height > max_pixels:
+    raise ImageError(
+      'too large', f'{name}: the image has {width} x {height} = {width * height} pixels, the limit '
+      f'is {max_pixels}; make it smaller or raise the pixel limit')
 
 
 def to_rgb(image: Image.Image, *, alpha: Literal['drop', 'white'] = 'drop') -> Image.Image:
@@ -225,17 +259,17 @@ def crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
   return image.crop((x0, y0, x1, y1))
 
 
-def _open_header(data: bytes, name: str) -> Image.Image:
+def _open_header(file: BinaryIO, head: bytes, name: str) -> Image.Image:
   """Reads the header only. Pillow's own pixel limit is lifted meanwhile: the caller has one."""
   try:
     with _open_lock:
       limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
       try:
-        return Image.open(io.BytesIO(data), formats=_formats())
+        return Image.open(file, formats=_formats())
       finally:
         Image.MAX_IMAGE_PIXELS = limit
   except UnidentifiedImageError as error:
-    raise ImageError('not an image', f'{name}: is not an image{_looks_like(data)}') from error
+    raise ImageError('not an image', f'{name}: is not an image{_looks_like(head)}') from error
   except Exception as error:
     raise ImageError(
       'damaged', f'{name}: the image header is damaged ({_reason(error)})') from error
@@ -246,8 +280,8 @@ def _formats() -> list[str]:
   return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _looks_like(data: bytes) -> str:
-  head = data[:512].lstrip().lower()
+def _looks_like(head: bytes) -> str:
+  head = head.lstrip().lower()
   if head.startswith((b'<!doctype html', b'<html')):
     return ' but a web page (HTML)'
   if head.startswith((b'<svg', b'<?xml')):

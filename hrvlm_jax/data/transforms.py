@@ -15,7 +15,7 @@ from PIL import Image
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.conversation import encode_conversation, encode_prompt, prepare
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
-from hrvlm_jax.data.rows import Row, open_images
+from hrvlm_jax.data.rows import BadRow, Row, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -121,9 +121,15 @@ class ToExample:
 
   def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, Any]:
     del rng  # nothing is drawn here
-    views = self.views(open_images(row, exif=self.exif), self.encoder)
-    arrays = self.text.conversation(row.messages, views['tokens'].tolist(),
-                                    max_length=self.max_length)
+    images = open_images(row, exif=self.exif)
+    views = self.views(images, self.encoder)
+    # Systems that read the image by cross-attention have no places in the text.
+    counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
+    arrays = self.text.conversation(row.messages, counts, max_length=self.max_length)
+    length = len(arrays['tokens'])
+    if self.max_length is not None and length > self.max_length:
+      raise BadRow('too long', row.where, f'has {length} tokens with its images, the longest '
+                   f'bucket is {self.max_length}')
     return {'views': views, **arrays}
 
 

@@ -3,8 +3,8 @@ import struct
 import zlib
 
 import numpy as np
-import pytest
 from PIL import Image
+import pytest
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
@@ -80,6 +80,23 @@ def test_pixel_limit_is_checked_before_decoding():
     images.open_image(encoded(noise(8, 8), 'PNG'), max_pixels=63)
   assert before == Image.MAX_IMAGE_PIXELS
   assert images.open_image(encoded(noise(8, 8), 'PNG'), max_pixels=64).size == (8, 8)
+
+
+def test_size_from_the_header(tmp_path):
+  data = encoded(noise(60, 40), 'JPEG')
+  assert images.image_size(data[:-300]) == (60, 40)
+  path = tmp_path / 'a.jpg'
+  path.write_bytes(data)
+  assert images.image_size(path) == (60, 40)
+  for content, kind in ((b'', 'empty'), (b'<html>', 'not an image')):
+    path.write_bytes(content)
+    with pytest.raises(images.ImageError) as caught:
+      images.image_size(path)
+    assert caught.value.kind == kind
+  with pytest.raises(images.ImageError, match='the limit is 9'):
+    images.image_size(data, max_pixels=9)
+  with pytest.raises(images.ImageError, match='no such file'):
+    images.image_size(tmp_path / 'b.jpg')
 
 
 def test_animated_gives_first_frame():

@@ -1,0 +1,201 @@
+"""A whole data set checked before money is spent: every bad row, with its place and kind of fault.
+
+Rows are checked in parallel. An image that many rows share is opened once per process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+import dataclasses
+import functools
+import multiprocessing
+import os
+from typing import Literal
+
+from tqdm import tqdm
+
+from hrvlm_jax.core import images
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.conversation import prepare
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, inside
+from hrvlm_jax.data.sources import Source
+from hrvlm_jax.language.chat import IMAGE, Template, check_messages
+
+ImageCheck = Literal['none', 'header', 'decode']
+
+_CHUNK = 2000
+# Below this a pool of processes costs more time than it saves.
+_WORTH_A_POOL = 20_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+  """One bad row: its index, the kind of fault, and the sentence that names file and line."""
+
+  index: int
+  kind: str
+  message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckReport:
+  """What a check found; `faults` are in the order of the rows."""
+
+  rows: int
+  faults: tuple[Fault, ...]
+
+  @property
+  def counts(self) -> dict[str, int]:
+    """Faults by kind, the most frequent first."""
+    return dict(Counter(fault.kind for fault in self.faults).most_common())
+
+  def summary(self) -> str:
+    """One line: how many rows, how many bad ones of which kind."""
+    if not self.faults:
+      return f'{self.rows} rows, none is bad'
+    kinds = ', '.join(f'{count} {kind}' for kind, count in self.counts.items())
+    return f'{self.rows} rows, {len(self.faults)} bad: {kinds}'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowCheck:
+  """What is checked of a row.
+
+  Attributes:
+    image: nothing, the header (kind, size), or everything by decoding it.
+    max_pixels: limit of width x height.
+    template: the chat template the rows are meant for; None: only that turns alternate.
+    answers: every conversation must end with an answer (training data).
+  """
+
+  image: ImageCheck = 'decode'
+  max_pixels: int = images.MAX_PIXELS
+  template: Template | None = None
+  answers: bool = True
+
+  def __call__(self, row: Row) -> None:
+    """Raises:
+      BadRow: what is wrong with the row.
+    """
+    try:
+      for ref in row.images:
+        _check_image(ref, self.image, self.max_pixels)
+    except images.ImageError as error:
+      raise BadRow(error.kind, row.where, str(error)) from error
+    except UserError as error:
+      raise BadRow('path', row.where, str(error)) from error
+    if not row.messages and not self.answers:
+      return
+    try:
+      messages = list(row.messages)
+      if self.template is not None:
+        messages = prepare(messages, self.template, len(row.images))
+      elif messages and messages[0].role == 'assistant':
+        messages = messages[1:]
+      check_messages(messages, generation=not self.answers and len(messages) % 2 == 1)
+      shown = sum(message.text.count(IMAGE) for message in messages)
+      wants_images = self.template is None or bool(self.template.image)
+      if row.images and wants_images and shown not in (0, len(row.images)):
+        raise UserError(f'has {shown} image placeholders for {len(row.images)} images')
+    except UserError as error:
+      raise BadRow('conversation', row.where, str(error)) from error
+
+
+def check_source(
+  source: Source,
+  check: Callable[[Row], None] | None = None,
+  *,
+  workers: int | None = None,
+  progress: bool = True,
+) -> CheckReport:
+  """Reads every row of a data set and reports all that cannot be used.
+
+  Args:
+    check: raises `BadRow` for a row; default: `RowCheck()`.
+    workers: processes; None: one per core for large sets; 0: this process.
+    progress: show a bar on standard error.
+  """
+  check = check or RowCheck()
+  size = len(source)
+  if workers is None:
+    workers = (os.cpu_count() or 1) if size >= _WORTH_A_POOL or _decodes(check) else 0
+  spans = [(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
+  faults: list[Fault] = []
+  with tqdm(total=size, desc='rows', unit='row', disable=not progress) as bar:
+
+    def note(found: Sequence[Fault], rows: int) -> None:
+      faults.extend(found)
+      bar.update(rows)
+      bar.set_postfix(bad=len(faults))
+
+    if workers < 2 or len(spans) < 2:
+      for start, end in spans:
+        note(_check_span(source, check, start, end), end - start)
+    else:
+      context = multiprocessing.get_context('spawn')  # the parent may hold accelerator threads
+      with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context,
+                               initializer=_hold, initargs=(source, check)) as pool:
+        jobs = {pool.submit(_check_held, *span): span for span in spans}
+        for job in as_completed(jobs):
+          start, end = jobs[job]
+          note(job.result(), end - start)
+  return CheckReport(size, tuple(sorted(faults, key=lambda fault: fault.index)))
+
+
+def _decodes(check: Callable[[Row], None]) -> bool:
+  return isinstance(check, RowCheck) and check.image == 'decode'
+
+
+_held: tuple[Source, Callable[[Row], None]] | None = None
+
+
+def _hold(source, check):
+  global _held
+  _held = source, check
+
+
+def _check_held(start: int, end: int) -> list[Fault]:
+  return _check_span(*_held, start, end)
+
+
+def _check_span(source, check, start: int, end: int) -> list[Fault]:
+  faults = []
+  for index in range(start, end):
+    try:
+      check(source[index])
+    except BadRow as error:
+      faults.append(Fault(index, error.kind, str(error)))
+    except UserError as error:
+      faults.append(Fault(index, 'example', str(error)))
+  return faults
+
+
+def _check_image(ref: ImageRef, how: ImageCheck, max_pixels: int) -> None:
+  if how == 'none':
+    return
+  if ref.data is not None:
+    _look(ref.data, ref.name, how, max_pixels)
+  elif failed := _look_once(ref.folder, ref.path, ref.name, how, max_pixels):
+    kind, message = failed
+    raise images.ImageError(kind, message) if kind != 'path' else UserError(message)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _look_once(folder, path, name, how, max_pixels) -> tuple[str, str] | None:
+  """(kind, message) of what is wrong with an image file, remembered."""
+  try:
+    _look(inside(folder, path), name, how, max_pixels)
+  except images.ImageError as error:
+    return error.kind, str(error)
+  except UserError as error:
+    return 'path', str(error)
+  return None
+
+
+def _look(source, name, how, max_pixels) -> None:
+  if how == 'header':
+    images.image_size(source, max_pixels=max_pixels, name=name)
+  else:
+    images.open_image(source, exif='ignore', max_pixels=max_pixels, name=name)
