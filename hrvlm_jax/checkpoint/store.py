@@ -1,42 +1,33 @@
 """The checkpoint store: parameters or whole training states, sharded, asynchronous, atomic.
 
-A checkpoint is a folder:
+The folder is described in `layout.py`. Every function that reads parameters accepts a checkpoint
+of parameters, a training checkpoint, or a work directory (its newest checkpoint).
 
-    checkpoint.json   format name, version, kind, step
-    config.json       the resolved config of the run or model
-    data/<process>.*  state of each process's data iterator (training checkpoints)
-    arrays/           Orbax; its commit file is written last
-
-The commit file makes the folder a checkpoint: everything else is on disk before it, so that one
-interrupted at any moment is never taken for a whole one. Training checkpoints are such folders
-under `<workdir>/checkpoints/<step>`; every function here that reads parameters accepts either.
-
-Orbax's v1 interface is used in this file only (it is due to become the top-level one).
+Orbax's v1 interface is used in this file only (it is due to become the top-level one);
+`streaming.py` writes parameters through the older one, which lets a handler be replaced.
 """
 
 from collections.abc import Mapping
-import json
-import os
+import contextlib
+import logging
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 
-from hrvlm_jax import __version__
-from hrvlm_jax.checkpoint import files
+from hrvlm_jax.checkpoint import files, layout, streaming
+from hrvlm_jax.checkpoint.layout import PathLike, is_whole, resolve, steps
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.errors import UserError, nearest, raise_all
 
-FORMAT = 'hrvlm_jax'
-VERSION = 1
-STEPS = 'checkpoints'
-_MARKER, _CONFIG, _ARRAYS, _DATA = 'checkpoint.json', 'config.json', 'arrays', 'data'
-_COMMIT = 'commit_success.txt'
 _PARAMS, _REST = 'params', 'state'
 
-PathLike = str | os.PathLike
+# Orbax's threads log the traceback of an error that is raised again, as a sentence, by the caller.
+logging.getLogger('absl').addFilter(
+    lambda record: '_SignalingThread.run() raised an exception' not in record.getMessage())
 
 
 class Restored(NamedTuple):
@@ -45,9 +36,6 @@ class Restored(NamedTuple):
   step: int
   state: Any
   data_state: Any
-
-
-# ---------------------------------------------------------------- trees as nested dicts of arrays
 
 
 def _key(entry: Any) -> str:
@@ -65,6 +53,13 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 def _is_key(leaf: Any) -> bool:
   return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(leaf: Any) -> Any:
+  """Name of a random key's implementation, also of an abstract key (known under tracing only)."""
+  found = []
+  jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+  return found[0]
 
 
 def _storable(leaf: Any) -> Any:
@@ -85,98 +80,11 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
   return paths.unflatten(flat)
 
 
-# ------------------------------------------------------------------------- one checkpoint folder
-
-
-def _path(directory: PathLike) -> epath.Path:
-  """Absolute path; addresses such as gs://bucket stay as they are."""
-  text = os.fspath(directory)
-  return epath.Path(text if '://' in text else os.path.abspath(text))
-
-
-def is_whole(directory: PathLike) -> bool:
-  """Whether a folder is a checkpoint that was written to its end."""
-  directory = _path(directory)
-  return (directory / _ARRAYS / _COMMIT).exists() and (directory / _MARKER).exists()
-
-
-def steps(workdir: PathLike) -> list[int]:
-  """Steps of the whole training checkpoints of a work directory, in order."""
-  root = _path(workdir) / STEPS
-  if not root.is_dir():
-    return []
-  return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit() and is_whole(p))
-
-
-def resolve(directory: PathLike) -> epath.Path:
-  """The checkpoint folder meant by a folder: itself, or the newest one of a work directory.
-
-  Raises:
-    UserError: no checkpoint there, an unfinished one, or one of an unknown format or version.
-  """
-  directory = _path(directory)
-  if not directory.is_dir():
-    raise UserError(f'checkpoint {directory}: no such folder')
-  if not (directory / _MARKER).exists() and (found := steps(directory)):
-    directory = directory / STEPS / str(found[-1])
-  if not (directory / _MARKER).exists():
-    hint = 'its first checkpoint is not finished' if (directory / STEPS).is_dir() else (
-        'to read original weights, use hrvlm convert first')
-    raise UserError(f'{directory}: holds no checkpoint ({_MARKER} is absent); {hint}')
-  if not is_whole(directory):
-    raise UserError(f'{directory}: the checkpoint is not whole, writing it was interrupted; '
-                    f'remove the folder and use another checkpoint')
-  marker = _read_json(directory / _MARKER)
-  if marker.get('format') != FORMAT:
-    raise UserError(f'{directory / _MARKER}: format {marker.get("format")!r}, expected {FORMAT!r}')
-  if marker.get('version') != VERSION:
-    raise UserError(
-        f'{directory}: checkpoint format version {marker.get("version")}, this is hrvlm_jax '
-        f'{__version__}, which reads version {VERSION}; it was written by hrvlm_jax '
-        f'{marker.get("hrvlm_jax")}')
-  return directory
-
-
-def _read_json(path: epath.Path) -> Any:
-  try:
-    return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise UserError(f'{path}: cannot be read as JSON ({error})') from error
-
-
-def _write_json(path: epath.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + '\n')
-
-
-def _write_beside(
-    directory: epath.Path, config: Mapping[str, Any], marker: Mapping[str, Any],
-    extra_files: Mapping[str, str | bytes] | None = None,
-) -> None:
-  """Everything but the arrays. Process 0 only; on disk before the arrays are committed."""
-  if jax.process_index() != 0:
-    return
-  directory.mkdir(parents=True, exist_ok=True)
-  _write_json(directory / _CONFIG, dict(config))
-  for name, content in (extra_files or {}).items():
-    target = directory / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-      target.write_bytes(content)
-    else:
-      target.write_text(content)
-  header = {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, **marker}
-  _write_json(directory / _MARKER, header)
-
-
-def _context(*, host_copy: bool = True) -> ocp.Context:
+def _context() -> ocp.Context:
   context = ocp.Context()
-  # Without a copy, host arrays (memory-mapped ones during conversion) are written from where they
-  # lie; a training state must be copied, since the next step may change it.
-  context.memory.deepcopy_host_arrays = host_copy
+  # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
+  context.asynchronous.create_directories_asynchronously = False
   return context
-
-
-# --------------------------------------------------------------------------------------- parameters
 
 
 def save_params(
@@ -199,7 +107,7 @@ def save_params(
   Raises:
     UserError: a whole checkpoint or foreign files are there; disk full; no permission.
   """
-  directory = _path(directory)
+  directory = layout.to_path(directory)
   with files.clear_errors(f'cannot write the checkpoint {directory}'):
     target = directory
     if is_whole(directory):
@@ -207,13 +115,11 @@ def save_params(
         raise UserError(f'{directory}: holds a checkpoint already; choose another folder or '
                         f'remove it first')
       target = directory.parent / f'.{directory.name}.new'
-    elif directory.exists() and any(p.name not in (_MARKER, _CONFIG) and _ARRAYS not in p.name
-                                    for p in directory.iterdir()):
+    elif layout.is_foreign(directory):
       raise UserError(f'{directory}: holds other files; choose an empty folder')
     _clear(target)
-    _write_beside(target, config, {'kind': 'params'}, extra_files)
-    with _context(host_copy=False):
-      ocp.save_checkpointables(target / _ARRAYS, {_PARAMS: jax.tree.map(_storable, dict(params))})
+    layout.write_beside(target, config, {'kind': 'params'}, extra_files)
+    streaming.save(target / layout.ARRAYS, _PARAMS, jax.tree.map(_storable, dict(params)))
     if target != directory and jax.process_index() == 0:
       old = directory.parent / f'.{directory.name}.old'
       directory.rename(old)
@@ -237,12 +143,12 @@ def _barrier(name: str) -> None:
 
 def load_config(directory: PathLike) -> dict[str, Any]:
   """The config saved with a checkpoint; `directory` as for `resolve`."""
-  return _read_json(resolve(directory) / _CONFIG)
+  return layout.read_json(resolve(directory) / layout.CONFIG)
 
 
 def load_marker(directory: PathLike) -> dict[str, Any]:
   """Format, version, kind and, for training checkpoints, step; `directory` as for `resolve`."""
-  return _read_json(resolve(directory) / _MARKER)
+  return layout.read_json(resolve(directory) / layout.MARKER)
 
 
 def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
@@ -251,7 +157,7 @@ def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _stored(directory: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
-  tree = ocp.checkpointables_metadata(directory / _ARRAYS).metadata.get(part) or {}
+  tree = ocp.checkpointables_metadata(directory / layout.ARRAYS).metadata.get(part) or {}
   leaves = flatten(tree)
   return {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype) for path, m in leaves.items()}
 
@@ -281,12 +187,11 @@ def load_params(
   places = _places(wanted, shardings)
   flat = {}
   for path, leaf in wanted.items():
-    kind = stored[path].dtype if dtype == 'stored' or abstract is None else leaf.dtype
-    if dtype not in (None, 'stored') and np.issubdtype(stored[path].dtype, np.inexact) or (
-        dtype not in (None, 'stored') and stored[path].dtype.kind == 'V'):
-      kind = np.dtype(dtype)
+    kind = stored[path].dtype if dtype == 'stored' else leaf.dtype
+    if dtype not in (None, 'stored') and jnp.issubdtype(kind, jnp.floating):
+      kind = jnp.dtype(dtype)
     flat[path] = _target(leaf.shape, kind, places[path])
-  return ocp.load(directory / _ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+  return ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
 
 
 def load_leaf(directory: PathLike, path: str) -> np.ndarray:
@@ -298,11 +203,10 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
   directory = resolve(directory)
   stored = _stored(directory, _PARAMS)
   if path not in stored:
-    from hrvlm_jax.core.errors import nearest
     raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
   flat = {p: ocp.PLACEHOLDER for p in stored}
   flat[path] = np.empty(stored[path].shape, stored[path].dtype)
-  tree = ocp.load(directory / _ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+  tree = ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
   return paths.flatten(tree)[path]
 
 
@@ -339,9 +243,6 @@ def _target(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
   return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place)
 
 
-# ------------------------------------------------------------------------------ training checkpoints
-
-
 class TrainStore:
   """Training checkpoints under `<workdir>/checkpoints/<step>`.
 
@@ -364,7 +265,7 @@ class TrainStore:
       raise UserError(f'checkpoints to keep: found {keep}, expected at least 1')
     if keep_every is not None and keep_every < 1:
       raise UserError(f'checkpoints kept for good: every {keep_every} steps, expected at least 1')
-    self.workdir = _path(workdir)
+    self.workdir = layout.to_path(workdir)
     self.keep, self.keep_every = keep, keep_every
     self.config = dict(config or {})
     self._pending: tuple[int, Any] | None = None
@@ -376,14 +277,12 @@ class TrainStore:
     if kind is None:
       self.close()
     elif self._pending is not None:  # the first error is the one to be seen
-      try:
+      with contextlib.suppress(UserError):
         self.wait()
-      except UserError:
-        pass
 
   def folder(self, step: int) -> epath.Path:
     """The folder of one step's checkpoint."""
-    return self.workdir / STEPS / str(step)
+    return self.workdir / layout.STEPS / str(step)
 
   def steps(self) -> list[int]:
     """Steps with a whole checkpoint, in order."""
@@ -413,24 +312,25 @@ class TrainStore:
     with files.clear_errors(f'cannot write the checkpoint {folder}'):
       _clear(folder)
       marker = {'kind': 'train', 'step': step, 'processes': jax.process_count()}
-      _write_beside(folder, self.config, marker)
+      layout.write_beside(folder, self.config, marker)
       if data_state is not None:
         self._write_data(folder, data_state)
       params, rest = _split(state)
-      parts = {_REST: _nested({p: _storable(leaf) for p, leaf in rest.items()})}
-      if params:
-        parts[_PARAMS] = _nested({p: _storable(leaf) for p, leaf in params.items()})
+      parts = {
+          part: _nested({path: _storable(leaf) for path, leaf in leaves.items()})
+          for part, leaves in ((_PARAMS, params), (_REST, rest)) if leaves
+      }
       with _context():
-        response = ocp.save_checkpointables_async(folder / _ARRAYS, parts)
+        response = ocp.save_checkpointables_async(folder / layout.ARRAYS, parts)
     self._pending = (step, response)
 
   def _write_data(self, folder: epath.Path, data_state: Any) -> None:
-    (folder / _DATA).mkdir(parents=True, exist_ok=True)
-    name = folder / _DATA / str(jax.process_index())
+    (folder / layout.DATA).mkdir(parents=True, exist_ok=True)
+    name = folder / layout.DATA / str(jax.process_index())
     if isinstance(data_state, bytes):
       epath.Path(f'{name}.bin').write_bytes(data_state)
     else:
-      _write_json(epath.Path(f'{name}.json'), data_state)
+      layout.write_json(epath.Path(f'{name}.json'), data_state)
 
   def wait(self) -> None:
     """Waits for the save in progress, then removes checkpoints that are no longer kept.
@@ -460,7 +360,7 @@ class TrainStore:
     kept = set(whole[-self.keep:])
     if self.keep_every:
       kept |= {step for step in whole if step % self.keep_every == 0}
-    root = self.workdir / STEPS
+    root = self.workdir / layout.STEPS
     for entry in list(root.iterdir()):
       # Unfinished folders of older steps are left-overs of interrupted runs.
       if entry.name.isdigit() and int(entry.name) not in kept and (
@@ -469,13 +369,13 @@ class TrainStore:
 
   def data_states(self, step: int) -> list[Any]:
     """The data iterator states of all processes that saved the step, by process."""
-    folder = self.folder(step) / _DATA
+    folder = self.folder(step) / layout.DATA
     if not folder.is_dir():
       return []
     found = {}
     for entry in folder.iterdir():
       process, _, kind = entry.name.partition('.')
-      found[int(process)] = entry.read_bytes() if kind == 'bin' else _read_json(entry)
+      found[int(process)] = entry.read_bytes() if kind == 'bin' else layout.read_json(entry)
     return [found[process] for process in sorted(found)]
 
   def restore(self, abstract: Any, *, step: int | None = None) -> Restored:
@@ -514,7 +414,7 @@ class TrainStore:
             {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()})
       wanted[part] = leaves
     raise_all(f'checkpoint {folder} and training state do not match', problems)
-    loaded = ocp.load_checkpointables(folder / _ARRAYS, parts)
+    loaded = ocp.load_checkpointables(folder / layout.ARRAYS, parts)
     state = _join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
     states = self.data_states(step)
     mine = states[jax.process_index()] if jax.process_index() < len(states) else None
@@ -524,7 +424,7 @@ class TrainStore:
 def _remove(folder: epath.Path) -> None:
   """Deletes a checkpoint; the commit file goes first, so that no half of it looks whole."""
   try:
-    (folder / _ARRAYS / _COMMIT).unlink(missing_ok=True)
+    (folder / layout.ARRAYS / layout.COMMIT).unlink(missing_ok=True)
     folder.rmtree()
   except OSError as error:
     # Left-overs are removed again by the next save; they are never read.
@@ -548,6 +448,6 @@ def _join(abstract: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:
     inside = path.startswith(f'{_PARAMS}/')
     value = parts[_PARAMS][path.removeprefix(f'{_PARAMS}/')] if inside else parts[_REST][path]
     if _is_key(like):
-      value = jax.random.wrap_key_data(value, impl=jax.random.key_impl(like))
+      value = jax.random.wrap_key_data(value, impl=_key_impl(like))
     out.append(value)
   return jax.tree_util.tree_unflatten(treedef, out)

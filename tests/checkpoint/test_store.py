@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.checkpoint import layout, store, streaming
 from hrvlm_jax.core.errors import UserError
 
 PARAMS = {
@@ -255,6 +256,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
                        text=True)
   lines = run.stdout.splitlines()
   assert len(lines) == 2, run.stderr
+  assert 'Traceback' not in run.stderr
   for line in lines:
     assert line.startswith('cannot write the checkpoint') and 'choose another place' in line
   assert store.steps(tmp_path) == [1]
@@ -301,3 +303,92 @@ def test_eight_devices_four_one(tmp_path):
                        text=True, env=environment)
   assert run.stdout.strip() == 'done', run.stderr
   assert json.loads((tmp_path / 'checkpoints/1/checkpoint.json').read_text())['step'] == 1
+
+
+def test_two_processes_then_one(tmp_path):
+  """Two processes hold half of the state each and their own data state; one process reads all."""
+  program = textwrap.dedent("""
+      import sys, jax, jax.numpy as jnp, numpy as np
+      workdir, port, process = sys.argv[1], sys.argv[2], int(sys.argv[3])
+      jax.distributed.initialize(f'127.0.0.1:{port}', 2, process)
+      from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+      from hrvlm_jax.checkpoint import store
+      mesh = jax.make_mesh((2,), ('fsdp',), axis_types=(AxisType.Auto,))
+      values = np.arange(32.0, dtype=np.float32).reshape(16, 2)
+      put = lambda scale: jax.make_array_from_callback(
+          (16, 2), NamedSharding(mesh, P('fsdp')), lambda index: scale * values[index])
+      with store.TrainStore(workdir, keep=1, config={'a': 1}) as checkpoints:
+        for step in (1, 2):
+          state = {'params': {'w': put(step)}, 'mu': put(10 * step), 'step': np.asarray(step)}
+          checkpoints.save(step, state, {'process': process, 'step': step})
+        checkpoints.wait()
+        restored = checkpoints.restore(state)
+        assert restored.data_state == {'process': process, 'step': 2}
+        mine = restored.state['mu'].addressable_shards[0]
+        np.testing.assert_array_equal(mine.data, 20 * values[mine.index])
+      store.save_params(workdir + '/params', {'w': put(3)}, {})
+  """)
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = str(probe.getsockname()[1])
+  runs = [subprocess.Popen([sys.executable, '-c', program, str(tmp_path), port, str(process)],
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+          for process in range(2)]
+  outputs = [run.communicate(timeout=120)[0] for run in runs]
+  assert [run.returncode for run in runs] == [0, 0], outputs
+  values = np.arange(32.0, dtype=np.float32).reshape(16, 2)
+  checkpoints = store.TrainStore(tmp_path)
+  assert checkpoints.steps() == [2]
+  state = checkpoints.restore(
+      {'params': {'w': values}, 'mu': values, 'step': np.asarray(0)}).state
+  np.testing.assert_array_equal(state['params']['w'], 2 * values)
+  np.testing.assert_array_equal(state['mu'], 20 * values)
+  states = checkpoints.data_states(2)
+  assert states == [{'process': 0, 'step': 2}, {'process': 1, 'step': 2}]
+  np.testing.assert_array_equal(store.load_params(tmp_path / 'params')['w'], 3 * values)
+
+
+def test_memory_mapped_parameters_are_not_held_in_memory(tmp_path):
+  """128 MB of random numbers from a mapped file: at most a few chunks are in memory at a time."""
+  program = textwrap.dedent("""
+      import sys, threading, numpy as np, jax
+      from hrvlm_jax.checkpoint import store, streaming
+      def anonymous():
+        for line in open('/proc/self/status'):
+          if line.startswith('RssAnon'): return int(line.split()[1]) * 1024
+      streaming.CHUNK_BYTES, streaming._FILE_BYTES = 8 << 20, 16 << 20
+      jax.devices()
+      shape, rng = (16, 1024, 2048), np.random.default_rng(0)
+      mapped = np.memmap(sys.argv[1] + '/leaf', np.float32, 'w+', shape=shape)
+      for layer in mapped: layer.view(np.uint32)[...] = rng.integers(0, 1 << 30, layer.shape)
+      before, peak, done = anonymous(), [0], threading.Event()
+      def watch():
+        while not done.wait(0.005): peak[0] = max(peak[0], anonymous() - before)
+      watcher = threading.Thread(target=watch); watcher.start()
+      store.save_params(sys.argv[1] + '/c', {'a': {'stacked': mapped}}, {})
+      done.set(); watcher.join()
+      print(peak[0])
+      assert np.array_equal(store.load_leaf(sys.argv[1] + '/c', 'a/stacked'), mapped)
+  """)
+  run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,
+                       text=True)
+  assert run.returncode == 0, run.stderr
+  assert int(run.stdout) < 90_000_000
+
+
+def test_chunks_of_published_shapes():
+  bf16, mb = 2, 1 << 20
+  assert streaming.chunking((), 4) == streaming.chunking((4096, 4096), bf16) == {}
+  assert streaming.chunking((36, 4096, 12288), bf16) == {'shard_axes': (0,)}
+  assert streaming.chunking((151936, 4096), bf16) == {'chunk_byte_size': 4748 * 8192}
+  assert streaming.chunking((32003, 4096), bf16) == {}  # 32003 is prime: one chunk
+  assert streaming.chunking((1, 4096, 16384), bf16) == {'shard_axes': (0,)}
+  assert 64 * mb == streaming.CHUNK_BYTES
+
+
+def test_pieces_cover_an_array_once():
+  seen = np.zeros((5, 4, 3), int)
+  for piece in streaming.pieces(seen.shape, (2, 4, 2)):
+    seen[piece] += 1
+  assert (seen == 1).all()
+  assert streaming.pieces((), ()) == [()]
