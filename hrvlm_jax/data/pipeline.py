@@ -17,8 +17,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 import dataclasses
+import gc
 import math
 from typing import Any, Literal
+import weakref
 
 from absl import flags
 import grain
@@ -158,7 +160,8 @@ class Batches:
     self._workers, self._threads, self._prefetch = workers, threads, prefetch
     self._on_fault = on_fault
     self._step = 0
-    self._iterator = None
+    self._running: list[Any] = []  # Grain's iterator, once started
+    weakref.finalize(self, _close, self._running)  # also when the program ends
 
   def __len__(self) -> int:
     """Batches of all epochs (a very large number when endless)."""
@@ -174,9 +177,9 @@ class Batches:
       StopIteration: after the last epoch.
       UserError: a row that cannot be used, under the policy 'fatal'; or nothing can be used.
     """
-    if self._iterator is None:
-      self._iterator = self._start()
-    batch = next(self._iterator)
+    if not self._running:
+      self._running.append(self._start())
+    batch = next(self._running[0])
     self._step += 1
     for kind, message in batch.faults:
       self.counts[kind] += 1
@@ -223,9 +226,16 @@ class Batches:
 
   def close(self) -> None:
     """Ends worker processes; the next batch starts them again."""
-    if self._iterator is not None and hasattr(self._iterator, 'close'):
-      self._iterator.close()
-    self._iterator = None
+    _close(self._running)
+
+
+def _close(running: list[Any]) -> None:
+  """Ends Grain's iterator now: at interpreter exit its own clean-up comes too late."""
+  for iterator in running:
+    iterator.close()
+  if running:
+    running.clear()
+    gc.collect()  # its parts refer to each other
 
 
 def build(
