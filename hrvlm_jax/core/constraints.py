@@ -1,7 +1,8 @@
 """Named places where a caller may pin how activations lie over devices.
 
-Layers do not know meshes. They name a place, `constrain('hidden', x)`, and whoever traces the program
-may give that place a function (`parallel.constraints`); without one the value passes unchanged.
+Layers do not know meshes. They name a place, `constrain('hidden', x)`, and whoever traces the
+program may give that place a function (`parallel.constraints`); without one the value passes
+unchanged.
 """
 
 from __future__ import annotations

@@ -85,6 +85,11 @@ class Placement(NamedTuple):
   dtype: Any
 
 
+def _sizes(mesh: Any) -> dict[str, int]:
+  """Sizes of the axes of a mesh (also an abstract one), or the sizes themselves."""
+  return dict(getattr(mesh, 'shape', mesh))
+
+
 def _axis_size(axis: Axis, mesh: Mapping[str, int]) -> int:
   if axis is None:
     return 1
@@ -122,7 +127,7 @@ def placements(leaves: Mapping[str, Any], mesh: Mesh | Mapping[str, int], *,
     UserError: paths without a rule, dimensions that do not divide, large leaves that stay whole
       without a reason; all of them in one message.
   """
-  sizes = dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
+  sizes = _sizes(mesh)
   found = paths.match_rules([(rule.pattern, rule) for rule in rules], leaves, what='sharding rule')
   result, problems = {}, []
   for path, leaf in leaves.items():
@@ -211,7 +216,7 @@ def _param_path(path) -> str:
 
 def describe(placed: Mapping[str, Placement], mesh: Mesh | Mapping[str, int]) -> str:
   """The table of a model for people: path, shape, axes, bytes on one device."""
-  sizes = dict(mesh.shape) if isinstance(mesh, Mesh) else dict(mesh)
+  sizes = _sizes(mesh)
   rows = []
   for path, place in sorted(placed.items()):
     parts = math.prod(_axis_size(axis, sizes) for axis in place.spec)
