@@ -1,0 +1,152 @@
+"""A model of this library as the functions that `runner.evaluate` asks for."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import hashlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.data.expansion import IGNORE, pad_batch
+from hrvlm_jax.evaluation.runner import Answer, Picture, Setup
+from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from hrvlm_jax.language.generate import bucket
+from hrvlm_jax.training.losses import shifted_targets
+from hrvlm_jax.vlm.answer import Answerer
+
+
+@dataclasses.dataclass(frozen=True)
+class OptionScore:
+  """Log-probability of a given answer: sum over its tokens, their number, whether greedy decoding
+  would have written it."""
+
+  log_probability: float
+  tokens: int
+  greedy: bool
+
+  @property
+  def mean_loss(self) -> float:
+    """Mean token cross-entropy; what V*Bench compares."""
+    return -self.log_probability / self.tokens
+
+
+class EvaluatedModel:
+  """Answers, likelihoods and overlays of one model.
+
+  Args:
+    answerer: a loaded model.
+    sampling: fields of `Sampling`; greedy unless they say otherwise.
+    max_new_tokens: longest answer.
+  """
+
+  def __init__(self, answerer: Answerer, *, max_new_tokens: int,
+               sampling: Mapping[str, Any] | None = None):
+    self.answerer = answerer
+    self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
+    self._hidden: Any = None
+
+  def setup(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Setup:
+    """The model's side of a result's provenance."""
+    config = to_dict(self.answerer.config)
+    return Setup(
+        model=name, system=self.answerer.config.system, checkpoint=checkpoint,
+        checkpoint_hash=checkpoint_hash, config=config, generation=self.sampling,
+        preprocessing={'encoder': config['encoder'], 'exif': self.answerer.exif})
+
+  def answer(self, pairs: Sequence[tuple[Picture, str]]) -> list[Answer]:
+    """Generated answers with the number of visual and new tokens."""
+    model = self.answerer
+    batch = model.batch([(_images(picture), question) for picture, question in pairs])
+    sampling = model.sampling(**self.sampling)
+    embeds, valid, extras = model.generator.prompt(batch)
+    made = model.generator.generate(embeds, valid, sampling, extras=extras)
+    visual = (batch['visual_index'] >= 0).sum(axis=1)
+    answers = []
+    for row, places in zip(made.rows(), visual):
+      ended = bool(row) and row[-1] in sampling.stop_ids
+      answers.append(Answer(model.decode(row), 'eos' if ended else 'length',
+                            int(places) or None, len(row)))
+    return answers
+
+  def likelihood(self, triples: Sequence[tuple[Picture, str, str]]) -> list[float]:
+    """Mean token cross-entropy of each (image, question, option), the stop token included."""
+    return [score.mean_loss for score in self.score(triples)]
+
+  def score(self, triples: Sequence[tuple[Picture, str, str]], *,
+            stop: bool = True) -> list[OptionScore]:
+    """Log-probabilities of given answers after their questions, in the training template.
+
+    Args:
+      stop: the token that ends an answer belongs to it.
+    """
+    model = self.answerer
+    views = [model.system.views(_images(picture), model.config.encoder)
+             for picture, _, _ in triples]
+    rows = []
+    for (picture, question, option), view in zip(triples, views):
+      images = _images(picture)
+      counts = view['tokens'].tolist() if 'tokens' in view else [0] * len(images)
+      turns = [Message(USER, question), Message(ASSISTANT, option)]
+      row = model.text.conversation(turns, counts)
+      rows.append(row if stop else _without_stop(row, model.text.stop_ids()))
+    length = bucket(max(len(row['tokens']) for row in rows))
+    batch = pad_batch(rows, length, 'right') | {
+        'views': model.system.batch(views, model.config.encoder)}
+    chosen, best, wanted = jax.device_get(self._scores()(model.generator.params, batch))
+    return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
+            for log, top, mask in zip(chosen, best, wanted)]
+
+  def overlay(self, picture: Picture, question: str) -> Image.Image:
+    """Where the model looked, drawn on the (first) image."""
+    return self.answerer.overlay(_images(picture)[0], question)
+
+  def _scores(self):
+    """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""
+    if self._hidden is None:
+      fn, dtype = self.answerer.generator.fn, self.answerer.generator.dtype
+
+      def run(params, batch):
+        module = fn.bind(params)
+        logits = module.logits(module(batch, dtype=dtype)).astype(jnp.float32)
+        targets = shifted_targets(jnp.asarray(batch['labels']))
+        wanted = targets != IGNORE
+        safe = jnp.where(wanted, targets, 0)[..., None]
+        log = jnp.take_along_axis(jax.nn.log_softmax(logits), safe, axis=-1)[..., 0]
+        return log, logits.argmax(-1) == safe[..., 0], wanted
+
+      self._hidden = jax.jit(run)
+    return self._hidden
+
+
+def array_hash(params) -> str:
+  """SHA-256 of parameters in memory: names, types, shapes and bytes of all leaves, in order."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+    value = np.asarray(leaf)
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    digest.update(f'{name} {value.dtype} {value.shape}\n'.encode())
+    digest.update(np.ascontiguousarray(value).tobytes())
+  return digest.hexdigest()
+
+
+def _images(picture: Picture) -> tuple[Image.Image, ...]:
+  if picture is None:
+    return ()
+  return picture if isinstance(picture, tuple) else (picture,)
+
+
+def _without_stop(row: Mapping[str, np.ndarray], stop_ids: Sequence[int]) -> dict[str, np.ndarray]:
+  """The row without a target on the last labelled token when that ends an answer."""
+  labels = row['labels'].copy()
+  places = np.flatnonzero(labels != IGNORE)
+  while len(places) > 1 and labels[places[-1]] in stop_ids:
+    labels[places[-1]] = IGNORE
+    places = places[:-1]
+  return {**row, 'labels': labels}
+
+
+

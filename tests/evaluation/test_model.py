@@ -1,0 +1,68 @@
+"""A tiny random model through the runner: answers, likelihoods, overlays, provenance."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.evaluation.model import EvaluatedModel, array_hash
+from hrvlm_jax.evaluation.runner import evaluate
+from hrvlm_jax.systems import registry
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import Answerer
+
+SAMPLES = Path(__file__).parent / 'samples'
+
+
+@pytest.fixture(scope='module')
+def model():
+  config = registry.get('mc_llava').tiny()
+  rng = np.random.default_rng(0)
+  fill = lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+  params = jax.tree.map(fill, vlm.build(config).abstract)  # quicker than compiling `init`
+  return EvaluatedModel(Answerer(config, params, tokenizer_of('byte')), max_new_tokens=4)
+
+
+def test_benchmark_with_a_real_model(model, tmp_path):
+  setup = model.setup(name='tiny', checkpoint_hash=array_hash(model.answerer.generator.params))
+  options = dict(data=SAMPLES / 'needle', setup=setup, progress=False, overlay_fn=model.overlay)
+  result = evaluate('needle', model.answer, out=tmp_path / 'r', batch_size=3, **options)
+  assert result.n == 3 and result.n_missing == 0
+  value = json.loads((tmp_path / 'r/result.json').read_text())
+  assert value['system'] == 'mc_llava' and value['generation'] == {'max_new_tokens': 4}
+  assert value['preprocessing']['encoder'] and len(value['checkpoint_hash']) == 64
+  record = json.loads((tmp_path / 'r/predictions.jsonl').open().readline())
+  assert record['num_image_tokens'] > 0 and 1 <= record['num_new_tokens'] <= 4
+
+
+def test_likelihood_is_the_loss_of_each_option(model, tmp_path):
+  picture = Image.new('RGB', (60, 40), (200, 20, 20))
+  triples = [(picture, 'What?', option) for option in ('red', 'a rather long option', 'red')]
+  losses = model.likelihood(triples)
+  assert losses[0] == pytest.approx(losses[2], rel=1e-5) and min(losses) > 0
+  shorter = model.likelihood([(p, q, 'red') for p, q, _ in triples])
+  assert shorter[0] == pytest.approx(losses[0], rel=1e-4)  # padding does not change it
+  with_stop, without = model.score(triples)[0], model.score(triples, stop=False)[0]
+  assert with_stop.tokens == without.tokens + 1
+  assert with_stop.log_probability < without.log_probability
+  result = evaluate('vstar_likelihood', None, data=SAMPLES / 'vstar', out=tmp_path / 'r',
+                    setup=model.setup(name='tiny'), likelihood_fn=model.likelihood,
+                    progress=False)
+  assert result.metric == 'accuracy_likelihood'
+
+
+def test_one_continuation_at_most_is_greedy(model):
+  picture = Image.new('RGB', (60, 40), (20, 20, 200))
+  scores = model.score([(picture, 'What?', letter) for letter in 'abc'], stop=False)
+  assert sum(score.greedy for score in scores) <= 1
+  assert np.isfinite([score.log_probability for score in scores]).all()
+
+
+def test_array_hash_sees_every_change():
+  params = {'a': np.zeros(3, np.float32), 'b': np.ones(2, np.float32)}
+  changed = {'a': np.zeros(3, np.float32), 'b': np.array([1, 2], np.float32)}
+  assert array_hash(params) == array_hash(dict(params)) != array_hash(changed)
