@@ -122,6 +122,31 @@ def encode_conversation(
   return Encoded(ids, labels, rendered_text(segments)).cut(max_length)
 
 
+def encode_training(
+  messages: Sequence[Message],
+  template: Template,
+  tokenizer: Tokenizer,
+  *,
+  image_id: int | None,
+  max_length: int | None = None,
+) -> Encoded:
+  """Ids and labels as the template's original makes them (`Template.masks`).
+
+  Args: see `encode_conversation`, `encode_llava`, `encode_vila`.
+
+  Raises:
+    UserError: messages that do not alternate.
+  """
+  if template.masks == 'rounds':
+    unknown = tokenizer.unk_id  # what LLaVA pads with
+    return encode_llava(messages, template, tokenizer, image_id=image_id, max_length=max_length,
+                        pad_id=0 if unknown is None else unknown)
+  if template.masks == 'comparison':
+    return encode_vila(messages, template, tokenizer, image_id=image_id).cut(max_length)
+  return encode_conversation(messages, template, tokenizer, image_id=image_id,
+                             max_length=max_length)
+
+
 def encode_prompt(
   messages: Sequence[Message],
   template: Template,

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import encode_conversation, encode_prompt, prepare
+from hrvlm_jax.data.conversation import encode_prompt, encode_training, prepare
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
 from hrvlm_jax.data.rows import BadRow, Row, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
@@ -84,7 +84,7 @@ class Text:
     """A finished conversation with its label mask: arrays of `expand`."""
     template = self._training_template()
     messages = prepare(messages, template, len(counts))
-    encoded = encode_conversation(
+    encoded = encode_training(
       messages, template, self.tokenizer, image_id=self.image_id if counts else None,
       max_length=max_length)
     return self._expand(encoded, counts)
@@ -119,7 +119,12 @@ class ToExample:
   exif: str = 'apply'
   max_length: int | None = None
 
-  def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, Any]:
+  def __call__(self, row: Row, rng: np.random.Generator | None = None) -> dict[str, Any]:
+    """The example of a row.
+
+    Raises:
+      UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
+    """
     del rng  # nothing is drawn here
     images = open_images(row, exif=self.exif)
     views = self.views(images, self.encoder)

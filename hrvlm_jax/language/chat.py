@@ -61,6 +61,8 @@ class Template:
     unit: what is tokenised at once, the whole 'text' or every 'message' on its own.
     border: how the first trained token of an answer is found: by its place in the text ('place'),
       or by counting the header's tokens when tokenised alone ('count', the rule of MC-LLaVA).
+    masks: rule of the original on odd input, see `data.conversation`: 'segments' (none), 'rounds'
+      (LLaVA), 'comparison' (VILA).
   """
 
   name: str
@@ -78,6 +80,7 @@ class Template:
   stop: tuple[str, ...] = ()
   unit: Literal['text', 'message'] = 'text'
   border: Literal['place', 'count'] = 'place'
+  masks: Literal['segments', 'rounds', 'comparison'] = 'segments'
 
 
 _VICUNA_SYSTEM = (
@@ -131,6 +134,7 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in (
     answer=' {text}</s>',
     image_leads=True,
     stop=('</s>',),
+    masks='rounds',
   ),
   # Stage 1 of LLaVA: caption an image; the newline is the end sign.
   Template(
@@ -156,6 +160,7 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in (
     image=IMAGE,
     strip=True,
     stop=('<|im_end|>',),
+    masks='comparison',
   ),
 )}
 
