@@ -11,7 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 import numpy as np
 
 from hrvlm_jax.core.layers import wide
@@ -107,13 +107,14 @@ def resize(
 ) -> Float[Array, '... H W c']:
   """Applies a row matrix [H, h] and a column matrix [W, w] in float32; keeps the dtype of x.
 
+  Always at the highest precision: the fast forms of TPU and GPU round weights to half precision.
   An axis whose matrix is the identity (a resize to the same size) is left untouched.
   """
   y = wide(x)
   if not _is_identity(cols):
-    y = jnp.einsum('Ww,...hwc->...hWc', cols, y)
+    y = jnp.einsum('Ww,...hwc->...hWc', cols, y, precision='highest')
   if not _is_identity(rows):
-    y = jnp.einsum('Hh,...hwc->...Hwc', rows, y)
+    y = jnp.einsum('Hh,...hwc->...Hwc', rows, y, precision='highest')
   return y.astype(x.dtype)
 
 
@@ -156,7 +157,7 @@ def area(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... 
   return resize(x[..., None], area_matrix(x.shape[-2], rows), area_matrix(x.shape[-1], cols))[..., 0]
 
 
-def nearest(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... H W']:
+def nearest(x: Shaped[Array, '... h w'], rows: int, cols: int) -> Shaped[Array, '... H W']:
   """`interpolate(mode='nearest')` of maps."""
   taken = jnp.take(x, nearest_index(x.shape[-2], rows), axis=-2, mode='clip')
   return jnp.take(taken, nearest_index(x.shape[-1], cols), axis=-1, mode='clip')

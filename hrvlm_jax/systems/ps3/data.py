@@ -1,0 +1,223 @@
+"""PS3's pre-training samples: captions, crops with their boxes, ground-truth maps. NumPy and Pillow.
+
+One record is an image with boxes (XYXY in its pixels), one caption per box, and optionally a caption
+of the whole image. Source: `NVlabs/PS3: train/src/open_clip_train/data.py,
+train/src/open_clip/transform.py`; paper 2503.19903, section 3.1. Axis letters: h w pixels, k boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+import re
+from typing import Any
+
+from jaxtyping import Float
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import crop as cut, resize_exact, to_rgb
+
+Box = Sequence[float]
+# Left-overs of the captioning model, which saw the whole image first and the crop second.
+_PHRASES = ('The second image is a close-up of', 'The image is a close-up of')
+
+
+def clean_caption(text: str) -> str:
+  """Drops two stock phrases and a final sentence about visible text, unless it is the only one."""
+  for phrase in _PHRASES:
+    text = text.replace(phrase, '')
+  sentences = split_sentences(text)
+  if len(sentences) > 1 and 'text' in sentences[-1] and 'visible' in sentences[-1]:
+    sentences = sentences[:-1]
+  return ' '.join(sentences)
+
+
+def split_sentences(text: str) -> list[str]:
+  """Cuts after . ! ? where white space follows."""
+  return re.split(r'(?<=[.!?])\s+', text)
+
+
+def mask_sentences(text: str, randint: Callable[[int, int], int]) -> str:
+  """A random run of sentences: it starts at one of the first three.
+
+  Args:
+    randint: (low, high) -> integer, both ends included; called for the start, then the number.
+  """
+  sentences = split_sentences(text)
+  n = len(sentences)
+  start = randint(0, min(n - 1, 2))
+  number = randint(min(n, 1), max(n - start, 1))
+  return ' '.join(sentences[start:start + number])
+
+
+def join_captions(captions: Sequence[str], rng: np.random.Generator) -> str:
+  """One caption for k boxes: of all their sentences, a k-th, in order. One caption is untouched."""
+  if len(captions) == 1:
+    return captions[0]
+  sentences = [s for caption in captions for s in split_sentences(caption)]
+  keep = np.sort(rng.choice(len(sentences), len(sentences) // len(captions), replace=False))
+  return ' '.join(sentences[i] for i in keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Crop:
+  """A window of an image, in its pixels."""
+
+  top: int
+  left: int
+  height: int
+  width: int
+
+
+def sample_crop(
+  width: int, height: int, rng: np.random.Generator, *,
+  area: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Crop:
+  """torchvision's random resized crop; panoramas fall back to a centre crop of the nearest ratio."""
+  for _ in range(10):
+    target = width * height * rng.uniform(*area)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return Crop(top=int(rng.integers(0, height - h + 1)),
+                  left=int(rng.integers(0, width - w + 1)), height=h, width=w)
+  w, h = width, height
+  if width / height < ratio[0]:
+    h = round(w / ratio[0])
+  elif width / height > ratio[1]:
+    w = round(h * ratio[1])
+  return Crop(top=(height - h) // 2, left=(width - w) // 2, height=h, width=w)
+
+
+def crop_image(image: Image.Image, window: Crop, side: int) -> np.ndarray:
+  """uint8 [side side 3]: the window, resized (bicubic, as Pillow <= 10.3), then RGB."""
+  box = (window.left, window.top, window.left + window.width, window.top + window.height)
+  return np.asarray(to_rgb(resize_exact(cut(image, box), (side, side))), np.uint8)
+
+
+def crop_boxes(boxes: Sequence[Box], window: Crop, side: int) -> np.ndarray:
+  """[k 4] boxes in pixels of the resized crop.
+
+  Whole-number boxes stay whole numbers, truncated toward zero after the scaling, as the original's
+  integer tensors; others are float32.
+  """
+  array = np.asarray(boxes)
+  whole = np.issubdtype(array.dtype, np.integer)
+  array = array.astype(np.int64 if whole else np.float32).reshape(-1, 4)
+  origin = np.array([window.left, window.top] * 2, array.dtype)
+  limit = np.array([window.width, window.height] * 2, array.dtype)
+  array = np.clip(array - origin, 0, limit)
+  factor = np.array([side / window.width, side / window.height] * 2)
+  if whole:
+    return np.trunc(array * factor).astype(np.int64)
+  return (array * factor.astype(np.float32)).astype(np.float32)
+
+
+def target_map(boxes: Sequence[Box], height: int, width: int) -> Float[np.ndarray, 'h w']:
+  """Ones inside the boxes: rows floor(y1)..ceil(y2) and columns floor(x1)..ceil(x2), both included.
+
+  A box that clipping moved to the far edge leaves nothing, one at the near edge a strip of a pixel.
+  """
+  out = np.zeros((height, width), np.float32)
+  for x1, y1, x2, y2 in np.asarray(boxes, np.float64).reshape(-1, 4):
+    out[math.floor(y1):math.ceil(y2) + 1, math.floor(x1):math.ceil(x2) + 1] = 1
+  return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Record:
+  """What one training image comes with.
+
+  Raises:
+    UserError: numbers of boxes and captions that differ, malformed boxes, no caption at all.
+  """
+
+  image: Image.Image
+  boxes: tuple[tuple[float, float, float, float], ...] = ()
+  captions: tuple[str, ...] = ()
+  global_caption: str | None = None
+  name: str = 'record'
+
+  def __post_init__(self):
+    if len(self.boxes) != len(self.captions):
+      raise UserError(f'{self.name}: {len(self.boxes)} boxes and {len(self.captions)} captions; '
+                      'each box needs one')
+    if wrong := [box for box in self.boxes if len(box) != 4]:
+      raise UserError(f'{self.name}: box {wrong[0]} has no four numbers (x1, y1, x2, y2)')
+    if not self.boxes and self.global_caption is None:
+      raise UserError(f'{self.name}: neither boxes nor a global caption')
+
+
+def record_from_json(values: Mapping[str, Any], image: Image.Image, *, name: str = 'record'):
+  """A record of the original's JSON: text [k], box [k 4], global_text.
+
+  Raises:
+    UserError: as `Record`.
+  """
+  boxes = tuple(tuple(box) for box in values.get('box') or ())
+  return Record(image=image, boxes=boxes, captions=tuple(values.get('text') or ()),
+                global_caption=values.get('global_text'), name=name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """How a record becomes a training sample.
+
+  Attributes:
+    side: the largest scale.
+    global_share: probability of the global caption where both kinds exist (the published script's;
+      the option's own default is 0.5).
+    boxes_per_sample: boxes drawn for a local sample.
+    clean: `clean_caption` and `mask_sentences`; off for captions that are no sentences.
+  """
+
+  side: int
+  global_share: float = 0.25
+  boxes_per_sample: int = 1
+  crop_area: tuple[float, float] = (0.9, 1.0)
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  clean: bool = True
+
+
+def sample(record: Record, config: SampleConfig, rng: np.random.Generator) -> dict[str, Any]:
+  """One training sample.
+
+  Returns:
+    pixels uint8 [side side 3], caption str, target uint8 [side side], is_global bool [1].
+  """
+  local = bool(record.boxes)
+  if record.global_caption is not None and local:
+    local = rng.random() >= config.global_share
+  if local:
+    number = min(config.boxes_per_sample, len(record.boxes))
+    picked = sorted(rng.choice(len(record.boxes), number, replace=False).tolist())
+    boxes = [record.boxes[i] for i in picked]
+    captions = [record.captions[i] for i in picked]
+  else:
+    boxes = [(0, 0, record.image.width, record.image.height)]
+    captions = [record.global_caption]
+  if config.clean:
+    draw = lambda low, high: int(rng.integers(low, high + 1))
+    captions = [mask_sentences(clean_caption(text), draw) for text in captions]
+  window = sample_crop(*record.image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
+  moved = crop_boxes(boxes, window, config.side)
+  return {
+    'pixels': crop_image(record.image, window, config.side),
+    'caption': join_captions(captions, rng),
+    'target': target_map(moved, config.side, config.side).astype(np.uint8),
+    'is_global': np.array([not local]),
+  }
+
+
+def collate(samples: Sequence[Mapping[str, Any]], tokenize) -> dict[str, np.ndarray]:
+  """Samples -> a batch for `model.PS3`: pixels, tokens int32 [b t], target, is_global.
+
+  Args:
+    tokenize: captions -> int32 [b t] (`text.tokenizer`).
+  """
+  stack = lambda key: np.stack([s[key] for s in samples])
+  return {'pixels': stack('pixels'), 'tokens': tokenize([s['caption'] for s in samples]),
+          'target': stack('target'), 'is_global': stack('is_global')}

@@ -1,0 +1,483 @@
+"""Golden checks of PS3: encoder, pooled pre-training forward, text tower, losses, preprocessing."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors, prefixed
+from hrvlm_jax.core import resample
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.language.captions import CLEANERS
+from hrvlm_jax.systems.ps3 import data, model, weights
+from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config
+from hrvlm_jax.systems.ps3.encoder import Encoder, feature_maps
+from hrvlm_jax.systems.ps3.patches import scaled
+from hrvlm_jax.systems.ps3.plan import Plan, make_plan
+from hrvlm_jax.systems.ps3.selection import choose, maps_of, override, smooth
+from hrvlm_jax.systems.ps3.text import TextTower, unit
+from hrvlm_jax.systems.ps3.views import squash
+from hrvlm_jax.training.contrastive import ContrastiveConfig, pretrain_losses
+from hrvlm_jax.training.schedules import learning_rate
+from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.vision.vit import ViTConfig
+
+_ACTIVATIONS = {'gelu_exact': 'gelu', 'gelu_tanh': 'gelu_tanh'}
+_NOTES = {
+  'config.json:seed': 'seed of the weights, which are stored',
+  'config.json:topk': 'states the tie rule, which selection maps hold us to',
+  'config.json:weights_prefix': 'the weight table names every tensor',
+  'config.json:runs/*/torch_topk_gives_same_maps': "about torch's own tie order",
+  'config.json:attn_pool/note': 'a remark',
+  'config.json:final_norm_note': 'a remark',
+}
+GAP = 1e-3  # of the stated distance between the last chosen and the first refused probability
+
+
+def _waive(case: Case) -> None:
+  for pattern, reason in _NOTES.items():
+    case.waive(pattern, reason)
+
+
+def _vision_config(case: Case, text=None) -> PS3Config:
+  """The encoder's config from the case's sizes."""
+  cfg, trunk = case.config, case.config['trunk']
+  case.expect_json(('trunk', 'qkv_bias'), True)
+  width, ratio = trunk['embed_dim'], trunk['mlp_ratio']
+  patch, side = trunk['patch_size'], trunk['patch_grid']
+  case.expect_json(('trunk', 'img_size'), trunk['img_size'])
+  if trunk['img_size'] // patch != side:
+    raise ValueError(f'trunk.patch_grid {side} is not img_size // patch_size')
+  vision = ViTConfig(
+    image_size=side * patch, patch_size=patch, width=width, depth=trunk['depth'],
+    heads=trunk['num_heads'], mlp_width=int(width * ratio), norm_eps=trunk['ln_eps'],
+    activation=_ACTIVATIONS[trunk['act']])
+  pool = None
+  if 'attn_pool' in cfg:
+    spec = cfg['attn_pool']
+    pool = PoolConfig(width=spec['dim'], heads=spec['num_heads'],
+                      mlp_width=int(spec['dim'] * spec['mlp_ratio']))
+  values = cfg['vision_config'].plain()
+  base, defaults = weights.vision_from_hf(values, trunk=vision, pool=pool, text=text), (
+    cfg['defaults'].plain() if 'defaults' in cfg else {})
+  if values.get('radio') and values['radio_adapter_mlp_input_dim'] != width:
+    raise ValueError("radio_adapter_mlp_input_dim is not the trunk's width")
+  config = base
+  if base.saliency is not None and 'highres_selection_input' in defaults:
+    config = dataclasses.replace(config, saliency=dataclasses.replace(
+      base.saliency, input_size=defaults['highres_selection_input']))
+  for key, found in (('separate_pos_emb', config.residual),
+                     ('highres_selection_feature', config.saliency is not None)):
+    if key not in values and key in defaults and defaults[key] != found:
+      raise ValueError(f'defaults.{key} is {defaults[key]}, ours is {found}')
+  if 'cosine_scale' in defaults:
+    config = dataclasses.replace(config, cosine_scale=defaults['cosine_scale'])
+  if 'resolved_max_select_num_each_scale' in cfg:
+    case.expect_json(('resolved_max_select_num_each_scale',), list(config.resolved_budgets))
+  return config
+
+
+def _nchw(x) -> np.ndarray:
+  return np.moveaxis(np.asarray(x), -1, 1)
+
+
+def _nhwc(x: np.ndarray) -> jax.Array:
+  return jnp.asarray(np.moveaxis(x, 1, -1))
+
+
+def _encoder(case: Case, config: PS3Config) -> Encoder:
+  fn = Functional(lambda rngs: Encoder(config, rngs=rngs))
+  table = prefixed(weights.vision_table(config), theirs='vision_model.')
+  return fn.bind(import_tensors(case.weights(), table, fn.abstract))
+
+
+class _Run:
+  """One entry of `runs`: its inputs and its tensors under one prefix."""
+
+  def __init__(self, case: Case, name: str):
+    self.case, self.name = case, name
+    self.spec = case.config['runs'][name]
+    self.prefix = f'{name}.' if name else ''
+    pixels = f'{self.prefix}pixel_values'
+    self.images = _nhwc(case.input(pixels if case.has(pixels) else 'pixel_values'))
+    self.prompt = self._named('prompt')
+    self.target = self._named('gt_selection_maps')
+
+  def _named(self, key: str):
+    return jnp.asarray(self.case.input(self.spec[key])) if key in self.spec else None
+
+  def has(self, key: str) -> bool:
+    return self.case.has(self.prefix + key)
+
+  def expect(self, key: str, value, **options) -> None:
+    """Compares when the case has the tensor."""
+    if self.has(key):
+      self.case.expect(self.prefix + key, value, **options)
+
+  def expect_maps(self, key: str, maps) -> None:
+    for i, value in enumerate(maps):
+      self.expect(f'{key}.{i}', value)
+
+  def json(self, key: str, value, **options) -> None:
+    """Compares a leaf of the run's entry when it exists."""
+    if key in self.spec:
+      self.case.expect_json(('runs', self.name, key), value, **options)
+
+  def plan(self, config: PS3Config) -> Plan:
+    first = self.spec['only_select_first_n_scale'] if (
+      'only_select_first_n_scale' in self.spec) else None
+    if first is not None and not isinstance(first, int):
+      first = first.plain()
+    looks = self.spec.get('num_look_close')
+    tokens = self.spec.get('num_token_look_close')
+    if looks is None and tokens is None:
+      looks = 1  # pooled runs take one full look
+    return make_plan(*self.images.shape[1:3], config, num_looks=looks, num_tokens=tokens,
+                     first_scales=first)
+
+
+@check('ps3', 'encoder', 'pretrain_pool')
+def encoder(case: Case) -> None:
+  """Every intermediate of every run: thumbnail, selection, looks, merged output, pooling."""
+  _waive(case)
+  config = _vision_config(case)
+  module = _encoder(case, config)
+  for name in case.config['runs']:
+    run = _Run(case, name)
+    _geometry(run, config)
+    if run.spec.get('output_hidden_states', True):
+      _hidden(case, run, module)
+    else:
+      _pooled(case, run, module)
+
+
+def _geometry(run: _Run, config: PS3Config) -> None:
+  plan = run.plan(config)
+  run.json('image_hw', list(run.images.shape[1:3]))
+  run.json('image_size_each_scale', [list(size) for size in plan.sizes])
+  run.json('feature_size_each_scale', [list(grid) for grid in plan.grids])
+  batch = run.images.shape[0]
+  counts = plan.counts * batch if len(plan.counts) == 1 else plan.counts
+  taken = [[sum(look[i] for look in looks) for looks in counts] for i in range(len(plan.cells))]
+  run.json('selected_per_scale', taken)
+
+
+def _thumbnail(run: _Run, module: Encoder):
+  """The low-res pass and everything the selection computes from it."""
+  config = module.config
+  depth = config.vision.depth
+  low = module.encode_low(run.images, keep=depth, all_scales=True)
+  for layer, state in low.hidden.items():
+    run.expect(f'low.hidden.{layer}', state)
+  heads_first = lambda x: jnp.swapaxes(x, 2, 3)
+  run.expect('low.kv_cache', jnp.stack([heads_first(low.keys), heads_first(low.values)], axis=1))
+  last = low.hidden[depth - 1]
+  if config.adapter is not None:
+    run.expect('low.siglip_proj', module.head(last))
+  run.expect('low.pooled', module.pool(last))
+  if run.has('sel.highres_feat'):
+    run.expect('sel.highres_feat', _nchw(low.features.detail)[:1])
+  cosines = module.selection.cosines(low.features, run.prompt)
+  run.expect('sel.cos_low', cosines[0])
+  if cosines[1] is not None:
+    run.expect('sel.cos_high_pooled', cosines[1])
+  run.expect('sel.prob_lowgrid', module.selection.low_probabilities(low.features, run.prompt))
+  return low
+
+
+def _probabilities(run: _Run, module: Encoder, low, plan: Plan):
+  prior = module.probabilities(low, None, plan)
+  used = prior
+  run.expect_maps('sel.prior_probs', prior)
+  if run.prompt is not None:
+    used = module.probabilities(low, run.prompt, plan)
+    run.expect_maps('sel.posterior_probs', used)
+  if run.target is not None:
+    covered = resample.area(run.target, *plan.grids[1])
+    run.expect('area_scale1', covered, tol=OPERATOR)
+    used = override(used, run.target, plan)
+  if run.spec.get('smooth_selection_prob', False):
+    used = smooth(used)
+  run.expect_maps('sel.probs', used)
+  return used
+
+
+def _boundaries(run: _Run, probs, plan: Plan) -> None:
+  """How clear the cuts of the selection are: smallest nonzero gap and exact ties."""
+  gaps, tie = [], False
+  for looks in ([plan.counts[0]] * run.images.shape[0] if len(plan.counts) == 1 else [None]):
+    del looks
+  batch = run.images.shape[0]
+  for i, p in enumerate(probs):
+    ranked = np.sort(np.asarray(p).reshape(batch, -1), axis=1)[:, ::-1]
+    for b in range(batch):
+      looks = plan.counts[b if len(plan.counts) > 1 else 0]
+      end = 0
+      for look in looks:
+        end += look[i]
+        if 0 < end < ranked.shape[1]:
+          gap = float(ranked[b, end - 1] - ranked[b, end])
+          tie |= gap == 0
+          # The next different probability on either side of a tie.
+          if gap > 0:
+            gaps.append(gap)
+  run.json('exact_tie_at_selection_boundary', bool(tie))
+  if 'smallest_nonzero_probability_gap_at_boundary' in run.spec:
+    stated = run.spec['smallest_nonzero_probability_gap_at_boundary']
+    run.json('smallest_nonzero_probability_gap_at_boundary', min(gaps, default=stated), tol=GAP)
+
+
+def _hidden(case: Case, run: _Run, module: Encoder) -> None:
+  config = module.config
+  plan = run.plan(config)
+  low = _thumbnail(run, module)
+  sizes = [plan.sizes[0], *plan.sizes[1:]]
+  for i, size in enumerate(sizes):
+    if run.has(f'resized.{i}'):
+      run.expect(f'resized.{i}', _nchw(resample.bicubic(run.images[:1], *size)), tol=OPERATOR)
+  last = config.vision.depth - 1
+  if not plan.looks:
+    run.expect('out.last_hidden_state', low.hidden[last])
+    run.expect('last_hidden_state', low.hidden[last])
+    return
+  used = _probabilities(run, module, low, plan)
+  _boundaries(run, used, plan)
+  chosen = _looks(run, module, plan, low, used)
+  del chosen
+  for at_once in (False, True):
+    out = module.encode_high(low, run.images, used, plan, at_once=at_once)
+    run.expect('out.last_hidden_state', out.last)
+    for layer, state in out.hidden.items():
+      run.expect(f'out.hidden.{layer}', state)
+    run.expect_maps('out.selection_maps', out.maps)
+  maps = feature_maps(out.last, out.maps, plan.grids[0][0])
+  run.expect_maps('out.feature_maps', [_nchw(m) for m in maps])
+  # The three steps in one compiled call give the same.
+  whole = jax.jit(lambda images, prompt, target: module.encode(
+    images, plan, prompt=prompt, target=target,
+    smooth=run.spec.get('smooth_selection_prob', False)).last)
+  run.expect('out.last_hidden_state', whole(run.images, run.prompt, run.target))
+
+
+def _looks(run: _Run, module: Encoder, plan: Plan, low, used):
+  chosen = choose(used, plan)
+  images = scaled(run.images, plan)
+  depth = module.config.vision.depth
+  for number, cells in enumerate(chosen):
+    run.expect_maps(f'look{number}.maps', maps_of(cells, plan))
+    if not (run.has(f'look{number}.tokens') or run.has(f'look{number}.pooled')):
+      continue
+    tokens = module.embed_high(images, cells, plan.look(number), plan)
+    run.expect(f'look{number}.tokens', tokens)
+    if run.has(f'look{number}.pooled') and run.spec.get('output_hidden_states', True):
+      states = module.tower.run(tokens, taps=[depth - 1], prefix=(low.keys, low.values)).x
+      run.expect(f'look{number}.pooled', module.pool(states))
+  return chosen
+
+
+def _pooled(case: Case, run: _Run, module: Encoder) -> None:
+  case.expect_json(('runs', run.name, 'output_hidden_states'), False)
+  plan = run.plan(module.config)
+  low = _thumbnail(run, module)
+  used = _probabilities(run, module, low, plan)
+  _boundaries(run, used, plan)
+  chosen = _looks(run, module, plan, low, used)
+  is_global = None
+  if 'is_global_text' in run.spec:
+    is_global = jnp.asarray(case.input(run.spec['is_global_text']))
+  only = run.spec.get('pool_gt_token_only', False)
+  if run.target is not None and run.has('pool_mask_fraction'):
+    run.expect('pool_mask_fraction', model.covered(run.target, chosen[0], plan), tol=OPERATOR)
+  out = model.pooled_images(
+    module, run.images, prompt=run.prompt, target=run.target, pool_target=only,
+    is_global=is_global)
+  run.expect('low.pooled', out.low)
+  run.expect('look0.pooled', out.high)
+  run.expect('out.pooled', out.pooled)
+  run.expect_maps('out.selection_maps', maps_of(out.cells, plan))
+
+
+@check('ps3', 'text_tower')
+def text_tower(case: Case) -> None:
+  """Embeddings, every block, projection, prompt; caption cleaning."""
+  _waive(case)
+  config = weights.text_from_hf(case.config['text_config'].plain())
+  fn = Functional(lambda rngs: TextTower(config, rngs=rngs))
+  rows = weights.text_table()
+  module = fn.bind(import_tensors(case.weights(), rows, fn.abstract))
+  ids = jnp.asarray(case.input('input_ids').astype(np.int32))
+  x = module.embeddings(ids)
+  case.expect('embeddings', x, tol=OPERATOR)
+  for layer in range(config.depth):
+    key = f'hidden.{layer}'
+    if case.has(key):
+      case.expect(key, module.states(x, stop=layer + 1))
+  case.expect('ln_final', module.norm(module.states(x)))
+  pooled = module(ids)
+  case.expect('pooled_output', pooled)
+  case.expect('pooled_normalized', unit(pooled))
+  case.expect('prompt', module.prompt(module.features(ids)))
+  case.expect_json(('layer_norm_eps_prompt_proj',), module.prompt_head.norm.eps)
+  if 'clean_inputs' in case.config:
+    inputs = case.config['clean_inputs'].plain()
+    for name in case.config['clean_outputs']:
+      case.expect_json(('clean_outputs', name), [CLEANERS[name](text) for text in inputs])
+
+
+@check('ps3', 'pretrain_loss')
+def pretrain_loss(case: Case) -> None:
+  """Features, logits, the three losses, gradients by training name, learning rates."""
+  _waive(case)
+  cfg = case.config
+  text = weights.text_from_hf(cfg['text_config'].plain())
+  vision = _vision_config(case)
+  text = dataclasses.replace(text, prompt_width=vision.vision.width)
+  config = dataclasses.replace(vision, text=text)
+  fn = model.build(config)
+  table = weights.model_table(config, layout='training')
+  params = import_tensors(case.weights(), table, fn.abstract)
+  images = _nhwc(case.input('pixel_values'))
+  target = case.input('gt_selection_maps')
+  if 'boxes_xyxy' in cfg:
+    side = target.shape[1:]
+    made = [data.target_map([box], *side) for box in cfg['boxes_xyxy'].plain()]
+    case.expect('gt_selection_maps', np.stack(made))
+  for name in cfg['runs']:
+    _pretrain_run(case, name, fn, params, table, images, jnp.asarray(target))
+  if 'lr_schedule' in cfg:
+    rates = cfg['lr_schedule']
+    rate = learning_rate('cosine', peak=rates['base'], total_steps=rates['total'],
+                         warmup_steps=rates['warmup'], warmup_from=1)
+    for step in rates['samples']:
+      stated = rates['samples'][step]
+      gap = abs(float(rate(int(step))) - stated)
+      case.expect_json(('lr_schedule', 'samples', step),
+                       stated if gap <= OPERATOR * rates['base'] else float(rate(int(step))))
+
+
+def _pretrain_run(case, name, fn, params, table, images, target):
+  cfg = case.config['runs'][name]
+  has = lambda key: case.has(f'{name}.{key}')
+  prior, posterior = cfg['weights'].plain()
+  ids = jnp.asarray(case.input('input_ids').astype(np.int32))
+  is_global = jnp.asarray(case.input('is_global_text'))
+  # Runs are told apart by their names alone: README of the case.
+  use_target = name != 'nogt'
+  if name == 'allglobal':
+    is_global = jnp.ones_like(is_global)
+  batch = {'images': images, 'tokens': ids, 'target': target, 'is_global': is_global}
+  losses = ContrastiveConfig(prior_weight=prior, posterior_weight=posterior,
+                             select_target=use_target, pool_target=use_target)
+  results = jax.jit(lambda p: pretrain_losses(fn, p, batch, losses))(params)
+  module = fn.bind(params)
+  image, text, out = module(batch, select_target=use_target, pool_target=use_target)
+  case.expect(f'{name}.image_features', image)
+  case.expect(f'{name}.text_features', text)
+  case.expect(f'{name}.prompt', module.text.prompt(text))
+  scale = jnp.exp(module.logit_scale[...])
+  case.expect(f'{name}.logit_scale_exp', scale)
+  case.expect(f'{name}.logits', scale * image @ text.T + module.logit_bias[...])
+  case.expect(f'{name}.low.pooled', out.low)
+  case.expect(f'{name}.look0.pooled', out.high)
+  for key, ours in (('total', 'total'), ('contrastive_loss', 'contrastive'),
+                    ('prior_box_supervision_loss', 'prior'),
+                    ('posterior_box_supervision_loss', 'posterior')):
+    # The stated parts carry their weights.
+    value = results[ours] * {'prior': prior, 'posterior': posterior}.get(ours, 1.0)
+    case.expect(f'{name}.loss.{key}', value, tol=OPERATOR)
+    case.expect_json(('runs', name, 'losses', key), float(value), tol=OPERATOR)
+  for key, maps in (('prior_probs', out.prior), ('posterior_probs', out.posterior),
+                    ('selection_maps', maps_of(out.cells, out.plan))):
+    for i, value in enumerate(maps):
+      if has(f'{key}.{i}'):
+        case.expect(f'{name}.{key}.{i}', value)
+  for i, covered in enumerate(model.target_maps(target, out.plan)):
+    if has(f'gt_target.{i}'):
+      case.expect(f'{name}.gt_target.{i}', (covered > 0).astype(jnp.float32))
+  run = _PretrainBoundary(case, name, images)
+  _boundaries(run, out.used, out.plan)
+  if any(key.startswith(f'{name}.grad') for key in case.keys):
+    _gradients(case, name, fn, params, table, batch, losses)
+
+
+class _PretrainBoundary(_Run):
+  """The part of a run that `_boundaries` reads."""
+
+  def __init__(self, case, name, images):
+    self.case, self.name, self.images = case, name, images
+    self.spec = case.config['runs'][name]
+
+
+def _gradients(case, name, fn, params, table, batch, losses):
+  grads = jax.jit(jax.grad(lambda p: pretrain_losses(fn, p, batch, losses)['total']))(params)
+  names = dict(export_tensors(grads, table))
+  for key in case.keys:
+    if key.startswith(f'{name}.grad.'):
+      case.expect(key, names[key.removeprefix(f'{name}.grad.')])
+  if case.has(f'{name}.grad_global_norm'):
+    norm = np.sqrt(sum(float(np.square(g.astype(np.float64)).sum()) for g in names.values()))
+    case.expect(f'{name}.grad_global_norm', np.float32(norm))
+  spec = case.config['runs'][name]
+  silent = sorted(n for n, g in names.items() if not np.any(g))
+  listed = []
+  for key in ('params_without_grad', 'params_with_zero_grad'):
+    if key in spec:
+      listed += spec[key].plain()
+      case.expect_json(('runs', name, key), [n for n in spec[key].plain() if n in silent])
+  if set(silent) != set(listed):
+    raise ValueError(f'run {name}: parameters without gradient are {silent}, the case lists {listed}')
+
+
+@check('ps3', 'preprocess')
+def preprocess(case: Case) -> None:
+  """Image processor, in-encoder resizing, crop with boxes, caption cleaning."""
+  cfg = case.config
+  side = cfg['image_size']
+  stats = {kind: (tuple(cfg[f'mean_{kind}'].plain()), tuple(cfg[f'std_{kind}'].plain()))
+           for kind in ('siglip', 'radio')}
+  case.waive('config.json:pillow', 'version of the reference; bytes are equal in every version')
+  case.waive('config.json:patch_size', 'no patches in this case')
+  values = {}
+  for key in case.keys:
+    kind, _, file = key.partition('.')
+    if kind in stats:
+      pixels = squash(case.image(f'{file}.png'), side)
+      values[key] = normalise_host(pixels, *stats[kind], rescale='quotient')
+      case.expect(key, values[key].transpose(2, 0, 1), tol=1e-6)
+  image = case.image('rgb.png')
+  case.expect_json(('image_hw',), [image.height, image.width])
+  for i, size in enumerate(cfg['scales'].plain()):
+    small = resample.bicubic(jnp.asarray(values['siglip.rgb'])[None], size, size)[0]
+    case.expect(f'scale.{i}', np.asarray(small).transpose(2, 0, 1), tol=OPERATOR)
+  spec = cfg['fixed_crop']
+  crop = data.Crop(top=spec['top'], left=spec['left'], height=spec['height'], width=spec['width'])
+  pixels = normalise_host(data.crop_image(image, crop, side), *stats['siglip'], rescale='quotient')
+  case.expect('train.pixel_values', pixels.transpose(2, 0, 1), tol=1e-6)
+  for name in cfg['train_boxes']:
+    boxes = data.crop_boxes(cfg['train_boxes'][name]['boxes'].plain(), crop, side)
+    stated = cfg['train_boxes'][name]['boxes_after'].plain()
+    gap = float(np.max(np.abs(np.asarray(boxes, np.float64) - np.asarray(stated)), initial=0.0))
+    limit = OPERATOR * max(1.0, float(np.max(np.abs(stated))))
+    case.expect_json(('train_boxes', name, 'boxes_after'),
+                     stated if gap <= limit else np.asarray(boxes).tolist())
+    case.expect(f'train.{name}.gt_selection_map', data.target_map(boxes, side, side))
+  _captions(case)
+
+
+def _captions(case: Case) -> None:
+  if 'caption_filter' not in case.config:
+    return
+  spec = case.config['caption_filter']
+  inputs = spec['inputs'].plain()
+  cleaned = [data.clean_caption(text) for text in inputs]
+  case.expect_json(('caption_filter', 'outputs'), cleaned)
+  # The original draws from Python's generator; ours takes the two numbers from any source.
+  rng = random.Random(spec['sentence_masking_samples_python_random_seed'])
+  rows = [[data.mask_sentences(text, rng.randint) for text in cleaned]
+          for _ in spec['sentence_masking_samples']]
+  case.expect_json(('caption_filter', 'sentence_masking_samples'), rows)
