@@ -6,8 +6,9 @@ the key's path; `to_dict` is its inverse and gives only values that JSON can hol
 
 Supported field types: bool, int, float, str, None, Any, Literal, Enum, nested dataclasses,
 `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`, `dict[str, X]`, `X | None` and unions, also of
-dataclasses. A union of dataclasses is told apart by a Literal field in which they differ, else
-by the key `type` holding the class name (written by `to_dict`), else by which class the keys fit.
+dataclasses. A union of dataclasses is told apart by a field in which they differ (Literals, or
+strings with different defaults), else by the key `type` holding the class name (written by
+`to_dict`), else by which class the keys fit.
 
 A class whose field types depend on its values (the encoder's class follows from the system's
 name) defines the classmethod `field_types(values) -> dict[str, type]` to override its hints.
@@ -230,19 +231,22 @@ def _union(args: tuple, value: Any, path: str, problems: list[str]) -> Any:
 
 
 def _tags(classes: list[type]) -> tuple[str, dict[str, type]] | None:
-  """A Literal field whose values tell the classes of a union apart, and value -> class."""
-  hints = [typing.get_type_hints(cls) for cls in classes]
-  for name, hint in hints[0].items():
-    if typing.get_origin(hint) is not Literal or name not in {f.name for f in _fields(classes[0])}:
-      continue
-    tags: dict[str, type] = {}
-    for cls, other in zip(classes, hints):
-      if typing.get_origin(other.get(name)) is Literal:
-        tags.update((tag, cls) for tag in typing.get_args(other[name]))
-    sizes = [len(typing.get_args(other.get(name))) for other in hints]
-    if all(sizes) and len(tags) == sum(sizes):
-      return name, tags
+  """A field whose values tell the classes of a union apart, and value -> class."""
+  for field in _fields(classes[0]):
+    values = [_tag_values(cls, field.name) for cls in classes]
+    tags = {tag: cls for cls, own in zip(classes, values) for tag in own}
+    if all(values) and len(tags) == sum(map(len, values)):
+      return field.name, tags
   return None
+
+
+def _tag_values(cls: type, name: str) -> tuple[Any, ...]:
+  """The values of a Literal field, or the default of a string field; () for other fields."""
+  hint = typing.get_type_hints(cls).get(name)
+  if typing.get_origin(hint) is Literal:
+    return typing.get_args(hint)
+  default = {f.name: f.default for f in _fields(cls)}.get(name)
+  return (default,) if hint is str and isinstance(default, str) else ()
 
 
 def _choose(classes: list[type], mapping: Mapping, path: str, problems: list[str]) -> type | None:

@@ -38,6 +38,23 @@ class Cosine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Near:
+  kind: str = 'near'
+  size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Far:
+  kind: str = 'far'
+  size: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+  place: Near | Far
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Model:
   name: str
   fusion: Prefix | Cross
@@ -94,6 +111,13 @@ def test_field_types_depend_on_values():
   assert config.from_dict(Dynamic, config.to_dict(made)) == made
   with pytest.raises(errors.UserError, match=r'unknown system crosss \(nearest known: cross\)'):
     config.from_dict(Dynamic, {'system': 'crosss', 'encoder': {}})
+
+
+def test_union_told_apart_by_default_strings():
+  assert config.from_dict(Place, {'place': {'kind': 'far'}}).place == Far()
+  assert config.to_dict(Place(place=Far())) == {'place': {'kind': 'far', 'size': 1}}
+  with pytest.raises(errors.UserError, match="place.kind: found 'fat' .str., expected one of 'near"):
+    config.from_dict(Place, {'place': {'kind': 'fat'}})
 
 
 def test_all_problems_in_one_message():

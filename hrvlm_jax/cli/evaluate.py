@@ -1,0 +1,51 @@
+"""`hrvlm eval`: see `evaluation.runner.evaluate`."""
+
+import os
+
+from hrvlm_jax.cli.arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+  """Runs a benchmark and writes score, answers and provenance; resumes by itself."""
+  parser = Parser('eval', main.__doc__)
+  parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
+  parser.add_argument('--benchmark', required=True, help='its name; an unknown one lists all')
+  parser.add_argument('--data', required=True, help='folder with the official files')
+  parser.add_argument('--out', required=True, help='result folder')
+  parser.add_argument('--split', help="default: the benchmark's first")
+  parser.add_argument('--prompt', metavar='FILE', help='own prompt template')
+  parser.add_argument('--batch-size', type=int, default=8)
+  parser.add_argument('--limit', type=int, help='only the first samples')
+  parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.evaluation import benchmarks
+
+  benchmark = benchmarks.get(arguments.benchmark)
+  import jax.numpy as jnp
+
+  from hrvlm_jax.checkpoint import layout
+  from hrvlm_jax.evaluation import provenance
+  from hrvlm_jax.evaluation.model import EvaluatedModel
+  from hrvlm_jax.evaluation.runner import evaluate
+  from hrvlm_jax.vlm.answer import Answerer
+
+  folder = os.fspath(layout.resolve(arguments.checkpoint))
+  # The originals ignored EXIF orientation in evaluation; so do the published numbers.
+  answerer = Answerer.load(folder, dtype=jnp.dtype(arguments.dtype), exif='ignore')
+  model = EvaluatedModel(answerer,
+                         max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
+  name = os.path.basename(os.path.abspath(arguments.checkpoint))
+  setup = model.setup(name=name, checkpoint=arguments.checkpoint,
+                      checkpoint_hash=provenance.folder_hash(folder))
+  result = evaluate(
+      benchmark, model.answer, data=arguments.data, out=arguments.out, setup=setup,
+      split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
+      limit=arguments.limit, likelihood_fn=model.likelihood, overlay_fn=model.overlay,
+      progress=not arguments.quiet)
+  if result is not None:
+    print(result.summary())
+    print(f'written: {arguments.out}')
+  return 0

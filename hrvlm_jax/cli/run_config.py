@@ -1,0 +1,201 @@
+"""Run configs: `FILE.py[:ARG]` with `get_config()`, and overrides `a.b=value` on top.
+
+Overrides are parsed here and not by a flag library because mistakes must be one sentence: the key
+path, what was found, what was expected and the nearest known key; and because a value keeps the
+type it has in the config. Keys that the file leaves at their default can be overridden as well.
+"""
+
+import ast
+from collections.abc import Iterable, Sequence
+import importlib.util
+import itertools
+import os
+import sys
+from typing import Any, NoReturn, TypeVar
+
+import ml_collections
+
+from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.core.errors import UserError, nearest, raise_all
+
+T = TypeVar('T')
+Overrides = Sequence[tuple[str, str]]
+
+
+def load(schema: type[T], spec: str, overrides: Overrides = ()) -> T:
+  """The config of one run, as the dataclass `schema`.
+
+  Args:
+    schema: dataclass of the whole run config.
+    spec: `FILE.py` or `FILE.py:ARG`; ARG is handed to `get_config` as a string.
+    overrides: (key path, text) pairs, later ones win.
+
+  Raises:
+    UserError: no such file, no `get_config`, or the problems of all overrides together.
+  """
+  return sweep(schema, spec, overrides, several=False)[0]
+
+
+def sweep(
+    schema: type[T], spec: str, overrides: Overrides = (), *, several: bool = True
+) -> list[T]:
+  """All run configs that overrides with comma lists span: `a=1,2 b=x,y` gives four.
+
+  The last override varies fastest. With `several=False` a comma list is refused.
+
+  Raises:
+    UserError: as `load`.
+  """
+  template = _complete(schema, _evaluate(spec))
+  problems: list[str] = []
+  choices: list[list[tuple[str, str]]] = []
+  for key, text in overrides:
+    if not _known(template, key):
+      hint = nearest(key, _paths(template))
+      problems.append(f'unknown key config.{key} (nearest known: config.{hint})')
+      continue
+    parts = _split_list(template, key, text, several)
+    if len(parts) > 1 and not several:
+      problems.append(f'config.{key}={text}: a list of values spans several runs, '
+                      f'this command makes one; give one value')
+      continue
+    try:
+      for part in parts:
+        _parse(template, key, part)
+    except UserError as error:
+      problems.append(str(error))
+    choices.append([(key, part) for part in parts])
+  raise_all(spec, problems)
+  return [_resolve(schema, spec, chosen) for chosen in itertools.product(*choices)]
+
+
+def _resolve(schema: type[T], spec: str, overrides: Iterable[tuple[str, str]]) -> T:
+  overrides = list(overrides)
+  config = _evaluate(spec)
+  # Keys of the file first: other values of the file may be computed from them.
+  for key, text in overrides:
+    if _known(config, key):
+      _assign(config, key, _parse(config, key, text))
+  if not all(_known(config, key) for key, _ in overrides):
+    config = _complete(schema, config)
+    for key, text in overrides:
+      _assign(config, key, _parse(config, key, text))
+  return from_dict(schema, config, path='config', title=spec)
+
+
+def _complete(schema: type, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config with all defaults filled in; unchanged when it is not valid by itself (yet)."""
+  try:
+    return ml_collections.ConfigDict(to_dict(from_dict(schema, config)))
+  except UserError:
+    return config
+
+
+def _evaluate(spec: str) -> ml_collections.ConfigDict:
+  path, colon, argument = spec.partition(':')
+  if not os.path.isfile(path):
+    raise UserError(f'run config {path}: no such file; expected a Python file with get_config()')
+  if not path.endswith('.py'):
+    raise UserError(f'run config {path}: expected a Python file (.py) with get_config()')
+  found = importlib.util.spec_from_file_location('_hrvlm_run_config', path)
+  module = importlib.util.module_from_spec(found)
+  # Config files may import their neighbours, as scripts do.
+  sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+  try:
+    found.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f'run config {path}: line {error.lineno}: {error.msg}') from error
+  finally:
+    sys.path.pop(0)
+  if not callable(getattr(module, 'get_config', None)):
+    raise UserError(f'run config {path}: has no function get_config()')
+  config = module.get_config(argument) if colon else module.get_config()
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise UserError(f'run config {path}: get_config() returned {type(config).__name__}, '
+                    f'expected ml_collections.ConfigDict')
+  return config
+
+
+def _parent(config: ml_collections.ConfigDict, key: str) -> tuple[Any, str]:
+  *groups, name = key.split('.')
+  for group in groups:
+    config = config[group]
+  return config, name
+
+
+def _known(config: ml_collections.ConfigDict, key: str) -> bool:
+  for part in key.split('.'):
+    if not isinstance(config, ml_collections.ConfigDict) or part not in config:
+      return False
+    config = config.get(part)
+  return True
+
+
+def _paths(config: ml_collections.ConfigDict, prefix: str = '') -> list[str]:
+  """All key paths, groups included."""
+  found = []
+  for name in config:
+    found.append(prefix + name)
+    if isinstance(config.get(name), ml_collections.ConfigDict):
+      found += _paths(config.get(name), f'{prefix}{name}.')
+  return found
+
+
+def _split_list(
+    template: ml_collections.ConfigDict, key: str, text: str, several: bool
+) -> list[str]:
+  """The values of a comma list. A text value is only split when several runs are asked for."""
+  parent, name = _parent(template, key)
+  current = parent.get(name)
+  if isinstance(current, (list, tuple, dict)) or text[:1] in ('(', '[', '{', '"', "'"):
+    return [text]
+  if not several and isinstance(current, str):
+    return [text]
+  return text.split(',')
+
+
+def _parse(template: ml_collections.ConfigDict, key: str, text: str) -> Any:
+  """The text of an override as a value of the type that the key has in the config."""
+  parent, name = _parent(template, key)
+  current, kind = parent.get(name), parent.get_type(name)
+
+  def refuse(expected: str) -> NoReturn:
+    raise UserError(f'config.{key}: found {text!r}, expected {expected}')
+
+  if isinstance(current, ml_collections.ConfigDict):
+    refuse(f'one of its keys to be set ({", ".join(f"{key}.{k}" for k in list(current)[:5])})')
+  if text.lower() in ('none', 'null') and kind is not str:
+    return None  # where none is not allowed, the schema refuses it
+  if kind is bool:
+    if text.lower() not in ('true', 'false', '1', '0'):
+      refuse('true or false')
+    return text.lower() in ('true', '1')
+  if kind is str:
+    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in '"\'' else text
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if kind is type(None):
+    return value  # the schema knows the type
+  if kind is float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      refuse('a number')
+    return float(value)
+  if kind is int:
+    if isinstance(value, float) and value.is_integer() and 'e' in text.lower():
+      return int(value)  # 1e4 steps
+    if isinstance(value, bool) or not isinstance(value, int):
+      refuse('an integer')
+    return value
+  if kind in (list, tuple):
+    if not isinstance(value, (list, tuple)):
+      refuse('a list such as (1,2)')
+    return kind(value)
+  return value
+
+
+def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+  parent, name = _parent(config, key)
+  with parent.ignore_type():
+    parent[name] = value

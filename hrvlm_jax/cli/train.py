@@ -1,0 +1,41 @@
+"""`hrvlm train`: see `training.loop.train`."""
+
+from hrvlm_jax.cli.arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+  """Trains one stage of one system; run again with the same work directory, it resumes."""
+  parser = Parser('train', main.__doc__, config=True)
+  parser.add_argument('--workdir', required=True, help='checkpoints, metrics, tokenizer go here')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  group = parser.add_argument_group('several processes (found out by itself on TPU and Slurm)')
+  group.add_argument('--distributed', choices=('auto', 'on', 'off'), default='auto')
+  group.add_argument('--coordinator', metavar='HOST:PORT')
+  group.add_argument('--num-processes', type=int)
+  group.add_argument('--process-id', type=int)
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.parallel import distributed  # before anything asks for devices
+
+  distributed.initialize(arguments.distributed, coordinator=arguments.coordinator,
+                         num_processes=arguments.num_processes, process_id=arguments.process_id)
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.training import loop
+  from hrvlm_jax.training.config import RunConfig
+
+  try:
+    config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+    main_process = distributed.is_main()
+    if main_process:
+      print(f'training {config.model.system} to step {config.training.steps}, batch '
+            f'{config.training.batch_size}, seed {config.seed}; work directory '
+            f'{arguments.workdir}', flush=True)
+    result = loop.train(config, arguments.workdir, progress=not arguments.quiet and main_process)
+    if main_process:
+      loss = 'nothing left to do' if result.loss is None else f'loss {result.loss:.4f}'
+      state = 'stopped by a signal at' if result.interrupted else 'finished at'
+      again = '; run the same command to go on' if result.interrupted else ''
+      print(f'{state} step {result.step}, {loss}{again}')
+  finally:
+    distributed.shutdown()
+  return 0
