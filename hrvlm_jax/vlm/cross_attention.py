@@ -20,7 +20,15 @@ from jaxtyping import Array, Bool, Float
 from hrvlm_jax.core.attention import attention, attention_weights
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, normal
 from hrvlm_jax.core.module import (
-  List, Module, Rngs, depth_of, grouped, layer_at, scan_layers, stacked, unrolled,
+  List,
+  Module,
+  Rngs,
+  depth_of,
+  grouped,
+  layer_at,
+  scan_layers,
+  stacked,
+  unrolled,
 )
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Context, Decoder

@@ -16,9 +16,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import (
-  CrossAttentionFusion, ModelConfig, PrefixFusion, VisualTokens,
-)
+from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, PrefixFusion, VisualTokens
 from hrvlm_jax.vlm.cross_attention import CrossAttention, Media
 from hrvlm_jax.vlm.prefix import merge, merge_valid
 from hrvlm_jax.vlm.projector import Projector

@@ -11,13 +11,21 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.checkpoint.rows import (
-  Row, Table, conv1x1, conv_kernel, identity, joined, linear, norm, prefixed, split_rows,
+  Row,
+  Table,
+  conv1x1,
+  conv_kernel,
+  identity,
+  joined,
+  linear,
+  norm,
+  prefixed,
+  split_rows,
   transpose,
 )
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.language import config as language
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
 from hrvlm_jax.vision import weights as vision_weights
