@@ -250,6 +250,19 @@ def test_glyph_crops_are_labelled_and_fresh():
     needle.glyph_crops(TINY, rng, 1, window=161, size=40)
 
 
+def test_patches_of_a_crop_know_the_letter_they_show():
+  crops = needle.glyph_crops(TINY, np.random.default_rng(7), 60, window=80, size=40)
+  patches = crops.patch_letters(5).reshape(60, 5, 5)
+  for i in range(60):
+    present = set(crops.letters[i][crops.shapes[i] >= 0].ravel().tolist())
+    assert set(patches[i].ravel().tolist()) - {needle.NOTHING} == present
+    for colour in np.flatnonzero(crops.letters[i, :, 0] >= 0):
+      x0, y0, x1, y1 = crops.boxes[i, colour]
+      assert 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1
+      row, column = int((y0 + y1) / 2 * 5), int((x0 + x1) / 2 * 5)
+      assert patches[i, row, column] == crops.letters[i, colour, 0]
+
+
 def test_a_crop_looks_like_a_view_of_the_task():
   """A colour that the label names is really there: its plate's colour fills many pixels."""
   crops = needle.glyph_crops(TINY, np.random.default_rng(3), 80, window=80, size=40)
