@@ -180,7 +180,7 @@ def test_config_of_a_release_and_back():
   with pytest.raises(UserError) as error:
     weights.from_release(released | {'encoder': 'x', 'encoder_dtype': 'torch.bfloat16'})
   assert "encoder 'x' is of unknown size" in str(error) and 'dtypes must be equal' in str(error)
-  with pytest.raises(UserError, match="level is 2, hrvlm.encoder says 3"):
+  with pytest.raises(UserError, match='level is 2, hrvlm.encoder says 3'):
     weights.from_release(written | {'level': 2})
 
 

@@ -37,21 +37,27 @@ def small(depth: int, *, width: int = 32):
   return language.phi(vocab_size=16, width=width, depth=depth, heads=2, mlp_width=24)
 
 
-def shaken(params, seed=1):
-  """Every leaf moved, so that zeros and ones of the initialisation hide nothing."""
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed), len(leaves))
-  return tree.unflatten([x + 0.2 * jax.random.normal(k, x.shape, x.dtype)
-                         for x, k in zip(leaves, keys, strict=True)])
+def random_params(fn: Functional, seed: int = 1):
+  """Every leaf random, so that zeros and ones of the initialisation hide nothing."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), fn.abstract)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def media_of(seed: int, *shape: int) -> VisualTokens:
-  values = jax.random.normal(jax.random.key(seed), shape)
-  return VisualTokens(values, jnp.ones(shape[:2], bool))
+  return VisualTokens(normal(seed, *shape), np.ones(shape[:2], bool))
 
 
 def apart(params):
   return {name: part | {'blocks': unstack(part['blocks'])} for name, part in params.items()}
+
+
+def run(fn: Functional, params, *args, **options):
+  return jax.jit(lambda p: fn.apply(p, *args, **options))(params)
 
 
 def reference_block(p, x, media, reduce):
@@ -81,13 +87,17 @@ def test_block_equals_the_formulas(width, media_width, reduce):
   fusion = CrossAttentionFusion(width=media_width, interval=1, reduce=reduce)
   text = language.phi(vocab_size=8, width=width, depth=1, heads=1, mlp_width=8, rotary_dim=2)
   fn = Functional(lambda rngs: CrossBlock(text, fusion, rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
-  x = np.random.default_rng(1).normal(size=(1, 5, width)).astype(np.float32)
-  media = np.random.default_rng(2).normal(size=(1, 9, media_width)).astype(np.float32)
-  block = fn.bind(params)
-  keys, values = block.attn.keys_values(jnp.asarray(media))
-  out = block(jnp.asarray(x), keys, values, jnp.ones((1, 9), bool))
-  assert block.mlp.fc1.kernel.shape == (width, 4 * width // reduce)
+  params = random_params(fn)
+  x, media = normal(1, 1, 5, width), normal(2, 1, 9, media_width)
+
+  @jax.jit
+  def apply(params):
+    block = fn.bind(params)
+    return block(jnp.asarray(x), *block.attn.keys_values(jnp.asarray(media)),
+                 jnp.ones((1, 9), bool))
+
+  out = apply(params)
+  assert fn.abstract['mlp']['fc1']['kernel'].shape == (width, 4 * width // reduce)
   expected = reference_block(params, x[0].astype(np.float64), media[0], reduce)
   np.testing.assert_allclose(out[0], expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
@@ -102,18 +112,17 @@ def test_groups_are_the_plain_loop(depth, interval, from_layer, at):
   text = small(depth)
   fn = Functional(lambda rngs: Reader(fusion, text, rngs=rngs))
   held = Functional(lambda rngs: Reader(fusion, text, hold_apart=True, rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
-  x, visual = jax.random.normal(jax.random.key(2), (2, 4, 32)), media_of(3, 2, 6, 64)
-  out = jax.jit(lambda p: fn.apply(p, x, visual))(params)
-  expected = jax.jit(lambda p: held.apply(p, x, visual))(apart(params))
+  params = random_params(fn)
+  x, visual = normal(2, 2, 4, 32), media_of(3, 2, 6, 64)
+  out, expected = run(fn, params, x, visual), run(held, apart(params), x, visual)
   np.testing.assert_allclose(out, expected, atol=1e-4 * float(jnp.abs(expected).max()))
 
 
 def test_remat_changes_no_gradient():
   fusion = CrossAttentionFusion(width=64, interval=2)
   fn = Functional(lambda rngs: Reader(fusion, small(4), rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
-  x, visual = jax.random.normal(jax.random.key(2), (1, 3, 32)), media_of(3, 1, 5, 64)
+  params = random_params(fn)
+  x, visual = normal(2, 1, 3, 32), media_of(3, 1, 5, 64)
   grad = lambda remat: jax.jit(jax.grad(
     lambda p: jnp.square(fn.apply(p, x, visual, remat=remat)).mean()))(params)
   for a, b in zip(jax.tree.leaves(grad(False)), jax.tree.leaves(grad(True)), strict=True):
@@ -124,38 +133,38 @@ def test_rows_of_one_image_share_its_keys():
   """k texts per image (and beams): equal to repeating the image, without repeating it."""
   fusion = CrossAttentionFusion(width=128, interval=2)
   fn = Functional(lambda rngs: Reader(fusion, small(2), rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
+  params = random_params(fn)
   visual = media_of(3, 2, 7, 128)
-  x = jax.random.normal(jax.random.key(2), (6, 4, 32))
+  x = normal(2, 6, 4, 32)
   repeated = VisualTokens(*(jnp.repeat(v, 3, axis=0) for v in (visual.values, visual.valid)))
-  out = fn.apply(params, x, visual)
-  np.testing.assert_allclose(out, fn.apply(params, x, repeated), atol=1e-5)
-  probs = fn.apply(params, x, visual, method='probabilities')
+  out = run(fn, params, x, visual)
+  np.testing.assert_allclose(out, run(fn, params, x, repeated), atol=1e-5)
+  probs = run(fn, params, x, visual, method='probabilities')
   assert probs.shape == (1, 6, 2, 4, 7)
   np.testing.assert_allclose(
-    probs, fn.apply(params, x, repeated, method='probabilities'), atol=1e-6)
+    probs, run(fn, params, x, repeated, method='probabilities'), atol=1e-6)
   with pytest.raises(ValueError, match='5 text rows are no multiple of 2 images'):
-    fn.apply(params, x[:5], visual)
+    jax.eval_shape(lambda p: fn.apply(p, x[:5], visual), params)
 
 
 def test_padding_of_visual_tokens_is_not_read():
   fusion = CrossAttentionFusion(width=64, interval=1)
   fn = Functional(lambda rngs: Reader(fusion, small(1), rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
-  visual, x = media_of(3, 1, 5, 64), jax.random.normal(jax.random.key(2), (1, 4, 32))
+  params = random_params(fn)
+  visual, x = media_of(3, 1, 5, 64), normal(2, 1, 4, 32)
   padded = VisualTokens(jnp.pad(visual.values, ((0, 0), (0, 3), (0, 0)), constant_values=50.0),
                         jnp.arange(8)[None] < 5)
   np.testing.assert_allclose(
-    fn.apply(params, x, visual), fn.apply(params, x, padded), atol=1e-5)
+    run(fn, params, x, visual), run(fn, params, x, padded), atol=1e-5)
 
 
 def test_attention_sums_over_ranges():
   fusion = CrossAttentionFusion(width=128, interval=2)
   fn = Functional(lambda rngs: Reader(fusion, small(4), rngs=rngs))
-  params = shaken(fn.init(jax.random.key(0)))
-  visual, x = media_of(3, 2, 6, 128), jax.random.normal(jax.random.key(2), (2, 4, 32))
-  whole = fn.apply(params, x, visual, method='probabilities')
-  parts = fn.apply(params, x, visual, ranges=3, method='probabilities')
+  params = random_params(fn)
+  visual, x = media_of(3, 2, 6, 128), normal(2, 2, 4, 32)
+  whole = run(fn, params, x, visual, method='probabilities')
+  parts = run(fn, params, x, visual, ranges=3, method='probabilities')
   assert whole.shape == (2, 2, 2, 4, 6) and parts.shape == (2, 2, 2, 4, 3)
   np.testing.assert_allclose(whole.reshape(2, 2, 2, 4, 3, 2).sum(-1), parts, atol=1e-6)
   np.testing.assert_allclose(parts.sum(-1), 1, atol=1e-5)
@@ -165,7 +174,7 @@ def test_output_matrices_start_near_zero():
   """0.01 for weights, 0.01 / sqrt(2 max(depth, 36)) for the two output matrices, zero biases."""
   fusion = CrossAttentionFusion(width=256, interval=1)
   fn = Functional(lambda rngs: CrossBlock(small(40, width=128), fusion, rngs=rngs))
-  p = fn.init(jax.random.key(0))
+  p = jax.jit(fn.init)(jax.random.key(0))
   std = lambda part: float(jnp.std(part['kernel']))
   for part in (p['attn']['q'], p['attn']['k'], p['attn']['v'], p['mlp']['fc1']):
     assert std(part) == pytest.approx(0.01, rel=0.05)
