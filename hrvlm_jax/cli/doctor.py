@@ -58,7 +58,7 @@ def packages() -> list[Finding]:
   for requirement in required:
     if 'extra ==' in requirement:
       continue
-    name, bounds = re.match(r'([\w.-]+)\s*\(?([^;)]*)', requirement).groups()
+    name, bounds = re.match(r'([\w.-]+)(?:\[.*?\])?\s*\(?([^;)]*)', requirement).groups()
     try:
       version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

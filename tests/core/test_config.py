@@ -116,7 +116,7 @@ def test_field_types_depend_on_values():
 def test_union_told_apart_by_default_strings():
   assert config.from_dict(Place, {'place': {'kind': 'far'}}).place == Far()
   assert config.to_dict(Place(place=Far())) == {'place': {'kind': 'far', 'size': 1}}
-  with pytest.raises(errors.UserError, match="place.kind: found 'fat' .str., expected one of 'near"):
+  with pytest.raises(errors.UserError, match="place.kind: found 'fat' .str., expected one of"):
     config.from_dict(Place, {'place': {'kind': 'fat'}})
 
 

@@ -4,15 +4,14 @@ import pickle
 
 import numpy as np
 from PIL import Image
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, Fields, ImageRef, Row, encode_record, open_images
 from hrvlm_jax.data.tables import ArrayRecords, Parquet, Tfds, table_row, write_records
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
-
-pq = pytest.importorskip('pyarrow.parquet')
-pa = pytest.importorskip('pyarrow')
 
 
 def png(level):
