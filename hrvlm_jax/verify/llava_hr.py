@@ -290,9 +290,9 @@ def full(case: Case) -> None:
   for key in case.keys:
     if match := re.fullmatch(r'img(\d+)_u8', key):
       case.exact(key, examples[cfg['images'][int(match[1])]]['pixels'][0])
-  run = _forward(fn)
-  _prompt(case, config, fn, params, tokenizer, examples[cfg['images'][0]])
   batches = {name: _batch(case, name, tokenizer, examples, config) for name in cfg['batches']}
+  run = _forward(fn, batches.values())
+  _prompt(case, config, run, params, tokenizer, examples[cfg['images'][0]])
   for name, batch in batches.items():
     out = run(params, batch)
     case.expect(f'{name}.token_nll', out['nll'])
@@ -302,46 +302,63 @@ def full(case: Case) -> None:
   _gradients(case, config, fn, params, batches)
 
 
-def _forward(fn):
+def _forward(fn, batches):
+  """(params, batch) -> every state of the model; all batches are padded to one shape, so that one
+  program serves them, and the results cut back."""
+  rows = max(len(batch['tokens']) for batch in batches)
+  length = max(batch['tokens'].shape[1] for batch in batches)
+
   @jax.jit
-  def run(params, batch):
-    module = fn.bind(params)
-    visual = module.encode(batch['views'])
-    embeds, valid = module.embed(batch, visual)
+  def states(params, batch):
+    module, labels = fn.bind(params), batch['labels']
+    visual = module.vision(batch['views'])
+    projected = module.projector(visual.values)
+    embeds, valid = module.embed(batch, dataclasses.replace(visual, values=projected))
     hidden = module.language(embeds, valid)
-    logits, labels = module.logits(hidden), batch['labels']
-    total, count = token_cross_entropy(logits, labels)
+    logits = module.logits(hidden)
     targets = jnp.maximum(labels[:, 1:], 0)[..., None]
     nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), targets, axis=-1)[..., 0]
-    return {'tower': module.vision(batch['views']).values, 'projected': visual.values,
-            'embeds': embeds, 'hidden': hidden, 'logits': logits, 'loss': total / count,
-            'nll': jnp.where(labels[:, 1:] == IGNORE, 0, nll)}
+    return {'tower': visual.values, 'projected': projected, 'embeds': embeds, 'hidden': hidden,
+            'logits': logits, 'nll': jnp.where(labels[:, 1:] == IGNORE, 0, nll)}
+
+  def run(params, batch):
+    n, t = batch['tokens'].shape
+    fill = {'tokens': 0, 'visual_index': -1, 'valid': False, 'labels': IGNORE}
+    grown = {key: np.pad(batch[key], ((0, rows - n), (0, max(length - t, 0))),
+                         constant_values=value) for key, value in fill.items()}
+    views = {key: np.pad(value, [(0, rows - n)] + [(0, 0)] * (value.ndim - 1))
+             for key, value in batch['views'].items()}
+    out = {key: np.asarray(value)[:n] for key, value in states(
+      params, grown | {'views': views}).items()}
+    cut = {key: out[key][:, :t] for key in ('embeds', 'hidden', 'logits')}
+    total, count = token_cross_entropy(cut['logits'], batch['labels'])
+    return out | cut | {'nll': out['nll'][:, :t - 1], 'loss': total / count}
 
   return run
 
 
-def _prompt(case, config, fn, params, tokenizer, example):
+def _prompt(case, config, run, params, tokenizer, example):
   template = get_template(config.chat)
   encoded = encode_prompt([question(template, case.config['question'], 1)], template, tokenizer,
                           image_id=SENTINEL)
   case.expect_json(('prompt',), encoded.text)
   case.exact('prompt.input_ids', np.array([encoded.ids]))
   row = expand(encoded.ids, None, SENTINEL, example['tokens'].tolist())
-  packed = {'views': host.batch([example], config.encoder)}
   length = len(row['tokens'])
-  out = _forward(fn)(params, pad_batch([row], length) | packed)
+  batch = pad_batch([row], length) | {'views': host.batch([example], config.encoder)}
+  out = run(params, batch)
   case.expect('prompt.tower', out['tower'])
   case.expect('prompt.projected', out['projected'])
   case.expect('prompt.inputs_embeds', out['embeds'])
   case.expect('prompt.hidden_last_norm', out['hidden'])
   case.expect('prompt.logits', out['logits'][:, -case.input('prompt.logits').shape[1]:])
-  held = vlm.build(config, hold_apart=True)
-  generator = Generator(held, vlm.hold_apart(params))
+  generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params))
   reference = case.input('generate.output_ids')
   sampling = Sampling(max_new_tokens=reference.shape[1], stop_ids=(tokenizer.eos_id,))
-  padded = pad_batch([row], bucket(length), 'left') | packed
-  embeds, valid, extras = generator.prompt(padded)
-  new = generator.generate(embeds, valid, sampling, keep_logits=True, extras=extras)
+  room = bucket(length) - length
+  embeds = np.pad(out['embeds'], ((0, 0), (0, room), (0, 0)))
+  new = generator.generate(embeds, np.pad(batch['valid'], ((0, 0), (0, room))), sampling,
+                           keep_logits=True)
   case.exact('generate.output_ids', np.array(new.rows(), reference.dtype))
   case.expect('generate.step_logits', new.logits[0, :int(new.lengths[0])])
 
