@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes and fills .venv. Not meant to be run alone.
 # usage: ensure_env EXTRA [PIP_REQUIREMENT...]
 #
@@ -10,7 +11,8 @@ say() { printf '%s\n' "$*" >&2; }
 ensure_env() {
   local extra=$1; shift
   local python=${PYTHON:-python3}
-  if [[ ! -x .venv/bin/python ]]; then
+  if [[ ! -x .venv/bin/pip ]]; then # made last; an interrupted start lacks it
+    rm -rf .venv
     if ! command -v "$python" >/dev/null; then
       say "Python was not found ($python): install Python 3.11 or newer, or set PYTHON to its path."
       return 2
@@ -39,7 +41,7 @@ PY
   if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
     return 0
   fi
-  say "Installing hrvlm_jax[$extra] into .venv (once; needs the network)."
+  say "Installing hrvlm_jax[$extra] into .venv (once; needs the network, takes a few minutes)."
   rm -f "$stamp"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -c requirements.lock setuptools

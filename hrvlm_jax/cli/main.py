@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
     'verify': ('hrvlm_jax.cli.verify:main', 'compare with recorded cases, tensor by tensor'),
+    'quickstart': ('hrvlm_jax.cli.quickstart:main', 'train, compare, ask and export a tiny model'),
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }

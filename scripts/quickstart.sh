@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes .venv (first run only) and trains, compares, asks and exports a tiny model on the CPU.
+#
+#   ./scripts/quickstart.sh              everything goes under runs/quickstart; about a quarter of an
+#                                        hour on 2 cores after installation
+#   ./scripts/quickstart.sh --help       options
+#
+# A second run finds what is done and does not repeat it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+
+ensure_env demo
+
+# A GPU or TPU is not needed, and the numbers quoted are those of the CPU.
+export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
+exec .venv/bin/hrvlm quickstart "$@"
