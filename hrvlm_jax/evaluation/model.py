@@ -15,6 +15,7 @@ from hrvlm_jax.data.expansion import IGNORE, pad_batch
 from hrvlm_jax.evaluation.runner import Answer, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
+from hrvlm_jax.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, replicated
 from hrvlm_jax.training.losses import shifted_targets
 from hrvlm_jax.vlm.answer import Answerer
 
@@ -41,11 +42,19 @@ class EvaluatedModel:
     answerer: a loaded model.
     sampling: fields of `Sampling`; greedy unless they say otherwise.
     max_new_tokens: longest answer.
+    devices: the rows of a batch are cut over them, parameters copied to each; default: where the
+      parameters are. In a run of several processes: the local devices, every process having its
+      own samples.
   """
 
   def __init__(self, answerer: Answerer, *, max_new_tokens: int,
-               sampling: Mapping[str, Any] | None = None):
+               sampling: Mapping[str, Any] | None = None,
+               devices: Sequence[jax.Device] | None = None):
     self.answerer = answerer
+    self._mesh = make_mesh(MeshConfig(), devices=devices) if devices else None
+    if self._mesh:
+      generator = answerer.generator
+      generator.params = jax.device_put(generator.params, replicated(self._mesh))
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
     self._hidden: Any = None
 
@@ -60,16 +69,16 @@ class EvaluatedModel:
   def answer(self, pairs: Sequence[tuple[Picture, str]]) -> list[Answer]:
     """Generated answers with the number of visual and new tokens."""
     model = self.answerer
-    batch = model.batch([(_images(picture), question) for picture, question in pairs])
+    items = [(_images(picture), question) for picture, question in pairs]
+    batch = self._place(model.batch(items))
     sampling = model.sampling(**self.sampling)
     embeds, valid, extras = model.generator.prompt(batch)
     made = model.generator.generate(embeds, valid, sampling, extras=extras)
-    visual = (batch['visual_index'] >= 0).sum(axis=1)
     answers = []
-    for row, places in zip(made.rows(), visual):
+    for row, (images, _) in zip(made.rows(), items):
+      tokens = sum(model.system.count(*image.size, model.config.encoder).tokens for image in images)
       ended = bool(row) and row[-1] in sampling.stop_ids
-      answers.append(Answer(model.decode(row), 'eos' if ended else 'length',
-                            int(places) or None, len(row)))
+      answers.append(Answer(model.decode(row), 'eos' if ended else 'length', tokens, len(row)))
     return answers
 
   def likelihood(self, triples: Sequence[tuple[Picture, str, str]]) -> list[float]:
@@ -94,8 +103,8 @@ class EvaluatedModel:
       row = model.text.conversation(turns, counts)
       rows.append(row if stop else _without_stop(row, model.text.stop_ids()))
     length = bucket(max(len(row['tokens']) for row in rows))
-    batch = pad_batch(rows, length, 'right') | {
-        'views': model.system.batch(views, model.config.encoder)}
+    batch = self._place(pad_batch(rows, length, 'right') | {
+        'views': model.system.batch(views, model.config.encoder)})
     chosen, best, wanted = jax.device_get(self._scores()(model.generator.params, batch))
     return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
             for log, top, mask in zip(chosen, best, wanted)]
@@ -103,6 +112,16 @@ class EvaluatedModel:
   def overlay(self, picture: Picture, question: str) -> Image.Image:
     """Where the model looked, drawn on the (first) image."""
     return self.answerer.overlay(_images(picture)[0], question)
+
+  def _place(self, batch):
+    """The batch cut over the devices; arrays that do not divide are copied to all."""
+    if self._mesh is None:
+      return batch
+    shards = batch_shards(self._mesh)
+    divides = lambda leaf: leaf.ndim and leaf.shape[0] and leaf.shape[0] % shards == 0
+    return jax.tree.map(lambda leaf: jax.device_put(
+        leaf, batch_sharding(self._mesh) if divides(leaf) else replicated(self._mesh)),
+        jax.tree.map(np.asarray, batch))
 
   def _scores(self):
     """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""

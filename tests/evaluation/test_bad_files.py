@@ -194,6 +194,22 @@ def test_mmvet_grades():
     mmvet_total({'v1_0': grades['v1_0']}, samples, judge='x', date='y')
 
 
+def test_captions_with_the_ptb_tokeniser(monkeypatch):
+  from hrvlm_jax.evaluation.benchmarks import captions
+  from hrvlm_jax.evaluation.metrics import cider
+  monkeypatch.setattr(captions.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='nocaps_ptb needs the package pycocoevalcap'):
+    benchmarks.get('nocaps_ptb')
+  monkeypatch.setattr(captions.importlib.util, 'find_spec', lambda name: name)
+  monkeypatch.setattr(captions.shutil, 'which', lambda name: name)
+  monkeypatch.setattr(cider, 'ptb_tokens', lambda texts: [text.lower().split() for text in texts])
+  found = benchmarks.get('nocaps_ptb')
+  samples = found.load(SAMPLES / 'nocaps')
+  scores = found.score(samples, ['a cat on a mat', 'a dog runs in a park', 'a bird'])
+  assert found.name == 'nocaps_ptb' and scores.values == {
+    'cider_ptb': pytest.approx(212.76368436481268)}
+
+
 def test_partly_hidden_labels(copy, tmp_path):
   import dataclasses
 

@@ -1,7 +1,10 @@
 """A tiny random model through the runner: answers, likelihoods, overlays, provenance."""
 
 import json
+import os
 from pathlib import Path
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -60,6 +63,41 @@ def test_one_continuation_at_most_is_greedy(model):
   scores = model.score([(picture, 'What?', letter) for letter in 'abc'], stop=False)
   assert sum(score.greedy for score in scores) <= 1
   assert np.isfinite([score.log_probability for score in scores]).all()
+
+
+EIGHT_DEVICES = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax
+import numpy as np
+from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.evaluation.model import EvaluatedModel
+from hrvlm_jax.evaluation.runner import evaluate
+from hrvlm_jax.systems import registry
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import Answerer
+assert jax.device_count() == 8
+config = registry.get('mc_llava').tiny()
+rng = np.random.default_rng(0)
+fill = lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
+params = jax.tree.map(fill, vlm.build(config).abstract)
+for devices in (1, 8):
+  model = EvaluatedModel(Answerer(config, params, tokenizer_of('byte')), max_new_tokens=4,
+                         devices=jax.devices()[:devices])
+  result = evaluate('needle', model.answer, data=sys.argv[2], out=f'{sys.argv[3]}/{devices}',
+                    setup=model.setup(name='tiny'), batch_size=8, progress=False)
+  print(devices, result.value)
+"""
+
+
+def test_one_device_equals_eight(tmp_path):
+  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  root = Path(__file__).parents[2]
+  command = [sys.executable, '-c', EIGHT_DEVICES, str(root), str(SAMPLES / 'needle'), str(tmp_path)]
+  done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert (tmp_path / '1/predictions.jsonl').read_bytes() == \
+    (tmp_path / '8/predictions.jsonl').read_bytes()
 
 
 def test_array_hash_sees_every_change():

@@ -24,11 +24,14 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def get(name: str) -> Benchmark:
-  """The benchmark of a name.
+  """The benchmark of a name; `<captions>_ptb` is scored with the PTB tokeniser.
 
   Raises:
     UserError: unknown name, with the nearest known one.
   """
+  base = name.removesuffix('_ptb')
+  if base != name and base in {benchmark.name for benchmark in captions.BENCHMARKS}:
+    return captions.with_ptb(BENCHMARKS[base])
   if name not in BENCHMARKS:
     raise UserError(f'{unknown(name, BENCHMARKS, what="benchmark")}; '
                     f'all: {", ".join(sorted(BENCHMARKS))}')

@@ -1,12 +1,16 @@
 """NoCaps, TextCaps, DOCCI: captions scored by CIDEr.
 
-The headline is `cider_simple` (built-in tokens). Numbers in papers are `cider_ptb`: use
-`score_ptb` after installing the extra `caption` (and Java).
+The headline is `cider_simple` (built-in tokens). Numbers in papers are `cider_ptb`: the benchmarks
+`nocaps_ptb`, `textcaps_ptb` and `docci_ptb`, which need the extra `caption` and Java.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
+import importlib.util
 from pathlib import Path
+import shutil
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
@@ -104,7 +108,24 @@ def score_simple(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
 
 def score_ptb(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   """`cider_ptb`: the published CIDEr (needs pycocoevalcap and Java)."""
-  return score_captions(samples, texts, name='cider_ptb', tokenize=cider.ptb_tokens)
+  return score_captions(samples, texts, name='cider_ptb',
+                        tokenize=lambda captions: cider.ptb_tokens(captions))
+
+
+def with_ptb(benchmark: Benchmark) -> Benchmark:
+  """The benchmark under the name `<name>_ptb`, scored by `cider_ptb`.
+
+  Raises:
+    UserError: pycocoevalcap or Java is missing; said before anything is generated.
+  """
+  missing = [what for what, found in (
+      ("the package pycocoevalcap (pip install 'hrvlm-jax[caption]')",
+       importlib.util.find_spec('pycocoevalcap')), ('Java', shutil.which('java'))) if not found]
+  if missing:
+    raise UserError(f'{benchmark.name}_ptb needs {" and ".join(missing)}; {benchmark.name} is '
+                    'scored by cider_simple without')
+  return dataclasses.replace(benchmark, name=f'{benchmark.name}_ptb', template=benchmark.name,
+                             score=score_ptb)
 
 
 def _submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:

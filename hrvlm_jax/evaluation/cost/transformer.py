@@ -4,7 +4,7 @@ Exact for the matrix products of a forward pass as this library computes them: b
 products, every token (class tokens and padding too), full squares under a causal mask. Norms,
 activations, softmax, rotary embedding and table look-ups are not counted. One multiply-add is two
 FLOPs. Configs are read by attribute (`vision.vit.ViTConfig`, `language.config.DecoderConfig`), so
-nothing here needs JAX. `trace.multiply_adds` counts the same in a traced program.
+nothing here needs JAX. `parallel.flops.count_flops` counts the same in a traced program.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,8 @@ def _nearest(prediction: str, references: Sequence[str]) -> float:
   normal = lambda text: ' '.join(text.strip().lower().split())
   distances = []
   for reference in references:
-    longest = max(len(reference), len(prediction))
+    # Upper case can be longer (the German sharp s becomes two letters): the originals measure it.
+    longest = max(len(reference.upper()), len(prediction.upper()))
     distance = edit_distance(normal(reference), normal(prediction)) if longest else 0
     distances.append(distance / longest if longest else 0.0)
   return min(distances)
