@@ -202,6 +202,8 @@ class Spool:
 
     Tensors of wide elements come first, so that each lies on a multiple of its element size.
     """
+    if bad := [key for key, value in metadata.items() if not isinstance(value, str)]:
+      raise TypeError(f'__metadata__ of a safetensors file holds strings only; others at {bad}')
     order = sorted(self._entries, key=lambda entry: -DTYPES[entry[1]].itemsize)
     header: dict[str, Any] = {'__metadata__': dict(metadata)} if metadata else {}
     end = 0

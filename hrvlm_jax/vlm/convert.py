@@ -82,7 +82,7 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   files['README.md'] = model_card(config, table)
   settings = json.loads(files.pop('config.json'))
   hf.write_folder(target, _cast(export_tensors(params, table), dtype), config=settings,
-                  extra_files=files, metadata=manifest(config, table, checkpoint))
+                  extra_files=files, manifest=manifest(config, table, checkpoint))
 
 
 def _cast(tensors: Iterable[tuple[str, np.ndarray]], dtype) -> Iterable[tuple[str, np.ndarray]]:

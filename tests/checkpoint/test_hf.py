@@ -245,6 +245,11 @@ def test_what_cannot_be_written(tmp_path, tensors, message):
     hf.write_folder(tmp_path / 'out', [('a', np.ones(1))], extra_files={'../x': 'y'})
 
 
+def test_metadata_holds_strings(tmp_path):
+  with pytest.raises(TypeError, match=r"strings only; others at \['a'\]"):
+    hf.write_folder(tmp_path / 'out', [('a', np.ones(1))], metadata={'a': {}})
+
+
 def test_manifest_notices_every_change(tmp_path):
   hf.write_folder(tmp_path / 'o', [('a', np.ones(1))], extra_files={'x': '1', 'y': '2'})
   (tmp_path / 'o' / 'x').write_text('3')
