@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation.analysis import attention, curves, pca, resolution, sizes
-from hrvlm_jax.evaluation.runner import Answer, Setup
+from hrvlm_jax.evaluation import benchmarks
+from hrvlm_jax.evaluation.analysis import attention, curves, pca, resolution, sizes, targets
+from hrvlm_jax.evaluation.runner import Answer, Setup, evaluate
 
 SAMPLES = Path(__file__).parent / 'samples'
 ANSWERS = ['stop'] * 7 + ['stop sign'] * 3
@@ -52,6 +54,51 @@ def test_tertiles_and_relative_change():
   assert np.isnan(changes[2].relative_percent) and changes[2].count == 2
   with pytest.raises(ValueError, match='not scored on the same samples'):
     sizes.relative_change({'a': 1}, before, after)
+
+
+def run(folder, name, answers):
+  data = SAMPLES / name
+  first_line = lambda text: text.split('\n')[0]
+  return evaluate(name, lambda pairs: [answers[first_line(text)] for _, text in pairs], data=data,
+                  out=folder, setup=Setup(model='toy'), progress=False)
+
+
+def test_textvqa_tertiles_from_the_official_files(tmp_path):
+  data = SAMPLES / 'textvqa'
+  samples = benchmarks.get('textvqa').load(data)
+  areas = targets.text_areas(samples, data / 'TextVQA_Rosetta_OCR_v0.2_val.json')
+  # nokia -> NOKIA (.3 x .1), birds -> 8 or NOKIA alike 0, the first; stop -> STOP (.5 x .5)
+  assert areas == pytest.approx({'101': .03, '102': .03, '103': .25})
+  questions = [s.question for s in samples]
+  run(tmp_path / 'a', 'textvqa', dict(zip(questions, ['nokia', 'x', 'stop'])))
+  run(tmp_path / 'b', 'textvqa', dict(zip(questions, ['nokia', '2', 'stop sign'])))
+  changes = targets.compare_runs(areas, tmp_path / 'a', tmp_path / 'b')
+  assert [(c.before, c.after) for c in changes] == [
+    (1, 1), (0, 1), (pytest.approx(.6), 1)]
+  targets.write_changes(changes, tmp_path / 'c.json')
+  assert json.loads((tmp_path / 'c.json').read_text())[2]['relative_percent'] == \
+    pytest.approx(200 / 3)
+  with pytest.raises(UserError, match='lacks 1 of the 4 samples, such as 999'):
+    targets.compare_runs(areas | {'999': .1}, tmp_path / 'a', tmp_path / 'b')
+  bad = tmp_path / 'bad.json'
+  bad.write_text('{"data": [{"image_id": "im1", "ocr_info": [{}]}]}')
+  with pytest.raises(UserError, match=r'data\[0\]: expected image_id and ocr_info'):
+    targets.text_areas(samples, bad)
+
+
+def test_vqav2_objects(tmp_path):
+  samples = benchmarks.get('vqav2').load(SAMPLES / 'vqav2')
+  path = tmp_path / 'instances.json'
+  path.write_text(json.dumps({
+    'categories': [{'id': 1, 'name': 'dog'}, {'id': 2, 'name': 'shirt'}],
+    'images': [{'id': 42, 'width': 10, 'height': 10}, {'id': 73, 'width': 10, 'height': 20}],
+    'annotations': [{'image_id': 42, 'category_id': 1, 'area': 5},
+                    {'image_id': 42, 'category_id': 2, 'area': 50},
+                    {'image_id': 73, 'category_id': 2, 'area': 40}]}))
+  areas = targets.object_areas(samples, path)
+  assert areas['42001'] == .05 and areas['73000'] == .2  # `How many dogs?` names the dog
+  assert set(targets.draw(areas, 2)) < set(areas) and targets.draw(areas, 9) == areas
+  assert targets.draw(areas, 2) == targets.draw(areas, 2)
 
 
 def test_minimum_resolution():

@@ -68,6 +68,21 @@ def test_sample(case, tmp_path):
     assert (tmp_path / 'out' / name).is_file()
 
 
+def test_generated_needle_task(tmp_path):
+  from hrvlm_jax.data.needle import NeedleConfig, write
+  write(NeedleConfig.tiny(turns=2), tmp_path / 'task', 3, seed=5, progress=False)
+  samples = benchmarks.get('needle').load(tmp_path / 'task')
+  assert len(samples) == 6 and len({s.meta['relative_area'] for s in samples}) > 3
+  answers = {s.question + str(s.images[0].path): s.answers[0].lower() for s in samples}
+  order = iter(samples)
+  result = evaluate(
+    'needle', lambda pairs: [answers[q + str(next(order).images[0].path)] for _, q in pairs],
+    data=tmp_path / 'task', out=tmp_path / 'out', setup=Setup(model='reader'), batch_size=1,
+    progress=False)
+  assert result.value == 100 and set(result.by_category) == {'fine text', 'medium text',
+                                                             'broad text'}
+
+
 def test_every_benchmark_has_a_sample():
   assert {case['benchmark'] for case in CASES} == set(benchmarks.BENCHMARKS)
 

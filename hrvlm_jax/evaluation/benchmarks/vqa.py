@@ -128,7 +128,7 @@ def _coco_vqa(name: str, files: dict[str, tuple[str, str | None, str]]):
       answers, kind = labels.get(number, (None, ''))
       source = file_image(folder / picture_folder / f'COCO_{picture_folder}_{image:012d}.jpg')
       c.add(Sample(str(number), (source,), text, answers, category=kind,
-                   meta={'question_id': number}), where)
+                   meta={'question_id': number, 'image_id': image}), where)
     return c.finish()
   return read
 
