@@ -72,7 +72,7 @@ def test_generated_needle_task(tmp_path):
   from hrvlm_jax.data.needle import NeedleConfig, write
   write(NeedleConfig.tiny(turns=2), tmp_path / 'task', 3, seed=5, progress=False)
   samples = benchmarks.get('needle').load(tmp_path / 'task')
-  assert len(samples) == 6 and len({s.meta['relative_area'] for s in samples}) > 3
+  assert len(samples) == 6 and len({s.meta['relative_area'] for s in samples}) > 1
   answers = {s.question + str(s.images[0].path): s.answers[0].lower() for s in samples}
   order = iter(samples)
   result = evaluate(
