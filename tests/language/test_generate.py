@@ -1,0 +1,153 @@
+"""Generation: buckets, padding sides, sampling, stops, beams, streaming, and what gets compiled."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.language import config as sizes
+from hrvlm_jax.language.decoder import Decoder
+from hrvlm_jax.language.generate import TextGenerator, bucket
+from hrvlm_jax.language.sampling import Sampling, choose, restrict
+
+CONFIG = sizes.qwen2(vocab_size=40, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48)
+PROMPTS = [[3, 7, 9, 11, 2], [5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+
+
+@pytest.fixture(scope='module')
+def params():
+  fn = Functional(lambda rngs: Decoder(CONFIG, rngs=rngs))
+  # Larger weights than at initialisation, so that the logits are not all alike.
+  return jax.tree.map(lambda x: x * 6 if x.ndim > 1 else x, fn.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope='module')
+def generator(params):
+  return TextGenerator(CONFIG, params)
+
+
+def padded(prompts, length, side):
+  ids = np.zeros((len(prompts), length), np.int32)
+  valid = np.zeros((len(prompts), length), bool)
+  for row, prompt in enumerate(prompts):
+    place = slice(0, len(prompt)) if side == 'right' else slice(length - len(prompt), length)
+    ids[row, place], valid[row, place] = prompt, True
+  return ids, valid
+
+
+def greedy_without_cache(params, prompt, steps):
+  fn = Functional(lambda rngs: Decoder(CONFIG, rngs=rngs))
+  module, ids = fn.bind(params), list(prompt)
+  for _ in range(steps):
+    # One fixed length: places after the prompt are causal and never read.
+    row = jnp.asarray([ids + [0] * (24 - len(ids))])
+    hidden = module(module.embed(row), jnp.ones(row.shape, bool))
+    ids.append(int(module.logits(hidden)[0, len(ids) - 1].argmax()))
+  return ids[len(prompt):]
+
+
+@pytest.mark.parametrize('side', ['left', 'right'])
+def test_a_padded_batch_equals_single_uncached_runs(generator, params, side):
+  ids, valid = padded(PROMPTS, 12, side)
+  out = generator.generate(ids, valid, Sampling(max_new_tokens=6))
+  for row, prompt in enumerate(PROMPTS):
+    assert out.tokens[row].tolist() == greedy_without_cache(params, prompt, 6)
+
+
+def test_a_bucket_compiles_once_whatever_lengths_budgets_and_contents(params):
+  generator = TextGenerator(CONFIG, params)
+  counts = []
+  for length, budget in itertools.product((3, 9, 20, 32), (1, 7, 16)):
+    ids, valid = padded(PROMPTS[:2], max(length, 5), 'left')
+    generator.generate(ids, valid, Sampling(max_new_tokens=budget))
+    counts.append(generator.generator.compilations())
+  assert set(counts) == {2}, counts  # one prefill, one loop
+
+
+def test_rows_end_at_a_stop_token_and_are_padded(generator, params):
+  ids, valid = padded(PROMPTS, 12, 'left')
+  free = generator.generate(ids, valid, Sampling(max_new_tokens=6)).tokens
+  stop = int(free[0, 2])
+  out = generator.generate(ids, valid, Sampling(max_new_tokens=6, stop_ids=(stop,), pad_id=39))
+  for row, tokens in enumerate(free.tolist()):
+    expected = tokens[:tokens.index(stop) + 1] if stop in tokens else tokens
+    assert out.rows()[row] == expected
+    assert set(out.tokens[row, len(expected):]) <= {39}
+
+
+def test_streaming_gives_the_same_tokens(generator):
+  ids, valid = padded(PROMPTS, 32, 'left')
+  sampling = Sampling(max_new_tokens=6)
+  whole = generator.generate(ids, valid, sampling).tokens
+  pieces = list(generator.generator.stream(generator.embed(ids), valid, sampling))
+  np.testing.assert_array_equal(np.stack(pieces, axis=1), whole)
+
+
+def test_sampling_is_a_function_of_the_key(generator):
+  ids, valid = padded(PROMPTS, 12, 'left')
+  sampling = Sampling(max_new_tokens=6, temperature=1.5, top_k=10, top_p=0.9)
+  run = lambda key: generator.generate(ids, valid, sampling, key=jax.random.key(key)).tokens
+  np.testing.assert_array_equal(run(0), run(0))
+  assert (run(0) != run(1)).any()
+
+
+def test_top_k_and_top_p_keep_the_right_sets():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+  kept = lambda **options: np.isfinite(restrict(logits, Sampling(temperature=1, **options)))[0]
+  assert kept(top_k=2).tolist() == [True, True, False, False]
+  # 0.5 alone reaches 0.5; the token that crosses 0.6 is included.
+  assert kept(top_p=0.5).tolist() == [True, False, False, False]
+  assert kept(top_p=0.6).tolist() == [True, True, False, False]
+  assert kept(top_p=0.99).tolist() == [True, True, True, True]
+  np.testing.assert_allclose(restrict(logits, Sampling(temperature=0.5)), logits * 2, rtol=1e-6)
+
+
+def test_sampled_frequencies_follow_the_probabilities():
+  logits = jnp.tile(jnp.log(jnp.array([[0.6, 0.3, 0.1]])), (4000, 1))
+  drawn = np.asarray(choose(logits, Sampling(temperature=1.0), jax.random.key(0)))
+  share = np.bincount(drawn, minlength=3) / 4000
+  np.testing.assert_allclose(share, [0.6, 0.3, 0.1], atol=0.03)
+
+
+def brute_force_beams(params, prompt, beams, steps):
+  """Plain beam search over full recomputation, without stop tokens."""
+  fn = Functional(lambda rngs: Decoder(CONFIG, rngs=rngs))
+  module = fn.bind(params)
+  live = [(0.0, [])]
+  for _ in range(steps):
+    grown = []
+    for score, tokens in live:
+      ids = jnp.asarray([list(prompt) + tokens])
+      hidden = module(module.embed(ids), jnp.ones(ids.shape, bool))
+      logp = np.asarray(jax.nn.log_softmax(module.logits(hidden)[0, -1]))
+      grown += [(score + logp[t], [*tokens, t]) for t in np.argsort(-logp)[:2 * beams]]
+    live = sorted(grown, key=lambda item: -item[0])[:beams]
+  return [int(t) for t in live[0][1]]
+
+
+def test_beams_equal_a_plain_search(generator, params):
+  ids, valid = padded(PROMPTS[:2], 12, 'left')
+  out = generator.generate(ids, valid, Sampling(max_new_tokens=4, beams=3))
+  for row, prompt in enumerate(PROMPTS[:2]):
+    assert out.rows()[row] == brute_force_beams(params, prompt, 3, 4)
+
+
+def test_linear_buckets_beyond_the_last():
+  assert [bucket(n, (8, 16)) for n in (1, 8, 9, 16, 17, 33)] == [8, 8, 16, 16, 32, 48]
+
+
+@pytest.mark.parametrize('options, message', [
+  ({'max_new_tokens': 0}, 'max_new_tokens must be at least 1'),
+  ({'top_p': 0.0}, r'top_p must lie in \(0, 1\]'),
+  ({'beams': 2, 'temperature': 1.0}, 'beam search is greedy')])
+def test_settings_that_make_no_sense(options, message):
+  with pytest.raises(ValueError, match=message):
+    Sampling(**options)
+
+
+def test_an_empty_row_is_refused(generator):
+  with pytest.raises(ValueError, match='at least one real token'):
+    generator.generate(np.zeros((1, 4), np.int32), np.zeros((1, 4), bool), Sampling())

@@ -1,0 +1,62 @@
+"""Every system honours the contract: one body over all of them."""
+
+import inspect
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from hrvlm_jax.checkpoint.rows import entries
+from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import Count, ModelConfig
+from hrvlm_jax.vlm import model as vlm
+
+
+@pytest.fixture(params=registry.names())
+def system(request):
+  return registry.get(request.param)
+
+
+def test_names_and_files(system):
+  folder = pathlib.Path(inspect.getfile(system.config)).parent
+  for name in ('config.py', 'views.py', 'encoder.py', 'weights.py', 'README.md'):
+    assert (folder / name).is_file(), f'{system.name}: no {name}'
+
+
+def test_configs_survive_json(system):
+  for config in (system.tiny(), *system.released.values()):
+    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_released_sizes_build_abstractly_and_every_parameter_has_a_name(system):
+  for config in (system.tiny(), *system.released.values()):
+    assert list(entries(system.table(config), vlm.build(config).abstract))
+
+
+def test_views_agree_with_the_count(system):
+  config = system.tiny().encoder
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), np.uint8))
+  views = system.views([image], config)
+  expected = system.count(*image.size, config)
+  assert isinstance(expected, Count)
+  assert views['tokens'].tolist() == [expected.tokens]
+  batch = system.batch([views, views], config)
+  assert {len(value) for value in batch.values()}  # arrays with a leading axis
+
+
+def test_release_configs_round_trip(system):
+  config = system.tiny()
+  files = json.loads(json.dumps(system.to_release(config)))
+  found = {name: registry.get(name).from_release(files['config.json'])
+           for name in registry.names()}
+  assert found.pop(system.name) == config
+  assert all(other is None for other in found.values()), 'another system takes it for its own'
+
+
+def test_unknown_systems_are_refused_with_the_nearest_name():
+  with pytest.raises(UserError, match='nearest known: mc_llava'):
+    registry.get('mcllava')
