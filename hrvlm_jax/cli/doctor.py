@@ -11,6 +11,7 @@ import tempfile
 
 from hrvlm_jax import __version__
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.main import cache_folder
 
 _PACKAGE = 'hrvlm-jax'
 
@@ -147,14 +148,6 @@ def extras() -> list[Finding]:
       findings.append(Finding('none', name, f'absent; for {purpose}',
                               f"pip install 'hrvlm-jax[{extra}]'"))
   return findings
-
-
-def cache_folder() -> pathlib.Path:
-  """Where downloads and compiled programs are kept: $HRVLM_CACHE, else the user's cache folder."""
-  if folder := os.environ.get('HRVLM_CACHE'):
-    return pathlib.Path(folder)
-  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(base) / 'hrvlm_jax'
 
 
 def cache() -> Finding:

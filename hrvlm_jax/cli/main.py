@@ -10,6 +10,7 @@ printed as one sentence on standard error; anything unexpected keeps its traceba
 from collections.abc import Sequence
 import importlib
 import os
+import pathlib
 import sys
 
 from hrvlm_jax import __version__
@@ -27,6 +28,14 @@ VERBS: dict[str, tuple[str, str]] = {
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }
+
+
+def cache_folder() -> pathlib.Path:
+  """Where downloads and compiled programs are kept: $HRVLM_CACHE, else the user's cache folder."""
+  if folder := os.environ.get('HRVLM_CACHE'):
+    return pathlib.Path(folder)
+  base = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(base) / 'hrvlm_jax'
 
 
 def usage() -> str:
@@ -51,6 +60,8 @@ def run(argv: Sequence[str]) -> int:
   verb = argv[0]
   if verb not in VERBS:
     raise UserError(f'{unknown(verb, VERBS, what="verb")}; hrvlm --help lists them all')
+  # A command that is repeated does not compile again; JAX_ENABLE_COMPILATION_CACHE=0 prevents it.
+  os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(cache_folder() / 'jax'))
   module, function = VERBS[verb][0].split(':')
   return getattr(importlib.import_module(module), function)(list(argv[1:])) or 0
 
