@@ -154,7 +154,7 @@ def test_a_port_that_is_taken(port):
   assert f'port {port + 1}' in str(error) and 'taken' in str(error)
 
 
-# --- which processes belong together ---------------------------------------------------------------
+# --- which processes belong together ---
 
 
 def test_alone_on_a_laptop():

@@ -1,0 +1,243 @@
+"""Ahead-of-time plans: what is read from a compiled program, and plans through the child."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.parallel import hlo, plan, topology
+from hrvlm_jax.parallel.flops import count_flops
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+TARGET = 'tests.parallel.programs:transformer'
+SIZE = {'depth': 3, 'width': 64, 'heads': 2, 'batch': 8, 'length': 16}
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+  """The child must find the target, which lies in the tests."""
+  monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(REPO), os.environ.get('PYTHONPATH', '')]))
+
+
+# --- reading programs ----------------------------------------------------------------------------
+
+# Cut down from a program that libtpu compiled: a loop without annotation, a message that appears in
+# two fusions, a fused reduce-scatter, three ways of writing groups.
+TPU_TEXT = pathlib.Path(__file__).with_name('tpu_program.txt').read_text()
+
+
+def test_a_tpu_program():
+  module = hlo.Module.parse(TPU_TEXT)
+  assert module.entry == 'main.6_spmd' and module.unknown_loops == 0
+  assert module.times['body'] == 6 and module.times['condition'] == 7
+  found = {m.kind: m for m in module.collectives()}
+  assert len(module.collectives()) == 4  # the gather in two fusions is one message
+  gather = found['all-gather']
+  assert (gather.bytes, gather.group, gather.times) == (1024 * 512 * 2, 4, 6)
+  assert gather.wire_bytes == gather.bytes * 3 / 4
+  scatter = found['reduce-scatter']
+  assert (scatter.bytes, scatter.wire_bytes) == (128 * 1024 * 2, 128 * 1024 * 2 * 3)
+  assert (found['all-reduce'].group, found['all-reduce'].times) == (8, 1)
+  assert found['collective-permute'].bytes == 8 * 4 * 2
+  assert module.matrix_flops() == 6 * 2 * 512 * 512 * 1024
+
+
+def test_messages_between_slices():
+  module = hlo.Module.parse(TPU_TEXT)
+  slice_of = [0] * 8 + [1] * 8
+  crossing = {m.kind: m.crosses for m in module.collectives(slice_of)}
+  assert crossing == {
+    'all-gather': False,  # {0,2,4,6}, {8,10,12,14}, ...
+    'reduce-scatter': False,  # [8,2] transposed: {0,2,4,6}, ...
+    'all-reduce': True,  # axis_0 of 8 x 2: {0,2,...,14}
+    'collective-permute': False,
+  }
+
+
+@pytest.mark.parametrize(
+  'window, labels, left, right, result, flops',
+  [
+    # One matrix product; then a batch of 2 x 8 of them, written in the two ways of libtpu.
+    ('size=1', '0bf_io0->0bf', (1, 512, 1024), (1024, 256, 1), (1, 512, 256), 2 * 512 * 1024 * 256),
+    ('size=2x8 stride=1x7 lhs_dilate=2x8', '0b1f_0o1i->01bf', (2, 512, 8, 128), (2, 512, 8, 128),
+     (2, 8, 512, 512), 2 * 16 * 512 * 512 * 128),
+    ('size=1x8 pad=0_0x7_7 rhs_reversal=0x1', '0bf1_1oi0->0b1f', (2, 512, 1024, 1),
+     (8, 128, 1024, 1), (2, 512, 8, 128), 2 * 2 * 512 * 1024 * 1024),
+    # An image: 14 x 14 patches of 3 channels, then a 3 x 3 convolution with padding.
+    ('size=14x14 stride=14x14', 'b01f_01io->b01f', (1, 28, 28, 3), (14, 14, 3, 64), (1, 2, 2, 64),
+     2 * 4 * 64 * 14 * 14 * 3),
+    ('size=3x3 pad=1_1x1_1', 'b01f_01io->b01f', (1, 4, 4, 8), (3, 3, 8, 8), (1, 4, 4, 8),
+     2 * 8 * 8 * (3 * 4 - 2) ** 2),
+  ],
+)  # fmt: skip
+def test_products_on_tpu_are_convolutions(window, labels, left, right, result, flops):
+  kind = lambda dims: f'bf16[{",".join(map(str, dims))}]'
+  text = f"""
+ENTRY %main (a: {kind(left)}, b: {kind(right)}) -> {kind(result)} {{
+  %a = {kind(left)} parameter(0)
+  %b = {kind(right)} parameter(1)
+  ROOT %c = {kind(result)} convolution(%a, %b), window={{{window}}}, dim_labels={labels}
+}}
+"""
+  assert hlo.Module.parse(text).matrix_flops() == flops
+
+
+def test_a_cpu_program_counts_loops_within_loops():
+  def nested(x, w):
+    inner = lambda x, _: (jnp.tanh(x @ w), None)
+    outer = lambda x, _: (jax.lax.scan(inner, x, None, length=3)[0], None)
+    return jax.lax.scan(outer, x, None, length=5)[0]
+
+  x, w = (jax.ShapeDtypeStruct((n, 32), jnp.float32) for n in (16, 32))
+  module = hlo.Module.parse(jax.jit(nested).lower(x, w).compile().as_text())
+  assert module.unknown_loops == 0
+  assert module.matrix_flops() == count_flops(nested, x, w) == 15 * 2 * 16 * 32 * 32
+
+
+def test_loops_of_unknown_length_are_counted_and_said():
+  def until(x):
+    return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x @ x, x)
+
+  x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+  assert hlo.Module.parse(jax.jit(until).lower(x).compile().as_text()).unknown_loops == 1
+
+
+# --- operations before compilation ---------------------------------------------------------------
+
+
+def test_count_flops():
+  w, x = jax.ShapeDtypeStruct((32, 64), jnp.float32), jax.ShapeDtypeStruct((4, 16, 32), jnp.float32)
+  product = 2 * 4 * 16 * 32 * 64
+  f = lambda w, x: jnp.sum(x @ w)
+  assert count_flops(f, w, x) == product
+  assert count_flops(jax.grad(f, argnums=(0, 1)), w, x) == 3 * product
+  assert count_flops(jax.grad(f, argnums=0), w, x) == 2 * product  # a frozen input
+  assert (
+    count_flops(jax.grad(jax.checkpoint(lambda w, x: jnp.sum(jnp.sin(x @ w)))), w, x) == 3 * product
+  )
+  branch = lambda w, x: jax.lax.cond(x[0, 0, 0] > 0, lambda: jnp.sum(x @ w), lambda: 0.0)
+  assert count_flops(branch, w, x) == product
+  conv = lambda k, x: jax.lax.conv_general_dilated(
+    x, k, (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'), feature_group_count=8
+  )
+  image = jax.ShapeDtypeStruct((2, 10, 10, 8), jnp.float32)
+  assert (
+    count_flops(conv, jax.ShapeDtypeStruct((3, 3, 1, 8), jnp.float32), image) == 2 * 2 * 64 * 8 * 9
+  )
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def gpu_report():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('PYTHONPATH', str(REPO))
+    return plan.plan(TARGET, SIZE, 'gpu:8', mesh={'data': 2, 'fsdp': 2, 'tensor': 2})
+
+
+def test_plan_for_gpus_is_labelled_an_estimate(gpu_report):
+  assert gpu_report['memory']['kind'].startswith('estimate')
+  assert gpu_report['devices'] == 8 and gpu_report['mesh']['tensor'] == 2
+  # 12 width^2 numbers a layer over fsdp x tensor, and the batch over data x fsdp.
+  parameters = 3 * 12 * 64 * 64 * 4 / 4
+  assert gpu_report['memory']['bytes_per_device']['arguments'] == parameters + 8 * 16 * 64 * 4 / 4
+  assert gpu_report['memory']['fits'] is True
+  assert gpu_report['model_flops'] == 3 * 3 * (2 * 12 * 64 * 64 + 4 * 16 * 64) * 8 * 16
+  kinds = set(gpu_report['collectives_per_device'])
+  assert 'all-gather' in kinds and 'all-reduce' in kinds
+  assert json.loads(json.dumps(gpu_report)) == gpu_report
+
+
+def test_report_for_people(gpu_report):
+  text = plan.describe(gpu_report)
+  words = ['1 x h100:8: 8 chips', 'mesh data=2 fsdp=2 tensor=2', '3 layers of width 64', 'fits']
+  for part in [*words, 'messages per device', 'predicted MFU', 'assumed:', 'estimate']:
+    assert part in text
+
+
+def test_roofline_arithmetic():
+  chips = topology.parse('v5e:4x4')
+  memory = {'arguments': 819e9, 'outputs_not_donated': 0, 'temporaries': 0}
+  messages = {
+    'all-gather': {'wire_bytes': 50e9},
+    'all-reduce between slices': {'wire_bytes': 6.25e9},
+  }
+  roof = plan.roofline(chips, executed=197e12 * 0.75 * 2, model=197e12 * 16, memory=memory,
+                       messages=messages)  # fmt: skip
+  expected = {'matrix': 2.0, 'memory': 1.0, 'links': 0.5, 'between_slices': 1.0}
+  assert {k: pytest.approx(v) for k, v in roof['seconds'].items()} == expected
+  assert (roof['step_seconds'], roof['bound_by']) == (2.0, 'matrix')
+  assert roof['mfu'] == pytest.approx(0.5) and roof['mfu_without_overlap'] == pytest.approx(1 / 4.5)
+
+
+def test_plan_for_a_tpu_without_one():
+  mesh = {'data': 1, 'fsdp': 2, 'tensor': 2}
+  if importlib.util.find_spec('libtpu') is None:
+    with pytest.raises(UserError, match='needs libtpu'):
+      plan.plan(TARGET, SIZE, 'v5e:2x2', mesh=mesh)
+    return
+  report = plan.plan(TARGET, SIZE | {'length': 32}, 'v5e:2x2', mesh=mesh)
+  assert report['memory']['kind'] == 'compiled' and report['memory']['fits']
+  assert report['device_kind'] == 'TPU v5 lite' and report['loops_of_unknown_length'] == 0
+  per_device = report['model_flops'] / 4
+  # Recomputation adds up to a third; nothing is counted twice.
+  assert 1.0 <= report['executed_matrix_flops_per_device'] / per_device <= 1.4
+  assert report['collectives_per_device']['all-gather']['count'] >= 3
+
+
+def test_out_of_memory_is_an_answer():
+  text = 'RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.12G of 15.75G hbm.'
+  found = plan._out_of_memory(text, topology.parse('v5e:2x2'))
+  assert found['total'] == int(20.12 * 2**30) and found['usable'] == int(15.75 * 2**30)
+  assert plan._out_of_memory('something else', topology.parse('v5e:2x2')) is None
+
+
+@pytest.mark.parametrize(
+  'target, options, topo, mesh, sentence',
+  [
+    (TARGET, SIZE | {'wrong': True}, 'gpu:2', {}, 'the options were wrong'),
+    (TARGET, SIZE, 'gpu:2', {'data': 3}, r'which is not the 2 device'),
+    (TARGET, SIZE, 'nowhere', {}, 'expected CHIP:AxB'),
+  ],
+)
+def test_user_errors_come_through(target, options, topo, mesh, sentence):
+  with pytest.raises(UserError, match=sentence):
+    plan.plan(target, options, topo, mesh=mesh)
+
+
+def test_faults_show_the_end_of_the_log():
+  with pytest.raises(RuntimeError, match='a fault of the library'):
+    plan.plan('tests.parallel.programs:fails', {}, 'gpu:2', mesh={})
+
+
+def test_search_takes_the_fastest_that_fits(monkeypatch):
+  def fake(target, options, topology, *, mesh, slices, timeout):
+    if mesh['fsdp'] == 1:
+      raise UserError('cannot shard')
+    rate = {2: 10.0, 4: 20.0, 8: 30.0}[mesh['fsdp']]
+    memory = {'fits': mesh['fsdp'] != 8, 'usable_bytes': 1, 'bytes_per_device': {'total': 2}}
+    return {'memory': memory, 'examples_per_second': rate, 'mesh': mesh,
+            'roofline': {'step_seconds': 1.0, 'mfu': 0.5}}  # fmt: skip
+
+  monkeypatch.setattr(plan, 'plan', fake)
+  said = []
+  candidates = [({'remat': 'layers'}, {'data': 8 // f, 'fsdp': f}) for f in (1, 2, 4, 8)]
+  best, reports = plan.search(TARGET, candidates, 'gpu:8', report=said.append)
+  assert best['mesh'] == {'data': 2, 'fsdp': 4} and best['options'] == {'remat': 'layers'}
+  assert len(reports) == 4 and 'cannot shard' in said[0] and 'does not fit' in said[3]
+
+
+def test_mesh_candidates_cover_all_devices():
+  for text in ('v5e:16x16', 'v5p:4x4x4', 'tpu7x:2x2x1', 'gpu:1'):
+    found = topology.parse(text, slices=2)
+    candidates = plan.mesh_candidates(found)
+    assert candidates
+    assert all(math.prod(mesh.values()) == found.devices for mesh in candidates)
+    assert len({tuple(mesh.values()) for mesh in candidates}) == len(candidates)
