@@ -188,7 +188,8 @@ def score_predictions(
   split = split or benchmark.default_split
   samples = benchmark.load(data, split)
   found = records.read(predictions)
-  extra = [number for number in found if number not in {s.id for s in samples}]
+  known = {s.id for s in samples}
+  extra = [number for number in found if number not in known]
   if extra:
     raise UserError(f'{predictions}: {len(extra)} predictions are of samples that {benchmark.name} '
                     f'{split} does not have, such as {", ".join(extra[:3])}')

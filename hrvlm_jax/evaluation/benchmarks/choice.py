@@ -194,6 +194,7 @@ _MMMU_FILES = {'standard': ('standard (10 options)/test-*.parquet', 'standard/te
 
 
 def _mmmu_pro(folder: Path, split: str) -> Samples:
+  """Images stand in front of the text, which goes on to call them `<image 1>`, `<image 2>`, ..."""
   c = Collector('mmmu_pro', folder)
   for part in ('standard', 'vision') if split == 'both' else (split,):
     first = c.find(*_MMMU_FILES[part])
@@ -209,11 +210,9 @@ def _mmmu_pro(folder: Path, split: str) -> Samples:
         text = question + ' '.join(options)
         used = sorted({int(n) for n in re.findall(r'<image (\d+)>', text)})
         pictures = [row.get(f'image_{n}') for n in used] or [row.get('image_1')]
-        question = re.sub(r'<image \d+>', '<image>', question)
       if None in pictures:
         c.problems.append(f'{where}: an image of {number} is missing')
         continue
-      options = [re.sub(r'<image \d+>', '<image>', option) for option in options]
       prompt = None if part == 'standard' else VISION_PROMPT
       c.add(Sample(f'{part}/{number}', tuple(pictures), question, (answer,),
                    choices=tuple(options), category=str(row.get('subject', '')), prompt=prompt,
