@@ -139,6 +139,21 @@ class NeedleConfig:
     })
 
   @classmethod
+  def panorama(cls, **changes) -> 'NeedleConfig':
+    """Single letters on a strip eight times as long as high, for 40-pixel views.
+
+    Squeezed to 40 x 40 pixels a letter is 1.5 pixels wide; a window of 80 x 80 canvas pixels, of
+    which fifteen cover the strip with half overlap, shows it 14 to 17 pixels high.
+    """
+    return cls.tiny(**{
+      'width': 640,
+      'height': 80,
+      'shapes': ('rectangle',),
+      'relative_area': (0.012, 0.018),
+      **changes,
+    })
+
+  @classmethod
   def one_k(cls, **changes) -> 'NeedleConfig':
     """1024 x 1024 pixels, texts of three characters about 10 to 30 pixels high."""
     return cls(**changes)

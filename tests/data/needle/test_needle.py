@@ -17,7 +17,8 @@ from hrvlm_jax.data.needle import NeedleConfig, font
 from hrvlm_jax.data.needle.signs import overlap
 
 TINY = NeedleConfig.tiny()
-PRESETS = {'tiny': TINY, 'one_k': NeedleConfig.one_k(), 'four_k': NeedleConfig.four_k(),
+PRESETS = {'tiny': TINY, 'panorama': NeedleConfig.panorama(),
+           'one_k': NeedleConfig.one_k(), 'four_k': NeedleConfig.four_k(),
            'portrait': NeedleConfig(width=1080, height=1920),
            'crowded': NeedleConfig.tiny(signs=(6, 6), width=240, relative_area=(0.009, 0.011))}
 
@@ -148,6 +149,17 @@ def test_photographs_as_backgrounds(tmp_path):
   for folder, words in ((empty, 'no image'), (tmp_path / 'none', 'not a folder')):
     with pytest.raises(UserError, match=words):
       needle.generate(NeedleConfig.tiny(photographs=str(folder)), 0, 0)
+
+
+def test_a_panorama_is_readable_in_windows_and_not_when_squeezed():
+  config, view = NeedleConfig.panorama(), 40
+  for index in range(50):
+    for sign in needle.plan(config, 0, index).signs:
+      x0, y0, x1, y1 = sign.text_box
+      assert (x1 - x0) * view / config.width < 2  # pixels in the squeezed view
+      assert (y1 - y0) * view / config.height > 12  # and in a window as high as the canvas
+      # Windows of 80 pixels that overlap by half: one of them holds the whole text.
+      assert any(left <= x0 and x1 <= left + 80 for left in range(0, config.width - 79, 40))
 
 
 def test_several_turns_in_one_conversation():
