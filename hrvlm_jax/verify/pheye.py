@@ -15,6 +15,7 @@ from hrvlm_jax.core import lora, paths
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.core.module import Functional, depth_of
 from hrvlm_jax.core.pixels import normalise, normalise_host
+from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.generate import Generator
 from hrvlm_jax.language.sampling import Sampling
@@ -39,7 +40,7 @@ def _encoder(case: Case, **options) -> PheyeConfig:
   for name in ('first', 'second'):
     if name in cfg['lora']:
       spec = cfg['lora'][name]
-      sets[name] = LoRA(rank=spec['r'], alpha=spec['lora_alpha'], name=name,
+      sets[name] = LoRA(rank=spec['r'], alpha=float(spec['lora_alpha']), name=name,
                         dropout=cfg.get('lora_dropout', 0.0))
       case.expect_json(('lora', name, 'scaling'), sets[name].scale)
   assert sorted(cfg['lora']['target_modules'].plain()) == sorted(_TARGETS), 'lora/target_modules'
@@ -252,10 +253,12 @@ def full_model(case: Case) -> None:
   for key in case.keys:
     if re.fullmatch(r'(xattn|decoder)\d+\.out', key):
       case.expect(key, states[key], mask=real)
+  shares = np.stack([
+    global_share(probs[:, row, :, :n], first_row=start, global_tokens=per_view)
+    for row, n in enumerate(lengths)])
   for index, layer in enumerate(config.fusion.layers(config.text.depth)):
     case.expect(f'xattn{layer}.probs', probs[index], mask=mask[:, None, :, None])
-    case.expect(f'xattn{layer}.global_share', [
-      probs[index, row, :, start:n, :per_view].sum(-1).mean() for row, n in enumerate(lengths)])
+    case.expect(f'xattn{layer}.global_share', shares[:, index])
   _generation(case, Generator(held, apart), batch)
 
 

@@ -48,9 +48,9 @@ class Media:
     valid: bool [b m], tokens that may be read.
   """
 
-  keys: list[jax.Array]
-  values: list[jax.Array]
-  valid: jax.Array
+  keys: list[Any]
+  values: list[Any]
+  valid: Any
 
 
 class MediaAttention(Module):

@@ -171,7 +171,7 @@ def test_config_of_a_release_and_back():
   assert {key: written[key] for key in released} == released
   assert weights.from_release(written) == config
   custom = model(PheyeConfig(vision=tiny().encoder.vision, first=None, train_first_adapter=False,
-                             second=LoRA(rank=2, alpha=3, name='second')),
+                             second=LoRA(rank=2, alpha=3.0, name='second')),
                  tiny().text, interval=1, from_layer=2, reduce=2)
   again = weights.from_release(json.loads(json.dumps(weights.to_release(custom)['config.json'])))
   assert again == custom
@@ -187,7 +187,7 @@ def test_config_of_a_release_and_back():
 @pytest.mark.parametrize('options, message', [
   (dict(level=1), 'level must be at least 2'),
   (dict(level=5), 'level 5 needs 26 rows of positions, sub_image_rows is 21'),
-  (dict(second=LoRA(rank=4, alpha=8)), "named 'first' and 'second'"),
+  (dict(second=LoRA(rank=4, alpha=8.0)), "named 'first' and 'second'"),
 ])
 def test_config_refuses(options, message):
   with pytest.raises(ValueError, match=message):

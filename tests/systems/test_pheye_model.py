@@ -25,8 +25,8 @@ CONFIG = tiny()
 def random_params(fn: Functional, seed: int = 1):
   """Every leaf random, without a compilation; norms near one."""
   rng = np.random.default_rng(seed)
-  draw = lambda path, leaf: (
-    float(path.endswith('/scale')) + 0.08 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+  draw = lambda path, leaf: jnp.asarray(
+    float(path.endswith('/scale')) + 0.08 * rng.normal(size=leaf.shape), leaf.dtype)
   return paths.map_with_path(draw, fn.abstract)
 
 
@@ -39,7 +39,7 @@ def vision():
   """(config, parameters of the encoder, pixels of two images)."""
   params = random_params(encoder(CONFIG.encoder))
   pixels = np.random.default_rng(2).normal(size=(2, 5, 40, 40, 3)).astype(np.float32)
-  return CONFIG.encoder, params, pixels
+  return CONFIG.encoder, params, jnp.asarray(pixels)
 
 
 def test_one_run_equals_two_passes_of_merged_towers(vision):
@@ -181,7 +181,7 @@ def test_half_precision_keeps_its_dtype(answering):
   params, _, views, tokens, valid = answering
   fn = vlm.build(CONFIG)
   batch = prompt(views, tokens, valid)
-  run = lambda dtype: jax.jit(lambda p: fn.apply(p, batch, dtype=dtype))(params)
+  run = lambda dtype: jax.jit(lambda p, b: fn.apply(p, b, dtype=dtype))(params, batch)
   half, full = run(jnp.bfloat16), run(jnp.float32)
   assert half.dtype == jnp.bfloat16
   gap = np.abs(np.asarray(half, np.float32) - full)[valid]

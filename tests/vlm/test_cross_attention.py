@@ -41,15 +41,15 @@ def random_params(fn: Functional, seed: int = 1):
   """Every leaf random, so that zeros and ones of the initialisation hide nothing."""
   rng = np.random.default_rng(seed)
   return jax.tree.map(
-    lambda leaf: (0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype), fn.abstract)
+    lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), leaf.dtype), fn.abstract)
 
 
-def normal(seed: int, *shape: int) -> np.ndarray:
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+def normal(seed: int, *shape: int) -> jax.Array:
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
 def media_of(seed: int, *shape: int) -> VisualTokens:
-  return VisualTokens(normal(seed, *shape), np.ones(shape[:2], bool))
+  return VisualTokens(normal(seed, *shape), jnp.ones(shape[:2], bool))
 
 
 def apart(params):
@@ -93,12 +93,11 @@ def test_block_equals_the_formulas(width, media_width, reduce):
   @jax.jit
   def apply(params):
     block = fn.bind(params)
-    return block(jnp.asarray(x), *block.attn.keys_values(jnp.asarray(media)),
-                 jnp.ones((1, 9), bool))
+    return block(x, *block.attn.keys_values(media), jnp.ones((1, 9), bool))
 
   out = apply(params)
   assert fn.abstract['mlp']['fc1']['kernel'].shape == (width, 4 * width // reduce)
-  expected = reference_block(params, x[0].astype(np.float64), media[0], reduce)
+  expected = reference_block(params, *(np.asarray(v[0], np.float64) for v in (x, media)), reduce)
   np.testing.assert_allclose(out[0], expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 

@@ -13,8 +13,8 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig
 
-FIRST = LoRA(rank=8, alpha=16, name='first', dropout=0.05)
-SECOND = LoRA(rank=16, alpha=32, name='second', dropout=0.05)
+FIRST = LoRA(rank=8, alpha=16.0, name='first', dropout=0.05)
+SECOND = LoRA(rank=16, alpha=32.0, name='second', dropout=0.05)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
