@@ -113,7 +113,7 @@ class LlavaHRConfig:
   def _dual_problems(self) -> list[str]:
     problems = []
     if self.reduce != 'none':
-      problems.append(f"reduce={self.reduce!r} belongs to the ViT alone (slow=None)")
+      problems.append(f'reduce={self.reduce!r} belongs to the ViT alone (slow=None)')
     fast, slow = self.fast_grid, self.slow_grid
     if min(fast, slow) < 1:
       problems.append(f'image_size {self.image_size} leaves grids of {fast} and {slow} cells')
@@ -122,14 +122,13 @@ class LlavaHRConfig:
         f'image_size {self.image_size} gives a ViT grid of {fast} and a ConvNeXt grid of {slow}; '
         'one must be a multiple of the other (sides of at least 768 in steps of 32 are, with the '
         'released backbones, and 384, 256, 192, 128, 96, 64, 32)')
-    if self.adapters is not None and self.adapters.direction == 'high_to_low':
-      if self.fast.depth % 4:
-        problems.append(f'fast.depth {self.fast.depth} is not a multiple of 4, the adapters stand '
-                        'after each quarter')
-    if self.adapters is not None and self.adapters.direction == 'low_to_high':
-      bad = [g for i in range(len(self.slow.depths) - 1)
-             if (g := self.slow.grid(self.image_size, i)) < 1
-             or max(g, fast) % max(min(g, fast), 1)]
+    direction = None if self.adapters is None else self.adapters.direction
+    if direction == 'high_to_low' and self.fast.depth % 4:
+      problems.append(f'fast.depth {self.fast.depth} is not a multiple of 4; the adapters stand '
+                      'after the first three quarters')
+    if direction == 'low_to_high':
+      grids = [self.slow.grid(self.image_size, i) for i in range(len(self.slow.depths) - 1)]
+      bad = [g for g in grids if max(g, fast) % max(min(g, fast), 1)]
       if bad:
         problems.append(f'low_to_high: ConvNeXt grids {bad} and the ViT grid {fast} are no '
                         'multiples of each other')
@@ -140,7 +139,7 @@ class LlavaHRConfig:
     if self.adapters is not None or self.fusion != 'sum':
       problems.append('one backbone alone has neither adapters nor a fusion; set adapters=None')
     if self.slow is not None and self.reduce != 'none':
-      problems.append(f"reduce={self.reduce!r} belongs to the ViT alone (slow=None)")
+      problems.append(f'reduce={self.reduce!r} belongs to the ViT alone (slow=None)')
     if self.grid < 1:
       problems.append(f'image_size {self.image_size} leaves no token')
     if self.fast is not None and not -self.fast.depth <= self.select_layer <= -1:
