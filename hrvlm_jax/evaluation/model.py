@@ -7,15 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.expansion import IGNORE, pad_batch
+from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.evaluation.runner import Answer, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, replicated
+from hrvlm_jax.systems.contract import CrossAttentionFusion
 from hrvlm_jax.training.losses import shifted_targets
 from hrvlm_jax.vlm.answer import Answerer
 
@@ -56,7 +60,8 @@ class EvaluatedModel:
       generator = answerer.generator
       generator.params = jax.device_put(generator.params, replicated(self._mesh))
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
-    self._hidden: Any = None
+    self._scored: Any = None
+    self._attention: Any = None
 
   def setup(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Setup:
     """The model's side of a result's provenance."""
@@ -92,6 +97,40 @@ class EvaluatedModel:
     Args:
       stop: the token that ends an answer belongs to it.
     """
+    rows, batch = self._answered(triples, stop)
+    chosen, best, wanted = jax.device_get(self._scores()(self.answerer.generator.params, batch))
+    return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
+            for log, top, mask in zip(chosen, best, wanted)]
+
+  def global_attention(
+      self, triples: Sequence[tuple[Picture, str, str]]) -> Float[np.ndarray, 'n l']:
+    """Share of cross-attention on the global view, per (image, question, answer) and layer.
+
+    Pheye's appendix C: the mean over the places of the answer's tokens, the stop token excluded,
+    after one run over prompt and answer; see `analysis.attention`.
+
+    Raises:
+      UserError: the model does not read images by cross-attention.
+    """
+    config = self.answerer.config
+    if not isinstance(config.fusion, CrossAttentionFusion):
+      raise UserError(f'{config.system}: has no cross-attention, so there is no global share of it')
+    rows, batch = self._answered(triples, stop=False)
+    if self._attention is None:
+      fn, dtype = self.answerer.generator.fn, self.answerer.generator.dtype
+      ranges = config.encoder.sub_images
+      self._attention = jax.jit(lambda params, batch: fn.apply(
+          params, batch, ranges=ranges, dtype=dtype, method='attention'))
+    probabilities = jax.device_get(self._attention(self.answerer.generator.params, batch))
+    shares = []
+    for i, row in enumerate(rows):
+      places = np.flatnonzero(row['labels'] != IGNORE)
+      seen = probabilities[:, i, :, :places[-1] + 1]
+      shares.append(global_share(seen, first_row=int(places[0]), global_tokens=1))
+    return np.stack(shares)
+
+  def _answered(self, triples, stop: bool):
+    """(rows, batch) of questions with given answers, labels on the answers."""
     model = self.answerer
     views = [model.system.views(_images(picture), model.config.encoder)
              for picture, _, _ in triples]
@@ -105,9 +144,7 @@ class EvaluatedModel:
     length = bucket(max(len(row['tokens']) for row in rows))
     batch = self._place(pad_batch(rows, length, 'right') | {
         'views': model.system.batch(views, model.config.encoder)})
-    chosen, best, wanted = jax.device_get(self._scores()(model.generator.params, batch))
-    return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
-            for log, top, mask in zip(chosen, best, wanted)]
+    return rows, batch
 
   def overlay(self, picture: Picture, question: str) -> Image.Image:
     """Where the model looked, drawn on the (first) image."""
@@ -125,7 +162,7 @@ class EvaluatedModel:
 
   def _scores(self):
     """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""
-    if self._hidden is None:
+    if self._scored is None:
       fn, dtype = self.answerer.generator.fn, self.answerer.generator.dtype
 
       def run(params, batch):
@@ -137,8 +174,8 @@ class EvaluatedModel:
         log = jnp.take_along_axis(jax.nn.log_softmax(logits), safe, axis=-1)[..., 0]
         return log, logits.argmax(-1) == safe[..., 0], wanted
 
-      self._hidden = jax.jit(run)
-    return self._hidden
+      self._scored = jax.jit(run)
+    return self._scored
 
 
 def array_hash(params) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.evaluation.model import EvaluatedModel, array_hash
 from hrvlm_jax.evaluation.runner import evaluate
@@ -21,13 +22,17 @@ from hrvlm_jax.vlm.answer import Answerer
 SAMPLES = Path(__file__).parent / 'samples'
 
 
-@pytest.fixture(scope='module')
-def model():
-  config = registry.get('mc_llava').tiny()
+def build(system):
+  config = registry.get(system).tiny()
   rng = np.random.default_rng(0)
   fill = lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
   params = jax.tree.map(fill, vlm.build(config).abstract)  # quicker than compiling `init`
   return EvaluatedModel(Answerer(config, params, tokenizer_of('byte')), max_new_tokens=4)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return build('mc_llava')
 
 
 def test_benchmark_with_a_real_model(model, tmp_path):
@@ -98,6 +103,19 @@ def test_one_device_equals_eight(tmp_path):
   assert done.returncode == 0, done.stderr[-2000:]
   assert (tmp_path / '1/predictions.jsonl').read_bytes() == \
     (tmp_path / '8/predictions.jsonl').read_bytes()
+
+
+def test_global_share_of_a_cross_attention_model(model):
+  picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 60, 3), np.uint8))
+  triples = [(picture, 'Describe it.', 'a sign'), (picture, 'Describe it.', 'a longer sign')]
+  pheye = build('pheye')
+  shares = pheye.global_attention(triples)
+  assert shares.ndim == 2 and len(shares) == 2 and shares.size > 2
+  assert ((shares > 0) & (shares < 1)).all()
+  again = pheye.global_attention(triples[::-1])
+  assert again[::-1] == pytest.approx(shares, abs=1e-5)
+  with pytest.raises(UserError, match='mc_llava: has no cross-attention'):
+    model.global_attention(triples)
 
 
 def test_array_hash_sees_every_change():

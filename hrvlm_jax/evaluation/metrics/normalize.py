@@ -11,6 +11,7 @@ after a period counts, and pass the flag re.UNICODE (32) in the place of the cou
 periods go. The numbers in print were made with both faults, hence they stay.
 """
 
+import functools
 import re
 from typing import Literal
 
@@ -84,6 +85,7 @@ def flatten_space(text: str) -> str:
   return text.replace('\n', ' ').replace('\t', ' ').strip()
 
 
+@functools.lru_cache(maxsize=1 << 16)  # the same few answers come again and again
 def vqa_normalize(text: str, *, variant: Variant) -> str:
   """One answer in the form in which a scorer compares it.
 
