@@ -55,6 +55,10 @@ def _nchw(x) -> np.ndarray:
   return np.moveaxis(np.asarray(x), -1, 1)
 
 
+def _image(case: Case, key: str) -> jax.Array:
+  return jnp.asarray(_nhwc(case.input(key).astype(np.float32) * case.config['image_scale']))
+
+
 def _vit(c) -> ViTConfig:
   return ViTConfig(
     image_size=c['pos_image_size'], patch_size=c['patch'], width=c['hidden'], depth=c['layers'],
@@ -77,7 +81,7 @@ def convnext_trunk(case: Case) -> None:
   case.expect_json(('layout',), 'NCHW')
   fn = Functional(lambda rngs: ConvNeXt(config, rngs=rngs))
   params = import_tensors(case.weights(), convnext.table(config), fn.abstract)
-  image = _nhwc(case.input('image_q8').astype(np.float32) * cfg['image_scale'])
+  image = _image(case, 'image_q8')
   case.expect_json(('image_hw',), image.shape[1:3])
   wanted = [m for key in case.keys if (m := re.match(r'stage(\d+)\.block(\d+)\.', key))]
   depths = {}
@@ -121,7 +125,7 @@ def clip_vit_posemb(case: Case) -> None:
   params = import_tensors(case.weights(), vision_table(alone(vit.image_size)), abstract)
   for size in cfg['sizes']:
     fn = Functional(lambda rngs, size=size: Encoder(alone(size), rngs=rngs))
-    image = _nhwc(case.input(f's{size}.image_q8').astype(np.float32) * cfg['image_scale'])
+    image = _image(case, f's{size}.image_q8')
 
     @jax.jit
     def run(params, image, fn=fn, size=size):
@@ -155,7 +159,7 @@ def mr_adapter(case: Case) -> None:
   params = import_tensors(case.weights(), Table(tuple(rows)),
                           {name: fn.abstract for name, fn in fns.items()})
   tokens = case.input('fast')
-  y = tokens.reshape(len(tokens), grid, grid, fast)
+  y = jnp.asarray(tokens).reshape(len(tokens), grid, grid, fast)
   flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])
 
   @jax.jit
@@ -236,7 +240,7 @@ def dual_path_tower(case: Case) -> None:
     leaf('fast_grid', config.fast_grid)
     leaf('slow_grid', config.slow_grid)
     fn = Functional(lambda rngs, config=config: Encoder(config, rngs=rngs))
-    small = _nhwc(case.input(f's{size}.image_q8').astype(np.float32) * cfg['image_scale'])
+    small = _image(case, f's{size}.image_q8')
     images = small.repeat(repeat, axis=1).repeat(repeat, axis=2)
     assert images.shape[1:3] == (size, size), images.shape
     tokens, info = jax.jit(

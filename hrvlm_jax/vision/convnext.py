@@ -7,7 +7,6 @@ Source: `luogen1996/LLaVA-HR: llava_hr/model/multimodal_encoder/convnext.py` (a 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -157,10 +156,7 @@ class ConvNeXt(Module):
     return x
 
 
-Layout = Literal['llava_hr', 'timm', 'open_clip']
-
-
-def table(config: ConvNeXtConfig, *, layout: Layout = 'llava_hr') -> Table:
+def table(config: ConvNeXtConfig, *, layout: str = 'llava_hr') -> Table:
   """Rows of a trunk; the three sources of its weights differ in two names.
 
   LLaVA-HR calls the layer scale `blocks.{j}.weight`; timm and open_clip call the same vector

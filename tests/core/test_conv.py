@@ -11,7 +11,11 @@ from hrvlm_jax.core.module import Functional
 
 
 def draw(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def tensor(x):
+  return torch.from_numpy(np.array(x))
 
 
 def depthwise_with_gradients(x, kernel, impl):
@@ -34,13 +38,13 @@ def test_depthwise_is_torch_depthwise():
   x, fn = draw(2, 8, 7, 6), Functional(lambda rngs: DepthwiseConv(7, 6, rngs=rngs))
   params = {'kernel': draw(7, 7, 1, 6, seed=1) / 7, 'bias': draw(6, seed=2)}
   theirs = torch.nn.functional.conv2d(
-    torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(params['kernel']).permute(3, 2, 0, 1),
-    torch.from_numpy(params['bias']), padding=3, groups=6)
+    tensor(x).permute(0, 3, 1, 2), tensor(params['kernel']).permute(3, 2, 0, 1),
+    tensor(params['bias']), padding=3, groups=6)
   np.testing.assert_allclose(fn.apply(params, x), theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
 
 
 def test_half_precision_sums_in_float32():
-  x, kernel = draw(1, 8, 8, 4), np.abs(draw(7, 7, 1, 4, seed=1))
+  x, kernel = draw(1, 8, 8, 4), jnp.abs(draw(7, 7, 1, 4, seed=1))
   half = lambda a: jnp.asarray(a, jnp.bfloat16)
   exact = depthwise(half(x).astype(jnp.float32), half(kernel).astype(jnp.float32), impl='shifted')
   ours = depthwise(half(x), half(kernel), impl='shifted')
@@ -71,12 +75,12 @@ def test_patch_convolution_is_torch_strided(patch):
   fn = Functional(lambda rngs: PatchConv(patch, 3, 5, rngs=rngs))
   params = {'kernel': draw(patch, patch, 3, 5, seed=1), 'bias': draw(5, seed=2)}
   theirs = torch.nn.functional.conv2d(
-    torch.from_numpy(x).permute(0, 3, 1, 2), torch.from_numpy(params['kernel']).permute(3, 2, 0, 1),
-    torch.from_numpy(params['bias']), stride=patch)
+    tensor(x).permute(0, 3, 1, 2), tensor(params['kernel']).permute(3, 2, 0, 1),
+    tensor(params['bias']), stride=patch)
   np.testing.assert_allclose(fn.apply(params, x), theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
 
 
 def test_average_pool():
   x = draw(2, 7, 6, 3)
-  theirs = torch.nn.functional.avg_pool2d(torch.from_numpy(x).permute(0, 3, 1, 2), 3)
+  theirs = torch.nn.functional.avg_pool2d(tensor(x).permute(0, 3, 1, 2), 3)
   np.testing.assert_allclose(average_pool(x, 3), theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-6)

@@ -12,12 +12,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.llava_hr import views as host
 from hrvlm_jax.systems.llava_hr.adapter import MRAdapter, align
-from hrvlm_jax.systems.llava_hr.config import (
-  PAPER_ADAPTERS,
-  RELEASED_ADAPTERS,
-  AdapterConfig,
-  tiny,
-)
+from hrvlm_jax.systems.llava_hr.config import PAPER_ADAPTERS, RELEASED_ADAPTERS, AdapterConfig, tiny
 from hrvlm_jax.systems.llava_hr.encoder import Encoder
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 
@@ -25,7 +20,7 @@ TINY = tiny(image_size=64).encoder
 
 
 def draw(*shape, seed=0):
-  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def adapter(config, slow=6, fast=4):
@@ -81,8 +76,7 @@ def test_maps(slow_map, fast_map):
   module = fn.bind(moved(fn))
   for kind, run, channels in ((slow_map, module.map_slow, 6), (fast_map, module.map_fast, 4)):
     x = draw(1, 9, 9, channels)
-    nudged = x.copy()
-    nudged[0, 4, 4] += 1
+    nudged = x.at[0, 4, 4].add(1)
     changed = np.abs(np.asarray(run(nudged)) - np.asarray(run(x))).max(axis=(0, 3)) > 1e-7
     rows, cols = np.nonzero(changed)
     assert np.ptp(rows) + 1 == np.ptp(cols) + 1 == (1 if kind == 'mlp' else 7)

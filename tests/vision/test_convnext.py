@@ -1,6 +1,7 @@
 """ConvNeXt: published sizes, scanned stages, the names of its three sources."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -44,7 +45,7 @@ def test_depth_does_not_lengthen_the_program():
 def test_recomputing_blocks_changes_nothing():
   fn = functional(ConvNeXtConfig(depths=(2,), widths=(4,), classes=3))
   params = jax.tree.map(lambda leaf: leaf + 0.1, fn.init(jax.random.key(0)))
-  image = np.random.default_rng(0).normal(size=(1, 16, 16, 3)).astype(np.float32)
+  image = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 16, 3)), jnp.float32)
   loss = lambda p, remat: (fn.apply(p, image, remat=remat) ** 2).sum()
   plain, again = (jax.jit(jax.grad(lambda p, r=r: loss(p, r)))(params) for r in (False, True))
   for path, leaf in paths.flatten(plain).items():

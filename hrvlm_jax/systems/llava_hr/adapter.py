@@ -2,7 +2,8 @@
 
 Source: `luogen1996/LLaVA-HR: llava_hr/model/multimodal_encoder/multipath_encoder_wapper.py`
 (S2FStitchAlignModuleV2, MultiPathAlignModule); arXiv 2403.03003, section 3.3. Axis letters:
-n images, h w rows and columns, c channels injected, d channels of the receiving path.
+n images, h w g rows and columns, c channels injected, d channels of the receiving path,
+p pooled channels (2d), o outputs of the gate.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Gate(Module):
       param_dtype=param_dtype, rngs=rngs)
     self.fc1, self.fc2 = make(2 * width, width // 2), make(width // 2, out)
 
-  def __call__(self, pooled: Float[Array, 'n 2d']) -> Float[Array, 'n o']:
+  def __call__(self, pooled: Float[Array, 'n p']) -> Float[Array, 'n o']:
     return self.fc2(_gelu(self.fc1(pooled)))
 
 

@@ -6,7 +6,6 @@ Source: `luogen1996/LLaVA-HR: llava_hr/model/multimodal_encoder/`, arXiv 2403.03
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
@@ -51,12 +50,12 @@ class AdapterConfig:
       alone (the paper).
   """
 
-  direction: Literal['high_to_low', 'low_to_high'] = 'high_to_low'
-  slow_map: Literal['mlp', 'conv'] = 'mlp'
-  fast_map: Literal['conv', 'mlp'] = 'conv'
-  gate: Literal['tanh', 'sigmoid', 'hsigmoid'] = 'tanh'
-  gate_width: Literal['scalar', 'vector'] = 'scalar'
-  gate_input: Literal['with_skip', 'mapped'] = 'with_skip'
+  direction: str = 'high_to_low'
+  slow_map: str = 'mlp'
+  fast_map: str = 'conv'
+  gate: str = 'tanh'
+  gate_width: str = 'scalar'
+  gate_input: str = 'with_skip'
 
   def __post_init__(self):
     if problems := _bad_choices(self):
@@ -89,13 +88,13 @@ class LlavaHRConfig:
   fast: ViTConfig | None = CLIP_L_336
   slow: ConvNeXtConfig | None = CONVNEXT_L
   adapters: AdapterConfig | None = RELEASED_ADAPTERS
-  fusion: Literal['sum', 'concat'] = 'sum'
+  fusion: str = 'sum'
   fast_size: int | None = None
-  reduce: Literal['none', 'average', 'queries'] = 'none'
+  reduce: str = 'none'
   reduce_factor: int = 2
   queries: int = 144
   select_layer: int = -2
-  aspect: Literal['pad', 'square'] = 'pad'
+  aspect: str = 'pad'
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
