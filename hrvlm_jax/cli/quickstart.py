@@ -27,6 +27,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, is_correct, read_records, write
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.language import config as language
+from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
@@ -41,7 +42,10 @@ VIEW = 40  # pixels of a view
 VISION = ViTConfig(image_size=VIEW, patch_size=8, width=96, depth=3, heads=4, mlp_width=384,
                    activation='gelu_tanh', pool='map')
 LAST_TOKENS = 3  # K: 48 tokens over 16 views
-TEXT = language.phi(vocab_size=264, width=128, depth=2, heads=4, mlp_width=512, max_positions=512)
+SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
+VOCABULARY = 384  # at most; bytes, special tokens and the words of the questions
+TEXT = language.phi(vocab_size=VOCABULARY, width=128, depth=2, heads=4, mlp_width=512,
+                    max_positions=512)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +55,8 @@ class Sizes:
   train_images: int = 6000
   eval_images: int = 500
   photo_images: int = 200
-  encoder_steps: int = 900
-  train_steps: int = 1000
+  encoder_steps: int = 1300
+  train_steps: int = 600
   batch_size: int = 16
 
   @classmethod
@@ -94,6 +98,7 @@ class Journey:
   def run(self) -> dict[str, Any]:
     """Everything; returns the content of results.json."""
     self._step('data', 'writing the task', self.write_data)
+    self._step('tokenizer', 'training a tokenizer on its questions', self.tokenizer)
     self._step('encoder', 'pre-training the encoder', self.pretrain)
     for name in RUNS:
       self._step(f'train_{name}', f'training the {name} model', lambda n=name: self.train(n))
@@ -136,6 +141,15 @@ class Journey:
     write(task(photographs=str(photos)), self.folder / 'data/photo_eval', s.photo_images,
           seed=self.seed + 2, progress=self.progress)
 
+  def tokenizer(self) -> None:
+    """A byte-level BPE tokenizer in which the words of the questions are single tokens."""
+    texts = [turn['value'] for record in read_records(self.folder / 'data/train')[:1000]
+             for turn in record['conversations']]
+    folder = self.folder / 'tokenizer'
+    folder.mkdir(exist_ok=True)
+    train_bpe(texts, vocab_size=VOCABULARY, specials=SPECIALS,
+              roles={'pad': '<pad>', 'eos': '<|im_end|>'}).save(folder)
+
   def pretrain(self) -> None:
     """The encoder both models start from, as a checkpoint of `vision/tower`."""
     config = GlyphConfig(needle=task(), vision=VISION, window=WINDOW, last_tokens=LAST_TOKENS,
@@ -156,13 +170,15 @@ class Journey:
     s = self.sizes
     return RunConfig(
       model=model(RUNS[name]), seed=self.seed,
-      data=DataConfig(train=str(self.folder / 'data/train/needle.json'), lengths=(256, 320)),
+      data=DataConfig(train=str(self.folder / 'data/train/needle.json'), lengths=(128, 192),
+                      tokenizer=str(self.folder / 'tokenizer')),
       training=TrainingConfig(
         steps=s.train_steps, batch_size=s.batch_size, log_every=10, checkpoint_every=250, keep=1,
         init_from=str(self.folder / 'encoder'), init_allow=('(?!vision/tower/).*',),
         groups=(Group(pattern='vision/tower/.*', frozen=True),
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup=0.05, weight_decay=0.01, b2=0.98)))
+        optimizer=OptimizerConfig(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01,
+                                  b2=0.98)))
 
   def train(self, name: str) -> None:
     """Resumes by itself when it was interrupted."""
@@ -187,7 +203,7 @@ class Journey:
 
     params = store.load_params(source, build(model(RUNS['multi_crop'])).abstract)
     shutil.rmtree(self.folder / 'checkpoint', ignore_errors=True)
-    tokenizer = tokenizer_of('byte')
+    tokenizer = tokenizer_of(str(self.folder / 'tokenizer'))
     store.save_params(
       self.folder / 'checkpoint', params, config,
       extra_files={f'tokenizer/{name}': data for name, data in tokenizer.files.items()})

@@ -17,10 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.layers import LayerNorm, Linear
 from hrvlm_jax.core.module import Functional, Module, Rngs
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.data.needle import CUT, NOTHING, NeedleConfig, glyph_crops
+from hrvlm_jax.training.optimizer import muon
 from hrvlm_jax.training.schedules import learning_rate
 from hrvlm_jax.vision.vit import ViT, ViTConfig
 
@@ -119,18 +121,18 @@ def pretrain(
   params = jax.jit(fn.init)(jax.random.key(config.seed))
   rate = learning_rate('cosine', peak=config.learning_rate, total_steps=config.steps,
                        warmup_steps=min(config.warmup, config.steps))
-  tx = optax.chain(optax.clip_by_global_norm(1.0),
-                   optax.adamw(rate, b2=0.98, weight_decay=config.weight_decay))
+  tx = optax.chain(optax.clip_by_global_norm(1.0), muon(rate, config.weight_decay, b2=0.98))
 
   @jax.jit
   def update(params, opt, pixels, letters, patches):
     grad = jax.value_and_grad(lambda p: glyph_loss(fn, config, p, pixels, letters, patches),
                               has_aux=True)
     (loss, accuracy), grads = grad(params)
-    updates, opt = tx.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt, loss, accuracy
+    flat = paths.flatten(params)
+    updates, opt = tx.update(paths.flatten(grads), opt, flat)
+    return paths.unflatten(optax.apply_updates(flat, updates)), opt, loss, accuracy
 
-  opt = tx.init(params)
+  opt = tx.init(paths.flatten(params))
   history = []
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     ahead = pool.submit(_draw, config, 0)

@@ -1,13 +1,15 @@
-"""Parameter groups and the optimizer: AdamW over the trained leaves only."""
+"""Parameter groups and the optimizer: AdamW or Muon over the trained leaves only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 import math
+import re
 from typing import Any
 
 import jax.numpy as jnp
 import optax
+from optax import contrib
 
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
@@ -43,10 +45,10 @@ def schedule(config: TrainingConfig):
 
 
 def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.GradientTransformation:
-  """AdamW over the flat dict of trained leaves.
+  """The optimizer over the flat dict of trained leaves.
 
-  Order: clip the global norm, Adam moments (float32), decoupled decay where the group decays, the
-  group's factor, the schedule.
+  Order: clip the global norm, moments (float32), decoupled decay where the group decays, the
+  schedule, the group's factor.
   """
   o = config.optimizer
   trained = {path: group for path, group in groups.items() if not group.frozen}
@@ -54,15 +56,35 @@ def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.Grad
   parts = []
   if o.clip_norm is not None:
     parts.append(optax.clip_by_global_norm(o.clip_norm))
-  parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=jnp.float32))
-  if o.weight_decay:
-    mask = {path: group.decay for path, group in trained.items()}
-    parts.append(optax.add_decayed_weights(o.weight_decay, mask=mask))
+  decayed = {path: group.decay for path, group in trained.items()}
+  if o.name == 'muon':
+    parts.append(muon(schedule(config), o.weight_decay, b2=o.b2, mask=decayed))
+  else:
+    parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=jnp.float32))
+    if o.weight_decay:
+      parts.append(optax.add_decayed_weights(o.weight_decay, mask=decayed))
+    parts.append(optax.scale_by_learning_rate(schedule(config)))
   if any(factor != 1 for factor in factors.values()):
     parts.append(optax.stateless(
       lambda updates, _: {path: updates[path] * factors[path] for path in updates}))
-  parts.append(optax.scale_by_learning_rate(schedule(config)))
   return optax.chain(*parts)
+
+
+def muon(rate, weight_decay: float, *, b2: float, mask=None) -> optax.GradientTransformation:
+  """Muon for the stacked kernels of transformer blocks, AdamW for all other leaves.
+
+  Works on a flat dict of leaves. `consistent_rms` 0.2 gives both kinds updates of like size, so that
+  one learning rate serves them.
+  """
+  matrix = contrib.MuonDimensionNumbers(-2, -1)
+
+  def kinds(params):
+    return {path: matrix if re.fullmatch(r'(.*/)?blocks/.*/kernel', path) and leaf.ndim == 3
+            else None for path, leaf in params.items()}
+
+  return contrib.muon(
+    rate, adam_learning_rate=rate, weight_decay=weight_decay, adam_weight_decay=weight_decay,
+    weight_decay_mask=mask, adam_b2=b2, consistent_rms=0.2, muon_weight_dimension_numbers=kinds)
 
 
 def frozen_summary(groups: Mapping[str, Group], abstract: Mapping[str, Any]) -> str:
