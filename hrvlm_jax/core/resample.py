@@ -24,36 +24,52 @@ def _keys(t: np.ndarray, a: float) -> np.ndarray:
   return np.where(t <= 1, near, np.where(t < 2, far, 0.0))
 
 
-@functools.lru_cache(maxsize=256)
-def bicubic_matrix(n: int, m: int) -> np.ndarray:
-  """`interpolate(mode='bicubic')`, no antialias: a = -0.75, four taps, indices clamped.
+def _fma(a, b, c) -> np.ndarray:
+  """a * b + c in float32 with one rounding, as PyTorch's builds for x86-64 contract it."""
+  return (np.float64(a) * np.float64(b) + np.float64(c)).astype(np.float32)
 
-  Coordinates are float32, as the original computes them; float64 ones differ by more than 1e-5
-  on long axes.
+
+def _cubic_weights(t: np.ndarray) -> list[np.ndarray]:
+  """Four float32 weights for the fraction t, in PyTorch's operation order (a = -0.75).
+
+  The order matters: the outer polynomial cancels to some 1e-6, which a layer norm over few channels
+  can amplify a thousandfold (the selection network of PS3 upsamples, then norms).
   """
-  if n == m:
-    return np.eye(n, dtype=np.float32)
-  scale = np.float32(n) / np.float32(m)
-  x = scale * (np.arange(m, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
-  base = np.floor(x)
-  frac = (x - base).astype(np.float64)
-  matrix = np.zeros((m, n))
-  for tap in range(-1, 3):
-    index = np.clip(base.astype(np.int64) + tap, 0, n - 1)
-    np.add.at(matrix, (np.arange(m), index), _keys(frac - tap, -0.75))
-  return matrix.astype(np.float32)
+  a, one, f = np.float32(-0.75), np.float32(1), np.float32
+
+  def near(x):
+    return _fma(_fma(a + f(2), x, -(a + f(3))) * x, x, one)
+
+  def far(x):
+    return _fma(_fma(_fma(a, x, -f(5) * a), x, f(8) * a), x, -f(4) * a)
+
+  return [far(t + one), near(t), near(one - t), far((one - t) + one)]
 
 
 @functools.lru_cache(maxsize=256)
 def bicubic_taps(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
-  """The nonzeros of `bicubic_matrix`: source indices int32 [4, m] and weights float32 [4, m]."""
+  """`interpolate(mode='bicubic')`, no antialias: source indices int32 [4, m], clamped, and float32
+  weights [4, m].
+
+  The scale is float32 and the coordinate rounded once, as in the original: with a float64 scale, or
+  with two roundings, 1000 -> 1512 differs by more than 1e-5.
+  """
   scale = np.float32(n) / np.float32(m)
-  x = scale * (np.arange(m, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+  x = _fma(scale, np.arange(m, dtype=np.float32) + np.float32(0.5), np.float32(-0.5))
   base = np.floor(x)
-  frac = (x - base).astype(np.float64)
   index = [np.clip(base.astype(np.int64) + tap, 0, n - 1) for tap in range(-1, 3)]
-  weights = [_keys(frac - tap, -0.75) for tap in range(-1, 3)]
-  return np.stack(index).astype(np.int32), np.stack(weights).astype(np.float32)
+  return np.stack(index).astype(np.int32), np.stack(_cubic_weights(x - base))
+
+
+@functools.lru_cache(maxsize=256)
+def bicubic_matrix(n: int, m: int) -> np.ndarray:
+  """`bicubic_taps` as a matrix; weights of clamped taps add up."""
+  if n == m:
+    return np.eye(n, dtype=np.float32)
+  matrix = np.zeros((m, n), np.float32)
+  for index, weights in zip(*bicubic_taps(n, m), strict=True):
+    np.add.at(matrix, (np.arange(m), index), weights)
+  return matrix
 
 
 @functools.lru_cache(maxsize=256)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from hrvlm_jax.core.pixels import normalise_host
 from hrvlm_jax.language.captions import CLEANERS
 from hrvlm_jax.systems.ps3 import data, model, weights
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config
-from hrvlm_jax.systems.ps3.encoder import Encoder, feature_maps
+from hrvlm_jax.systems.ps3.encoder import Encoded, Encoder, feature_maps
 from hrvlm_jax.systems.ps3.patches import scaled
 from hrvlm_jax.systems.ps3.plan import Plan, make_plan
 from hrvlm_jax.systems.ps3.selection import choose, maps_of, override, smooth
@@ -24,7 +25,7 @@ from hrvlm_jax.systems.ps3.text import TextTower, unit
 from hrvlm_jax.systems.ps3.views import squash
 from hrvlm_jax.training.contrastive import ContrastiveConfig, pretrain_losses
 from hrvlm_jax.training.schedules import learning_rate
-from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.verify.runner import OPERATOR, WHOLE_MODEL, Case, check
 from hrvlm_jax.vision.vit import ViTConfig
 
 _ACTIVATIONS = {'gelu_exact': 'gelu', 'gelu_tanh': 'gelu_tanh'}
@@ -36,7 +37,7 @@ _NOTES = {
   'config.json:attn_pool/note': 'a remark',
   'config.json:final_norm_note': 'a remark',
 }
-GAP = 1e-3  # of the stated distance between the last chosen and the first refused probability
+GAP = 2e-5  # a distance of two probabilities, each within 1e-5
 
 
 def _waive(case: Case) -> None:
@@ -82,18 +83,15 @@ def _vision_config(case: Case, text=None) -> PS3Config:
   return config
 
 
-def _nchw(x) -> np.ndarray:
-  return np.moveaxis(np.asarray(x), -1, 1)
-
-
 def _nhwc(x: np.ndarray) -> jax.Array:
   return jnp.asarray(np.moveaxis(x, 1, -1))
 
 
-def _encoder(case: Case, config: PS3Config) -> Encoder:
+def _encoder(case: Case, config: PS3Config):
+  """(functional, parameters) of the case's encoder."""
   fn = Functional(lambda rngs: Encoder(config, rngs=rngs))
   table = prefixed(weights.vision_table(config), theirs='vision_model.')
-  return fn.bind(import_tensors(case.weights(), table, fn.abstract))
+  return fn, import_tensors(case.weights(), table, fn.abstract)
 
 
 class _Run:
@@ -119,9 +117,11 @@ class _Run:
     if self.has(key):
       self.case.expect(self.prefix + key, value, **options)
 
-  def expect_maps(self, key: str, maps) -> None:
-    for i, value in enumerate(maps):
-      self.expect(f'{key}.{i}', value)
+  def expect_all(self, values: dict[str, Any]) -> None:
+    """Compares every value the case has a tensor for."""
+    for key, value in values.items():
+      exact = key.startswith(('resized', 'area_scale1', 'pool_mask_fraction'))
+      self.expect(key, value, tol=OPERATOR if exact else WHOLE_MODEL)
 
   def json(self, key: str, value, **options) -> None:
     """Compares a leaf of the run's entry when it exists."""
@@ -146,14 +146,30 @@ def encoder(case: Case) -> None:
   """Every intermediate of every run: thumbnail, selection, looks, merged output, pooling."""
   _waive(case)
   config = _vision_config(case)
-  module = _encoder(case, config)
+  fn, params = _encoder(case, config)
   for name in case.config['runs']:
     run = _Run(case, name)
     _geometry(run, config)
+    plan = run.plan(config)
+    # One compiled program per run: hundreds of small ones cost a minute of compilation.
     if run.spec.get('output_hidden_states', True):
-      _hidden(case, run, module)
+      values, used = jax.jit(
+        lambda p, x, run=run, plan=plan: _hidden(run, fn.bind(p), plan, *x)
+      )(params, (run.images, run.prompt, run.target))
     else:
-      _pooled(case, run, module)
+      case.expect_json(('runs', name, 'output_hidden_states'), False)
+      is_global = None
+      if 'is_global_text' in run.spec:
+        is_global = jnp.asarray(case.input(run.spec['is_global_text']))
+      only = run.spec.get('pool_gt_token_only', False)
+      values, used = jax.jit(
+        lambda p, x, run=run, plan=plan, only=only: _pooled(fn.bind(p), plan, *x, only=only)
+      )(params, (run.images, run.prompt, run.target, is_global))
+    for variant in values.pop('again', []):
+      run.expect_all(variant)
+    run.expect_all(values)
+    if used is not None:
+      _boundaries(run, used, plan)
 
 
 def _geometry(run: _Run, config: PS3Config) -> None:
@@ -167,139 +183,122 @@ def _geometry(run: _Run, config: PS3Config) -> None:
   run.json('selected_per_scale', taken)
 
 
-def _thumbnail(run: _Run, module: Encoder):
+def _numbered(key: str, values) -> dict[str, Any]:
+  return {f'{key}.{i}': value for i, value in enumerate(values)}
+
+
+def _thumbnail(module: Encoder, images, prompt):
   """The low-res pass and everything the selection computes from it."""
   config = module.config
   depth = config.vision.depth
-  low = module.encode_low(run.images, keep=depth, all_scales=True)
-  for layer, state in low.hidden.items():
-    run.expect(f'low.hidden.{layer}', state)
+  low = module.encode_low(images, keep=depth, all_scales=True)
   heads_first = lambda x: jnp.swapaxes(x, 2, 3)
-  run.expect('low.kv_cache', jnp.stack([heads_first(low.keys), heads_first(low.values)], axis=1))
   last = low.hidden[depth - 1]
+  cosines = module.selection.cosines(low.features, prompt)
+  values = {f'low.hidden.{layer}': state for layer, state in low.hidden.items()} | {
+    'low.kv_cache': jnp.stack([heads_first(low.keys), heads_first(low.values)], axis=1),
+    'low.pooled': module.pool(last),
+    'sel.cos_low': cosines[0],
+    'sel.prob_lowgrid': module.selection.low_probabilities(low.features, prompt),
+  }
   if config.adapter is not None:
-    run.expect('low.siglip_proj', module.head(last))
-  run.expect('low.pooled', module.pool(last))
-  if run.has('sel.highres_feat'):
-    run.expect('sel.highres_feat', _nchw(low.features.detail)[:1])
-  cosines = module.selection.cosines(low.features, run.prompt)
-  run.expect('sel.cos_low', cosines[0])
+    values['low.siglip_proj'] = module.head(last)
   if cosines[1] is not None:
-    run.expect('sel.cos_high_pooled', cosines[1])
-  run.expect('sel.prob_lowgrid', module.selection.low_probabilities(low.features, run.prompt))
-  return low
+    values['sel.cos_high_pooled'] = cosines[1]
+    values['sel.highres_feat'] = jnp.moveaxis(low.features.detail, -1, 1)[:1]
+  return low, values
 
 
-def _probabilities(run: _Run, module: Encoder, low, plan: Plan):
+def _probabilities(module: Encoder, low, plan: Plan, prompt, target, smoothed=False):
+  """(the maps used, named values)."""
   prior = module.probabilities(low, None, plan)
+  values = _numbered('sel.prior_probs', prior)
   used = prior
-  run.expect_maps('sel.prior_probs', prior)
-  if run.prompt is not None:
-    used = module.probabilities(low, run.prompt, plan)
-    run.expect_maps('sel.posterior_probs', used)
-  if run.target is not None:
-    covered = resample.area(run.target, *plan.grids[1])
-    run.expect('area_scale1', covered, tol=OPERATOR)
-    used = override(used, run.target, plan)
-  if run.spec.get('smooth_selection_prob', False):
+  if prompt is not None:
+    used = module.probabilities(low, prompt, plan)
+    values |= _numbered('sel.posterior_probs', used)
+  if target is not None:
+    values['area_scale1'] = resample.area(target, *plan.grids[1])
+    used = override(used, target, plan)
+  if smoothed:
     used = smooth(used)
-  run.expect_maps('sel.probs', used)
-  return used
+  return used, values | _numbered('sel.probs', used)
 
 
 def _boundaries(run: _Run, probs, plan: Plan) -> None:
-  """How clear the cuts of the selection are: smallest nonzero gap and exact ties."""
+  """How clear the cuts are: at every cut that refuses a cell, the smallest nonzero distance of a
+  taken or refused probability from the last one taken, and whether that one is tied."""
   gaps, tie = [], False
-  for looks in ([plan.counts[0]] * run.images.shape[0] if len(plan.counts) == 1 else [None]):
-    del looks
   batch = run.images.shape[0]
   for i, p in enumerate(probs):
     ranked = np.sort(np.asarray(p).reshape(batch, -1), axis=1)[:, ::-1]
     for b in range(batch):
-      looks = plan.counts[b if len(plan.counts) > 1 else 0]
-      end = 0
-      for look in looks:
-        end += look[i]
-        if 0 < end < ranked.shape[1]:
-          gap = float(ranked[b, end - 1] - ranked[b, end])
-          tie |= gap == 0
-          # The next different probability on either side of a tie.
-          if gap > 0:
-            gaps.append(gap)
-  run.json('exact_tie_at_selection_boundary', bool(tie))
-  if 'smallest_nonzero_probability_gap_at_boundary' in run.spec:
-    stated = run.spec['smallest_nonzero_probability_gap_at_boundary']
-    run.json('smallest_nonzero_probability_gap_at_boundary', min(gaps, default=stated), tol=GAP)
+      start = 0
+      for look in plan.counts[b if len(plan.counts) > 1 else 0]:
+        end = start + look[i]
+        if start < end < ranked.shape[1]:
+          last = ranked[b, end - 1]
+          tie |= bool(last == ranked[b, end])
+          distances = np.abs(ranked[b, start:] - last)
+          gaps += [float(d) for d in distances[distances > 0]]
+        start = end
+  run.json('exact_tie_at_selection_boundary', tie)
+  stated = run.spec.get('smallest_nonzero_probability_gap_at_boundary')
+  run.json('smallest_nonzero_probability_gap_at_boundary', min(gaps, default=stated), tol=GAP)
 
 
-def _hidden(case: Case, run: _Run, module: Encoder) -> None:
-  config = module.config
-  plan = run.plan(config)
-  low = _thumbnail(run, module)
-  sizes = [plan.sizes[0], *plan.sizes[1:]]
-  for i, size in enumerate(sizes):
+def _hidden(run: _Run, module: Encoder, plan: Plan, images, prompt, target):
+  """(named values of a run that returns hidden states, the probabilities used)."""
+  last = module.config.vision.depth - 1
+  low, values = _thumbnail(module, images, prompt)
+  for i, size in enumerate(plan.sizes):
     if run.has(f'resized.{i}'):
-      run.expect(f'resized.{i}', _nchw(resample.bicubic(run.images[:1], *size)), tol=OPERATOR)
-  last = config.vision.depth - 1
+      values[f'resized.{i}'] = jnp.moveaxis(resample.bicubic(images[:1], *size), -1, 1)
   if not plan.looks:
-    run.expect('out.last_hidden_state', low.hidden[last])
-    run.expect('last_hidden_state', low.hidden[last])
-    return
-  used = _probabilities(run, module, low, plan)
-  _boundaries(run, used, plan)
-  chosen = _looks(run, module, plan, low, used)
-  del chosen
-  for at_once in (False, True):
-    out = module.encode_high(low, run.images, used, plan, at_once=at_once)
-    run.expect('out.last_hidden_state', out.last)
-    for layer, state in out.hidden.items():
-      run.expect(f'out.hidden.{layer}', state)
-    run.expect_maps('out.selection_maps', out.maps)
+    return values | {'out.last_hidden_state': low.hidden[last],
+                     'last_hidden_state': low.hidden[last]}, None
+  smoothed = bool(run.spec.get('smooth_selection_prob', False))
+  used, more = _probabilities(module, low, plan, prompt, target, smoothed)
+  values |= more | _looks(module, plan, images, low, used)
+  if not run.has('out.last_hidden_state'):
+    return values, used
+  out = module.encode_high(low, images, used, plan)
+  values |= _outputs(out)
   maps = feature_maps(out.last, out.maps, plan.grids[0][0])
-  run.expect_maps('out.feature_maps', [_nchw(m) for m in maps])
-  # The three steps in one compiled call give the same.
-  whole = jax.jit(lambda images, prompt, target: module.encode(
-    images, plan, prompt=prompt, target=target,
-    smooth=run.spec.get('smooth_selection_prob', False)).last)
-  run.expect('out.last_hidden_state', whole(run.images, run.prompt, run.target))
+  values |= _numbered('out.feature_maps', [jnp.moveaxis(m, -1, 1) for m in maps])
+  if plan.looks > 1:  # the other way to run looks
+    values['again'] = [_outputs(module.encode_high(low, images, used, plan, at_once=True))]
+  return values, used
 
 
-def _looks(run: _Run, module: Encoder, plan: Plan, low, used):
-  chosen = choose(used, plan)
-  images = scaled(run.images, plan)
-  depth = module.config.vision.depth
-  for number, cells in enumerate(chosen):
-    run.expect_maps(f'look{number}.maps', maps_of(cells, plan))
-    if not (run.has(f'look{number}.tokens') or run.has(f'look{number}.pooled')):
-      continue
-    tokens = module.embed_high(images, cells, plan.look(number), plan)
-    run.expect(f'look{number}.tokens', tokens)
-    if run.has(f'look{number}.pooled') and run.spec.get('output_hidden_states', True):
-      states = module.tower.run(tokens, taps=[depth - 1], prefix=(low.keys, low.values)).x
-      run.expect(f'look{number}.pooled', module.pool(states))
-  return chosen
+def _outputs(out: Encoded) -> dict[str, Any]:
+  return {'out.last_hidden_state': out.last} | _numbered('out.selection_maps', out.maps) | {
+    f'out.hidden.{layer}': state for layer, state in out.hidden.items()}
 
 
-def _pooled(case: Case, run: _Run, module: Encoder) -> None:
-  case.expect_json(('runs', run.name, 'output_hidden_states'), False)
-  plan = run.plan(module.config)
-  low = _thumbnail(run, module)
-  used = _probabilities(run, module, low, plan)
-  _boundaries(run, used, plan)
-  chosen = _looks(run, module, plan, low, used)
-  is_global = None
-  if 'is_global_text' in run.spec:
-    is_global = jnp.asarray(case.input(run.spec['is_global_text']))
-  only = run.spec.get('pool_gt_token_only', False)
-  if run.target is not None and run.has('pool_mask_fraction'):
-    run.expect('pool_mask_fraction', model.covered(run.target, chosen[0], plan), tol=OPERATOR)
-  out = model.pooled_images(
-    module, run.images, prompt=run.prompt, target=run.target, pool_target=only,
-    is_global=is_global)
-  run.expect('low.pooled', out.low)
-  run.expect('look0.pooled', out.high)
-  run.expect('out.pooled', out.pooled)
-  run.expect_maps('out.selection_maps', maps_of(out.cells, plan))
+def _looks(module: Encoder, plan: Plan, images, low, used) -> dict[str, Any]:
+  """Every look by itself: maps, tokens, pool."""
+  values = {}
+  sized = scaled(images, plan)
+  for number, cells in enumerate(choose(used, plan)):
+    tokens = module.embed_high(sized, cells, plan.look(number), plan)
+    states = module.tower.run(tokens, prefix=(low.keys, low.values)).x
+    values |= _numbered(f'look{number}.maps', maps_of(cells, plan)) | {
+      f'look{number}.tokens': tokens, f'look{number}.pooled': module.pool(states)}
+  return values
+
+
+def _pooled(module: Encoder, plan: Plan, images, prompt, target, is_global, *, only: bool):
+  """(named values of a run that returns pooled vectors, the probabilities used)."""
+  low, values = _thumbnail(module, images, prompt)
+  used, more = _probabilities(module, low, plan, prompt, target)
+  values |= more | _looks(module, plan, images, low, used)
+  out = model.pooled_images(module, images, prompt=prompt, target=target, pool_target=only,
+                            is_global=is_global)
+  if target is not None:
+    values['pool_mask_fraction'] = model.covered(target, out.cells, plan)
+  return values | {'low.pooled': out.low, 'look0.pooled': out.high, 'out.pooled': out.pooled,
+                   **_numbered('out.selection_maps', maps_of(out.cells, plan))}, used
 
 
 @check('ps3', 'text_tower')
@@ -309,20 +308,21 @@ def text_tower(case: Case) -> None:
   config = weights.text_from_hf(case.config['text_config'].plain())
   fn = Functional(lambda rngs: TextTower(config, rngs=rngs))
   rows = weights.text_table()
-  module = fn.bind(import_tensors(case.weights(), rows, fn.abstract))
+  params = import_tensors(case.weights(), rows, fn.abstract)
   ids = jnp.asarray(case.input('input_ids').astype(np.int32))
-  x = module.embeddings(ids)
-  case.expect('embeddings', x, tol=OPERATOR)
-  for layer in range(config.depth):
-    key = f'hidden.{layer}'
+
+  def states(p, ids):
+    module = fn.bind(p)
+    x = module.embeddings(ids)
+    values = {'embeddings': x, 'ln_final': module.norm(module.states(x)),
+              'pooled_output': module(ids), 'pooled_normalized': unit(module(ids)),
+              'prompt': module.prompt(module.features(ids))}
+    return values | {f'hidden.{i}': module.states(x, stop=i + 1) for i in range(config.depth)}
+
+  for key, value in jax.jit(states)(params, ids).items():
     if case.has(key):
-      case.expect(key, module.states(x, stop=layer + 1))
-  case.expect('ln_final', module.norm(module.states(x)))
-  pooled = module(ids)
-  case.expect('pooled_output', pooled)
-  case.expect('pooled_normalized', unit(pooled))
-  case.expect('prompt', module.prompt(module.features(ids)))
-  case.expect_json(('layer_norm_eps_prompt_proj',), module.prompt_head.norm.eps)
+      case.expect(key, value)
+  case.expect_json(('layer_norm_eps_prompt_proj',), fn.bind(params).prompt_head.norm.eps)
   if 'clean_inputs' in case.config:
     inputs = case.config['clean_inputs'].plain()
     for name in case.config['clean_outputs']:
@@ -362,7 +362,6 @@ def pretrain_loss(case: Case) -> None:
 
 def _pretrain_run(case, name, fn, params, table, images, target):
   cfg = case.config['runs'][name]
-  has = lambda key: case.has(f'{name}.{key}')
   prior, posterior = cfg['weights'].plain()
   ids = jnp.asarray(case.input('input_ids').astype(np.int32))
   is_global = jnp.asarray(case.input('is_global_text'))
@@ -373,17 +372,24 @@ def _pretrain_run(case, name, fn, params, table, images, target):
   batch = {'images': images, 'tokens': ids, 'target': target, 'is_global': is_global}
   losses = ContrastiveConfig(prior_weight=prior, posterior_weight=posterior,
                              select_target=use_target, pool_target=use_target)
-  results = jax.jit(lambda p: pretrain_losses(fn, p, batch, losses))(params)
-  module = fn.bind(params)
-  image, text, out = module(batch, select_target=use_target, pool_target=use_target)
-  case.expect(f'{name}.image_features', image)
-  case.expect(f'{name}.text_features', text)
-  case.expect(f'{name}.prompt', module.text.prompt(text))
-  scale = jnp.exp(module.logit_scale[...])
-  case.expect(f'{name}.logit_scale_exp', scale)
-  case.expect(f'{name}.logits', scale * image @ text.T + module.logit_bias[...])
-  case.expect(f'{name}.low.pooled', out.low)
-  case.expect(f'{name}.look0.pooled', out.high)
+
+  def features(p, batch):
+    module = fn.bind(p)
+    image, text, out = module(batch, select_target=use_target, pool_target=use_target)
+    scale = jnp.exp(module.logit_scale[...])
+    values = {'image_features': image, 'text_features': text, 'prompt': module.text.prompt(text),
+              'logit_scale_exp': scale, 'low.pooled': out.low, 'look0.pooled': out.high,
+              'logits': scale * image @ text.T + module.logit_bias[...]}
+    targets = [(m > 0).astype(jnp.float32) for m in model.target_maps(batch['target'], out.plan)]
+    for key, maps in (('prior_probs', out.prior), ('posterior_probs', out.posterior),
+                      ('selection_maps', maps_of(out.cells, out.plan)), ('gt_target', targets)):
+      values |= _numbered(key, maps)
+    return values, out, pretrain_losses(fn, p, batch, losses)
+
+  values, out, results = jax.jit(features)(params, batch)
+  for key, value in values.items():
+    if case.has(f'{name}.{key}'):
+      case.expect(f'{name}.{key}', value)
   for key, ours in (('total', 'total'), ('contrastive_loss', 'contrastive'),
                     ('prior_box_supervision_loss', 'prior'),
                     ('posterior_box_supervision_loss', 'posterior')):
@@ -391,14 +397,6 @@ def _pretrain_run(case, name, fn, params, table, images, target):
     value = results[ours] * {'prior': prior, 'posterior': posterior}.get(ours, 1.0)
     case.expect(f'{name}.loss.{key}', value, tol=OPERATOR)
     case.expect_json(('runs', name, 'losses', key), float(value), tol=OPERATOR)
-  for key, maps in (('prior_probs', out.prior), ('posterior_probs', out.posterior),
-                    ('selection_maps', maps_of(out.cells, out.plan))):
-    for i, value in enumerate(maps):
-      if has(f'{key}.{i}'):
-        case.expect(f'{name}.{key}.{i}', value)
-  for i, covered in enumerate(model.target_maps(target, out.plan)):
-    if has(f'gt_target.{i}'):
-      case.expect(f'{name}.gt_target.{i}', (covered > 0).astype(jnp.float32))
   run = _PretrainBoundary(case, name, images)
   _boundaries(run, out.used, out.plan)
   if any(key.startswith(f'{name}.grad') for key in case.keys):
@@ -414,7 +412,8 @@ class _PretrainBoundary(_Run):
 
 
 def _gradients(case, name, fn, params, table, batch, losses):
-  grads = jax.jit(jax.grad(lambda p: pretrain_losses(fn, p, batch, losses)['total']))(params)
+  total = lambda p, b: pretrain_losses(fn, p, b, losses)['total']
+  grads = jax.jit(jax.grad(total))(params, batch)
   names = dict(export_tensors(grads, table))
   for key in case.keys:
     if key.startswith(f'{name}.grad.'):
