@@ -286,8 +286,13 @@ def _environment(topology: Topology) -> dict[str, str]:
 
 def search(target: str, candidates: Sequence[tuple[Mapping[str, Any], Mapping[str, int]]],
            topology: str, *, slices: int = 1, timeout: float = TIMEOUT,
-           report: Callable[[str], None] = print) -> tuple[dict[str, Any] | None, list[dict]]:
+           report: Callable[[str], None] = print,
+           label: Callable[[Mapping[str, Any]], str] | None = None,
+           ) -> tuple[dict[str, Any] | None, list[dict]]:
   """Plans every (options, mesh) candidate; the best that fits has the most examples per second.
+
+  Args:
+    report: gets a line per candidate; `label(options)` says what is special about it.
 
   Returns:
     (best report or None, all reports; a candidate that cannot run has the key `error`).
@@ -299,7 +304,8 @@ def search(target: str, candidates: Sequence[tuple[Mapping[str, Any], Mapping[st
     except UserError as error:
       found = {'error': str(error), 'mesh': dict(mesh)}
     reports.append(found | {'options': dict(options)})
-    report(f'{number}/{len(candidates)} {_axes(mesh)} {_options(options)}: {_verdict(found)}')
+    name = ' '.join(filter(None, (_axes(mesh), label(options) if label else '')))
+    report(f'{number}/{len(candidates)} {name}: {_verdict(found)}')
   good = [r for r in reports if 'error' not in r and r['memory']['fits']]
   return max(good, key=lambda r: r['examples_per_second'], default=None), reports
 
@@ -324,11 +330,6 @@ def mesh_candidates(topology: Topology, *, largest_tensor: int = 4,
 
 def _axes(mesh: Mapping[str, int]) -> str:
   return ' '.join(f'{axis}={size}' for axis, size in mesh.items() if size != 1) or 'one device'
-
-
-def _options(options: Mapping[str, Any]) -> str:
-  shown = {k: v for k, v in options.items() if isinstance(v, (str, int, float, bool))}
-  return ' '.join(f'{k}={v}' for k, v in shown.items())
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,116 @@
+"""`hrvlm plan`: what a step would need and how fast it would be on chips that are not here."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+  """Compiles the real step of a config for a TPU topology or a GPU mesh, without having one.
+
+  Prints memory per device, operations, messages between devices, and the step time that a roofline
+  predicts. Status 1 when the step does not fit.
+  """
+  parser = Parser('plan', main.__doc__, config=True)
+  parser.add_argument('--topology', required=True,
+                      help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8')
+  parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
+  parser.add_argument('--mesh', type=axes,
+                      help='such as data=8,fsdp=16,tensor=2; default: that of the config')
+  parser.add_argument('--step', choices=('train', 'prefill', 'decode'), default='train')
+  parser.add_argument('--length', type=int, help='places of a row; default: longest bucket')
+  parser.add_argument('--image', type=size, default=(1024, 768), help='WIDTHxHEIGHT of the images')
+  parser.add_argument('--images', type=int, default=1, help='images of an example')
+  parser.add_argument('--search', action='store_true',
+                      help='try meshes (for training also recomputation and batch), keep the best')
+  parser.add_argument('--batches', type=numbers, default=(),
+                      help='with --search: global batches to try, such as 128,256')
+  parser.add_argument('--json', type=pathlib.Path, help='write the report there')
+  parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.parallel import plan
+  from hrvlm_jax.training.config import RunConfig
+
+  config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  options = {'config': to_dict(config), 'length': arguments.length, 'image': arguments.image,
+             'images': arguments.images}
+  target = 'hrvlm_jax.training.programs:train_program'
+  if arguments.step != 'train':
+    target = 'hrvlm_jax.training.programs:serve_program'
+    options['what'] = arguments.step
+  if arguments.search:
+    report = _search(arguments, target, options)
+  else:
+    mesh = arguments.mesh or config.mesh
+    report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
+                       timeout=arguments.timeout)
+  print(plan.describe(report))
+  if arguments.json is not None:
+    arguments.json.write_text(json.dumps(report, indent=2) + '\n')
+    print(f'written: {arguments.json}')
+  return 0 if report['memory']['fits'] else 1
+
+
+def _search(arguments, target, options):
+  """The best of several meshes, and for training of recomputation and batch."""
+  from hrvlm_jax.parallel import plan
+  from hrvlm_jax.parallel.topology import parse
+
+  topology = parse(arguments.topology, slices=arguments.slices)
+  meshes = [arguments.mesh] if arguments.mesh else plan.mesh_candidates(topology)
+  variants = [options]
+  if arguments.step == 'train':
+    training = options['config']['training']
+    batches = arguments.batches or (training['batch_size'],)
+    variants = [
+      options | {'config': options['config'] | {
+        'training': training | {'remat': remat, 'batch_size': batch}}}
+      for remat in ('dots', 'layers') for batch in batches]
+  candidates = [(variant, mesh) for variant in variants for mesh in meshes]
+  print(f'{len(candidates)} candidates', file=sys.stderr)
+  best, _ = plan.search(target, candidates, arguments.topology, slices=arguments.slices,
+                        timeout=arguments.timeout,
+                        report=lambda text: print(text, file=sys.stderr, flush=True),
+                        label=_label if arguments.step == 'train' else None)
+  if best is None:
+    raise UserError(f'none of {len(candidates)} candidates fits {arguments.topology}; try more '
+                    'chips, a smaller batch (--batches), or training.accumulate')
+  return {key: value for key, value in best.items() if key != 'options'}
+
+
+def _label(options) -> str:
+  training = options['config']['training']
+  return f'remat={training["remat"]} batch={training["batch_size"]}'
+
+
+def axes(text: str) -> dict[str, int]:
+  """`data=8,fsdp=16` -> {'data': 8, 'fsdp': 16}."""
+  try:
+    return {name: int(value) for name, value in (part.split('=') for part in text.split(','))}
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"found '{text}', expected AXIS=SIZE,... such as data=8,fsdp=16,tensor=2") from None
+
+
+def size(text: str) -> tuple[int, int]:
+  """`1024x768` -> (1024, 768)."""
+  try:
+    width, height = (int(part) for part in text.split('x'))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"found '{text}', expected WIDTHxHEIGHT") from None
+  return width, height
+
+
+def numbers(text: str) -> tuple[int, ...]:
+  """`128,256` -> (128, 256)."""
+  try:
+    return tuple(int(part) for part in text.split(','))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"found '{text}', expected numbers with commas") from None

@@ -1,0 +1,162 @@
+"""The real steps, compiled for machines that are not here, through the command line."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from hrvlm_jax.cli import main as cli, plan as plan_verb
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.parallel.mesh import make_mesh
+from hrvlm_jax.systems import registry
+from hrvlm_jax.training import programs
+from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+CONFIG = """
+import ml_collections
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.systems import registry
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.model = to_dict(registry.get('mc_llava').tiny())
+  config.data = dict(train='nowhere.json', lengths=(96,))
+  config.training = dict(steps=10, batch_size=8, optimizer=dict(learning_rate=1e-3))
+  config.mesh = dict(data=2, fsdp=2)
+  return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / 'c.py'
+  path.write_text(CONFIG)
+  return str(path)
+
+
+def test_plan_verb_on_the_train_step(file, tmp_path, capsys):
+  out = tmp_path / 'report.json'
+  command = [
+    'plan',
+    '--config',
+    file,
+    '--topology',
+    'gpu:4',
+    '--image',
+    '80x60',
+    '--json',
+    str(out),
+  ]
+  assert cli.run(command) == 0
+  printed = capsys.readouterr().out
+  assert 'train step of mc_llava' in printed and 'mesh data=2 fsdp=2' in printed
+  report = json.loads(out.read_text())
+  assert report['examples'] == 8 and report['tokens'] == 8 * 96
+  assert report['memory']['fits'] and report['model_flops'] > 0
+  state = 3 * 4 * sum(np.prod(x.shape) for x in _leaves())  # parameters and two moments, float32
+  arguments = report['memory']['bytes_per_device']['arguments']
+  assert state / 2 < arguments < state  # cut over fsdp, all but vectors and small leaves
+
+
+def _leaves():
+  from hrvlm_jax.vlm import model
+
+  return jax.tree.leaves(model.build(registry.get('mc_llava').tiny()).abstract)
+
+
+def test_plan_verb_on_the_decode_step(file, capsys):
+  command = [
+    'plan',
+    '--config',
+    file,
+    '--topology',
+    'gpu:2',
+    '--mesh',
+    'tensor=2',
+    '--step',
+    'decode',
+  ]
+  assert cli.run([*command, '--image', '80x60']) == 0
+  assert 'decode of mc_llava' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'arguments, sentence',
+  [
+    (['--mesh', 'data'], 'expected AXIS=SIZE'),
+    (['--image', '80'], 'expected WIDTHxHEIGHT'),
+    (['--batches', 'a', '--search'], 'expected numbers'),
+    (['--topology', 'v5e:16'], '2 dimensions'),
+  ],
+)
+def test_mistakes(file, arguments, sentence):
+  with pytest.raises(UserError, match=sentence):
+    cli.run(['plan', '--config', file, '--topology', 'gpu:4', *arguments])
+
+
+def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys):
+  from hrvlm_jax.parallel import plan
+
+  tried = []
+
+  def fake(target, options, topology, *, mesh, slices, timeout):
+    training = options['config']['training']
+    tried.append((training['remat'], training['batch_size'], mesh['fsdp']))
+    memory = {'kind': 'k', 'fits': training['remat'] == 'layers', 'usable_bytes': 1,
+              'bytes_per_device': {'total': 2}}  # fmt: skip
+    return {
+      'memory': memory, 'examples_per_second': training['batch_size'] * mesh['fsdp'], 'mesh': mesh,
+      'slices': 1, 'topology': topology, 'chips': 4, 'device_kind': 'd', 'notes': [],
+      'model_flops': 1.0, 'compile_seconds': 1, 'tokens_per_second_per_chip': 1,
+      'collectives_per_device': {},
+      'roofline': {'step_seconds': 1.0, 'mfu': 0.5, 'seconds': {}, 'bound_by': 'matrix',
+                   'step_seconds_without_overlap': 1.0, 'mfu_without_overlap': 0.5,
+                   'assumptions': []},
+    }  # fmt: skip
+
+  monkeypatch.setattr(plan, 'plan', fake)
+  command = ['plan', '--config', file, '--topology', 'gpu:4', '--search', '--batches', '8,16']
+  assert plan_verb.main(command[1:]) == 0
+  assert {(r, b) for r, b, _ in tried} == {(r, b) for r in ('dots', 'layers') for b in (8, 16)}
+  captured = capsys.readouterr()
+  assert 'mesh fsdp=4' in captured.out and 'remat=layers batch=16' in captured.err
+
+
+@pytest.mark.parametrize('name', ['mc_llava', 'llava_hr', 'pheye', 'single_view'])
+def test_batch_shapes_are_those_of_a_real_batch(name):
+  model = registry.get(name).tiny()
+  config = RunConfig(
+    model=model,
+    data=DataConfig(train='x'),
+    training=TrainingConfig(steps=1, batch_size=4, optimizer=OptimizerConfig(learning_rate=1.0)),
+  )
+  found = programs.batch_shapes(config, 6, length=512, image=(90, 70))
+  from PIL import Image
+
+  system = registry.get(name)
+  example = system.views([Image.new('RGB', (90, 70))], model.encoder)
+  views = system.count(90, 70, model.encoder).views
+  real = system.batch([example] * 6, model.encoder, slots=6 * views)
+  expected = {k: (v.shape, v.dtype) for k, v in real.items()}
+  assert {k: (v.shape, v.dtype) for k, v in found['views'].items()} == expected
+  assert found['tokens'].shape == (6, 512)
+
+
+def test_a_batch_that_does_not_divide_is_named():
+  model = registry.get('mc_llava').tiny()
+  config = RunConfig(
+    model=model,
+    data=DataConfig(train='x', lengths=(96,)),
+    training=TrainingConfig(steps=1, batch_size=3, optimizer=OptimizerConfig(learning_rate=1.0)),
+  )
+  mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), ('data', 'fsdp', 'sequence', 'tensor'))
+  with pytest.raises(UserError, match=r'tokens.*found 3 rows, expected a multiple of 2'):
+    programs.train_program(mesh, config=to_dict(config), image=(80, 60))
+  with pytest.raises(UserError, match='alone take'):
+    programs.batch_shapes(config, 4, length=4, image=(80, 60))
+  with pytest.raises(UserError, match="found 'train'"):
+    programs.serve_program(
+      make_mesh({'data': 1}, devices=jax.devices()[:1]), config=config, what='train'
+    )
