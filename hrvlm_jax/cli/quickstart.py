@@ -45,7 +45,7 @@ LAST_TOKENS = 3  # K: 48 tokens over 16 views
 SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
 VOCABULARY = 384  # at most; bytes, special tokens and the words of the questions
 TEXT = language.phi(vocab_size=VOCABULARY, width=128, depth=2, heads=4, mlp_width=512,
-                    max_positions=512)
+                    max_positions=512, init_std=0.09)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -304,7 +304,7 @@ def table(results: dict[str, Any]) -> str:
   rows = [[name.replace('_', ' '), results['accuracy'][name],
            *(results['accuracy_by_size'][name][size] for size in sizes),
            results['accuracy_on_photographs'][name]] for name in results['accuracy']]
-  lines = ['{:<12}'.format(header[0]) + ''.join(f'{h:>16}' for h in header[1:])]
+  lines = [f'{header[0]:<12}' + ''.join(f'{h:>16}' for h in header[1:])]
   lines += [f'{row[0]:<12}' + ''.join(f'{value:>16.1%}' for value in row[1:]) for row in rows]
   lines.append(f'accuracy by size of the text asked for; chance is {results["chance"]:.1%}')
   return '\n'.join(lines) + '\n'

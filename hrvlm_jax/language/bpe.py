@@ -12,9 +12,9 @@ def train_bpe(
   texts: Iterable[str], *, vocab_size: int, specials: Sequence[str],
   roles: Mapping[str, str] | None = None,
 ) -> JsonTokenizer:
-  """A GPT-2 style tokenizer learned from `texts`: any text can be encoded, frequent words are short.
+  """A GPT-2 style tokenizer learned from `texts`; frequent words become short.
 
-  Deterministic in its arguments. All 256 bytes are in the vocabulary, whatever the texts hold.
+  Deterministic in its arguments. All 256 bytes are in the vocabulary, so any text can be encoded.
 
   Args:
     vocab_size: largest number of tokens, specials included; small text collections need fewer.

@@ -24,6 +24,7 @@ class DecoderConfig:
     parallel_block: attention and MLP read the same norm and are added together (Phi).
     gated_mlp: SwiGLU (gate, up, down) instead of fc1, activation, fc2.
     residual_dropout: on the attention and MLP branches, in training only.
+    init_std: of linear layers and the embedding table at initialisation.
     pad_vocab_to: rows are padded to a multiple inside (sharding); padded logits are -inf.
   """
 
@@ -50,6 +51,7 @@ class DecoderConfig:
   tie_embeddings: bool = False
   max_positions: int = 2048
   residual_dropout: float = 0.0
+  init_std: float = 0.02
   pad_vocab_to: int = 1
   lora: tuple[LoRA, ...] = ()
 
@@ -154,7 +156,8 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     rope_theta=float(values.get('rope_theta', 1e6 if kind == 'qwen2' else 1e4)),
     rope_linear_factor=float(scaling.get('factor', 1.0)) if rope_type == 'linear' else 1.0,
     tie_embeddings=bool(values.get('tie_word_embeddings', False)),
-    kv_heads=values.get('num_key_value_heads') or heads, head_dim=head_dim)
+    kv_heads=values.get('num_key_value_heads') or heads, head_dim=head_dim,
+    init_std=values.get('initializer_range', 0.02))
   if kind == 'phi':
     return phi(
       rotary_factor=values.get('partial_rotary_factor', 0.5),
@@ -175,7 +178,7 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     hidden_size=c.width, num_hidden_layers=c.depth, num_attention_heads=c.heads,
     num_key_value_heads=c.kv_heads, intermediate_size=c.mlp_width,
     max_position_embeddings=c.max_positions, rope_theta=c.rope_theta,
-    tie_word_embeddings=c.tie_embeddings,
+    tie_word_embeddings=c.tie_embeddings, initializer_range=c.init_std,
     rope_scaling=None if c.rope_linear_factor == 1 else {
       'type': 'linear', 'rope_type': 'linear', 'factor': c.rope_linear_factor})
   if c.family == 'phi':

@@ -131,8 +131,8 @@ class SelfAttention(Module):
   def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
     self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
     make = lambda n_in, n_out, bias: Linear(
-      n_in, n_out, bias=bias, lora=c.lora, kernel_init=normal(0.02), param_dtype=param_dtype,
-      rngs=rngs)
+      n_in, n_out, bias=bias, lora=c.lora, kernel_init=normal(c.init_std),
+      param_dtype=param_dtype, rngs=rngs)
     self.q = make(c.width, c.heads * c.head_dim, c.qkv_bias)
     self.k = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
     self.v = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
@@ -166,7 +166,8 @@ class GatedMlp(Module):
 
   def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
     make = lambda n_in, n_out: Linear(n_in, n_out, bias=c.mlp_bias, lora=c.lora,
-                                      kernel_init=normal(0.02), param_dtype=param_dtype, rngs=rngs)
+                                      kernel_init=normal(c.init_std), param_dtype=param_dtype,
+                                      rngs=rngs)
     self.gate, self.up = make(c.width, c.mlp_width), make(c.width, c.mlp_width)
     self.down = make(c.mlp_width, c.width)
     self.activation = c.activation
@@ -188,7 +189,7 @@ class DecoderLayer(Module):
     self.norm2 = None if c.parallel_block else norm()
     self.mlp = GatedMlp(c, param_dtype=param_dtype, rngs=rngs) if c.gated_mlp else Mlp(
       c.width, c.mlp_width, activation=c.activation, bias=c.mlp_bias, lora=c.lora,
-      kernel_init=normal(0.02), param_dtype=param_dtype, rngs=rngs)
+      kernel_init=normal(c.init_std), param_dtype=param_dtype, rngs=rngs)
     self.residual_dropout = c.residual_dropout
 
   def __call__(self, x: Float[Array, 'b t d'], context: Context, cache=None, *, key=None):
@@ -207,7 +208,7 @@ class Head(Module):
   """The output projection: float32 logits, with a bias in Phi."""
 
   def __init__(self, c: DecoderConfig, *, param_dtype=jnp.float32, rngs: Rngs):
-    self.kernel = Param(normal(0.02)(rngs.params(), (c.width, c.rows), param_dtype))
+    self.kernel = Param(normal(c.init_std)(rngs.params(), (c.width, c.rows), param_dtype))
     self.bias = Param(zeros(None, (c.rows,), param_dtype)) if c.head_bias else None
 
   def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... v']:
@@ -227,7 +228,7 @@ class Decoder(Module):
   def __init__(self, config: DecoderConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
                rngs: Rngs):
     c = self.config = config
-    self.embed = Embedding(c.rows, c.width, param_dtype=param_dtype, rngs=rngs)
+    self.embed = Embedding(c.rows, c.width, std=c.init_std, param_dtype=param_dtype, rngs=rngs)
     build = unrolled if hold_apart else stacked
     self.blocks = build(lambda r: DecoderLayer(c, param_dtype=param_dtype, rngs=r), c.depth,
                         rngs=rngs)

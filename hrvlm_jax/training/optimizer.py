@@ -73,8 +73,8 @@ def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.Grad
 def muon(rate, weight_decay: float, *, b2: float, mask=None) -> optax.GradientTransformation:
   """Muon for the stacked kernels of transformer blocks, AdamW for all other leaves.
 
-  Works on a flat dict of leaves. `consistent_rms` 0.2 gives both kinds updates of like size, so that
-  one learning rate serves them.
+  Works on a flat dict of leaves. `consistent_rms` 0.2 gives both kinds updates of like size, so
+  that one learning rate serves them.
   """
   matrix = contrib.MuonDimensionNumbers(-2, -1)
 

@@ -1,4 +1,4 @@
-"""Export loads in PyTorch's own classes and computes the same; convert reads it back bit for bit."""
+"""Exports load in PyTorch and compute the same; convert reads them back bit for bit."""
 
 import json
 
@@ -113,7 +113,8 @@ def test_a_damaged_folder_is_refused_whole(exported, tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-  (None, 'no config.json'), ('{', 'not valid JSON'), ('{"model_type": "bert"}', "model_type 'bert'")])
+  (None, 'no config.json'), ('{', 'not valid JSON'),
+  ('{"model_type": "bert"}', "model_type 'bert'")])
 def test_unknown_layouts_are_refused(tmp_path, content, message):
   if content is not None:
     (tmp_path / 'config.json').write_text(content)
