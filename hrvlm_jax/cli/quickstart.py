@@ -67,8 +67,7 @@ class Sizes:
 
 def task(**options) -> NeedleConfig:
   """Panoramas with three or four signs of one letter each."""
-  return NeedleConfig.tiny(width=640, height=WINDOW, shapes=('rectangle',),
-                           relative_area=(0.012, 0.018), **options)
+  return NeedleConfig.panorama(**options)
 
 
 def model(max_crops: int) -> ModelConfig:

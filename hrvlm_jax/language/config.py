@@ -161,7 +161,8 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
   if kind == 'phi':
     return phi(
       rotary_factor=values.get('partial_rotary_factor', 0.5),
-      norm_eps=values.get('layer_norm_eps', 1e-5), activation=activation_name(values.get('hidden_act', 'gelu_new')),
+      norm_eps=values.get('layer_norm_eps', 1e-5),
+      activation=activation_name(values.get('hidden_act', 'gelu_new')),
       residual_dropout=values.get('resid_pdrop', 0.0),
       head_bias=not shared['tie_embeddings'], **shared)
   build = llama if kind == 'llama' else qwen2
