@@ -153,6 +153,12 @@ def depth_of(layers: Module | List) -> int:
   return jax.tree.leaves(nnx.split(layers)[1])[0].shape[0]
 
 
+def without_gradient(module: Module) -> Module:
+  """The same module; no gradient reaches its parameters through it."""
+  graphdef, state = nnx.split(module)
+  return nnx.merge(graphdef, jax.tree.map(jax.lax.stop_gradient, state))
+
+
 def unstack(params: Params) -> Params:
   """Parameters of `stacked` layers as parameters of `unrolled` ones."""
   depth = jax.tree.leaves(params)[0].shape[0]

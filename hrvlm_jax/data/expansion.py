@@ -97,14 +97,14 @@ def pad_batch(
   """Stacks expanded examples to [b, length].
 
   Args:
-    examples: dicts of `expand`.
+    examples: dicts of `expand`; `prompt_end` (a place of the row) moves with the padding.
     length: slots per row, usually of `choose_bucket`.
     side: where the padding goes; left for batched generation, right for training.
     truncate: cut longer rows at their end instead of refusing them (VILA does, in training).
 
   Returns:
     tokens int32 (0 in padding), visual_index int32 (-1), valid bool, labels int32 (-100);
-    all [b, length].
+    all [b, length]. prompt_end int32 [b] where the examples have it.
 
   Raises:
     UserError: rows longer than `length`, all of them named.
@@ -126,6 +126,10 @@ def pad_batch(
     for key in ('tokens', 'visual_index', 'labels'):
       batch[key][row, place] = example[key][:size]
     batch['valid'][row, place] = True
+  if examples and all('prompt_end' in example for example in examples):
+    shift = [0 if side == 'right' else length - min(size, length) for size in sizes]
+    ends = [min(int(example['prompt_end']), length - 1) for example in examples]
+    batch['prompt_end'] = np.array(ends, np.int32) + np.array(shift, np.int32)
   return batch
 
 

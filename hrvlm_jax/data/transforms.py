@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import encode_prompt, encode_training, prepare
+from hrvlm_jax.data.conversation import encode_prompt, encode_training, prepare, prompt_end
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
 from hrvlm_jax.data.rows import BadRow, Row, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
@@ -77,7 +77,7 @@ class Text:
     messages = [question(template, text, len(counts))]
     encoded = encode_prompt(messages, template, self.tokenizer,
                             image_id=self.image_id if counts else None)
-    return self._expand(encoded, counts)
+    return self._expand(encoded, counts, template)
 
   def conversation(self, messages: Sequence[Message], counts: Sequence[int], *,
                    max_length: int | None = None) -> dict[str, np.ndarray]:
@@ -87,7 +87,7 @@ class Text:
     encoded = encode_training(
       messages, template, self.tokenizer, image_id=self.image_id if counts else None,
       max_length=max_length)
-    return self._expand(encoded, counts)
+    return self._expand(encoded, counts, template)
 
   def _training_template(self):
     try:
@@ -95,10 +95,17 @@ class Text:
     except UserError:
       return get_template(self.chat)
 
-  def _expand(self, encoded, counts):
+  def _expand(self, encoded, counts, template):
     if self.image_id is None:  # cross-attention: images take no places in the text
       return expand(encoded.ids, encoded.labels, _NO_IMAGE, ())
-    return expand(encoded.ids, encoded.labels, self.image_id, counts, after=self.after())
+    after = self.after()
+    arrays = expand(encoded.ids, encoded.labels, self.image_id, counts, after=after)
+    if template.steers:
+      end = prompt_end(encoded.ids, template, self.tokenizer)
+      before = encoded.ids[:end + 1].count(self.image_id)
+      end += sum(count + len(after) - 1 for count in list(counts)[:before])
+      arrays['prompt_end'] = np.array(end, np.int32)
+    return arrays
 
 
 _NO_IMAGE = -(2**31)

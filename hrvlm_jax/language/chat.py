@@ -61,6 +61,8 @@ class Template:
     unit: what is tokenised at once, the whole 'text' or every 'message' on its own.
     border: how the first trained token of an answer is found: by its place in the text ('place'),
       or by counting the header's tokens when tokenised alone ('count', the rule of MC-LLaVA).
+    steers: the last token of the first question is marked in every row; its state says where a
+      model looks again (VILA-HD).
     masks: rule of the original on odd input, see `data.conversation`: 'segments' (none), 'rounds'
       (LLaVA), 'comparison' (VILA).
   """
@@ -80,6 +82,7 @@ class Template:
   stop: tuple[str, ...] = ()
   unit: Literal['text', 'message'] = 'text'
   border: Literal['place', 'count'] = 'place'
+  steers: bool = False
   masks: Literal['segments', 'rounds', 'comparison'] = 'segments'
 
 
@@ -160,6 +163,7 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in (
     image=IMAGE,
     strip=True,
     stop=('<|im_end|>',),
+    steers=True,
     masks='comparison',
   ),
 )}

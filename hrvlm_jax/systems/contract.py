@@ -74,6 +74,18 @@ class PrefixFusion:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoPassFusion(PrefixFusion):
+  """Prefix fusion in two passes: the language model reads a first look and says where to look.
+
+  Attributes:
+    selection_weight: weight of the loss of the selection beside the text's (training).
+  """
+
+  kind: str = 'two_pass'
+  selection_weight: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossAttentionFusion:
   """Dense cross-attention blocks in front of decoder layers (Pheye, section 3.3).
 
@@ -118,7 +130,7 @@ class ModelConfig:
   encoder: Any
   text: DecoderConfig | None
   projector: ProjectorConfig | None = None
-  fusion: PrefixFusion | CrossAttentionFusion = PrefixFusion()
+  fusion: PrefixFusion | TwoPassFusion | CrossAttentionFusion = PrefixFusion()
   chat: str = 'mc_llava'
   image_token: str | None = '<image>'
   after_image: str = ''
@@ -168,6 +180,8 @@ class System:
     to_release: ModelConfig -> {file name: JSON value} of the original's layout.
     overlay: (image, encoder config, info) -> picture with crops, selection or gates drawn.
     overlay_needs_info: the picture needs the encoder's `info` (a forward pass), not only sizes.
+    folders: sub-folders of the original's layout that hold the tensors, in the order of the table's
+      rows; a tensor is then named `folder/name`. () for one folder.
     released: ModelConfig by release name.
     tiny: a ModelConfig that trains on a laptop.
   """
@@ -185,3 +199,4 @@ class System:
   released: Mapping[str, ModelConfig]
   tiny: Callable[[], ModelConfig]
   overlay_needs_info: bool = False
+  folders: tuple[str, ...] = ()

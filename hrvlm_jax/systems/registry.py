@@ -12,6 +12,7 @@ _MODULES = {
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
   'pheye': 'hrvlm_jax.systems.pheye',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',
+  'vila_hd': 'hrvlm_jax.systems.vila_hd',
 }
 
 

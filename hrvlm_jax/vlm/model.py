@@ -16,7 +16,9 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, PrefixFusion, VisualTokens
+from hrvlm_jax.systems.contract import (
+  CrossAttentionFusion, ModelConfig, PrefixFusion, TwoPassFusion, VisualTokens,
+)
 from hrvlm_jax.vlm.cross_attention import CrossAttention, Media
 from hrvlm_jax.vlm.prefix import merge, merge_valid
 from hrvlm_jax.vlm.projector import Projector
@@ -176,7 +178,11 @@ class CrossAttentionVLM(VLM):
 
 def build(config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32) -> Functional:
   """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`)."""
-  kind = VLM if isinstance(config.fusion, PrefixFusion) else CrossAttentionVLM
+  kind = CrossAttentionVLM
+  if isinstance(config.fusion, TwoPassFusion):
+    from hrvlm_jax.vlm.two_pass import TwoPassVLM as kind  # it builds on this module
+  elif isinstance(config.fusion, PrefixFusion):
+    kind = VLM
   return Functional(lambda rngs: kind(config, hold_apart=hold_apart, param_dtype=param_dtype,
                                       rngs=rngs))
 

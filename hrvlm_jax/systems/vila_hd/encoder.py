@@ -1,0 +1,154 @@
+"""VILA-HD on the device: low-resolution tokens first, then, for a prompt, the selected ones.
+
+    seen = encoder.low(views)                        thumbnail states and tokens
+    prompt = encoder.prompt_head(state)              from the language model, or None (saliency)
+    high = encoder.high(seen, views, prompt)         tokens of the complete blocks
+    visual = encoder.arrange(views, seen, high)      rows of the prompt
+
+`vlm/two_pass.py` lets the language model stand between the steps; nothing of `low` is computed
+twice. Source: `NVlabs/VILA: llava/model/llava_arch.py`. Axis letters: v image slots, n
+low-resolution tokens, k places for high-resolution tokens, d language width, c visual width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hrvlm_jax.core.layers import wide
+from hrvlm_jax.core.module import Module, Rngs
+from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.systems.ps3.encoder import Encoder as PS3, LowRes
+from hrvlm_jax.systems.vila_hd import format as form
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
+from hrvlm_jax.systems.vila_hd.projector import BlockProjector
+from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """The low-resolution pass over all image slots.
+
+  Attributes:
+    images: normalised [v S S 3].
+    low: PS3's thumbnail states, keys and values.
+    tokens: [v n d], embeddings added.
+  """
+
+  images: jax.Array
+  low: LowRes
+  tokens: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class High:
+  """The high-resolution pass.
+
+  Attributes:
+    tokens: [v k d].
+    valid: bool [v k].
+    info: `features` of the tower, `maps` and `probs` per high scale.
+  """
+
+  tokens: jax.Array
+  valid: jax.Array
+  info: dict[str, Any]
+
+
+class Encoder(Module):
+  """PS3, projector, prompt head."""
+
+  def __init__(self, config: VilaHDConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.config = config
+    make = dict(param_dtype=param_dtype, rngs=rngs)
+    tower, inner = config.tower, config.tower.vision.width
+    self.ps3 = PS3(tower, **make)
+    self.projector = BlockProjector(
+      config.projector, inner, config.width, grid=tower.grid if config.positions else None,
+      scales=len(tower.scales), **make)
+    self.prompt_head = None if config.prompt_head is None else PromptHead(
+      config.prompt_head, config.width, inner, **make)
+
+  def low(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
+          impl: str = 'xla') -> Seen:
+    """The low-resolution pass over `pixels` [v S S 3]: bytes, or floats normalised already."""
+    config, images = self.config, jnp.asarray(views['pixels'])
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+      images = normalise(images, config.tower.mean, config.tower.std)
+    low = self.ps3.encode_low(images, keep=-config.select_layer, select=config.looks_closer,
+                              dtype=dtype, remat=remat, impl=impl)
+    return Seen(images, low, form.low_tokens(self.projector, low.hidden[config.layer]))
+
+  def high(self, seen: Seen, views: dict[str, jax.Array], prompt: Float[Array, 'v c'] | None, *,
+           dtype=jnp.float32, remat=False, impl: str = 'xla') -> High:
+    """The high-resolution pass.
+
+    Args:
+      prompt: one per image slot; None follows saliency.
+      views: `boxes` (first row, last row + 1, first column, last column + 1 in pixels of the
+        squashed image; zeros: none) and `first`, the number of high scales of each image.
+    """
+    config = self.config
+    if not config.looks_closer:
+      size = seen.tokens.shape[0]
+      return High(seen.tokens[:, :1], jnp.ones((size, 1), bool), {'maps': (), 'probs': ()})
+    target = None
+    if config.select_target:
+      target = form.target_maps(views['boxes'], config.side)
+    options = dict(target=target, dtype=dtype, remat=remat, impl=impl)
+    first, *others = [self._look(seen, prompt, choice, **options)
+                      for choice in config.scale_choices]
+    for choice, other in zip(config.scale_choices[1:], others):
+      # Both kinds of images are encoded both ways: shapes stay static. The original splits the
+      # batch instead and encodes a dummy image where a group is empty.
+      mine = views['first'] == choice
+      pick = lambda old, new: jnp.where(mine.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: B023
+      first = jax.tree.map(pick, first, other)
+    return first
+
+  def _look(self, seen: Seen, prompt, first_scales: int | None, *, target, **options) -> High:
+    config = self.config
+    plan = config.plan(first_scales)
+    probs = self.ps3.probabilities(seen.low, prompt, plan, target=target, smooth=config.smooth)
+    out = self.ps3.encode_high(seen.low, seen.images, probs, plan, **options)
+    features = out.hidden[config.layer]
+    maps = tuple(wide(m) for m in out.maps)
+    tokens, valid = form.high_tokens(self.projector, features, seen.tokens, maps, config.slots,
+                                     thumbnail=config.tower.grid**2)
+    return High(tokens, valid, {'maps': maps, 'probs': out.probs, 'features': features})
+
+  def arrange(self, views: dict[str, jax.Array], seen: Seen, high: High) -> VisualTokens:
+    """Tokens of the images of every row: [low; high] of each, in order."""
+    values = jnp.concatenate([seen.tokens, high.tokens.astype(seen.tokens.dtype)], axis=1)
+    real = jnp.concatenate([jnp.ones(seen.tokens.shape[:2], bool), high.valid], axis=1)
+    index = views['index']
+    taken = jnp.take(values.reshape(-1, values.shape[-1]), index, axis=0)
+    return VisualTokens(taken, views['valid'] & jnp.take(real.reshape(-1), index), high.info)
+
+  def prompts(self, views: dict[str, jax.Array], prompt: Float[Array, 'b c']):
+    """One prompt per row -> one per image slot [v c]; empty slots get zeros."""
+    each = self.config.low_tokens + self.config.high_tokens
+    slots = len(views['pixels'])
+    where = jnp.where(views['valid'][:, ::each], views['index'][:, ::each] // each, slots)
+    wanted = jnp.broadcast_to(prompt[:, None], (*where.shape, prompt.shape[-1]))
+    return jnp.zeros((slots + 1, prompt.shape[-1]), prompt.dtype).at[where].set(wanted)[:slots]
+
+  def __call__(self, views: dict[str, jax.Array], *, prompt=None, dtype=jnp.float32, remat=False,
+               impl: str = 'xla', key=None) -> VisualTokens:
+    """Views of a batch (`views.batch`) -> [b t d] in language width.
+
+    Args:
+      prompt: [v c], one per image slot; None follows saliency.
+      key: unused (the encoder has no dropout).
+    """
+    del key
+    options = dict(dtype=dtype, remat=remat, impl=impl)
+    seen = self.low(views, **options)
+    return self.arrange(views, seen, self.high(seen, views, prompt, **options))

@@ -1,0 +1,169 @@
+"""VILA-HD on the host: squash, grounding boxes, counts, packing.
+
+Source: `NVlabs/VILA: llava/mm_utils.py`, `llava/data/dataset.py`. Everything that depends on pixels
+happens on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.ps3 import views as ps3_views
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
+
+Box = Sequence[float]
+
+
+def squash(image: Image.Image, side: int, *, grounded: bool = False) -> np.ndarray:
+  """uint8 [side side 3]: RGB first, then resized without keeping the aspect ratio.
+
+  Args:
+    grounded: images with a box are resized bilinearly, as the original's torchvision call.
+  """
+  how = Image.Resampling.BILINEAR if grounded else Image.Resampling.BICUBIC
+  return np.asarray(resize_exact(to_rgb(image), (side, side), how), np.uint8)
+
+
+def resize_box(box: Box, width: int, height: int, side: int) -> np.ndarray:
+  """[4] a box (x0, y0, x1, y1) in pixels of the squashed image.
+
+  A box of whole numbers is truncated to whole numbers, others are float32, as torchvision's.
+
+  Raises:
+    UserError: not four numbers.
+  """
+  array = np.asarray(box)
+  if array.shape != (4,) or array.dtype.kind not in 'iuf':
+    raise UserError(f'box {box!r}: expected four numbers x0, y0, x1, y1 in pixels of the image')
+  factor = (side / width, side / height) * 2
+  if array.dtype.kind in 'iu':
+    return np.array([int(v * f) for v, f in zip(array.tolist(), factor, strict=True)], np.int64)
+  return array.astype(np.float32) * np.array(factor, np.float32)
+
+
+def box_range(box: np.ndarray, side: int) -> np.ndarray:
+  """int32 [4] (first row, last row + 1, first column, last column + 1) of the map of a box.
+
+  Rows floor(y0) up to and including ceil(y1), columns likewise, inside the image.
+  """
+  x0, y0, x1, y1 = (float(v) for v in box)
+  ends = (math.floor(y0), math.ceil(y1) + 1, math.floor(x0), math.ceil(x1) + 1)
+  return np.clip(np.array(ends, np.int32), 0, side)
+
+
+def target_map(ends: np.ndarray, side: int) -> np.ndarray:
+  """float32 [side side]: ones inside a range of `box_range`."""
+  out = np.zeros((side, side), np.float32)
+  out[ends[0]:ends[1], ends[2]:ends[3]] = 1
+  return out
+
+
+def first_scales(width: int, height: int, config: VilaHDConfig) -> int:
+  """How many high scales an image of that size uses (`dynamic_aspect`)."""
+  scales = config.tower.scales
+  if config.dynamic_aspect != 'on':
+    return config.tower.high_scales
+  threshold = (scales[-2] + scales[-1]) / 2
+  whole = max(width, height) > threshold or scales[-1] <= 2000
+  return config.tower.high_scales - (not whole)
+
+
+def count(width: int, height: int, config: VilaHDConfig) -> Count:
+  """One view and the same number of places for every image.
+
+  Low-resolution tokens, then places for as many complete blocks as there can be; those that stay
+  empty are masked on the device and shift nothing.
+
+  Raises:
+    UserError: a side below 1.
+  """
+  if width < 1 or height < 1:
+    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  return Count(1, config.low_tokens + config.high_tokens)
+
+
+def views(images: Sequence[Image.Image], config: VilaHDConfig, *,
+          boxes: Sequence[Box | None] | None = None) -> Views:
+  """Arrays of one example.
+
+  Args:
+    boxes: per image the region its question is about, (x0, y0, x1, y1) in pixels of the image.
+
+  Returns:
+    pixels uint8 [v S S 3], tokens int32 [v], boxes int32 [v 4] (`box_range`; zeros: none), first
+    int32 [v] high scales of each image.
+
+  Raises:
+    UserError: a malformed box, or not one entry per image.
+  """
+  side = config.side
+  boxes = [None] * len(images) if boxes is None else list(boxes)
+  if len(boxes) != len(images):
+    raise UserError(f'{len(boxes)} boxes for {len(images)} images; give one (or None) per image')
+  ends = [np.zeros(4, np.int32) if box is None else
+          box_range(resize_box(box, *image.size, side), side)
+          for image, box in zip(images, boxes, strict=True)]
+  pixels = [squash(image, side, grounded=box is not None)
+            for image, box in zip(images, boxes, strict=True)]
+  each = config.low_tokens + config.high_tokens
+  return {
+    'pixels': np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
+    'tokens': np.full(len(pixels), each, np.int32),
+    'boxes': np.stack(ends) if ends else np.zeros((0, 4), np.int32),
+    'first': np.array([first_scales(*image.size, config) for image in images], np.int32),
+  }
+
+
+def batch(examples: Sequence[Views], config: VilaHDConfig, *, slots: int | None = None,
+          tokens: int | None = None) -> Views:
+  """Packs the images of several examples into `slots` places.
+
+  Args:
+    slots: images of the whole batch; default: rows times the largest number of images of a row.
+    tokens: places per row; default: enough for that number of images.
+
+  Returns:
+    pixels uint8 [slots S S 3], boxes int32 [slots 4], first int32 [slots] (zeros when empty),
+    index int32 [b t] into the flattened (slots x tokens), valid bool [b t].
+
+  Raises:
+    UserError: the images or tokens do not fit.
+  """
+  total = sum(len(e['pixels']) for e in examples)
+  most = max((len(e['pixels']) for e in examples), default=0)
+  each = config.low_tokens + config.high_tokens
+  slots = len(examples) * max(most, 1) if slots is None else slots
+  tokens = each * max(most, 1) if tokens is None else tokens
+  if total > slots or each * most > tokens:
+    raise UserError(f'a batch of {total} images and {each * most} tokens in one row does not fit '
+                    f'{slots} image slots and {tokens} places')
+  side = config.side
+  out = {
+    'pixels': np.zeros((slots, side, side, 3), np.uint8),
+    'boxes': np.zeros((slots, 4), np.int32),
+    'first': np.zeros(slots, np.int32),
+    'index': np.zeros((len(examples), tokens), np.int32),
+    'valid': np.zeros((len(examples), tokens), bool),
+  }
+  start = 0
+  for row, example in enumerate(examples):
+    n = len(example['pixels'])
+    for key in ('pixels', 'boxes', 'first'):
+      out[key][start:start + n] = example[key]
+    out['index'][row, :n * each] = start * each + np.arange(n * each)
+    out['valid'][row, :n * each] = True
+    start += n
+  return out
+
+
+def overlay(image: Image.Image, config: VilaHDConfig, info: Mapping[str, Any]) -> Image.Image:
+  """One panel per high scale: chosen patches in full light, scores in red (see PS3)."""
+  return ps3_views.overlay(image, config.tower, info)

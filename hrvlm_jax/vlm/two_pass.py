@@ -1,0 +1,224 @@
+"""Look, ask, look closer: the language model says where the encoder encodes in high resolution.
+
+Pass 1 reads the low-resolution tokens and the question. The final-normed state of the question's
+last token becomes the selection prompt; the encoder then adds the tokens of the patches that match
+it, and pass 2 reads everything. What both passes share is computed once: the encoder's
+low-resolution states, and, in generation, the decoder's keys and values up to and including the
+low-resolution tokens of the first image, which no later token can change.
+
+In training the text before the high-resolution tokens runs twice: pass 1 has no gradient (the
+original's rule), pass 2 needs one, so keys and values of the first cannot serve the second.
+
+Source: `NVlabs/VILA: llava/model/llava_arch.py` (`LlavaTopDownMetaForCausalLM`). Axis letters: b
+rows, t places of a row, s places of pass 1, r places that pass 2 adds, d width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hrvlm_jax.core.compact import first_true
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.module import List, Rngs, without_gradient
+from hrvlm_jax.language.decoder import Cache, Decoder, empty_cache
+from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion, VisualTokens
+from hrvlm_jax.vlm.model import VLM, Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FirstPass:
+  """What pass 1 leaves behind.
+
+  Attributes:
+    state: [b d] final-normed state of the last token of the first question.
+    index: int32 [b s] place of the row each slot of pass 1 stands for.
+    kept: bool [b s] slots whose keys and values pass 2 may use.
+    shared: bool [b t] the same as places of the row.
+    cache: keys and values of pass 1, when asked for.
+  """
+
+  state: jax.Array
+  index: jax.Array
+  kept: jax.Array
+  shared: jax.Array
+  cache: Cache
+
+
+class TwoPassVLM(VLM):
+  """Encoder and decoder joined by prefix fusion in two passes.
+
+  The batch may hold `prompt_end` int32 [b], the place of the last token of each first question;
+  without it the last token of a row is taken.
+  """
+
+  FUSION = TwoPassFusion
+
+  def __init__(self, config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+               rngs: Rngs):
+    super().__init__(config, hold_apart=hold_apart, param_dtype=param_dtype, rngs=rngs)
+    missing = [name for name in ('low', 'high', 'arrange', 'prompts')
+               if not hasattr(self.vision, name)]
+    if missing or self.projector is not None:
+      raise ValueError(
+        f'two-pass fusion needs an encoder that looks twice (methods {missing} are missing) and '
+        f'projects by itself; system {config.system!r} cannot be joined this way, use '
+        'PrefixFusion')
+    encoder = config.encoder
+    self.low_tokens, self.each = encoder.low_tokens, encoder.low_tokens + encoder.high_tokens
+
+  @property
+  def steers(self) -> bool:
+    """Whether the question decides what is encoded."""
+    encoder = self.config.encoder
+    return encoder.mode == 'after_prompt' and encoder.looks_closer
+
+  def first_pass(self, batch: Batch, seen, *, language: Decoder | None = None,
+                 keep_cache: bool = False, dtype=jnp.float32, remat=False, impl: str = 'xla',
+                 ) -> FirstPass:
+    """Runs the decoder over text and low-resolution tokens up to the end of the first question.
+
+    Places are compacted: neither padding nor the places of high-resolution tokens are computed.
+
+    Args:
+      seen: of `Encoder.low`.
+      language: the decoder to use (one without gradient); default: the model's own.
+    """
+    language = self.language if language is None else language
+    valid, visual = jnp.asarray(batch['valid']), jnp.asarray(batch['visual_index'])
+    length = valid.shape[1]
+    place = jnp.arange(length)
+    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    end = jnp.asarray(batch.get('prompt_end', last))[:, None]
+    is_high = (visual >= 0) & (visual % self.each >= self.low_tokens)
+    pictured = is_high.any(axis=1, keepdims=True)
+    # Rows without an image do not change between the passes: all but their last token is shared.
+    changed = jnp.where(pictured, jnp.argmax(is_high, axis=1)[:, None], last[:, None])
+    shared = valid & (place < changed)
+    taken = shared | (valid & ~is_high & (place <= end) & pictured)
+    size = max(length - (self.each - self.low_tokens), 1)
+    rank = jnp.cumsum(taken, axis=1) - 1
+    shared &= rank < size
+    index, real = first_true(taken, size)
+    pick = lambda x: jnp.take_along_axis(x, index, axis=1)
+    embeds = self._low_embeds(language, batch, seen, index, dtype)
+    cache = None
+    if keep_cache:
+      cache = empty_cache(self.config.text, len(valid), size, dtype=dtype,
+                          hold_apart=isinstance(self.language.blocks, List))
+    x, cache = language.layers(embeds, language.context(real, impl=impl), cache, remat=remat)
+    at = jnp.clip(jnp.take_along_axis(rank, jnp.clip(end, 0, length - 1), axis=1), 0, size - 1)
+    state = language.norm(jnp.take_along_axis(x, at[..., None], axis=1)[:, 0])
+    return FirstPass(state, index, real & pick(shared), shared, cache)
+
+  def _low_embeds(self, language, batch, seen, index, dtype):
+    """Embeddings [b s d] of chosen places, visual ones from the low-resolution tokens."""
+    pick = lambda x: jnp.take_along_axis(jnp.asarray(x), index, axis=1)
+    visual = pick(batch['visual_index'])
+    text = language.embed(pick(batch['tokens']), dtype=dtype)
+    place = jnp.take_along_axis(batch['views']['index'], jnp.clip(visual, 0), axis=1)
+    low = place // self.each * self.low_tokens + jnp.clip(place % self.each, 0,
+                                                          self.low_tokens - 1)
+    taken = jnp.take(seen.tokens.reshape(-1, seen.tokens.shape[-1]), low, axis=0)
+    return jnp.where(visual[..., None] >= 0, taken.astype(text.dtype), text)
+
+  def look(self, batch: Batch, *, gradient: bool = False, keep_cache: bool = False,
+           dtype=jnp.float32, remat=False, impl: str = 'xla'):
+    """Both looks at the images of a batch.
+
+    Args:
+      gradient: pass 1 of the decoder and what it reads stay without gradient; the prompt head and
+        the selection get theirs (the selection's loss trains them).
+
+    Returns:
+      (VisualTokens of all rows, FirstPass or None where no question steers, prompt [b c] or None).
+    """
+    if batch.get('segments') is not None:
+      raise UserError('two-pass models read one conversation per row: rows packed of several '
+                      'examples are not supported; switch packing off')
+    options = dict(dtype=dtype, remat=remat, impl=impl)
+    views = batch['views']
+    seen = self.vision.low(views, **options)
+    first = prompt = asked = None
+    if self.steers and batch['tokens'].shape[1] > self.each:
+      language, before = self.language, seen
+      if gradient:
+        language = without_gradient(language)
+        before = jax.lax.stop_gradient(seen)
+      first = self.first_pass(batch, before, language=language, keep_cache=keep_cache, **options)
+      state = jax.lax.stop_gradient(first.state) if gradient else first.state
+      prompt = self.vision.prompt_head(state)
+      asked = self.vision.prompts(views, prompt)
+    high = self.vision.high(seen, views, asked, **options)
+    return self.vision.arrange(views, seen, high), first, prompt
+
+  def run(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+          ) -> tuple[Float[Array, 'b t d'], dict[str, Any]]:
+    """(final-normed states of every place, info of the encoder): the training forward."""
+    visual, _, _ = self.look(batch, gradient=True, dtype=dtype, remat=remat, impl=impl)
+    embeds, valid = self.embed(batch, visual, dtype=dtype)
+    hidden = self.language(embeds, valid, positions=batch.get('positions'), remat=remat, impl=impl,
+                           key=key)
+    return hidden, visual.info
+
+  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+               ) -> Float[Array, 'b t d']:
+    """See `VLM.__call__`."""
+    return self.run(batch, dtype=dtype, remat=remat, impl=impl, key=key)[0]
+
+  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+    """Selection maps and probabilities for the question of the batch."""
+    return self.look(batch, dtype=dtype)[0].info
+
+  def prompt(self, batch: Batch, *, dtype=jnp.float32, reuse: bool = True):
+    """What generation needs: (embeddings of what pass 2 adds, valid of all slots, extras).
+
+    Slots are those of pass 1 (valid where shared) followed by the new ones.
+
+    Args:
+      reuse: False recomputes everything in pass 2 (for comparison).
+    """
+    visual, first, _ = self.look(batch, keep_cache=reuse, dtype=dtype)
+    return self.second_pass(batch, visual, first if reuse else None, dtype=dtype)
+
+  def second_pass(self, batch: Batch, visual: VisualTokens, first: FirstPass | None, *,
+                  dtype=jnp.float32):
+    """See `prompt`; without `first` every place is new."""
+    embeds, valid = self.embed(batch, visual, dtype=dtype)
+    if first is None:
+      return embeds, valid, {}
+    length = valid.shape[1]
+    # At least the low-resolution tokens of one image are shared; rows without an image keep what
+    # pass 1 had no room for.
+    size = max(length - self.low_tokens, self.each - self.low_tokens, 1)
+    index, real = first_true(valid & ~first.shared, size)
+    new = jnp.take_along_axis(embeds, index[..., None], axis=1)
+    return new, jnp.concatenate([first.kept, real], axis=1), {'seen': first.cache}
+
+  def prefill(self, embeds, valid, *, slots: int, seen: Cache | None = None):
+    """See `Decoder.prefill`; `seen` fills the first slots, the embeddings follow."""
+    if seen is None:
+      return super().prefill(embeds, valid, slots=slots)
+    batch, total = valid.shape
+    start = total - embeds.shape[1]
+    cache = empty_cache(self.config.text, batch, slots, dtype=embeds.dtype,
+                        hold_apart=isinstance(self.language.blocks, List))
+    axis = 1 if isinstance(self.language.blocks, List) else 2
+    cache = jax.tree.map(lambda store, old: jax.lax.dynamic_update_slice_in_dim(
+      store, old.astype(store.dtype), 0, axis=axis), cache, seen)
+    hidden, cache = self.language.extend(
+      embeds, jnp.pad(valid, ((0, 0), (0, slots - total))), cache, start)
+    last = embeds.shape[1] - 1 - jnp.argmax(valid[:, start:][:, ::-1], axis=1)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return self.logits(hidden), hidden, cache
+
+  def step(self, tokens, valid, cache: Cache, slot, *, dtype=jnp.float32,
+           seen: Cache | None = None):
+    """See `Decoder.step`."""
+    del seen  # already part of the cache
+    return super().step(tokens, valid, cache, slot, dtype=dtype)
