@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
@@ -28,6 +29,8 @@ from hrvlm_jax.core.module import Functional
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.sources import LlavaJson
 from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.parallel import distributed
+from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.metrics import MetricsWriter
@@ -35,6 +38,9 @@ from hrvlm_jax.training.optimizer import frozen_summary, groups_of
 from hrvlm_jax.training.step import State, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import text_of
+
+# Left in the work directory by a run that was told to end; scripts/worker_run.sh looks for it.
+PREEMPTED = 'PREEMPTED'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,11 @@ class Result:
 
 
 def make_batches(config: RunConfig) -> Any:
-  """The checkpointable iterator over training batches of a config."""
+  """The checkpointable iterator over training batches of a config.
+
+  Every process makes the whole global batch and hands its part to its devices: indices into shared
+  crops then mean the same everywhere, and the batches do not depend on the number of hosts.
+  """
   system = registry.get(config.model.system)
   tokenizer = tokenizer_of(config.data.tokenizer)
   example = ToExample(text=text_of(config.model, tokenizer), views=system.views,
@@ -60,18 +70,22 @@ def make_batches(config: RunConfig) -> Any:
   return pipeline.build(
     source, example, batch_size=config.training.batch_size, collate=batch, seed=config.seed,
     shuffle=config.data.shuffle, workers=config.data.workers, lanes=config.data.lanes,
-    bad_rows=config.data.bad_rows, host=jax.process_index(), hosts=jax.process_count())
+    bad_rows=config.data.bad_rows)
 
 
-def initial_params(config: RunConfig, fn: Functional, say: Callable[[str], None]) -> Any:
+def initial_params(config: RunConfig, fn: Functional, layout: Layout, places: Any,
+                   say: Callable[[str], None]) -> Any:
   """Random parameters, or those of `training.init_from` with the differences said aloud.
+
+  Args:
+    places: sharding of every parameter; nothing is ever whole on one device.
 
   Raises:
     UserError: parameters missing there that `init_allow` does not name, or of another shape.
   """
-  init = jax.jit(fn.init)
+  init = lambda: layout.make(fn.init, places, jax.random.key(config.seed))
   if config.training.init_from is None:
-    return init(jax.random.key(config.seed))
+    return init()
   source = config.training.init_from
   stored = {path.removeprefix('params/'): leaf for path, leaf in store.describe(source).items()
             if not path.startswith('state/')}
@@ -87,10 +101,11 @@ def initial_params(config: RunConfig, fn: Functional, say: Callable[[str], None]
     say(f'{len(fresh)} parameters start fresh: {_few(fresh)}')
   if unused:
     say(f'{len(unused)} parameters of {source} are not used: {_few(unused)}')
-  params = paths.flatten(init(jax.random.key(config.seed)))
+  params, where = paths.flatten(init()), paths.flatten(places)
   for path in wanted:
     if path in stored:
-      params[path] = jax.numpy.asarray(store.load_leaf(source, path), wanted[path].dtype)
+      leaf = np.asarray(store.load_leaf(source, path), wanted[path].dtype)
+      params[path] = layout.put(leaf, where[path])
   return paths.unflatten(params)
 
 
@@ -115,12 +130,16 @@ def train(
       work directory belongs to another config.
   """
   workdir = pathlib.Path(workdir)
-  workdir.mkdir(parents=True, exist_ok=True)
+  layout = Layout(config.mesh)
   resolved = to_dict(config)
+  distributed.check_same(json.dumps(resolved), what='the config')
   _same_model(workdir, resolved)
-  (workdir / 'tokenizer').mkdir(exist_ok=True)
-  tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
-  (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
+  if distributed.is_main():
+    (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
+    tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
+    (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
+    (workdir / PREEMPTED).unlink(missing_ok=True)
+  distributed.barrier('work directory')
 
   t = config.training
   fn = vlm.build(config.model)
@@ -128,35 +147,46 @@ def train(
   batches = make_batches(config)
   with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
-    state, start = _start(config, fn, groups, saver, batches, params, notes.append)
-    writer = MetricsWriter(workdir, start=start, total=t.steps, progress=progress)
+    abstract = jax.eval_shape(lambda p: init_state(t, groups, p), fn.abstract)
+    shardings = layout.state_shardings(abstract)
+    state, start = _start(config, fn, groups, saver, batches, params, layout,
+                          layout.abstract(abstract, shardings), notes.append)
+    writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress)
+              if distributed.is_main() else _Silent())
     for note in notes:
       writer.say(note)
-    step_fn = jax.jit(make_train_step(fn, t, groups, config.seed), donate_argnums=0)
+    # The chunk of the loss is meant per device; the step sees the batch of all.
+    wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * layout.shards)
+    step_fn = layout.compile(make_train_step(fn, wide, groups, config.seed), shardings)
     with _Signals() as signals:
       try:
         loss = _run(config, state, start, step_fn, batches, saver, writer, signals, on_step,
-                    workdir)
+                    workdir, layout)
       finally:
         writer.close()
+    if signals.caught and distributed.is_main():
+      # Exit code 0 is not the whole story: whoever watches the run starts it again.
+      (workdir / PREEMPTED).touch()
   return Result(loss[0], loss[1], signals.caught, step_fn._cache_size())
 
 
-def _start(config, fn, groups, saver, batches, params, say):
-  """(state, first step): restored, or fresh."""
-  abstract = jax.eval_shape(lambda p: init_state(config.training, groups, p), fn.abstract)
+def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
+  """(state, first step): restored into its places, or fresh."""
   if saver.latest() is not None:
     restored = saver.restore(abstract)
     if restored.data_state is not None:
       batches.set_state(restored.data_state)
     say(f'resuming from step {restored.step} of {saver.workdir}')
     return restored.state, restored.step
+  places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   if params is None:
-    params = initial_params(config, fn, say)
-  return jax.jit(lambda p: init_state(config.training, groups, p))(params), 0
+    params = initial_params(config, fn, layout, places['params'], say)
+  else:
+    params = layout.put(jax.device_get(params), places['params'])
+  return layout.make(lambda p: init_state(config.training, groups, p), places, params), 0
 
 
-def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir):
+def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir, layout):
   t = config.training
   iterator: Iterator = iter(batches)
   pending: tuple[int, dict, Any, float] | None = None
@@ -186,11 +216,11 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
     return value
 
   step = start
-  while step < t.steps and not signals.caught:
+  while step < t.steps and not signals.stop(step):
     before = time.perf_counter()
     batch = next(iterator)
     waited += time.perf_counter() - before
-    state, metrics = step_fn(state, batch)
+    state, metrics = step_fn(state, layout.batch(batch, leading=int(t.accumulate > 1)))
     step += 1
     if pending is not None:
       loss = settle(pending)
@@ -228,14 +258,37 @@ def _same_model(workdir: pathlib.Path, resolved: dict[str, Any]) -> None:
                     '--workdir')
 
 
+class _Silent:
+  """Writes nothing: the metrics writer of all processes but the first."""
+
+  def say(self, text: str) -> None: ...
+
+  def write(self, step: int, values: Any, *, advance: int) -> None: ...
+
+  def close(self) -> None: ...
+
+
 class _Signals:
-  """Turns SIGTERM and SIGINT into a flag while training runs."""
+  """Turns SIGTERM and SIGINT into a flag while training runs.
+
+  With several processes JAX's preemption service watches SIGTERM instead, because all must stop
+  after the same step.
+  """
 
   def __init__(self):
     self.caught = False
     self._old: dict[int, Any] = {}
 
+  def stop(self, step: int) -> bool:
+    """Whether to save and end now, the same answer on every process."""
+    if jax.process_count() > 1:
+      self.caught = multihost_utils.reached_preemption_sync_point(step)
+    return self.caught
+
   def __enter__(self):
+    if jax.process_count() > 1:
+      return self
+
     def note(number, frame):
       del number, frame
       self.caught = True

@@ -1,0 +1,107 @@
+"""Where a run's arrays lie: one object for the training loop, evaluation and tests.
+
+    layout = Layout(config.mesh)
+    shardings = layout.state_shardings(abstract_state)
+    state = layout.make(init, shardings, params)         # or restored with these shardings
+    step = layout.compile(make_train_step(...), shardings)
+    state, metrics = step(state, layout.batch(batch))
+
+On one device all of it is plain `jax.jit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+
+from hrvlm_jax.core import constraints
+from hrvlm_jax.parallel import rules
+from hrvlm_jax.parallel.constraints import activation_constraints
+from hrvlm_jax.parallel.mesh import (
+  MeshConfig,
+  batch_sharding,
+  batch_shards,
+  check_batch,
+  make_mesh,
+  replicated,
+)
+from hrvlm_jax.parallel.plan import compiler_options
+
+
+class Layout:
+  """A mesh and what follows from it.
+
+  Attributes:
+    mesh: of all devices of all processes.
+    shards: over how many parts a batch is cut; sizes counted per device (chunks of the loss) are
+      multiplied by it.
+
+  Raises:
+    UserError: the mesh does not fit the devices.
+  """
+
+  def __init__(self, mesh: MeshConfig | Mapping[str, int] | None = None, *,
+               devices: Sequence[Any] | None = None):
+    self.mesh = make_mesh(mesh, devices=devices)
+    self.shards = batch_shards(self.mesh)
+    self._constraints = activation_constraints(self.mesh)
+
+  def state_shardings(self, abstract: Any) -> Any:
+    """Shardings of a train state (a tree of shapes).
+
+    Raises:
+      UserError: leaves without a rule or that do not divide (all listed).
+    """
+    return rules.state_shardings(abstract, self.mesh)
+
+  def abstract(self, abstract: Any, shardings: Any) -> Any:
+    """Shapes that carry their shardings: what a checkpoint is restored into."""
+    return jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+      abstract, shardings)
+
+  def make(self, fn: Callable, shardings: Any, *args: Any) -> Any:
+    """`fn(*args)` computed straight into its places: never whole on one device."""
+    return jax.jit(fn, out_shardings=shardings)(*args)
+
+  def put(self, tree: Any, shardings: Any) -> Any:
+    """Host values, equal on every process, into their places."""
+    if jax.process_count() == 1:
+      return jax.device_put(tree, shardings)
+    return jax.tree.map(
+      lambda x, place: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]),
+      tree, shardings)
+
+  def compile(self, step: Callable, shardings: Any) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, jitted with the state donated and in its places.
+
+    Metrics come back whole on every device, so that every process can read them.
+    """
+    whole: NamedSharding = replicated(self.mesh)
+
+    def constrained(state, batch):
+      with constraints.using(self._constraints):
+        return step(state, batch)
+
+    platform = self.mesh.devices.flat[0].platform
+    return jax.jit(constrained, donate_argnums=0, out_shardings=(shardings, whole),
+                   compiler_options=compiler_options(platform) or None)
+
+  def batch(self, batch: Any, *, leading: int = 0) -> Any:
+    """A global batch of NumPy arrays, the same on every process, cut over the mesh.
+
+    Each device receives only its own rows and crops. (`distributed.global_batch` takes the rows of
+    one host instead; indices into shared crops must then already count over all hosts.)
+
+    Args:
+      leading: axes before the examples (micro-batches).
+
+    Raises:
+      UserError: arrays that cannot be cut (all listed).
+    """
+    check_batch(batch, self.mesh, leading=leading)
+    sharding = batch_sharding(self.mesh, leading=leading)
+    return self.put(batch, jax.tree.map(lambda _: sharding, batch))
