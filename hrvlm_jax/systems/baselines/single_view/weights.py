@@ -35,7 +35,9 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """config.json of a LLaVA-1.5 folder -> ModelConfig; None for other layouts."""
   if values.get('architectures') != ['LlavaLlamaForCausalLM'] or 'input_image_size' in values:
     return None
-  if values.get('image_aspect_ratio') == 'anyres':
+  if values.get('image_aspect_ratio') == 'anyres' or values.get('s2'):
+    return None
+  if 'system' in values.get('hrvlm', {}):  # another baseline's own mark
     return None
   if 'hrvlm' in values:
     own = dict(values['hrvlm'])

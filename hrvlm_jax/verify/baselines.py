@@ -1,0 +1,157 @@
+"""Golden checks of the baselines: anyres/* and s2/*."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hrvlm_jax.checkpoint.rows import Row, Table, identity, import_tensors
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.data.expansion import expand, pad_batch
+from hrvlm_jax.systems.baselines import layout, tiled, tiles
+from hrvlm_jax.systems.baselines.anyres import views as anyres
+from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
+from hrvlm_jax.systems.baselines.anyres.encoder import Encoder as AnyResEncoder
+from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
+from hrvlm_jax.systems.baselines.single_view.views import view_pixels as single_view
+from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm.prefix import merge
+
+
+def _anyres(case: Case, side: int, *, vision_width: int = 8, **options) -> AnyResConfig:
+  """The tile arithmetic of a case; the tower's other sizes play no part."""
+  cfg = case.config
+  tile = cfg['tile']
+  vision = ViTConfig(image_size=tile, patch_size=tile // side, width=vision_width, depth=1, heads=1,
+                     mlp_width=1)
+  if vision.grid != side:
+    raise ValueError(f'{side} patches per side do not divide a tile of {tile} pixels')
+  pinpoints = tuple(map(tuple, cfg['grid_pinpoints_wh'].plain()))
+  return AnyResConfig(vision=vision, layer=-1, pinpoints=pinpoints,
+                      **{'projector': None, 'width': vision_width} | options)
+
+
+@check('anyres', 'grid')
+def grid(case: Case) -> None:
+  """Resolution, content box, feature map and token count of every size."""
+  config = _anyres(case, case.config['patches_per_side'])
+  side = config.vision.grid
+  for number, row in enumerate(case.config['cases']):
+    width, height = row['size_wh'].plain()
+    resolution = tiles.choose_resolution(width, height, config.pinpoints)
+    columns, rows = anyres.grid(width, height, config)
+    shape = (rows * side, columns * side)
+    down, across = tiles.content_cells(width, height, *shape)
+    expected = {
+      'best_resolution_wh': resolution, 'grid_wh': (columns, rows),
+      'content_box_xyxy': tiles.content_box(width, height, resolution), 'feature_map_hw': shape,
+      'unpadded_hw': (down.stop - down.start, across.stop - across.start),
+      'unpadded_origin_yx': (down.start, across.start),
+      'tokens_spatial_unpad': anyres.count(width, height, config).tokens}
+    for key, value in expected.items():
+      if key in row:
+        case.expect_json(('cases', number, key), list(value) if isinstance(value, tuple) else value)
+
+
+@check('anyres', 'crops')
+def crops(case: Case) -> None:
+  """Pixels of canvas, tiles and thumbnail; the older padding to a square."""
+  cfg = case.config
+  mean, std = (tuple(cfg[key].plain()) for key in ('mean', 'std'))
+  config = _anyres(case, 1, mean=mean, std=std)
+  case.waive('config.json:resize', 'describes what the pixels below show')
+  square = SingleViewConfig(vision=config.vision, layer=-1, fit='pad', mean=mean, std=std)
+  for number, row in enumerate(cfg['images']):
+    image = case.image(row['file'])
+    name = row['file'].rsplit('.', 1)[0]
+    case.expect_json(('images', number, 'size_wh'), list(image.size))
+    case.expect_json(('images', number, 'grid_wh'), list(anyres.grid(*image.size, config)))
+    case.exact(f'{name}.padded_uint8', np.asarray(anyres.canvas(image, config)))
+    values = normalise_host(anyres.view_pixels(image, config), mean, std)
+    case.expect(f'{name}.crops', values.transpose(0, 3, 1, 2), tol=OPERATOR)
+    if case.has(f'{name}.pad_square'):
+      values = normalise_host(single_view(image, square), mean, std)
+      case.expect(f'{name}.pad_square', values.transpose(2, 0, 1), tol=OPERATOR)
+
+
+@check('anyres', 'dynamic_tiles')
+def dynamic_tiles(case: Case) -> None:
+  """Closest-aspect grids and the grids of dynamic S2."""
+  cfg = case.config
+  tile = cfg['tile']
+  order = [tuple(pair) for pair in cfg['candidate_order_wh'].plain()]
+  candidates = tiles.grid_candidates(cfg['min_tiles'], cfg['max_tiles'])
+  case.expect_json(('candidate_order_wh',), [list(pair) for pair in candidates])
+  scales = cfg['s2_scales'].plain()
+  for number, row in enumerate(cfg['cases']):
+    width, height = row['size_wh'].plain()
+    columns, rows = tiles.closest_grid(width, height, tile, order)
+    case.expect_json(('cases', number, 'grid_wh'), [columns, rows])
+    case.expect_json(('cases', number, 'n_tiles'), columns * rows + int(columns * rows > 1))
+    grids = tiles.scale_grids(width, height, scales, cfg['s2_tile'], cfg['s2_max_tiles'])
+    case.expect_json(('cases', number, 'dynamic_s2_block_hw'), list(grids[-1]))
+    case.expect_json(('cases', number, 'dynamic_s2_n_tiles'), sum(r * c for r, c in grids))
+
+
+@check('anyres', 'features')
+def features(case: Case) -> None:
+  """Projected and merged tokens of every image, and their places in the text."""
+  cfg, weights = case.config, case.weights()
+  sizes = cfg['sizes_wh'].plain()
+  kind = 'linear' if 'mm_projector.weight' in weights else (
+    f'mlp{sum(k.startswith("mm_projector.") and k.endswith(".weight") for k in weights)}x_gelu')
+  width = case.input('tower_features.0').shape[-1]
+  config = _anyres(case, cfg['patches_per_side'], vision_width=width,
+                   width=len(weights['image_newline']), merge=cfg['mm_patch_merge_type'],
+                   projector=kind)
+  fn = Functional(lambda rngs: AnyResEncoder(config, rngs=rngs))
+  params = {key: value for key, value in fn.abstract.items() if key != 'tower'}
+  rows = layout.projector_rows(kind, 'mm_projector', ours='projector')
+  names = {name: value for name, value in weights.items() if name.startswith('mm_projector')}
+  if config.has_newline:
+    rows.append(Row('newline', 'image_newline', identity))
+    names['image_newline'] = weights['image_newline']
+  params = import_tensors(names, Table(tuple(rows)), params)
+  params['tower'] = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                                 fn.abstract['tower'])
+  arrange = jax.jit(functools.partial(fn.apply, method='arrange'))
+  tokens = []
+  for number, (wide, high) in enumerate(sizes):
+    index = anyres.gather_index(wide, high, config)
+    case.expect_json(('tokens_per_image', number), len(index))
+    found = np.asarray(arrange(params, case.input(f'tower_features.{number}'), index[None]))[0]
+    case.expect(f'image_tokens.{number}', found)
+    tokens.append(found)
+  _insertion(case, tokens, weights['embed_tokens.weight'])
+
+
+def _insertion(case: Case, tokens: list[np.ndarray], table: np.ndarray) -> None:
+  """The tokens' places in the padded rows of text, through the library's own expansion."""
+  cfg = case.config
+  ids, labels = case.input('input_ids'), case.input('labels')
+  real = case.input('attention_mask') > 0
+  case.expect_json(('ignore_index',), -100)
+  image_id, images, rows, used = cfg['image_token_index'], iter(tokens), [], []
+  for row, keep in enumerate(real):
+    own = [next(images) for _ in range(int((ids[row][keep] == image_id).sum()))]
+    rows.append(expand(ids[row][keep], labels[row][keep], image_id, [len(x) for x in own]))
+    used.append(np.concatenate([*own, np.zeros((1, table.shape[1]), table.dtype)]))
+  batch = pad_batch(rows, max(len(row['tokens']) for row in rows), cfg['padding_side'])
+  most = max(map(len, used))
+  values = np.stack([np.pad(x, ((0, most - len(x)), (0, 0))) for x in used])
+  visual = VisualTokens(jnp.asarray(values), jnp.ones(values.shape[:2], bool))
+  embeds = np.asarray(merge(jnp.take(table, batch['tokens'], axis=0), visual,
+                            batch['visual_index']))
+  valid = batch['valid']
+  positions = np.where(valid, np.cumsum(valid, axis=1) - 1, 0)
+  like = lambda key, value: np.asarray(value).astype(case.input(key).dtype)
+  case.expect('expanded.inputs_embeds', np.where(valid[..., None], embeds, 0))
+  for key, value in (('labels', batch['labels']), ('attention_mask', valid),
+                     ('position_ids', positions)):
+    case.exact(f'expanded.{key}', like(f'expanded.{key}', value))
