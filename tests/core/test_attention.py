@@ -82,3 +82,21 @@ def test_choices_that_cannot_work_are_refused():
       with pytest.raises(ValueError, match=f"impl='{impl}' needs"):
         lib.attention(q, k, v, impl=impl)
     np.testing.assert_allclose(lib.attention(q, k, v, impl='auto'), reference(q, k, v), atol=1e-5)
+
+
+def test_head_by_head_is_the_same_function():
+  q, k, v = inputs(t=7)
+  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7)
+  for options in ({}, {'causal': True}, {'mask': mask, 'causal': True}):
+    total = lambda q, k, v, impl, o=options: jnp.square(lib.attention(q, k, v, impl=impl, **o)).sum()
+    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v, impl)
+            for impl in ('xla', 'heads')]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
+
+
+def test_large_inputs_on_a_cpu_keep_one_head_of_scores(monkeypatch):
+  monkeypatch.setattr(lib, '_HEADS_FROM', 10)
+  q, k, v = inputs(dtype=jnp.bfloat16)
+  out = lib.attention(q, k, v)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.asarray(out, np.float32), reference(q, k, v), atol=3e-2)
