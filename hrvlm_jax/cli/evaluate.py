@@ -3,6 +3,7 @@
 import os
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -24,18 +25,24 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.evaluation import benchmarks
 
   benchmark = benchmarks.get(arguments.benchmark)
+  import jax
   import jax.numpy as jnp
 
   from hrvlm_jax.checkpoint import layout
   from hrvlm_jax.evaluation import provenance
   from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.evaluation.runner import evaluate
+  from hrvlm_jax.parallel import distributed
   from hrvlm_jax.vlm.answer import Answerer
 
   folder = os.fspath(layout.resolve(arguments.checkpoint))
   # The originals ignored EXIF orientation in evaluation; so do the published numbers.
   answerer = Answerer.load(folder, dtype=jnp.dtype(arguments.dtype), exif='ignore')
-  model = EvaluatedModel(answerer,
+  devices = jax.local_devices()
+  if arguments.batch_size % len(devices):
+    raise UserError(f'--batch-size {arguments.batch_size} is no multiple of the {len(devices)} '
+                    'devices of this machine')
+  model = EvaluatedModel(answerer, devices=devices if len(devices) > 1 else None,
                          max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
   name = os.path.basename(os.path.abspath(arguments.checkpoint))
   setup = model.setup(name=name, checkpoint=arguments.checkpoint,
@@ -44,6 +51,8 @@ def main(argv: list[str]) -> int:
       benchmark, model.answer, data=arguments.data, out=arguments.out, setup=setup,
       split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
       limit=arguments.limit, likelihood_fn=model.likelihood, overlay_fn=model.overlay,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+      barrier=lambda: distributed.barrier('eval'),
       progress=not arguments.quiet)
   if result is not None:
     print(result.summary())

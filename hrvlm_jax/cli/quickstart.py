@@ -24,10 +24,12 @@ from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.conversation import messages_from_llava
 from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, is_correct, read_records, write
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.bpe import train_bpe
+from hrvlm_jax.language.chat import get_template, render, rendered_text
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
@@ -41,7 +43,7 @@ WINDOW = 80  # canvas pixels of a crop; the panorama's height, so that crops mak
 VIEW = 40  # pixels of a view
 VISION = ViTConfig(image_size=VIEW, patch_size=8, width=96, depth=3, heads=4, mlp_width=384,
                    activation='gelu_tanh', pool='map')
-LAST_TOKENS = 3  # K: 48 tokens over 16 views
+LAST_TOKENS = 2  # K: 32 tokens over 16 views
 SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
 VOCABULARY = 384  # at most; bytes, special tokens and the words of the questions
 TEXT = language.phi(vocab_size=VOCABULARY, width=128, depth=2, heads=4, mlp_width=512,
@@ -52,12 +54,12 @@ TEXT = language.phi(vocab_size=VOCABULARY, width=128, depth=2, heads=4, mlp_widt
 class Sizes:
   """How much of everything; `smoke` is for tests."""
 
-  train_images: int = 6000
+  train_images: int = 4000
   eval_images: int = 500
   photo_images: int = 200
-  encoder_steps: int = 1300
-  train_steps: int = 600
-  batch_size: int = 16
+  encoder_steps: int = 1000
+  train_steps: int = 500
+  batch_size: int = 32
 
   @classmethod
   def smoke(cls) -> Sizes:
@@ -142,8 +144,9 @@ class Journey:
 
   def tokenizer(self) -> None:
     """A byte-level BPE tokenizer in which the words of the questions are single tokens."""
-    texts = [turn['value'] for record in read_records(self.folder / 'data/train')[:1000]
-             for turn in record['conversations']]
+    template = get_template('mc_llava_train')
+    texts = [rendered_text(render(template, messages_from_llava(record['conversations'])))
+             for record in read_records(self.folder / 'data/train')[:1000]]
     folder = self.folder / 'tokenizer'
     folder.mkdir(exist_ok=True)
     train_bpe(texts, vocab_size=VOCABULARY, specials=SPECIALS,

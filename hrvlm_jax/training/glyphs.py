@@ -48,7 +48,7 @@ class GlyphConfig:
   learning_rate: float = 2e-3
   warmup: int = 50
   weight_decay: float = 0.01
-  patch_weight: float = 1.0
+  patch_weight: float = 4.0
   seed: int = 0
 
   @property
@@ -65,16 +65,15 @@ class GlyphReader(Module):
     width = config.vision.width
     self.tower = ViT(config.vision, rngs=rngs)
     self.norm = LayerNorm(width, eps=1e-6, rngs=rngs)
-    self.read = Linear(width * config.last_tokens, len(config.needle.colours) * config.classes,
-                       rngs=rngs)
+    self.read = Linear(width, len(config.needle.colours) * config.classes, rngs=rngs)
     self.patch_norm = LayerNorm(width, eps=1e-6, rngs=rngs)
     self.patch_read = Linear(width, config.classes, rngs=rngs)
 
   def __call__(self, pixels):
     """uint8 [n h w 3] -> logits [n colours classes], [n patches classes]."""
     x = self.tower(normalise(pixels, (0.5,) * 3, (0.5,) * 3))
-    last = self.norm(x[:, -self.config.last_tokens:])
-    colours = self.read(last.reshape(len(x), -1))
+    # A mean, as attention takes one: what a decoder can read off these tokens in one layer.
+    colours = self.read(self.norm(x[:, -self.config.last_tokens:].mean(axis=1)))
     shape = (len(x), len(self.config.needle.colours), self.config.classes)
     return colours.reshape(shape), self.patch_read(self.patch_norm(x))
 
