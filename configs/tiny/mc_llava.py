@@ -1,6 +1,6 @@
-"""A tiny MC-LLaVA on the built-in task.
+"""A tiny MC-LLaVA on the built-in task, from scratch (`hrvlm quickstart` pre-trains its encoder).
 
-Command:  python -m hrvlm_jax.data.needle --preset tiny --out runs/needle   (once)
+Command:  hrvlm needle --out runs/needle   (once)
           hrvlm train --config configs/tiny/mc_llava.py --workdir runs/tiny_mc_llava
 Hardware: 2 CPU cores.
 """
@@ -15,7 +15,7 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = to_dict(tiny())
-  config.data = dict(train='runs/needle/train/train.json', lengths=(192, 256))
+  config.data = dict(train='runs/needle/train/needle.json', lengths=(256, 320))
   config.training = dict(
     steps=200, batch_size=16, log_every=10, checkpoint_every=100,
     optimizer=dict(learning_rate=1e-3, schedule='cosine', warmup=0.05, weight_decay=0.01))

@@ -1,6 +1,6 @@
 """A tiny Pheye on the built-in task: global view and four tiles, read by cross-attention.
 
-Command:  python -m hrvlm_jax.data.needle --preset tiny --out runs/needle   (once)
+Command:  hrvlm needle --out runs/needle   (once)
           hrvlm train --config configs/tiny/pheye.py --workdir runs/tiny_pheye
 Hardware: 2 CPU cores.
 """
@@ -23,7 +23,7 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = to_dict(tiny())
-  config.data = dict(train='runs/needle/train/train.json', lengths=(320, 384))
+  config.data = dict(train='runs/needle/train/needle.json', lengths=(320, 384))
   config.training = dict(
     steps=200, batch_size=16, log_every=10, checkpoint_every=100, groups=GROUPS,
     optimizer=dict(learning_rate=1e-3, schedule='cosine', warmup=0.05, weight_decay=0.01))
