@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hrvlm_jax.checkpoint.rows import Row, Table, identity, import_tensors
+from hrvlm_jax.checkpoint.rows import Row, Table, identity, import_tensors, prefixed
+from hrvlm_jax.core.layers import PatchEmbed, activation_name
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise_host
 from hrvlm_jax.data.expansion import expand, pad_batch
@@ -16,11 +18,14 @@ from hrvlm_jax.systems.baselines import layout, tiled, tiles
 from hrvlm_jax.systems.baselines.anyres import views as anyres
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.anyres.encoder import Encoder as AnyResEncoder
+from hrvlm_jax.systems.baselines.s2 import scaling
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.baselines.single_view.views import view_pixels as single_view
 from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.systems.vila_hd.projector import BlockProjector
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
-from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision.vit import ViT, ViTConfig
 from hrvlm_jax.vlm.prefix import merge
 
 
@@ -155,3 +160,121 @@ def _insertion(case: Case, tokens: list[np.ndarray], table: np.ndarray) -> None:
   for key, value in (('labels', batch['labels']), ('attention_mask', valid),
                      ('position_ids', positions)):
     case.exact(f'expanded.{key}', like(f'expanded.{key}', value))
+
+
+def _scale_sizes(variant, side: int) -> list[int]:
+  if 'img_sizes' in variant:
+    return variant['img_sizes'].plain()
+  return [int(side * scale) for scale in variant['scales'].plain()]
+
+
+def _variant(case: Case, name: str, encode, *, tokens: bool) -> None:
+  """One setting of the wrapper: result and every intermediate."""
+  cfg = case.config
+  variant = cfg['variants'][name]
+  x = jnp.asarray(case.input('input').transpose(0, 2, 3, 1))
+  case.expect_json(('image_size',), x.shape[1])
+  options = dict(split=variant.get('max_split_size'), output=variant.get('idx') or 0,
+                 prefix=variant.get('npre') or 0, tokens=tokens)
+  variant.get('split_forward')  # batching only
+  sizes = _scale_sizes(variant, x.shape[1])
+
+  @jax.jit
+  def run(x):
+    trace: dict[str, jax.Array] = {}
+    return scaling.multi_scale(encode, x, sizes, trace=trace, **options), trace
+
+  out, trace = run(x)
+  for key, value in {'output': out, **trace}.items():
+    full = f'{name}.{key}'
+    value = np.asarray(value)
+    if value.ndim == 4:
+      value = value.transpose(0, 3, 1, 2)
+    if case.has(full):
+      case.expect(full, value)
+
+
+@check('s2', 'linear_patch')
+def linear_patch(case: Case) -> None:
+  """The wrapper over a patch convolution."""
+  cfg, weights = case.config, case.weights()
+  kernel = weights['proj.weight'].transpose(2, 3, 1, 0)
+  case.expect_json(('patch_size',), kernel.shape[0])
+  case.expect_json(('channels',), kernel.shape[-1])
+  for key in ('encoder', 'interpolation'):
+    case.waive(f'config.json:{key}', 'says in words what the tensors are compared for')
+  patch = Functional(lambda rngs: PatchEmbed(kernel.shape[0], kernel.shape[2], kernel.shape[3],
+                                             bias=True, rngs=rngs))
+  params = {'kernel': kernel.reshape(patch.abstract['kernel'].shape), 'bias': weights['proj.bias']}
+  for name in cfg['variants']:
+    shape = cfg['variants'][name].get('shape') or 'bnc'
+    tokens = shape != 'bchw'
+    encode = lambda x, tokens=tokens: (
+      patch.apply(params, x) if tokens else scaling.square_map(patch.apply(params, x)))
+    _variant(case, name, encode, tokens=tokens)
+
+
+@check('s2', 'clip_vit')
+def clip_vit(case: Case) -> None:
+  """The wrapper over a CLIP tower."""
+  cfg, weights = case.config, case.weights()
+  c = cfg['clip']
+  vision = ViTConfig(
+    image_size=c['image_size'], patch_size=c['patch_size'], width=c['hidden_size'],
+    depth=c['num_hidden_layers'], heads=c['num_attention_heads'], mlp_width=c['intermediate_size'],
+    activation=activation_name(cfg['hidden_act']), norm_eps=cfg['layer_norm_eps'],
+    class_token=True, patch_bias=False, pre_norm=True)
+  case.waive('config.json:clip/projection_dim', 'of the text and image projection, not used')
+  fn = Functional(lambda rngs: ViT(vision, rngs=rngs))
+  rows = prefixed(vision_weights.clip(vision), theirs='vision_model.')
+  params = import_tensors(weights, rows, fn.abstract)
+  depth = vision.depth
+  for name in cfg['variants']:
+    feature = cfg['variants'][name]['feature']
+    if feature == 'last_hidden_state':
+      encode = lambda x: fn.apply(params, x)
+    elif feature == 'penultimate_patch':
+      layer = cfg['select_layer']
+      encode = lambda x, layer=layer: fn.apply(params, x, stop=depth + 1 + layer)[:, 1:]
+    else:
+      raise ValueError(f'variant {name}: unknown feature {feature!r}')
+    _variant(case, name, encode, tokens=True)
+  case.waive('config.json:select_layer', 'no variant reads it')
+
+
+@check('s2', 'dynamic_s2')
+def dynamic_s2(case: Case) -> None:
+  """Tiles of several scales to one map, projected block by block."""
+  cfg = case.config
+  scales, output = cfg['scales'].plain(), cfg['resize_output_to_scale_idx']
+  features, kind = case.input('block_features'), cfg['projector']
+  case.expect_json(('grid_per_block',), math.isqrt(features.shape[1]))
+  case.expect_json(('channels',), features.shape[-1])
+  case.waive('config.json:order', 'says in words what the tensors are compared for')
+  width = cfg['hidden_size']
+  fn = Functional(lambda rngs: BlockProjector(kind, features.shape[-1] * len(scales), width,
+                                              rngs=rngs))
+  rows = [Row(row.ours.removeprefix('/'), row.theirs.removeprefix('x.'), row.op)
+          for row in layout.projector_rows(kind, 'x', ours='')]
+  params = import_tensors(case.weights(), Table(tuple(rows)), fn.abstract)
+  start = 0
+  for number, block in enumerate(cfg['block_sizes'].plain()):
+    square = [(scale // scales[0],) * 2 for scale in scales[:-1]]
+    if block is None:
+      grids, count, after = [(1, 1)] * len(scales), 1, (1, 1)
+    else:
+      grids = [*square, tuple(block)]
+      count, after = sum(r * c for r, c in grids), scaling.output_grid(grids, output)
+    case.expect_json(('blocks_after', number), list(after))
+
+    @jax.jit
+    def run(tiles, grids=grids, after=after):
+      merged = scaling.dynamic_map(tiles, grids, output=output)
+      return merged, scaling.project_blocks(merged, after, lambda x: fn.apply(params, x))
+
+    merged, tokens = run(features[start:start + count])
+    case.expect(f'image{number}.merged_map', np.asarray(merged).transpose(2, 0, 1)[None])
+    case.expect(f'image{number}.tokens', tokens)
+    start += count
+  if start != len(features):
+    raise ValueError(f'{len(features)} tiles, {start} used')
