@@ -57,8 +57,8 @@ class Sizes:
   train_images: int = 4000
   eval_images: int = 500
   photo_images: int = 200
-  encoder_steps: int = 1000
-  train_steps: int = 500
+  encoder_steps: int = 1500
+  train_steps: int = 1000
   batch_size: int = 32
 
   @classmethod
