@@ -1,16 +1,21 @@
 """Writing folders so that a half-written one is never taken for a whole one.
 
 `staged_folder` collects files in a neighbour of the target and renames it into place at the end;
-`clear_errors` turns what the operating system says into one sentence.
+`scratch_arrays` are arrays larger than memory; `clear_errors` turns what the operating system says
+into one sentence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import pathlib
 import shutil
+import tempfile
+
+import numpy as np
 
 from hrvlm_jax.core.errors import UserError
 
@@ -100,6 +105,38 @@ def staged_folder(
     finally:
       shutil.rmtree(stage, ignore_errors=True)
       shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_arrays(
+    folder: str | os.PathLike,
+) -> Iterator[Callable[[tuple[int, ...], np.dtype], np.ndarray]]:
+  """Yields `allocate(shape, dtype)`, whose arrays lie in files below `folder` and not in memory.
+
+  The files are removed at the end; choose the disk that the result will be written to.
+
+  Raises:
+    UserError: no space or no permission.
+  """
+  with clear_errors(f'cannot write scratch files in {folder}'):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix='.scratch-', dir=folder)
+
+  def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not nbytes:
+      return np.empty(shape, dtype)
+    with clear_errors(f'cannot write scratch files in {folder}'):
+      with tempfile.NamedTemporaryFile(dir=scratch.name, delete=False) as file:
+        # Reserved now: a full disk must not end the process in the middle of a copy.
+        if hasattr(os, 'posix_fallocate'):
+          os.posix_fallocate(file.fileno(), 0, nbytes)
+        else:
+          file.truncate(nbytes)
+      return np.memmap(file.name, np.uint8, 'r+', shape=(nbytes,)).view(dtype).reshape(shape)
+
+  with scratch:
+    yield allocate
 
 
 def sync(path: str | os.PathLike) -> None:

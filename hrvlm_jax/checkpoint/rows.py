@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hrvlm_jax.checkpoint.hf import is_finite
 from hrvlm_jax.core import errors, paths
 
 Shape = tuple[int, ...]
@@ -215,7 +216,8 @@ def check_names(
 
 def import_tensors(
   tensors: Mapping[str, np.ndarray], table: Table, abstract: Mapping[str, Any], *,
-  what: str = 'checkpoint', dtype=None,
+  what: str = 'checkpoint', dtype=None, allocate: Callable[..., np.ndarray] = np.empty,
+  finite: bool = False,
 ) -> dict[str, Any]:
   """PyTorch tensors -> nested dict of NumPy arrays, complete or refused.
 
@@ -223,9 +225,13 @@ def import_tensors(
     tensors: lazy or eager mapping; each tensor is read once. `.shapes` is used where it exists,
       so that a lazy mapping is checked before anything is read.
     dtype: cast on the way; default: the dtype of the file.
+    allocate: (shape, dtype) -> array to fill; `files.scratch_arrays` gives arrays on disk, for
+      models larger than memory.
+    finite: refuse tensors that hold infinities or NaN.
 
   Raises:
-    UserError: every missing, unexpected, misshapen or unequal aliased tensor, in one message.
+    UserError: every missing, unexpected, misshapen, non-finite or unequal aliased tensor, in one
+      message.
   """
   shapes = getattr(tensors, 'shapes', None) or {n: tuple(t.shape) for n, t in tensors.items()}
   present = check_names(table, abstract, shapes, what=what)
@@ -237,16 +243,14 @@ def import_tensors(
     for alias in entry.names[1:]:
       if not np.array_equal(value, np.asarray(tensors[alias])):
         problems.append(f'{alias}: differs from {entry.names[0]}, of which it is an alias')
+    if finite and not is_finite(value):
+      problems.append(f'{entry.names[0]}: holds infinities or NaN')
     loaded = entry.row.op.load(value)
     arrays = (loaded,) if isinstance(entry.row.ours, str) else loaded
     for path, array in zip(entry.row.our_paths, arrays, strict=True):
-      kind = dtype or array.dtype
-      if entry.layer is None:
-        out[path] = np.ascontiguousarray(array, dtype=kind).reshape(array.shape)
-        continue
       if path not in out:
-        out[path] = np.empty(flat[path].shape, kind)
-      out[path][entry.layer] = array
+        out[path] = allocate(flat[path].shape, dtype or array.dtype)
+      out[path][... if entry.layer is None else entry.layer] = array
   errors.raise_all(f'tensors of the {what}', problems)
   return paths.unflatten(out)
 
