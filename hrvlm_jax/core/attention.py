@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from hrvlm_jax.core.layers import wide_dtype
 
 IMPLEMENTATIONS = ('xla', 'heads', 'cudnn', 'splash', 'auto')
-# Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32: beyond the caches).
+# Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32).
 _HEADS_FROM = 2**22
 # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)

@@ -170,7 +170,8 @@ def bicubic(
 
 def area(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... H W']:
   """`interpolate(mode='area')` of maps."""
-  return resize(x[..., None], area_matrix(x.shape[-2], rows), area_matrix(x.shape[-1], cols))[..., 0]
+  down, across = area_matrix(x.shape[-2], rows), area_matrix(x.shape[-1], cols)
+  return resize(x[..., None], down, across)[..., 0]
 
 
 def nearest(x: Shaped[Array, '... h w'], rows: int, cols: int) -> Shaped[Array, '... H W']:
@@ -180,7 +181,7 @@ def nearest(x: Shaped[Array, '... h w'], rows: int, cols: int) -> Shaped[Array, 
 
 
 def adaptive_max(x: Float[Array, '... h w'], rows: int, cols: int) -> Float[Array, '... H W']:
-  """Adaptive max pooling over the windows of `area_matrix`; they overlap where sizes do not divide."""
+  """Adaptive max pooling over the windows of `area_matrix`; they may overlap."""
   for axis, size in ((-2, rows), (-1, cols)):
     n = x.shape[axis]
     windows = [((i * n) // size, -((-(i + 1) * n) // size)) for i in range(size)]

@@ -184,6 +184,8 @@ class System:
       rows; a tensor is then named `folder/name`. () for one folder.
     released: ModelConfig by release name.
     tiny: a ModelConfig that trains on a laptop.
+    alone: (encoder config, param_dtype=, rngs=) -> Module, the whole model of a config without a
+      language model (PS3's image-text model); None where there is none.
   """
 
   name: str
@@ -200,3 +202,4 @@ class System:
   tiny: Callable[[], ModelConfig]
   overlay_needs_info: bool = False
   folders: tuple[str, ...] = ()
+  alone: Callable[..., Module] | None = None

@@ -11,6 +11,7 @@ _MODULES = {
   'llava_hr': 'hrvlm_jax.systems.llava_hr',
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
   'pheye': 'hrvlm_jax.systems.pheye',
+  'ps3': 'hrvlm_jax.systems.ps3',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',
   'vila_hd': 'hrvlm_jax.systems.vila_hd',
 }

@@ -99,7 +99,8 @@ def selection_loss(
   for p, target in zip(probs, targets, strict=True):
     p = wide(p)
     # torch bounds the logarithms at -100; probabilities of the selection never get there.
-    nll = -jnp.where(target > 0, jnp.maximum(jnp.log(p), -100.0), jnp.maximum(jnp.log1p(-p), -100.0))
+    hit, miss = (jnp.maximum(x, -100.0) for x in (jnp.log(p), jnp.log1p(-p)))
+    nll = -jnp.where(target > 0, hit, miss)
     total = total + jnp.where(is_local, nll.mean(axis=(1, 2)), 0.0).sum() / len(probs)
   return total, is_local.sum().astype(total.dtype)
 
@@ -122,7 +123,7 @@ def pretrain_losses(
   total, rows = sigmoid_loss(image, text, module.logit_scale[...], module.logit_bias[...],
                              chunk=config.chunk)
   contrastive = total / rows
-  losses = {'prior': jnp.zeros((), contrastive.dtype), 'posterior': jnp.zeros((), contrastive.dtype)}
+  losses = {name: jnp.zeros((), contrastive.dtype) for name in ('prior', 'posterior')}
   if batch.get('target') is not None:
     targets = target_maps(batch['target'], out.plan)
     is_local = jnp.ones(image.shape[0], bool)

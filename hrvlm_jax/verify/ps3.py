@@ -129,8 +129,7 @@ class _Run:
       self.case.expect_json(('runs', self.name, key), value, **options)
 
   def plan(self, config: PS3Config) -> Plan:
-    first = self.spec['only_select_first_n_scale'] if (
-      'only_select_first_n_scale' in self.spec) else None
+    first = self.spec.get('only_select_first_n_scale')
     if first is not None and not isinstance(first, int):
       first = first.plain()
     looks = self.spec.get('num_look_close')
@@ -429,7 +428,8 @@ def _gradients(case, name, fn, params, table, batch, losses):
       listed += spec[key].plain()
       case.expect_json(('runs', name, key), [n for n in spec[key].plain() if n in silent])
   if set(silent) != set(listed):
-    raise ValueError(f'run {name}: parameters without gradient are {silent}, the case lists {listed}')
+    raise ValueError(f'run {name}: parameters without gradient are {silent}, the case lists '
+                     f'{listed}')
 
 
 @check('ps3', 'preprocess')

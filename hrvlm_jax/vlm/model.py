@@ -17,7 +17,11 @@ from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import (
-  CrossAttentionFusion, ModelConfig, PrefixFusion, TwoPassFusion, VisualTokens,
+  CrossAttentionFusion,
+  ModelConfig,
+  PrefixFusion,
+  TwoPassFusion,
+  VisualTokens,
 )
 from hrvlm_jax.vlm.cross_attention import CrossAttention, Media
 from hrvlm_jax.vlm.prefix import merge, merge_valid
@@ -177,7 +181,18 @@ class CrossAttentionVLM(VLM):
 
 
 def build(config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32) -> Functional:
-  """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`)."""
+  """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`).
+
+  Without a language model it is the system's own (`System.alone`).
+
+  Raises:
+    UserError: no language model, and a system that has no model without one.
+  """
+  if config.text is None:
+    alone = registry.get(config.system).alone
+    if alone is None:
+      raise UserError(f'model.text is none, but {config.system} needs a language model')
+    return Functional(lambda rngs: alone(config.encoder, param_dtype=param_dtype, rngs=rngs))
   kind = CrossAttentionVLM
   if isinstance(config.fusion, TwoPassFusion):
     from hrvlm_jax.vlm.two_pass import TwoPassVLM as kind  # it builds on this module

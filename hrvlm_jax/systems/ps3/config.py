@@ -10,8 +10,7 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.layers import activation
-from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import ViTConfig
 
 MLP_RATIO = 3.7362  # SO400M's; widths are truncated, not rounded
@@ -242,10 +241,5 @@ def tiny_encoder(*, vocab_size: int = 264, max_select: int = 32) -> PS3Config:
 
 
 def tiny() -> ModelConfig:
-  """The tiny encoder (bottom-up) with a small language model."""
-  encoder = dataclasses.replace(tiny_encoder(), text=None)
-  return ModelConfig(
-    system='ps3', encoder=encoder,
-    text=language.phi(vocab_size=264, width=128, depth=2, heads=4, mlp_width=256,
-                      max_positions=512),
-    projector=ProjectorConfig(n_in=64, n_out=128))
+  """The tiny encoder with its text tower, without a language model, as PS3 is released."""
+  return _alone(tiny_encoder())

@@ -1,7 +1,7 @@
-"""PS3's pre-training samples: captions, crops with their boxes, ground-truth maps. NumPy and Pillow.
+"""PS3's pre-training samples: captions, crops with their boxes, ground-truth maps. NumPy, Pillow.
 
-One record is an image with boxes (XYXY in its pixels), one caption per box, and optionally a caption
-of the whole image. Source: `NVlabs/PS3: train/src/open_clip_train/data.py,
+One record is an image with boxes (XYXY in its pixels), one caption per box, and optionally a
+caption of the whole image. Source: `NVlabs/PS3: train/src/open_clip_train/data.py,
 train/src/open_clip/transform.py`; paper 2503.19903, section 3.1. Axis letters: h w pixels, k boxes.
 """
 
@@ -76,7 +76,7 @@ def sample_crop(
   width: int, height: int, rng: np.random.Generator, *,
   area: tuple[float, float] = (0.9, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Crop:
-  """torchvision's random resized crop; panoramas fall back to a centre crop of the nearest ratio."""
+  """torchvision's random resized crop; panoramas get a centre crop of the nearest ratio."""
   for _ in range(10):
     target = width * height * rng.uniform(*area)
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))

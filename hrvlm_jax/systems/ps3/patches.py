@@ -29,7 +29,7 @@ def scaled(images: Float[Array, 'b H W c'], plan: Plan) -> list[Float[Array, 'b 
 def gather_patches(
   images: Float[Array, 'b H W c'], rows: Int[Array, 'b k'], cols: Int[Array, 'b k'], patch: int
 ) -> Float[Array, 'b k ppc']:
-  """Pixels of the patches at (row, column) of the patch grid, flattened as (row, column, channel)."""
+  """Pixels of the patches at (row, column) of the grid, flattened as (row, column, channel)."""
   channels = images.shape[-1]
 
   def one(image, row, col):
@@ -54,8 +54,8 @@ def positions_at(
   if tower.config.position == 'crop' or target == side:
     return jnp.take(table, rows * side + cols, axis=0)
   weights = jnp.asarray(resample.bicubic_antialias_matrix(side, target), table.dtype)
-  both = jnp.take(weights, rows, axis=0)[..., :, None] * jnp.take(weights, cols, axis=0)[..., None, :]
-  both = both.reshape(*rows.shape, side * side)
+  down, across = jnp.take(weights, rows, axis=0), jnp.take(weights, cols, axis=0)
+  both = (down[..., :, None] * across[..., None, :]).reshape(*rows.shape, side * side)
   return jnp.matmul(both, table.reshape(side * side, width), precision='highest')
 
 

@@ -194,16 +194,19 @@ def _share(length: int | None, budgets, first: int | None, quirks: str) -> list[
     wanted[-1] += length - sum(wanted)
   if first is None:
     return wanted
-  head = sum(wanted[:first])
-  if head < 1:
-    raise UserError(f'first_scales={first} selects scales without any budget ({list(wanted)})')
   asked = sum(wanted)
+  source = list(budgets) if quirks == 'strict' else wanted
+  head = sum(source[:first])
+  if head < 1:
+    raise UserError(f'first_scales={first} selects scales without any budget ({source} tokens per '
+                    'scale); use a larger first_scales, more tokens or quirks="strict"')
+  shares = [int(b / head * asked) for b in source[:first]]
+  later = len(wanted) - first
   if quirks == 'strict':
-    wanted = [int(b / head * asked) for b in wanted[:first]] + [0] * (len(wanted) - first)
-    wanted[first - 1] += asked - sum(wanted)
-    return wanted
+    shares[-1] += asked - sum(shares)
+    return shares + [0] * later
   # The original gives each later scale one token and the last scale whatever is missing to the
   # FULL budget, also in a shortened look.
-  wanted = [int(b / head * asked) for b in wanted[:first]] + [1] * (len(wanted) - first)
-  wanted[-1] += total - sum(wanted)
-  return wanted
+  shares += [1] * later
+  shares[-1] += total - sum(shares)
+  return shares

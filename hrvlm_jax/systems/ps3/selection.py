@@ -20,7 +20,14 @@ from jaxtyping import Array, Float, Int
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.conv import DepthwiseConv
 from hrvlm_jax.core.layers import (
-  LayerNorm, Linear, Mlp, PatchEmbed, activation, normal, torch_uniform, wide,
+  LayerNorm,
+  Linear,
+  Mlp,
+  PatchEmbed,
+  activation,
+  normal,
+  torch_uniform,
+  wide,
 )
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
 from hrvlm_jax.systems.ps3.config import PS3Config, SaliencyConfig

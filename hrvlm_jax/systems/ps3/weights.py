@@ -1,8 +1,8 @@
 """PS3's released layout: tensor names and config.json, both directions.
 
 A released folder holds one `model.safetensors` (`vision_model.*`, `text_model.*`, `logit_scale`,
-`logit_bias`); the training code calls the same tensors `visual.*`, `text.*` and keeps `prompt_proj.*`
-at the top. Source: `NVlabs/PS3: train/src/open_clip/save_ps3_hf_ckpt.py`.
+`logit_bias`); the training code calls the same tensors `visual.*`, `text.*` and keeps
+`prompt_proj.*` at the top. Source: `NVlabs/PS3: train/src/open_clip/save_ps3_hf_ckpt.py`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,31 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.checkpoint.rows import (
-  Op, Row, Table, conv1x1, conv_kernel, identity, joined, linear, norm, prefixed, split_rows,
+  Op,
+  Row,
+  Table,
+  conv1x1,
+  conv_kernel,
+  joined,
+  linear,
+  norm,
+  prefixed,
+  split_rows,
   transpose,
 )
+from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
 from hrvlm_jax.language import weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.config import (
-  CLIP_MEAN, CLIP_STD, MLP_RATIO, TRUNKS, AdapterConfig, PoolConfig, PS3Config, SaliencyConfig,
+  CLIP_MEAN,
+  CLIP_STD,
+  MLP_RATIO,
+  TRUNKS,
+  AdapterConfig,
+  PoolConfig,
+  PS3Config,
+  SaliencyConfig,
   TextConfig,
 )
 from hrvlm_jax.vision.vit import ViTConfig
@@ -165,8 +182,8 @@ _VISION_DEFAULTS: dict[str, Any] = dict(
 # Keys without meaning for this encoder, or with one meaning only.
 _VISION_IGNORED = {
   'model_name', 'hidden_size', 'pool', 'drop_path', 'patch_drop', 'pretrained', 'dynamic_img_size',
-  'drop', 'patch_size', 'image_size', 'min_select_num', 'ps3', 'proj', 'model_type', 'timm_model_name',
-  'timm_model_pretrained', 'timm_pool', 'timm_proj', 'transformers_version', 'torch_dtype', 'dtype',
+  'drop', 'patch_size', 'image_size', 'min_select_num', 'ps3', 'proj', 'model_type',
+  'timm_model_name', 'timm_model_pretrained', 'timm_pool', 'timm_proj', 'transformers_version', 'torch_dtype', 'dtype',
 }
 
 
@@ -231,19 +248,14 @@ def vision_from_hf(
 
 
 def vision_to_hf(config: PS3Config) -> dict[str, Any]:
-  """The inverse of `vision_from_hf` for published trunks.
-
-  Raises:
-    UserError: the trunk is none of those the original can name.
-  """
+  """The inverse of `vision_from_hf` for published trunks; others have no `model_name` that the
+  original could build."""
   vision = config.vision
   size = lambda v: (v.patch_size, v.width, v.depth, v.heads, v.mlp_width, v.activation)
   names = [name for name, trunk in TRUNKS.items() if size(trunk) == size(vision)]
-  if not names:
-    raise UserError(f'config.vision {size(vision)} (patch, width, depth, heads, MLP, activation) '
-                    f'is no trunk that timm names; known: {sorted(TRUNKS)}')
-  named = next((n for n in names if config.text is not None and
-                (config.text.activation == 'gelu_tanh') == n.endswith('378')), names[0])
+  # SigLIP and SigLIP2 share a trunk and differ in its name.
+  second = config.text is not None and config.text.activation == 'gelu_tanh'
+  named = next((n for n in names if n.endswith('378') == second), names[0] if names else None)
   out = dict(
     model_type='ps3_vision_model', model_name=named, hidden_size=vision.width, pool='map',
     ps3_scales=list(config.scales), select_based_on_layer=list(config.select_layers),
@@ -323,12 +335,12 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """config.json of a released folder -> ModelConfig; None when the model type is another one."""
   if values.get('model_type') != 'ps3':
     return None
-  text = values.get('text_config')
-  encoder = vision_from_hf(values.get('vision_config') or {},
-                           text=None if text is None else text_from_hf(text))
-  ours = values.get('hrvlm', {})
-  if 'pad' in ours and encoder.text is not None:
-    encoder = dataclasses.replace(encoder, text=dataclasses.replace(encoder.text, pad=ours['pad']))
+  if 'hrvlm' in values:  # written by `to_release`: every setting, also those the original lacks
+    encoder = from_dict(PS3Config, values['hrvlm'], title='config.json: hrvlm')
+  else:
+    text = values.get('text_config')
+    encoder = vision_from_hf(values.get('vision_config') or {},
+                             text=None if text is None else text_from_hf(text))
   return ModelConfig(system='ps3', encoder=encoder, text=None, image_token=None)
 
 
@@ -352,6 +364,6 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
       'interpolation': 'bicubic', 'resize_mode': 'squash'},
   }
   if encoder.text is not None:
-    files['config.json'] |= {'text_config': text_to_hf(encoder.text),
-                             'hrvlm': {'pad': encoder.text.pad}}
+    files['config.json']['text_config'] = text_to_hf(encoder.text)
+  files['config.json']['hrvlm'] = to_dict(encoder)
   return files
