@@ -118,6 +118,9 @@ class ToExample:
   Attributes:
     views: (images, encoder config) -> dict of arrays with 'tokens' per image.
     exif: 'apply' turns photographs upright, 'ignore' follows the originals.
+    boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
+      learn where to look (VILA-HD).
+    augment: a transform with `random_map({'images', 'boxes'}, rng)` (`data.background`).
   """
 
   text: Text
@@ -125,6 +128,8 @@ class ToExample:
   encoder: Any
   exif: str = 'apply'
   max_length: int | None = None
+  boxes: bool = False
+  augment: Any = None
 
   def __call__(self, row: Row, rng: np.random.Generator | None = None) -> dict[str, Any]:
     """The example of a row.
@@ -132,9 +137,18 @@ class ToExample:
     Raises:
       UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
     """
-    del rng  # nothing is drawn here
     images = open_images(row, exif=self.exif)
-    views = self.views(images, self.encoder)
+    boxes = [None] * len(images)
+    if self.boxes and row.extra.get('box') is not None:
+      if len(images) != 1:
+        raise BadRow('form', row.where, f'has a box and {len(images)} images, expected one image')
+      boxes = [row.extra['box']]
+    if self.augment is not None:
+      rng = np.random.default_rng() if rng is None else rng
+      changed = self.augment.random_map({'images': images, 'boxes': boxes}, rng)
+      images, boxes = changed['images'], changed['boxes']
+    options = {'boxes': boxes} if self.boxes else {}
+    views = self.views(images, self.encoder, **options)
     # Systems that read the image by cross-attention have no places in the text.
     counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
     arrays = self.text.conversation(row.messages, counts, max_length=self.max_length)

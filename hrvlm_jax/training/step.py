@@ -14,6 +14,7 @@ from hrvlm_jax.core.module import Functional, Params
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import optimizer, schedule, split
+from hrvlm_jax.training.two_pass import two_pass_loss
 
 State = dict[str, Any]  # params (nested), opt, step, and ema (flat dict of trained leaves) if kept
 Objective = Callable[..., tuple[jax.Array, jax.Array]]
@@ -36,7 +37,7 @@ def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.floa
   return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
 
 
-OBJECTIVES: dict[str, Objective] = {'next_token': loss_sum}
+OBJECTIVES: dict[str, Objective] = {'next_token': loss_sum, 'two_pass': two_pass_loss}
 
 
 def init_state(config: TrainingConfig, groups: Mapping[str, Group], params: Params) -> State:

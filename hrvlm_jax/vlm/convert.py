@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+import itertools
 import json
 import os
 import pathlib
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hrvlm_jax.checkpoint import hf, store
+from hrvlm_jax.checkpoint import files as store_files, hf, store
 from hrvlm_jax.checkpoint.rows import Table, export_tensors, import_tensors
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
@@ -20,6 +21,8 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import find_tokenizer, model_config
+
+TEXT_FOLDER = 'llm'  # holds the tokenizer in layouts of several folders
 
 
 def recognise(folder: str | os.PathLike) -> ModelConfig:
@@ -53,13 +56,17 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, dtype=None)
   """
   source = pathlib.Path(source)
   config = recognise(source)
-  tensors = hf.TensorFolder(source)
-  table = registry.get(config.system).table(config)
-  params = import_tensors(tensors, table, vlm.build(config).abstract, what=f'folder {source}',
-                          dtype=dtype)
-  files = {f'tokenizer/{name}': (source / name).read_bytes()
-           for name in TOKENIZER_FILES if (source / name).exists()}
-  store.save_params(target, params, {'model': to_dict(config)}, extra_files=files)
+  system = registry.get(config.system)
+  tensors = Folders(source, system.folders) if system.folders else hf.TensorFolder(source)
+  table = system.table(config)
+  text = source / TEXT_FOLDER if TEXT_FOLDER in system.folders else source
+  files = {f'tokenizer/{name}': (text / name).read_bytes()
+           for name in TOKENIZER_FILES if (text / name).exists()}
+  # Stacked leaves are assembled on the target's disk: the model may be larger than memory.
+  with scratch_arrays(pathlib.Path(target).absolute().parent) as allocate:
+    params = import_tensors(tensors, table, vlm.build(config).abstract, what=f'folder {source}',
+                            dtype=dtype, allocate=allocate, finite=True)
+    store.save_params(target, params, {'model': to_dict(config)}, extra_files=files)
   return config
 
 
@@ -78,11 +85,58 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   table = system.table(config)
   files = {name: json.dumps(value, indent=2) + '\n'
            for name, value in system.to_release(config).items()}
-  files |= find_tokenizer(checkpoint).files
+  place = f'{TEXT_FOLDER}/' if TEXT_FOLDER in system.folders else ''
+  files |= {f'{place}{name}': data for name, data in find_tokenizer(checkpoint).files.items()}
   files['README.md'] = model_card(config, table)
   settings = json.loads(files.pop('config.json'))
+  if system.folders:
+    tensors = _cast(export_tensors(params, table), dtype)
+    return _write_folders(target, tensors, system.folders, {'config.json': settings, **files},
+                          manifest(config, table, checkpoint))
   hf.write_folder(target, _cast(export_tensors(params, table), dtype), config=settings,
                   extra_files=files, manifest=manifest(config, table, checkpoint))
+
+
+class Folders(Mapping):
+  """The tensors of several sub-folders, named `folder/name`, read only when asked for.
+
+  Attributes:
+    shapes: by name, known without reading a tensor.
+
+  Raises:
+    UserError: a sub-folder is missing or holds no weights.
+  """
+
+  def __init__(self, source: pathlib.Path, folders: Sequence[str]):
+    self._parts = {name: hf.TensorFolder(source / name) for name in folders}
+    self.shapes = {f'{folder}/{name}': shape for folder, part in self._parts.items()
+                   for name, shape in part.shapes.items()}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    folder, _, rest = name.partition('/')
+    return self._parts[folder][rest]
+
+  def __iter__(self):
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+
+def _write_folders(target, tensors, folders: Sequence[str], extra: Mapping[str, Any],
+                   facts: Mapping[str, Any]) -> None:
+  """Writes weights of several sub-folders, then all other files, whole or not at all.
+
+  `tensors` come folder by folder, so that only one is in memory.
+  """
+  with store_files.staged_folder(target) as stage:
+    for folder, group in itertools.groupby(tensors, lambda item: item[0].partition('/')[0]):
+      if folder not in folders:
+        raise ValueError(f'tensor folder {folder!r} is none of {tuple(folders)}')
+      (stage / folder).mkdir()
+      hf.write_weights(stage / folder, ((name.partition('/')[2], x) for name, x in group))
+    hf.write_extra(stage, extra)
+    hf.write_manifest(stage, facts)
 
 
 def _cast(tensors: Iterable[tuple[str, np.ndarray]], dtype) -> Iterable[tuple[str, np.ndarray]]:

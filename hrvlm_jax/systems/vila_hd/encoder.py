@@ -124,6 +124,11 @@ class Encoder(Module):
                                      thumbnail=config.tower.grid**2)
     return High(tokens, valid, {'maps': maps, 'probs': out.probs, 'features': features})
 
+  def selection_loss(self, views: dict[str, jax.Array], info: dict[str, Any]):
+    """(loss of the selection against the boxes of `views`, number of images with a box)."""
+    target = form.target_maps(views['boxes'], self.config.side)
+    return form.selection_loss(info['probs'], target)
+
   def arrange(self, views: dict[str, jax.Array], seen: Seen, high: High) -> VisualTokens:
     """Tokens of the images of every row: [low; high] of each, in order."""
     values = jnp.concatenate([seen.tokens, high.tokens.astype(seen.tokens.dtype)], axis=1)

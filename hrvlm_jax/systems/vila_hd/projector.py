@@ -134,7 +134,9 @@ class BlockProjector(Module):
     matrix = resample.area_matrix(self.grid, size)
     return resample.resize(table, matrix, matrix).reshape(size * size, -1)
 
-  def places(self, scale: int, size: int, blocks: Int[Array, 'b k']) -> Float[Array, 'b k d'] | float:
+  def places(
+    self, scale: int, size: int, blocks: Int[Array, 'b k']
+  ) -> Float[Array, 'b k d'] | float:
     """What is added to the tokens of given blocks of a size x size grid; 0.0 without embeddings."""
     if self.pos_embed is None:
       return 0.0

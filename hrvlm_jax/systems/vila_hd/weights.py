@@ -1,7 +1,7 @@
 """VILA-HD's released layout: folders llm/, vision_tower/, mm_projector/ and config.json.
 
-Tensors are named `folder/name`. Source: `NVlabs/VILA: llava/model/llava_arch.py` (`save_pretrained`),
-`llava/model/builder.py`, `llava/train/args.py`.
+Tensors are named `folder/name`. Source: `NVlabs/VILA: llava/model/llava_arch.py`
+(`save_pretrained`), `llava/model/builder.py`, `llava/train/args.py`.
 """
 
 from __future__ import annotations

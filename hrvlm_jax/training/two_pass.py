@@ -1,0 +1,33 @@
+"""The loss of two-pass models: next tokens, and where the question made the encoder look."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.training.losses import chunked_cross_entropy
+
+
+def two_pass_loss(
+  fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.float32, remat=False,
+  impl: str = 'xla', key=None, chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+  """(text loss + weight * selection loss, times targets; number of targets).
+
+  The weight is `fusion.selection_weight`. A batch without targets (grounding questions alone)
+  counts as one, its text loss being 0; a batch without boxes has no selection loss. Source:
+  `NVlabs/VILA: llava/model/language_model/llava_topdown_llama.py`.
+  """
+  module = fn.bind(params)
+  hidden, info = module.run(batch, dtype=dtype, remat=remat, impl=impl, key=key)
+  total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
+  count = jnp.maximum(count, 1)
+  weight = module.config.fusion.selection_weight
+  if weight and info['probs']:
+    loss, _ = module.vision.selection_loss(batch['views'], info)
+    total = total + weight * loss * count
+  return total, count
