@@ -49,9 +49,11 @@ class Rule(NamedTuple):
 WHOLE_VECTORS = 'vectors: read whole by every device, a thousandth of the matrices beside them'
 
 RULES: tuple[Rule, ...] = (
-  # Vocabulary: rows over tensor, so that the loss works on a part of the logits. Some released
-  # vocabularies have odd sizes; then the width takes both axes.
-  Rule(r'.*embed/embedding', ('tensor', 'fsdp'), ((None, ('fsdp', 'tensor')),)),
+  # A look-up in a table cut by rows ends in a copy of all its results on every device before they
+  # find their places; cut by width it is one exchange of pieces.
+  Rule(r'.*embed/embedding', (None, ('fsdp', 'tensor')), ((None, 'fsdp'),)),
+  # Columns over tensor, so that the loss works on a part of the logits. Some released vocabularies
+  # have odd sizes; then the width takes both axes.
   Rule(r'language/head/kernel', ('fsdp', 'tensor'), ((('fsdp', 'tensor'), None),)),
   Rule(r'language/head/bias', ('tensor',), ((),)),
   # Low rank: the long side over fsdp.

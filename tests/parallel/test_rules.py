@@ -32,11 +32,11 @@ def spec(path, shape, mesh=MIXED):
     ('language/blocks/attn/out/kernel', (32, 4096, 4096), P(None, 'tensor', 'fsdp')),
     ('vision/tower/blocks/mlp/fc1/kernel', (24, 1024, 4096), P(None, 'fsdp', 'tensor')),
     ('language/blocks/mlp/down/kernel', (32, 11008, 4096), P(None, 'tensor', 'fsdp')),
-    ('language/embed/embedding', (32000, 4096), P('tensor', 'fsdp')),
+    ('language/embed/embedding', (32000, 4096), P(None, ('fsdp', 'tensor'))),
     ('language/head/kernel', (4096, 32000), P('fsdp', 'tensor')),
     ('language/head/bias', (51200,), P('tensor')),
     # A vocabulary that does not divide: the width takes both axes.
-    ('language/embed/embedding', (50295, 2560), P(None, ('fsdp', 'tensor'))),
+    ('language/embed/embedding', (50295, 2568), P(None, 'fsdp')),
     ('language/head/kernel', (2560, 50295), P(('fsdp', 'tensor'))),
     ('language/blocks/norm1/scale', (32, 4096), P()),
     ('vision/tower/patch_embed/kernel', (14, 14, 3, 1024), P(None, None, None, 'fsdp')),
