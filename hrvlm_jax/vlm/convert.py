@@ -63,7 +63,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, dtype=None)
   files = {f'tokenizer/{name}': (text / name).read_bytes()
            for name in TOKENIZER_FILES if (text / name).exists()}
   # Stacked leaves are assembled on the target's disk: the model may be larger than memory.
-  with scratch_arrays(pathlib.Path(target).absolute().parent) as allocate:
+  with store_files.scratch_arrays(pathlib.Path(target).absolute().parent) as allocate:
     params = import_tensors(tensors, table, vlm.build(config).abstract, what=f'folder {source}',
                             dtype=dtype, allocate=allocate, finite=True)
     store.save_params(target, params, {'model': to_dict(config)}, extra_files=files)
