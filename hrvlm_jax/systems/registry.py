@@ -8,11 +8,15 @@ from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.systems.contract import System
 
 _MODULES = {
+  'anyres': 'hrvlm_jax.systems.baselines.anyres',
   'llava_hr': 'hrvlm_jax.systems.llava_hr',
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
   'pheye': 'hrvlm_jax.systems.pheye',
   'ps3': 'hrvlm_jax.systems.ps3',
+  's2': 'hrvlm_jax.systems.baselines.s2',
+  's2_dynamic': 'hrvlm_jax.systems.baselines.s2_dynamic',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',
+  'tiling': 'hrvlm_jax.systems.baselines.tiling',
   'vila_hd': 'hrvlm_jax.systems.vila_hd',
 }
 

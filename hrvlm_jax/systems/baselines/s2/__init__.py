@@ -1,0 +1,10 @@
+"""S2: one tower over the image at several sizes."""
+
+from hrvlm_jax.systems.baselines.s2 import config, encoder, views, weights
+from hrvlm_jax.systems.contract import System
+
+SYSTEM = System(
+  name='s2', config=config.S2Config, count=views.count, views=views.views,
+  batch=views.batch, encoder=encoder.Encoder, table=weights.table,
+  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
+  released=config.RELEASED, tiny=config.tiny)

@@ -10,8 +10,7 @@ import dataclasses
 from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
-from hrvlm_jax.language import config as language
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.baselines.single_view.config import RELEASED, SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision import weights as vision_weights

@@ -1,0 +1,77 @@
+"""S2 on the host: one square image; its scales are made on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.systems.baselines import tiles
+from hrvlm_jax.systems.baselines.s2.config import S2Config
+from hrvlm_jax.systems.contract import Count, Views
+
+
+def count(width: int, height: int, config: S2Config) -> Count:
+  """Sub-images of all scales; tokens of the output scale."""
+  tiles.check_size(width, height)
+  return Count(config.squares, config.tokens)
+
+
+def square(image: Image.Image, config: S2Config) -> Image.Image:
+  """The image as a square of the largest scale."""
+  picture, side = tiles.rgb(image), config.side
+  if config.fit == 'pad' and picture.width != picture.height:
+    longest = max(picture.size)
+    canvas = Image.new('RGB', (longest, longest), tuple(int(255 * m) for m in config.mean))
+    canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+    picture = canvas
+  if config.fit == 'crop' and picture.width != picture.height:
+    short = min(picture.size)
+    # The short side gets `side`, the long one is truncated, as torchvision's resize does.
+    size = tuple(side if n == short else int(side * n / short) for n in picture.size)
+    picture = tiles.squashed(picture, size)
+    x, y = (size[0] - side) // 2, (size[1] - side) // 2
+    return picture.crop((x, y, x + side, y + side))
+  return tiles.squashed(picture, (side, side))
+
+
+def views(images: Sequence[Image.Image], config: S2Config) -> Views:
+  """Arrays of one example: pixels uint8 [m h w 3], tokens int32 [m]."""
+  pixels = [np.asarray(square(image, config), np.uint8) for image in images]
+  return {
+    'pixels': np.stack(pixels) if pixels else np.zeros((0, config.side, config.side, 3), np.uint8),
+    'tokens': np.full(len(images), config.tokens, np.int32),
+  }
+
+
+def batch(examples: Sequence[Views], config: S2Config, *, slots: int | None = None) -> Views:
+  """Packs a batch: pixels [slots h w 3], index int32 [b m] (slot of each image of a row), valid
+  bool [b m]. A slot is an image, not a sub-image.
+
+  Raises:
+    UserError: more images than slots.
+  """
+  total = sum(len(e['pixels']) for e in examples)
+  most = max((len(e['pixels']) for e in examples), default=1) or 1
+  slots = max(len(examples) * most, 1) if slots is None else slots
+  if total > slots:
+    raise UserError(f'a batch of {total} images does not fit {slots} slots')
+  out = {'pixels': np.zeros((slots, config.side, config.side, 3), np.uint8),
+         'index': np.zeros((len(examples), most), np.int32),
+         'valid': np.zeros((len(examples), most), bool)}
+  start = 0
+  for row, example in enumerate(examples):
+    n = len(example['pixels'])
+    out['pixels'][start:start + n] = example['pixels']
+    out['index'][row, :n] = start + np.arange(n)
+    out['valid'][row, :n] = True
+    start += n
+  return out
+
+
+def overlay(image: Image.Image, config: S2Config, info: Mapping[str, object]) -> Image.Image:
+  """The largest scale that the tower sees."""
+  del info
+  return square(image, config)
