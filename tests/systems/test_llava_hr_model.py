@@ -45,7 +45,8 @@ def test_new_adapter_is_the_identity_and_wakes_up_in_order():
   fn, y, s = adapter(RELEASED_ADAPTERS), draw(2, 4, 4, 4), draw(2, 4, 4, 6, seed=1)
   params = fn.init(jax.random.key(0))
   np.testing.assert_array_equal(fn.apply(params, y, s)[0], y)
-  grads = jax.jit(jax.grad(lambda p: (fn.apply(p, y, s)[0] * draw(4)).sum()))(params)
+  loss = lambda p, y, s: (fn.apply(p, y, s)[0] ** 2).sum()
+  grads = jax.jit(jax.grad(loss))(params, y, s)
   reached = {path for path, leaf in paths.flatten(grads).items() if np.any(leaf)}
   assert reached == {'slow_proj/kernel', 'slow_proj/bias', 'fast_proj/kernel', 'fast_proj/bias'}
 
@@ -107,10 +108,15 @@ def test_every_form_gives_the_tokens_it_counts(name):
   fn = Functional(lambda rngs: Encoder(config, rngs=rngs))
   views = jax.eval_shape(lambda: host.batch([host.views([Image.new('RGB', (9, 9))], config)],
                                             config))
-  out = jax.eval_shape(lambda p, v: fn.apply(p, v, dtype=jnp.bfloat16), fn.abstract, views)
-  assert out.values.shape == (1, tokens, width) and out.values.dtype == jnp.bfloat16
+
+  def run(params, views):
+    out = fn.apply(params, views, dtype=jnp.bfloat16)
+    return out.values, out.info
+
+  values, info = jax.eval_shape(run, fn.abstract, views)
+  assert values.shape == (1, tokens, width) and values.dtype == jnp.bfloat16
   assert (config.tokens, config.width) == (tokens, width)
-  assert ('gates' in out.info) == (config.adapters is not None)
+  assert ('gates' in info) == (config.adapters is not None)
 
 
 @pytest.mark.parametrize('name', ['low_to_high', 'queries'])
@@ -123,8 +129,8 @@ def test_forms_of_our_own_run_and_train(name):
   params = moved(fn, 0.05)
   views = host.batch([host.views([picture(40, 30)], config)], config)
   weight = draw(config.tokens, config.width, seed=2)
-  value, grads = jax.jit(jax.value_and_grad(
-    lambda p: (fn.apply(p, views).values * weight).mean()))(params)
+  loss = lambda p, v, w: (fn.apply(p, v).values * w).mean()
+  value, grads = jax.jit(jax.value_and_grad(loss))(params, jax.device_put(views), weight)
   assert np.isfinite(value)
   unreached = {path for path, leaf in paths.flatten(grads).items() if not np.any(leaf)}
   unused = {'fast/post_norm/scale', 'fast/post_norm/bias'}
