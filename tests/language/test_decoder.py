@@ -1,4 +1,4 @@
-"""The decoder beyond its golden cases: causality, packing, padded vocabulary, prefix reuse, names."""
+"""The decoder beyond its golden cases: causality, packing, vocabulary, prefix reuse, names."""
 
 import dataclasses
 import json
