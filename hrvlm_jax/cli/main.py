@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'train': ('hrvlm_jax.cli.train:main', 'train any stage of any system; resumes by itself'),
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
     'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
+    'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),
     'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
     'verify': ('hrvlm_jax.cli.verify:main', 'compare with recorded cases, tensor by tensor'),

@@ -1,0 +1,19 @@
+"""`hrvlm compare`: see `evaluation.compare.compare`."""
+
+from hrvlm_jax.cli.arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+  """Trains and evaluates several systems on the same terms; run again, it goes on."""
+  parser = Parser('compare', main.__doc__, config=True)
+  parser.add_argument('--out', required=True, help='folder of data, runs, table and plot')
+  parser.add_argument('--quiet', action='store_true', help='no progress bars')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.evaluation.compare import CompareConfig, compare
+
+  config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
+  compare(config, arguments.out, progress=not arguments.quiet)
+  print(f'table, plot and results are in {arguments.out}')
+  return 0
