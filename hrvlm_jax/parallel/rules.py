@@ -70,11 +70,11 @@ RULES: tuple[Rule, ...] = (
   Rule(r'.*/stem/.*kernel', ('fsdp',), ((),)),
   Rule(r'.*/(downsample/conv|conv\w*)/kernel', ('fsdp',)),
   # Position tables [places, width].
-  Rule(r'.*/\w*(pos_embed|embedding|position\w*)', ('fsdp',)),
+  Rule(r'.*/(\w*(pos_embed|embedding|position\w*)|residual/\d+)', ('fsdp',)),
   # Every other matrix (in, out).
   Rule(r'.*/kernel', ('fsdp', None)),
-  Rule(r'.*/(bias|scale|layer_scale|class_token|probe|gate|alpha|beta|logit_scale|logit_bias|\w*token\w*)',
-       (), why=WHOLE_VECTORS),
+  Rule(r'(.*/)?(bias|scale|weight|layer_scale|class_token|probe|gate|newline|query|queries'
+       r'|logit_scale|logit_bias|\w*token\w*|\w*prompt)', (), why=WHOLE_VECTORS),
 )
 
 
