@@ -162,7 +162,7 @@ class Comparison:
   def _same_config(self) -> None:
     """Refuses to mix two comparisons in one folder; more systems may join."""
     now = json.loads(json.dumps(to_dict(self.config)))
-    before = self._read('config.json', now)
+    before = self._read('config.json') or dict(now)
     old, new = before.pop('systems'), now.pop('systems')
     changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     changed += sorted(f'systems.{name}' for name in old.keys() & new.keys()
@@ -170,7 +170,7 @@ class Comparison:
     if changed:
       raise UserError(f'{self.folder}: holds another comparison ({", ".join(changed)} differ); '
                       'choose another --out')
-    self._write('config.json', now | {'systems': old | new})
+    self._write('config.json', now | {'systems': {**old, **new}})
 
   def _read(self, name: str, default: Any = None) -> Any:
     path = self.folder / name

@@ -1,0 +1,174 @@
+"""FastV: half of the visual tokens leave the language model after its first layers.
+
+Source: `pkunlp-icler/FastV: src/FastV/lmms-eval-with-kvcache/fastv_kvcache.py`; attention of the last
+query position alone, as its issue 14 explains (the paper's text says all). A step between any
+prefix system and any decoder, at inference only; the released form with a cache is followed.
+
+Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept tokens
+with their original positions and have shorter caches. Both lengths are static. Axis letters: b
+rows, t prompt places, s cache slots, d width.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hrvlm_jax.core.attention import attention_weights
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.module import Functional, depth_of, layer_at
+from hrvlm_jax.language.decoder import Decoder, default_positions, empty_cache
+from hrvlm_jax.language.generate import Generator
+from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
+from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.model import VLM, Batch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastV:
+  """Settings.
+
+  Attributes:
+    layer: K; layers 0..K-1 see everything. The original keeps random tokens for K = 0, which is
+      not offered.
+    ratio: share of the visual tokens that leave.
+    tokens: visual tokens of a row; fixes the static length. Rows with fewer lose the same share of
+      theirs, rows with more keep room for `round((1 - ratio) * tokens)` only beside the text.
+  """
+
+  layer: int = 2
+  ratio: float = 0.5
+  tokens: int
+
+  def __post_init__(self):
+    problems = []
+    if self.layer < 1:
+      problems.append(f'layer must be at least 1, got {self.layer}')
+    if not 0 <= self.ratio < 1:
+      problems.append(f'ratio must lie in [0, 1), got {self.ratio}')
+    if self.tokens < 1:
+      problems.append(f'tokens must be at least 1, got {self.tokens}')
+    if problems:
+      raise ValueError('FastV: ' + '; '.join(problems))
+
+  @property
+  def dropped(self) -> int:
+    """How many places the later layers have less."""
+    return self.tokens - round((1 - self.ratio) * self.tokens)
+
+
+def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], layer: int
+                   ) -> Float[Array, 'b h t']:
+  """Attention of each row's last real position in one layer, x being that layer's input."""
+  context = decoder.context(valid)
+  block = layer_at(decoder.blocks, layer)
+  q, k, _ = block.attn.project(block.norm1(x), context.rope)
+  last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+  one = jnp.take_along_axis(q, last[:, None, None, None], axis=1)
+  return attention_weights(one, k, mask=valid[:, None, None])[:, :, 0]
+
+
+def kept_places(
+  score: Float[Array, 'b t'], visual: Bool[Array, 'b t'], valid: Bool[Array, 'b t'], ratio: float,
+  length: int,
+) -> tuple[Int[Array, 'b k'], Bool[Array, 'b k']]:
+  """Places that stay, in their order, and which of the `length` slots they fill.
+
+  All text stays, and of the visual places those with the highest scores: round((1 - ratio) * n) of
+  a row's n.
+  """
+  visual = visual & valid
+  keep = jnp.round((1 - ratio) * visual.sum(axis=1)).astype(jnp.int32)
+  order = jnp.argsort(jnp.where(visual, -score, jnp.inf), axis=1, stable=True)
+  rank = jnp.argsort(order, axis=1, stable=True)
+  stays = valid & (~visual | (rank < keep[:, None]))
+  places = jnp.argsort(~stays, axis=1, stable=True)[:, :length]
+  return places, jnp.take_along_axis(stays, places, axis=1)
+
+
+class FastVVLM(VLM):
+  """A prefix model whose prefill drops visual tokens after `fastv.layer` layers."""
+
+  def __init__(self, config: ModelConfig, fastv: FastV, **options):
+    super().__init__(config, **options)
+    self.fastv = fastv
+
+  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+    """See `VLM.prompt`; the extras say which places are visual."""
+    embeds, valid, _ = super().prompt(batch, dtype=dtype)
+    return embeds, valid, {'visual': batch['visual_index'] >= 0}
+
+  def prefill(self, embeds, valid, *, slots: int, visual: Bool[Array, 'b t']):
+    """See `Decoder.prefill`; the cache is {'head', 'tail', 'valid'}."""
+    decoder, f = self.language, self.fastv
+    batch, length = valid.shape
+    depth, room = depth_of(decoder.blocks), length - f.dropped
+    make = lambda size: empty_cache(decoder.config, batch, size, dtype=embeds.dtype,
+                                    hold_apart=True)
+    context = decoder.context(valid)
+    none: list[Any] = [None] * depth
+    head = make(slots)[:f.layer]
+    x, first = decoder.layers(embeds, context, [*head[:-1], *none[f.layer - 1:]],
+                              stop=f.layer - 1) if f.layer > 1 else (embeds, [])
+    score = last_attention(decoder, x, valid, f.layer - 1).mean(axis=1)
+    own = [*none[:f.layer - 1], head[-1], *none[f.layer:]]
+    x, last_head = decoder.layers(x, context, own, start=f.layer - 1, stop=f.layer)
+    places, real = kept_places(score, visual, valid, f.ratio, room)
+    positions = jnp.take_along_axis(default_positions(valid), places, axis=1)
+    x = jnp.take_along_axis(x, places[..., None], axis=1)
+    tail = [*none[:f.layer], *make(slots - f.dropped)[f.layer:]]
+    x, tail = decoder.layers(x, decoder.context(real, positions=positions), tail, start=f.layer)
+    last = room - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    hidden = decoder.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    kept = jnp.pad(real, ((0, 0), (0, slots - length)))
+    return decoder.logits(hidden), hidden, {'head': [*first, *last_head], 'tail': tail,
+                                            'valid': kept}
+
+  def step(self, tokens, valid, cache, slot, *, visual, dtype=jnp.float32):
+    """See `Decoder.step`: positions go on from the original length."""
+    del visual
+    decoder, f = self.language, self.fastv
+    none: list[Any] = [None] * depth_of(decoder.blocks)
+    x = decoder.embed(tokens[:, None], dtype=dtype)
+    context = decoder.context(valid, slot=slot, queries=1)
+    x, head = decoder.layers(x, context, [*cache['head'], *none[f.layer:]], stop=f.layer)
+    short = slot - f.dropped
+    kept = cache['valid'].at[:, short].set(True)
+    positions = jax.lax.dynamic_slice_in_dim(default_positions(valid), slot, 1, axis=1)
+    context = decoder.context(kept, positions=positions, slot=short, queries=1)
+    x, tail = decoder.layers(x, context, [*none[:f.layer], *cache['tail']], start=f.layer)
+    return decoder.logits(decoder.norm(x)[:, 0]), {'head': head, 'tail': tail, 'valid': kept}
+
+
+def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Functional:
+  """The model for generation (layers held apart), as pure functions; its parameters are those of
+  `vlm.model.build(config, hold_apart=True)`.
+
+  Raises:
+    UserError: a model without visual tokens in its prompt, or with too few layers.
+  """
+  problems = []
+  if not isinstance(config.fusion, PrefixFusion) or isinstance(config.fusion, TwoPassFusion):
+    problems.append(f'it prunes visual tokens of one prompt; fusion {config.fusion.kind!r} has none')
+  if config.text is not None and fastv.layer >= config.text.depth:
+    problems.append(f'layer {fastv.layer} leaves no layer of {config.text.depth} to run on less')
+  if problems:
+    raise UserError('FastV cannot work here: ' + '; '.join(problems))
+  return Functional(lambda rngs: FastVVLM(config, fastv, hold_apart=True, param_dtype=param_dtype,
+                                          rngs=rngs))
+
+
+def with_fastv(answerer: Answerer, fastv: FastV) -> Answerer:
+  """The same model, answering with fewer visual tokens in its later layers.
+
+  Raises:
+    UserError: as `build`.
+  """
+  other, old = copy.copy(answerer), answerer.generator
+  other.generator = Generator(build(answerer.config, fastv), old.params, dtype=old.dtype)
+  return other
