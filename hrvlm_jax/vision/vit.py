@@ -299,5 +299,6 @@ class ViT(Module):
 
   def __call__(self, images: Float[Array, 'n h w c'], **options) -> Float[Array, 'n t d']:
     """Output of the last block, before `post_norm`; options as in `run`."""
-    adapter = options.get('adapter')
-    return self.run(self.embed(images, adapter=adapter), **options).x
+    adapter, key = options.get('adapter'), options.pop('key', None)
+    keys = (None, None) if key is None else jax.random.split(key)
+    return self.run(self.embed(images, adapter=adapter, key=keys[0]), key=keys[1], **options).x
