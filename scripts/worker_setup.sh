@@ -114,7 +114,11 @@ if live_job; then
 fi
 free_chip
 step 'checking'
-check=("$VENV/bin/python" -m hrvlm_jax.cli doctor)
-[ -z "$BUCKET" ] || check+=(--bucket "$BUCKET")
-timeout 900 "${check[@]}" || fail 'the check (python -m hrvlm_jax.cli doctor)'
+timeout 900 "$VENV/bin/python" -m hrvlm_jax.cli doctor || fail 'the check (hrvlm doctor)'
+if [ -n "$BUCKET" ]; then
+  # The machine's own account must be able to write, not only that of the laptop.
+  printf 'write test\n' >"$HOME/.hrvlm/write_test"
+  again 3 gcloud storage cp "$HOME/.hrvlm/write_test" "$BUCKET/.write_test.$(hostname)" ||
+    fail "writing to $BUCKET (give the machine's service account roles/storage.objectAdmin)"
+fi
 step 'ready'

@@ -140,6 +140,9 @@ def train(
     (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
     (workdir / PREEMPTED).unlink(missing_ok=True)
   distributed.barrier('work directory')
+  if not (workdir / 'config.json').exists():
+    raise UserError(f'{workdir}: process {jax.process_index()} does not see what process 0 wrote '
+                    'there; several hosts need a work directory on storage that they share')
 
   t = config.training
   fn = vlm.build(config.model)

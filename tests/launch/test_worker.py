@@ -228,9 +228,10 @@ def setup(cloud, tmp_path):
   (tmp_path / 'holders').write_text('')
   (tmp_path / 'doctor').write_text('0')
 
-  def go(*args):
+  def go(*args, rules=(('storage cp', ['']),)):
     (tmp_path / 'programs').unlink(missing_ok=True)
-    result = cloud.run('bash', str(REPO / 'scripts' / 'worker_setup.sh'), *args, cwd=source)
+    script = str(REPO / 'scripts' / 'worker_setup.sh')
+    result = cloud.run('bash', script, *args, cwd=source, rules=rules)
     file = tmp_path / 'programs'
     return result, file.read_text().splitlines() if file.exists() else []
 
@@ -243,12 +244,13 @@ def test_setup_once_then_only_the_check(setup):
   assert result.code == 0, result.err
   (install,) = [p for p in programs if p.startswith('uv pip install')]
   assert install.endswith('--constraint requirements.lock --editable .[tpu]')
-  assert programs[-1] == 'python -m hrvlm_jax.cli doctor --bucket gs://b/r'
+  assert programs[-1] == 'python -m hrvlm_jax.cli doctor'
+  assert [call[-1].startswith('gs://b/r/.write_test.') for call in result.calls] == [True]
   assert 'sudo rm -f /tmp/libtpu_lockfile' in programs
   assert 'TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES=1024' in (setup.path / 'environment').read_text()
   result, programs = setup('--extra', 'tpu', '--bucket', 'gs://b/r')
   assert result.code == 0 and not any(p.startswith('uv') for p in programs)
-  assert programs[-1].startswith('python -m hrvlm_jax.cli doctor')
+  assert programs[-1] == 'python -m hrvlm_jax.cli doctor'
   (setup.source / 'requirements.lock').write_text('jax==0.10.3\n')
   assert any(p.startswith('uv pip install') for p in setup('--extra', 'tpu')[1])
 
@@ -257,6 +259,11 @@ def test_setup_failures_name_the_step(setup):
   (setup.path / 'doctor').write_text('1')
   result, _ = setup()
   assert result.code == 1 and 'FAILED at: the check' in result.err
+  (setup.path / 'doctor').write_text('0')
+  denied = [('storage cp', [('', 'ERROR: 403', 1)])]
+  result, _ = setup('--bucket', 'gs://b/r', rules=denied)
+  assert result.code == 1 and 'FAILED at: writing to gs://b/r' in result.err
+  assert len(result.calls) == 3
   setup.cloud.program('uv', '#!/bin/sh\nexit 1\n')
   (setup.source / 'pyproject.toml').write_text('changed')
   result, _ = setup()

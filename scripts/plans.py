@@ -1,0 +1,106 @@
+#!/usr/bin/env python
+"""Compiles the published recipes for TPU slices and writes docs/plans.md.
+
+    python scripts/plans.py                    all cases (libtpu: pip install 'hrvlm-jax[tpu]')
+    python scripts/plans.py --only llava_hr    cases whose name contains the word
+    python scripts/plans.py --table            writes the page from the reports that are there
+
+Each case is one `hrvlm plan` command; its report is kept as docs/plans/NAME.json.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+REPORTS = ROOT / 'docs' / 'plans'
+GIB = 1 << 30
+
+# Name of the report -> arguments of `hrvlm plan`. A batch of 128 on 256 chips needs an axis beside
+# data and fsdp, hence tensor=2.
+CASES = {
+  'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr.py:7b_stage2 --topology v5e:16x16 '
+  '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1 '
+  '--config.training.dtype=bfloat16 --config.training.remat=layers',
+  'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr.py:7b_stage2 --topology v5p:4x4x4 '
+  '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1 '
+  '--config.training.dtype=bfloat16 --config.training.remat=layers',
+}
+
+
+def run(name: str, arguments: str) -> bool:
+  """Runs one case; returns whether it gave a report."""
+  REPORTS.mkdir(parents=True, exist_ok=True)
+  out = REPORTS / f'{name}.json'
+  command = [sys.executable, '-m', 'hrvlm_jax.cli', 'plan', *shlex.split(arguments)]
+  print('+ hrvlm plan', arguments, flush=True)
+  done = subprocess.run([*command, '--json', str(out), '--timeout', '3600'], cwd=ROOT)
+  if done.returncode not in (0, 1) or not out.exists():
+    return False
+  report = json.loads(out.read_text()) | {'command': f'hrvlm plan {arguments}'}
+  out.write_text(json.dumps(report, indent=2) + '\n')
+  return True
+
+
+def page(reports: dict[str, dict]) -> str:
+  """docs/plans.md."""
+  head = ['step', 'chips', 'mesh', 'batch', 'arguments', 'temporaries', 'total of HBM', 'fits',
+          'step s', 'MFU', 'MFU without overlap', 'messages GB', 'compiled in s']  # fmt: skip
+  rows = [head, ['---'] * len(head)]
+  for name, r in reports.items():
+    memory = r['memory']['bytes_per_device']
+    gib = lambda n: 'n/a' if n is None else f'{n / GIB:.1f}'
+    roof = r.get('roofline')
+    mesh = ' '.join(f'{axis}={n}' for axis, n in r['mesh'].items() if n > 1)
+    total = f'{gib(memory["total"])} of {r["memory"]["usable_bytes"] / GIB:.0f}'
+    sent = sum(row['bytes'] for row in r.get('collectives_per_device', {}).values()) / 1e9
+    rows.append([
+      name, f'{r["chips"]} ({r["topology"]})', mesh, str(r['examples']), gib(memory['arguments']),
+      gib(memory.get('temporaries')), total, 'yes' if r['memory']['fits'] else 'NO',
+      f'{roof["step_seconds"]:.2f}' if roof else 'n/a', f'{roof["mfu"]:.0%}' if roof else 'n/a',
+      f'{roof["mfu_without_overlap"]:.0%}' if roof else 'n/a', f'{sent:.1f}',
+      f'{r["compile_seconds"]:.0f}',
+    ])  # fmt: skip
+  table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+  assumed = {
+    text for r in reports.values() for text in r.get('roofline', {}).get('assumptions', ())}
+  notes = '\n'.join(f'- {text}' for text in sorted(assumed))
+  commands = '\n'.join(f'{r["command"]}' for r in reports.values())
+  return f"""# Plans
+
+Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
+ahead of time for chips that were not there. Memory is the compiler's own, GiB per device; times are
+predicted from the program's products and messages and were not measured. Compile times are of the
+machine that ran the command, two shared CPU cores.
+
+{table}
+
+Assumed by the predicted times:
+
+{notes}
+
+```
+{commands}
+```
+"""
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--only', default='', help='cases whose name contains this')
+  parser.add_argument('--table', action='store_true', help='run nothing, write the page')
+  arguments = parser.parse_args()
+  chosen = [] if arguments.table else [name for name in CASES if arguments.only in name]
+  failed = [name for name in chosen if not run(name, CASES[name])]
+  reports = {path.stem: json.loads(path.read_text()) for path in sorted(REPORTS.glob('*.json'))}
+  (ROOT / 'docs' / 'plans.md').write_text(page(reports))
+  if failed:
+    print(f'no report: {", ".join(failed)}', file=sys.stderr)
+  return 1 if failed else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
