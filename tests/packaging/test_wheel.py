@@ -13,9 +13,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope='module')
 def installed(tmp_path_factory):
-  """A folder with the package installed from its wheel, and the wheel."""
+  """A folder with the package installed from its wheel, the wheel, and the names of its sources."""
   folder = tmp_path_factory.mktemp('wheel')
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check', '--quiet']
+  here = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'hrvlm_jax').rglob('*')
+          if path.is_file() and '__pycache__' not in path.parts}
   # A copy without ignored files: what git does not hold must not be needed.
   source = folder / 'source'
   source.mkdir()
@@ -33,7 +35,7 @@ def installed(tmp_path_factory):
   run = subprocess.run([*pip, 'install', '--no-deps', '--no-index', '--target',
                         str(folder / 'site'), str(wheel)], capture_output=True, text=True)
   assert run.returncode == 0, run.stdout + run.stderr
-  return folder / 'site', wheel
+  return folder / 'site', wheel, here
 
 
 def run_installed(site, arguments, cwd):
@@ -43,7 +45,7 @@ def run_installed(site, arguments, cwd):
 
 
 def test_doctor_runs_from_the_wheel(installed, tmp_path):
-  site, _ = installed
+  site = installed[0]
   where = run_installed(site, ['-c', 'import hrvlm_jax; print(hrvlm_jax.__file__)'], tmp_path)
   assert where.stdout.strip() == str(site / 'hrvlm_jax' / '__init__.py')
   run = run_installed(site, [str(site / 'bin' / 'hrvlm'), 'doctor'], tmp_path)
@@ -52,10 +54,8 @@ def test_doctor_runs_from_the_wheel(installed, tmp_path):
 
 
 def test_the_wheel_holds_code_data_and_licence(installed):
-  _, wheel = installed
+  _, wheel, here = installed
   names = set(zipfile.ZipFile(wheel).namelist())
-  here = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'hrvlm_jax').rglob('*')
-          if path.is_file() and '__pycache__' not in path.parts}
   assert here <= names, sorted(here - names)
   assert not {name for name in names if name.startswith('tests')}
   licences = {name.rsplit('/', 1)[-1] for name in names if '.dist-info/licenses/' in name}
@@ -64,7 +64,7 @@ def test_the_wheel_holds_code_data_and_licence(installed):
 
 def test_every_module_imports_from_the_wheel(installed, tmp_path):
   """Nothing imports a test tool, an optional package, or a file outside the package."""
-  site, _ = installed
+  site = installed[0]
   program = """
 import importlib, pkgutil, sys
 for name in ('torch', 'transformers', 'sklearn', 'pytest', 'wandb', 'lmms_eval'):
