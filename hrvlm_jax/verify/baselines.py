@@ -22,7 +22,7 @@ from hrvlm_jax.systems.baselines.s2 import scaling
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.baselines.single_view.views import view_pixels as single_view
 from hrvlm_jax.systems.contract import VisualTokens
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector
+from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.vit import ViT, ViTConfig

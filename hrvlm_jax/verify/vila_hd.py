@@ -31,10 +31,10 @@ from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector, block_slots, stack_blocks
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
 from hrvlm_jax.training.losses import token_cross_entropy
 from hrvlm_jax.verify.runner import OPERATOR, WHOLE_MODEL, Case, check
+from hrvlm_jax.vision.blocks import BlockProjector, block_slots, stack_blocks
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 

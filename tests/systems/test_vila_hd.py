@@ -21,7 +21,7 @@ from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import config as ps3
 from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import RELEASED, VilaHDConfig, tiny
-from hrvlm_jax.systems.vila_hd.projector import PROJECTORS, BlockProjector, block_slots
+from hrvlm_jax.vision.blocks import PROJECTORS, BlockProjector, block_slots
 from hrvlm_jax.vlm import model as vlm
 
 KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'

@@ -20,7 +20,7 @@ from hrvlm_jax.core.layers import normal
 from hrvlm_jax.core.module import Module, Param, Rngs
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.contract import Views, VisualTokens
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector, block_side, is_projector
+from hrvlm_jax.vision.blocks import BlockProjector, block_side, is_projector
 from hrvlm_jax.vision.vit import ViT, ViTConfig
 
 NEWLINE = 0  # in an index: the newline; token i of the flattened tiles is i + 1

@@ -14,7 +14,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3.config import LookConfig, PS3Config, c_radio, siglip, tiny_encoder
 from hrvlm_jax.systems.ps3.plan import Plan, make_plan, scale_sizes
-from hrvlm_jax.systems.vila_hd.projector import PROJECTORS, block_side, block_slots, is_projector
+from hrvlm_jax.vision.blocks import PROJECTORS, block_side, block_slots, is_projector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class VilaHDConfig:
   Attributes:
     tower: PS3 without its text tower; its `look` is not read, the settings below are.
     width: of the language model.
-    projector: type string of the original (`projector.PROJECTORS`).
+    projector: type string of the original (`vision.blocks.PROJECTORS`).
     prompt_head: 'mlp' or 'linear'; None: the model has none (trained with mode 'after_image').
     positions: extra position and scale embeddings behind the projector.
     select_layer: block whose output is read, counted from the end; -2 is the last but one.

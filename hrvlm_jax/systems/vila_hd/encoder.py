@@ -26,8 +26,8 @@ from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.ps3.encoder import Encoder as PS3, LowRes
 from hrvlm_jax.systems.vila_hd import format as form
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
+from hrvlm_jax.vision.blocks import BlockProjector
 
 
 @jax.tree_util.register_dataclass

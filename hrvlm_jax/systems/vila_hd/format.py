@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.compact import first_true
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector
+from hrvlm_jax.vision.blocks import BlockProjector
 
 
 def complete_blocks(selected: Float[Array, 'b g g'], side: int) -> Bool[Array, 'b t t']:
@@ -54,7 +54,7 @@ def high_tokens(
     features: of the tower: `thumbnail` low-resolution tokens, then the selected patches.
     low: low-resolution tokens of `low_tokens`; the first stands in where no block is complete.
     maps: 0/1 selection per high scale.
-    slots: places per scale (`projector.block_slots`).
+    slots: places per scale (`vision.blocks.block_slots`).
 
   Returns:
     (tokens, which places hold one). Places are filled scale by scale, with gaps between scales.

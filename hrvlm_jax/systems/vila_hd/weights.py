@@ -17,7 +17,7 @@ from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.systems.vila_hd.projector import block_side, stages
+from hrvlm_jax.vision.blocks import block_side, stages
 
 FOLDERS = ('llm', 'vision_tower', 'mm_projector')
 MODEL_TYPE = 'llava_topdown_llama'

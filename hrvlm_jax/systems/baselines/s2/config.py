@@ -13,7 +13,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.s2.scaling import squares_per_side
 from hrvlm_jax.systems.baselines.single_view.config import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.vila_hd.projector import block_side, is_projector
+from hrvlm_jax.vision.blocks import block_side, is_projector
 from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig
 
 

@@ -10,7 +10,7 @@ from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.baselines.s2.config import S2Config
 from hrvlm_jax.systems.baselines.s2.scaling import multi_scale
 from hrvlm_jax.systems.contract import VisualTokens
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector
+from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.vision.vit import ViT
 
 

@@ -11,7 +11,7 @@ import dataclasses
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.tiles import Pair, grid_candidates
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.vila_hd.projector import block_side, is_projector
+from hrvlm_jax.vision.blocks import block_side, is_projector
 from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
 
 

@@ -14,7 +14,7 @@ from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.baselines.s2.scaling import dynamic_map, project_blocks
 from hrvlm_jax.systems.baselines.s2_dynamic.config import DynamicS2Config
 from hrvlm_jax.systems.contract import VisualTokens
-from hrvlm_jax.systems.vila_hd.projector import BlockProjector
+from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.vision.vit import ViT
 
 

@@ -1,6 +1,7 @@
-"""The projector: blocks of neighbouring patches become one token of language width.
+"""VILA's projectors: blocks of neighbouring patches become one token of language width.
 
-Source: `NVlabs/VILA: llava/model/multimodal_projector/base_projector.py`. Axis letters: b images,
+Shared by VILA-HD, S2 and the tiled baselines. Source: `NVlabs/VILA:
+llava/model/multimodal_projector/base_projector.py`. Axis letters: b images,
 n patches of a square grid, t blocks, c visual width, d language width.
 """
 
