@@ -100,8 +100,9 @@ class ReducedConfig:
   def _step_problems(self, tokens: int | None) -> list[str]:
     step, problems = self.step, []
     if isinstance(step, (Pool, SingleLayer)) and tokens is not None:
-      if math.isqrt(tokens) ** 2 != tokens:
-        problems.append(f'step {step.kind} needs a square grid, {self.inner} gives {tokens} tokens')
+      if not self.is_grid:
+        problems.append(f'step {step.kind} needs one square grid of tokens; the {tokens} of '
+                        f'{self.inner} with these settings are none')
     if isinstance(step, Pool) and step.factor < 1:
       problems.append(f'pool: factor must be at least 1, got {step.factor}')
     if isinstance(step, (Perceiver, SingleLayer)) and step.queries < 1:
@@ -130,17 +131,26 @@ class ReducedConfig:
   @property
   def inner_tokens(self) -> int | None:
     """Tokens of an image before the step; None where they depend on the image."""
+    if self.inner == 'mc_llava':  # the same number, spread over the crops
+      return self.encoder.num_tokens if self.encoder.quirks == 'refuse' else None
     found = getattr(self.encoder, 'tokens', None)
     return found if isinstance(found, int) else None
 
   @property
+  def is_grid(self) -> bool:
+    """Whether the tokens before the step form one square map."""
+    tokens = self.inner_tokens
+    whole = getattr(self.encoder, 'last_tokens', None) is None
+    return (self.inner not in ('mc_llava', 'pheye') and whole and tokens is not None
+            and math.isqrt(tokens) ** 2 == tokens)
+
+  @property
   def inner_width(self) -> int:
     """Width of the tokens before the step."""
-    channels = getattr(self.encoder, 'channels', None)
     for name in ('width', 'channels'):
       if isinstance(found := getattr(self.encoder, name, None), int):
         return found
-    return channels or self.encoder.vision.width
+    return self.encoder.vision.width
 
   @property
   def width(self) -> int:

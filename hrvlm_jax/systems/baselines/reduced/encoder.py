@@ -20,23 +20,26 @@ from hrvlm_jax.systems.baselines.reduced.views import IMAGE_INDEX, IMAGE_VALID
 from hrvlm_jax.systems.contract import VisualTokens
 
 
+def _resampler(config: ReducedConfig, **options) -> Module | None:
+  step = config.step
+  if isinstance(step, Perceiver):
+    return resamplers.PerceiverResampler(
+      config.inner_width, queries=step.queries, depth=step.depth, heads=step.heads,
+      head_dim=step.head_dim, mlp_ratio=step.mlp_ratio, activation_name=step.activation, **options)
+  if isinstance(step, SingleLayer):
+    return resamplers.SingleLayerResampler(config.inner_width, config.width, queries=step.queries,
+                                           heads=step.heads, **options)
+  return None
+
+
 class Encoder(Module):
   """Inner encoder and, for resamplers, their parameters."""
 
   def __init__(self, config: ReducedConfig, *, param_dtype=jnp.float32, rngs: Rngs):
-    self.config, step = config, config.step
+    self.config = config
     self.inner = registry.get(config.inner).encoder(config.encoder, param_dtype=param_dtype,
                                                     rngs=rngs)
-    self.resampler = None
-    if isinstance(step, Perceiver):
-      self.resampler = resamplers.PerceiverResampler(
-        config.inner_width, queries=step.queries, depth=step.depth, heads=step.heads,
-        head_dim=step.head_dim, mlp_ratio=step.mlp_ratio, activation_name=step.activation,
-        param_dtype=param_dtype, rngs=rngs)
-    elif isinstance(step, SingleLayer):
-      self.resampler = resamplers.SingleLayerResampler(
-        config.inner_width, config.width, queries=step.queries, heads=step.heads,
-        param_dtype=param_dtype, rngs=rngs)
+    self.resampler = _resampler(config, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, **options) -> VisualTokens:
     """Views of a batch -> [b m*tokens d]."""

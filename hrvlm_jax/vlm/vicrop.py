@@ -1,0 +1,250 @@
+"""ViCrop: the model's own attention says where to look again; the answer reads image and crop.
+
+Training-free, over any system that puts visual tokens of a grid into its prompt: two forward passes
+for the map (or one with a gradient), then the answer from [image, crop]. Sources:
+`saccharomycetes/mllms_know` and its predecessor `vicrop`. Axis letters: b rows, h heads, t prompt
+places, d width; maps are (rows, columns), boxes (x0, y0, x1, y1), sizes (width, height).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.module import layer_at
+from hrvlm_jax.systems.contract import PrefixFusion, TwoPassFusion
+from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.fastv import last_attention
+
+RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+GENERAL = 'Write a general description of the image.'
+Box = tuple[int, int, int, int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViCrop:
+  """Settings.
+
+  Attributes:
+    method: 'rel_att' attention of the question over that of a general prompt; 'grad_att' attention
+      weighted by the positive gradient of the model's own top next token.
+    layer: decoder layer, from 0 (LLaVA-1.5: 14).
+    base: side of the smallest crop in pixels; None: the encoder's input size.
+    suffix: instruction after the question; None: the question as it is.
+    split: images with a longer side are cut into tiles of about this many pixels, one map each; None
+      never splits (the `_high` variants: 1024).
+  """
+
+  method: Literal['rel_att', 'grad_att'] = 'rel_att'
+  layer: int = 14
+  base: int | None = None
+  suffix: str | None = 'Answer the question using a single word or phrase.'
+  split: int | None = None
+
+  def __post_init__(self):
+    if self.method not in ('rel_att', 'grad_att'):
+      raise ValueError(f"ViCrop: method must be 'rel_att' or 'grad_att', got {self.method!r}")
+    if self.layer < 0 or (self.base is not None and self.base < 1):
+      raise ValueError('ViCrop: layer must be at least 0 and base at least 1, got '
+                       f'{self.layer} and {self.base}')
+
+
+def token_grid(system: str, encoder: Any) -> tuple[int, int]:
+  """(first token, side): which visual tokens of an image form a square map of the WHOLE image.
+
+  Raises:
+    UserError: the system has no such map among its tokens.
+  """
+  if system == 'anyres':  # the thumbnail comes first
+    from hrvlm_jax.systems.baselines.tiled import token_side
+
+    return 0, token_side(encoder)
+  tokens = getattr(encoder, 'tokens', None)
+  cut = getattr(encoder, 'last_tokens', None) is not None or getattr(encoder, 'fit', '') == 'crop'
+  # Resampled or pruned tokens stand in no place of the image.
+  placed = system != 'reduced' or encoder.step.kind == 'pool'
+  if isinstance(tokens, int) and not cut and placed and math.isqrt(tokens) ** 2 == tokens:
+    return 0, math.isqrt(tokens)
+  raise UserError(f'ViCrop needs a square grid of visual tokens that shows the whole image; {system} '
+                  'with these settings has none')
+
+
+def crop_box(weights: np.ndarray, width: int, height: int, base: int) -> Box:
+  """The crop around the sharpest peak of a map.
+
+  Windows of base*t pixels for t in 1..2; of each the one with the largest sum (the first, scanning
+  columns, then rows); of these the one that stands out most from its up to four neighbours. The
+  whole image when it is not larger than the smallest window.
+
+  Args:
+    weights: [rows columns] of the whole image.
+    base: side of the smallest window in pixels.
+  """
+  rows, columns = weights.shape
+  cell_x, cell_y = width / columns, height / rows
+  table = np.pad(np.cumsum(np.cumsum(weights.astype(np.float64), 0), 1), ((1, 0), (1, 0)))
+  best: tuple[float, float, int, int, int, int] | None = None
+  for ratio in RATIOS:
+    nx = max(1, min(int(base * ratio / cell_x), columns))
+    ny = max(1, min(int(base * ratio / cell_y), rows))
+    if (nx, ny) == (columns, rows):
+      if ratio == 1:
+        return 0, 0, width, height
+      continue
+    sums = table[ny:, nx:] - table[:-ny, nx:] - table[ny:, :-nx] + table[:-ny, :-nx]
+    x, y = np.unravel_index(np.argmax(sums.T), sums.T.shape)
+    near = [sums[y + dy, x + dx] for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1))
+            if 0 <= y + dy < sums.shape[0] and 0 <= x + dx < sums.shape[1]]
+    sharpness = (sums[y, x] - float(np.mean(near))) / (nx * ny)
+    if best is None or sharpness > best[0]:
+      best = (sharpness, ratio, int(x), int(y), nx, ny)
+  if best is None:
+    return 0, 0, width, height
+  _, ratio, x, y, nx, ny = best
+  half = int(base * ratio) // 2
+  centre_x = _inside(int(x * cell_x + cell_x * nx / 2), half, width)
+  centre_y = _inside(int(y * cell_y + cell_y * ny / 2), half, height)
+  return (max(centre_x - half, 0), max(centre_y - half, 0), min(centre_x + half, width),
+          min(centre_y + half, height))
+
+
+def _inside(centre: int, half: int, size: int) -> int:
+  """The lower bound first, as the original: an image smaller than the window is clipped after."""
+  return min(centre if centre > half else half, size - half) if size > 2 * half else size // 2
+
+
+def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, list[Box]]:
+  """(columns, rows, boxes row by row) of the tiles of a large image."""
+  if split is None or max(width, height) <= split:
+    return 1, 1, [(0, 0, width, height)]
+  rows = math.ceil(height / split)
+  columns = max(1, int(rows * width / height))
+  wide, high = math.ceil(width / columns), math.ceil(height / rows)
+  boxes = [(x * wide, y * high, min((x + 1) * wide, width), min((y + 1) * high, height))
+           for y in range(rows) for x in range(columns)]
+  return columns, rows, boxes
+
+
+class ViCropAnswerer:
+  """Answers with a crop that the model's own attention chose.
+
+  Args:
+    answerer: a model whose visual tokens stand in the prompt and form a grid.
+
+  Raises:
+    UserError: a model that this cannot work with, and why.
+  """
+
+  def __init__(self, answerer: Answerer, config: ViCrop = ViCrop()):
+    self.answerer, self.config = answerer, config
+    model = answerer.config
+    if not isinstance(model.fusion, PrefixFusion) or isinstance(model.fusion, TwoPassFusion):
+      raise UserError('ViCrop reads the attention of the prompt on its visual tokens; fusion '
+                      f'{model.fusion.kind!r} has none')
+    if config.layer >= model.text.depth:
+      raise UserError(f'ViCrop: layer {config.layer} does not exist, the decoder has '
+                      f'{model.text.depth}')
+    self.first, self.side = token_grid(model.system, model.encoder)
+    self._map = jax.jit(self._weighted if config.method == 'grad_att' else self._attention)
+
+  def _attention(self, params, batch):
+    """[b t] attention of the last place, mean over heads."""
+    module = self.answerer.generator.fn.bind(params)
+    x, valid = self._input(module, batch)
+    return last_attention(module.language, x, valid, self.config.layer).mean(axis=1)
+
+  def _input(self, module, batch):
+    embeds, valid, _ = module.prompt(batch)
+    context = module.language.context(valid)
+    return module.language.layers(embeds, context, stop=self.config.layer)[0], valid
+
+  def _weighted(self, params, batch):
+    """[b t] mean over heads of attention times the positive part of its gradient."""
+    module = self.answerer.generator.fn.bind(params)
+    x, valid = self._input(module, batch)
+    probs = last_attention(module.language, x, valid, self.config.layer)
+
+    def score(probs):
+      scores = jax.nn.log_softmax(self._logits_from(module.language, x, valid, probs))
+      return scores.max(axis=-1).sum()
+
+    return (probs * jax.nn.relu(jax.grad(score)(probs))).mean(axis=1)
+
+  def _logits_from(self, decoder, x, valid, probs):
+    """Logits after the last place when its attention in the chosen layer is `probs`."""
+    context, index = decoder.context(valid), self.config.layer
+    block = layer_at(decoder.blocks, index)
+    normed = block.norm1(x)
+    q, k, v = block.attn.project(normed, context.rope)
+    y = attention(q, k, v, mask=context.mask)
+    values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
+    row = jnp.einsum('bht,bthp->bhp', probs, values)
+    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    rows = jnp.arange(x.shape[0])
+    y = block.attn.out(y.at[rows, last].set(row.astype(y.dtype)).reshape(*x.shape[:2], -1))
+    if block.norm2 is None:
+      x = x + y + block.mlp(normed)
+    else:
+      x = x + y
+      x = x + block.mlp(block.norm2(x))
+    x, _ = decoder.layers(x, context, start=index + 1)
+    return decoder.logits(decoder.norm(x[rows, last]))
+
+  def _maps(self, images: Sequence[Image.Image], question: str) -> np.ndarray:
+    """float64 [images side side]."""
+    batch = self.answerer.batch([([image], question) for image in images])
+    weights = np.asarray(self._map(self.answerer.generator.params, batch), np.float64)
+    found = []
+    for row, index in zip(weights, np.asarray(batch['visual_index']), strict=True):
+      visual = np.zeros(int(index.max()) + 1)
+      visual[index[index >= 0]] = row[index >= 0]
+      found.append(visual[self.first:self.first + self.side**2].reshape(self.side, self.side))
+    return np.stack(found)
+
+  def importance(self, image: Image.Image, question: str) -> np.ndarray:
+    """The map of an image, float64 [rows columns]; larger where the question points."""
+    columns, rows, boxes = tile_boxes(*image.size, self.config.split)
+    tiles = [image if len(boxes) == 1 else image.crop(box) for box in boxes]
+    maps = self._maps(tiles, self._prompt(question))
+    if self.config.method == 'rel_att':
+      general = self._maps(tiles, self._prompt(GENERAL))
+      maps = maps / np.maximum(general, np.finfo(np.float32).tiny)
+    grid = maps.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
+    return grid.reshape(rows * self.side, columns * self.side)
+
+  def _prompt(self, question: str) -> str:
+    return question if self.config.suffix is None else f'{question} {self.config.suffix}'
+
+  def _whole(self, image: Image.Image) -> Image.Image:
+    """The picture that the map shows: padded to a square first, where the system does so."""
+    encoder = self.answerer.config.encoder
+    encoder = encoder.encoder if self.answerer.config.system == 'reduced' else encoder
+    if getattr(encoder, 'fit', '') != 'pad' or image.width == image.height:
+      return image
+    side = max(image.size)
+    canvas = Image.new('RGB', (side, side), tuple(int(255 * m) for m in encoder.mean))
+    canvas.paste(image.convert('RGB'), ((side - image.width) // 2, (side - image.height) // 2))
+    return canvas
+
+  def crop(self, image: Image.Image, question: str) -> tuple[Image.Image, Box]:
+    """The part to look at again, and its box on the picture that was looked at."""
+    picture = self._whole(image)
+    encoder = self.answerer.config.encoder
+    encoder = encoder.encoder if self.answerer.config.system == 'reduced' else encoder
+    base = self.config.base or encoder.vision.image_size
+    box = crop_box(self.importance(picture, question), *picture.size, base)
+    return picture.crop(box), box
+
+  def answer(self, image: Image.Image, question: str, **options) -> str:
+    """The answer from [image, crop]; options as in `Answerer.answer`."""
+    crop, _ = self.crop(image, question)
+    return self.answerer.answer([([image, crop], self._prompt(question))], **options)[0]

@@ -1,0 +1,98 @@
+"""FastV and ViCrop over a tiny model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.systems.baselines.single_view import config as single_view
+from hrvlm_jax.systems.mc_llava import config as mc_llava
+from hrvlm_jax.vlm import fastv, model as vlm, vicrop
+from hrvlm_jax.vlm.answer import Answerer
+
+
+def test_vicrop_worked_example():
+  weights = np.ones((6, 8))
+  weights[2, 5], weights[3, 5], weights[2, 6] = 9, 7, 4
+  assert vicrop.crop_box(weights, 1600, 900, 336) == (932, 282, 1268, 618)
+  assert vicrop.crop_box(weights, 300, 300, 336) == (0, 0, 300, 300)
+
+
+@pytest.mark.parametrize('size', [(20, 20), (400, 30), (5000, 4000)])
+def test_crops_lie_in_the_image(size):
+  weights = np.random.default_rng(0).random((6, 8))
+  x0, y0, x1, y1 = vicrop.crop_box(weights, *size, 40)
+  assert 0 <= x0 < x1 <= size[0] and 0 <= y0 < y1 <= size[1]
+
+
+def test_large_images_are_split():
+  columns, rows, boxes = vicrop.tile_boxes(3000, 1500, 1024)
+  assert (columns, rows, len(boxes)) == (4, 2, 8) and boxes[-1] == (2250, 750, 3000, 1500)
+
+
+def test_fastv_keeps_text_and_the_most_attended_in_order():
+  score = jnp.asarray([[0.0, 0.1, 0.4, 0.2, 0.3, 0.0]])
+  visual = jnp.asarray([[False, True, True, True, True, False]])
+  places, real = fastv.kept_places(score, visual, jnp.ones((1, 6), bool), 0.5, 4)
+  assert places.tolist() == [[0, 2, 4, 5]] and real.all()
+
+
+@pytest.fixture(scope='module')
+def answerer():
+  config = single_view.tiny()
+  params = jax.jit(vlm.build(config).init)(jax.random.key(0))
+  return Answerer(config, params, tokenizer_of('byte'))
+
+
+def prompts(answerer):
+  image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8))
+  return image, answerer.batch([([image], 'what?'), ([image], 'a longer question?')])
+
+
+def test_fastv_that_drops_nothing_is_the_model_itself(answerer):
+  _, batch = prompts(answerer)
+  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.0, tokens=64))
+  found = []
+  for one in (answerer, pruned):
+    embeds, valid, extras = one.generator.prompt(batch)
+    out = one.generator.generate(embeds, valid, one.sampling(max_new_tokens=3), keep_logits=True,
+                                 extras=extras)
+    found.append(out.logits)
+  np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
+def test_fastv_shortens_the_later_caches(answerer):
+  _, batch = prompts(answerer)
+  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.5, tokens=64)).generator
+  embeds, valid, extras = pruned.prompt(batch)
+  length = valid.shape[1]
+  logits, _, cache = jax.eval_shape(
+    lambda p: pruned.fn.apply(p, embeds, valid, slots=length + 16, method='prefill', **extras),
+    pruned.params)
+  assert logits.shape[0] == 2
+  assert cache['head'][0]['k'].shape[1] - cache['tail'][0]['k'].shape[1] == 32
+
+
+def test_fastv_refuses_what_cannot_work(answerer):
+  with pytest.raises(UserError, match='layer 2 leaves no layer of 2'):
+    fastv.with_fastv(answerer, fastv.FastV(layer=2, tokens=64))
+
+
+@pytest.mark.parametrize('method', ['rel_att', 'grad_att'])
+def test_vicrop_maps_are_finite_and_answers_come(answerer, method):
+  image, _ = prompts(answerer)
+  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method=method, layer=1, suffix=None,
+                                                           base=20))
+  weights = strategy.importance(image, 'what?')
+  assert weights.shape == (8, 8) and np.isfinite(weights).all() and (weights >= 0).all()
+  assert weights.max() > 0
+  if method == 'rel_att':
+    assert isinstance(strategy.answer(image, 'what?', max_new_tokens=2), str)
+
+
+def test_vicrop_needs_a_grid_of_the_whole_image():
+  with pytest.raises(UserError, match='mc_llava'):
+    vicrop.token_grid('mc_llava', mc_llava.tiny().encoder)
