@@ -86,9 +86,10 @@ class Layout:
       with constraints.using(self._constraints):
         return step(state, batch)
 
-    platform = self.mesh.devices.flat[0].platform
+    # Options speak of messages between devices; a program for one device gets none.
+    options = compiler_options(self.mesh.devices.flat[0].platform) if self.mesh.size > 1 else {}
     return jax.jit(constrained, donate_argnums=0, out_shardings=(shardings, whole),
-                   compiler_options=compiler_options(platform) or None)
+                   compiler_options=options or None)
 
   def batch(self, batch: Any, *, leading: int = 0) -> Any:
     """A global batch of NumPy arrays, the same on every process, cut over the mesh.

@@ -162,6 +162,13 @@ def test_report_for_people(gpu_report):
     assert part in text
 
 
+def test_compiler_options_are_known_to_the_compiler():
+  # Any backend refuses names and values that XLA does not know.
+  for platform in ('cpu', 'gpu', 'tpu'):
+    options = plan.compiler_options(platform)
+    assert jax.jit(lambda x: x + 1, compiler_options=options or None)(1) == 2
+
+
 def test_roofline_arithmetic():
   chips = topology.parse('v5e:4x4')
   memory = {'arguments': 819e9, 'outputs_not_donated': 0, 'temporaries': 0}
