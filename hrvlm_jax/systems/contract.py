@@ -104,8 +104,8 @@ class CrossAttentionFusion:
 
   def __post_init__(self):
     if self.interval < 1 or self.from_layer < 0 or self.reduce < 1:
-      raise ValueError('CrossAttentionFusion: interval and reduce must be at least 1, from_layer at '
-                       f'least 0, got {self.interval}, {self.reduce}, {self.from_layer}')
+      raise ValueError('CrossAttentionFusion: interval and reduce must be at least 1, from_layer '
+                       f'at least 0, got {self.interval}, {self.reduce}, {self.from_layer}')
 
   def layers(self, depth: int) -> tuple[int, ...]:
     """The decoder layers, of `depth`, with a block in front."""

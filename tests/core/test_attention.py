@@ -88,7 +88,8 @@ def test_head_by_head_is_the_same_function():
   q, k, v = inputs(t=7)
   mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7)
   for options in ({}, {'causal': True}, {'mask': mask, 'causal': True}):
-    total = lambda q, k, v, impl, o=options: jnp.square(lib.attention(q, k, v, impl=impl, **o)).sum()
+    total = lambda q, k, v, impl, o=options: jnp.square(
+      lib.attention(q, k, v, impl=impl, **o)).sum()
     both = [jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v, impl)
             for impl in ('xla', 'heads')]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)

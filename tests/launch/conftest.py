@@ -7,6 +7,7 @@ import pathlib
 import re
 import shutil
 import stat
+import signal
 import subprocess
 import sys
 
@@ -113,6 +114,8 @@ class Cloud:
     } | self.environment
     done = subprocess.run(
       list(command),
+      # A shell cannot trap a signal that its parent ignored (a test run in the background).
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       env=environment,
       cwd=cwd or self.path,
       stdin=stdin,
