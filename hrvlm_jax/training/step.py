@@ -11,6 +11,7 @@ import optax
 
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional, Params
+from hrvlm_jax.training import contrastive
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import optimizer, schedule, split
@@ -37,7 +38,8 @@ def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.floa
   return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
 
 
-OBJECTIVES: dict[str, Objective] = {'next_token': loss_sum, 'two_pass': two_pass_loss}
+OBJECTIVES: dict[str, Objective] = {
+  'next_token': loss_sum, 'two_pass': two_pass_loss, 'ps3_pretrain': contrastive.objective}
 
 
 def init_state(config: TrainingConfig, groups: Mapping[str, Group], params: Params) -> State:

@@ -21,8 +21,13 @@ from hrvlm_jax.systems.ps3.patches import scaled
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.systems.ps3.views import batch as batch_views
 from hrvlm_jax.training.contrastive import (
-  ContrastiveConfig, clamp_logit_scale, pretrain_losses, selection_loss, sigmoid_loss,
+  ContrastiveConfig,
+  clamp_logit_scale,
+  pretrain_losses,
+  selection_loss,
+  sigmoid_loss,
 )
+from hrvlm_jax.training.step import OBJECTIVES
 
 CONFIG = tiny_encoder(max_select=40)
 
@@ -193,7 +198,7 @@ def test_a_training_step_reaches_every_parameter_and_recomputation_changes_nothi
   assert clamp_logit_scale({'logit_scale': jnp.float32(9)})['logit_scale'] < 4.7
 
 
-SHARDED = '''
+SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from hrvlm_jax.training.contrastive import sigmoid_loss
@@ -221,10 +226,25 @@ for f in (mapped, chunked):
                grad(f)(*args), wanted)
   assert 'f32[32,32]' not in grad(f).lower(*args).compile().as_text()
 print('equal')
-'''
+"""
 
 
 def test_a_batch_over_four_devices_gives_the_same_loss_and_gradients():
   flags = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
   out = subprocess.run([sys.executable, '-c', SHARDED], env=flags, capture_output=True, text=True)
   assert out.stdout.strip() == 'equal', out.stderr
+
+
+def test_the_objective_of_the_training_loop_is_the_sum_over_rows():
+  calls = {}
+
+  def losses(fn, params, batch, config, **options):
+    calls.update(chunk=config.chunk, **options)
+    return {'total': jnp.float32(0.5)}
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('hrvlm_jax.training.contrastive.pretrain_losses', losses)
+    total, rows = OBJECTIVES['ps3_pretrain'](
+      None, {}, {'tokens': np.zeros((6, 3))}, dtype=jnp.bfloat16, remat=True, key=None, chunk=7)
+  assert float(total) == 3 and int(rows) == 6
+  assert calls == {'chunk': 7, 'dtype': jnp.bfloat16, 'remat': True, 'impl': 'xla'}

@@ -183,7 +183,8 @@ _VISION_DEFAULTS: dict[str, Any] = dict(
 _VISION_IGNORED = {
   'model_name', 'hidden_size', 'pool', 'drop_path', 'patch_drop', 'pretrained', 'dynamic_img_size',
   'drop', 'patch_size', 'image_size', 'min_select_num', 'ps3', 'proj', 'model_type',
-  'timm_model_name', 'timm_model_pretrained', 'timm_pool', 'timm_proj', 'transformers_version', 'torch_dtype', 'dtype',
+  'timm_model_name', 'timm_model_pretrained', 'timm_pool', 'timm_proj', 'transformers_version',
+  'torch_dtype', 'dtype',
 }
 
 
