@@ -2,7 +2,8 @@
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
 Hardware: 2 CPU cores.
-Expected: table.txt, plot.png and results.json in the folder; run again, it goes on where it stopped.
+Expected: table.txt, plot.png and results.json in the folder; run again, it goes on where it
+          stopped.
           With the argument `smoke` (needle_tiny.py:smoke) a few steps of everything.
 """
 

@@ -349,8 +349,8 @@ def table(results: dict[str, Any]) -> str:
              f'{row["latency_ms"]:.0f}', f'{row["peak_memory_mb"]:.0f}']
     lines.append(f'{name.replace("_", " "):<14}' + ''.join(f'{cell:>15}' for cell in cells))
   families = {row['family'] for row in rows.values()}
-  notes = [f'Right answers, in all and by size of the text asked for; chance {results["chance"]:.1%}; '
-           f'{results["images"]["eval"]} questions, {results["steps"]} training steps each.']
+  notes = ['Right answers, in all and by size of the text asked for; chance '
+           f'{results["chance"]:.1%}; {results["images"]["eval"]} questions, {results["steps"]} training steps each.']
   if families - {'prefix', 'two_pass'}:
     notes.append('Tokens can be compared between systems that put them into the prompt only.')
   where = results['machine']

@@ -14,7 +14,7 @@ from hrvlm_jax.core.layers import PatchEmbed, activation_name
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise_host
 from hrvlm_jax.data.expansion import expand, pad_batch
-from hrvlm_jax.systems.baselines import layout, tiled, tiles
+from hrvlm_jax.systems.baselines import layout, tiles
 from hrvlm_jax.systems.baselines.anyres import views as anyres
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.anyres.encoder import Encoder as AnyResEncoder
@@ -22,9 +22,9 @@ from hrvlm_jax.systems.baselines.s2 import scaling
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.baselines.single_view.views import view_pixels as single_view
 from hrvlm_jax.systems.contract import VisualTokens
-from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
 from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.vision.vit import ViT, ViTConfig
 from hrvlm_jax.vlm.prefix import merge
 

@@ -1,12 +1,12 @@
 """FastV: half of the visual tokens leave the language model after its first layers.
 
-Source: `pkunlp-icler/FastV: src/FastV/lmms-eval-with-kvcache/fastv_kvcache.py`; attention of the last
-query position alone, as its issue 14 explains (the paper's text says all). A step between any
+Source: `pkunlp-icler/FastV: src/FastV/lmms-eval-with-kvcache/fastv_kvcache.py`; attention of the
+last query position alone, as its issue 14 explains (the paper's text says all). A step between any
 prefix system and any decoder, at inference only; the released form with a cache is followed.
 
-Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept tokens
-with their original positions and have shorter caches. Both lengths are static. Axis letters: b
-rows, t prompt places, s cache slots, d width.
+Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept
+tokens with their original positions and have shorter caches. Both lengths are static. Axis letters:
+b rows, t prompt places, s cache slots, d width.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Func
   """
   problems = []
   if not isinstance(config.fusion, PrefixFusion) or isinstance(config.fusion, TwoPassFusion):
-    problems.append(f'it prunes visual tokens of one prompt; fusion {config.fusion.kind!r} has none')
+    problems.append('it prunes visual tokens of one prompt; fusion '
+                    f'{config.fusion.kind!r} has none')
   if config.text is not None and fastv.layer >= config.text.depth:
     problems.append(f'layer {fastv.layer} leaves no layer of {config.text.depth} to run on less')
   if problems:

@@ -40,8 +40,8 @@ class ViCrop:
     layer: decoder layer, from 0 (LLaVA-1.5: 14).
     base: side of the smallest crop in pixels; None: the encoder's input size.
     suffix: instruction after the question; None: the question as it is.
-    split: images with a longer side are cut into tiles of about this many pixels, one map each; None
-      never splits (the `_high` variants: 1024).
+    split: images with a longer side are cut into tiles of about this many pixels, one map each;
+      None never splits (the `_high` variants: 1024).
   """
 
   method: Literal['rel_att', 'grad_att'] = 'rel_att'
@@ -74,8 +74,8 @@ def token_grid(system: str, encoder: Any) -> tuple[int, int]:
   placed = system != 'reduced' or encoder.step.kind == 'pool'
   if isinstance(tokens, int) and not cut and placed and math.isqrt(tokens) ** 2 == tokens:
     return 0, math.isqrt(tokens)
-  raise UserError(f'ViCrop needs a square grid of visual tokens that shows the whole image; {system} '
-                  'with these settings has none')
+  raise UserError('ViCrop needs a square grid of visual tokens that shows the whole image; '
+                  f'{system} with these settings has none')
 
 
 def crop_box(weights: np.ndarray, width: int, height: int, base: int) -> Box:

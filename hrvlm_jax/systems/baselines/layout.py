@@ -12,11 +12,10 @@ from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Row, Table, identity, joined, linear, norm, prefixed
 from hrvlm_jax.core.config import from_dict, to_dict
-from hrvlm_jax.language import config as language
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vision.blocks import block_side, stages
 from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision.blocks import block_side, stages
 from hrvlm_jax.vision.vit import ViTConfig
 
 TOWER = 'model.vision_tower.vision_tower.vision_model.'

@@ -56,7 +56,7 @@ def common_problems(config: TiledConfig) -> list[str]:
     problems.append(f'layer must lie in {-config.vision.depth}..-1, got {config.layer}')
   if config.projector is None:
     if config.width != config.vision.width:
-      problems.append(f'without a projector, width must be the tower\'s {config.vision.width}, got '
+      problems.append(f"without a projector, width must be the tower's {config.vision.width}, got "
                       f'{config.width}')
   elif not is_projector(config.projector):
     problems.append(f'projector {config.projector!r} is unknown')
@@ -112,7 +112,8 @@ def collect(pixels: Sequence[np.ndarray], gathers: Sequence[np.ndarray], config:
     shifted.append(np.where(gather == NEWLINE, NEWLINE, gather + start * each).astype(np.int32))
     start += len(tiles)
   return {'pixels': np.concatenate([np.zeros((0, size, size, 3), np.uint8), *pixels]),
-          'gather': np.concatenate(shifted), 'tokens': np.array([len(g) for g in gathers], np.int32)}
+          'gather': np.concatenate(shifted),
+          'tokens': np.array([len(gather) for gather in gathers], np.int32)}
 
 
 class TiledEncoder(Module):

@@ -1,7 +1,7 @@
 """Which tiles an image is cut into: AnyRes's candidate resolutions and the closest-aspect grid.
 
-Sizes are (width, height), grids (columns, rows), boxes (x0, y0, x1, y1) everywhere; feature maps are
-(rows, columns). Sources: `haotian-liu/LLaVA: llava/mm_utils.py, llava/model/llava_arch.py`;
+Sizes are (width, height), grids (columns, rows), boxes (x0, y0, x1, y1) everywhere; feature maps
+are (rows, columns). Sources: `haotian-liu/LLaVA: llava/mm_utils.py, llava/model/llava_arch.py`;
 `NVlabs/VILA: llava/mm_utils.py`. Where the originals truncate with int() or round up, so does this:
 a float just under an integer decides the number of rows.
 """

@@ -1,8 +1,8 @@
 """S2: one encoder over an image at several sizes, features joined on channels.
 
 Sources: `bfshi/scaling_on_scales: s2wrapper/core.py, utils.py`; the dynamic form
-`NVlabs/VILA: llava/model/llava_arch.py`. Axis letters: b images, k squares per side, n tokens, h w rows
-and columns, c channels, t tiles.
+`NVlabs/VILA: llava/model/llava_arch.py`. Axis letters: b images, k squares per side, n tokens, h w
+rows and columns, c channels, t tiles.
 """
 
 from __future__ import annotations

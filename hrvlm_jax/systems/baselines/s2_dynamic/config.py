@@ -1,5 +1,4 @@
-"""Settings of dynamic S2 (NVILA): square grids for the small scales, the closest-aspect grid for the
-largest.
+"""Settings of dynamic S2 (NVILA): square grids for small scales, the closest-aspect one for the last.
 
 Source: `NVlabs/VILA: llava/mm_utils.py, llava/model/llava_arch.py`.
 """
