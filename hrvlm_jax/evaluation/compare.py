@@ -350,7 +350,8 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f'{name.replace("_", " "):<14}' + ''.join(f'{cell:>15}' for cell in cells))
   families = {row['family'] for row in rows.values()}
   notes = ['Right answers, in all and by size of the text asked for; chance '
-           f'{results["chance"]:.1%}; {results["images"]["eval"]} questions, {results["steps"]} training steps each.']
+           f'{results["chance"]:.1%}; '
+           f'{results["images"]["eval"]} questions, {results["steps"]} training steps each.']
   if families - {'prefix', 'two_pass'}:
     notes.append('Tokens can be compared between systems that put them into the prompt only.')
   where = results['machine']

@@ -13,6 +13,7 @@ _MODULES = {
   'mc_llava': 'hrvlm_jax.systems.mc_llava',
   'pheye': 'hrvlm_jax.systems.pheye',
   'ps3': 'hrvlm_jax.systems.ps3',
+  'reduced': 'hrvlm_jax.systems.baselines.reduced',
   's2': 'hrvlm_jax.systems.baselines.s2',
   's2_dynamic': 'hrvlm_jax.systems.baselines.s2_dynamic',
   'single_view': 'hrvlm_jax.systems.baselines.single_view',

@@ -1,8 +1,8 @@
 """Resamplers: a fixed number of learned queries reads any number of visual tokens.
 
 Sources: Flamingo's Perceiver Resampler (6 layers, as in Pheye's appendix B.2) and the single-layer
-resampler of Qwen-VL and Monkey (`Yuliang-Liu/Monkey: monkey_model/visual.py`). Axis letters: b rows,
-f frames, n tokens, q queries, c width.
+resampler of Qwen-VL and Monkey (`Yuliang-Liu/Monkey: monkey_model/visual.py`). Axis letters:
+b rows, f frames, n tokens, q queries, c width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of dynamic S2 (NVILA): square grids for small scales, the closest-aspect one for the last.
+"""Settings of dynamic S2 (NVILA): square grids for small scales, the closest-aspect for the last.
 
 Source: `NVlabs/VILA: llava/mm_utils.py, llava/model/llava_arch.py`.
 """
