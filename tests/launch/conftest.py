@@ -6,8 +6,8 @@ import os
 import pathlib
 import re
 import shutil
-import stat
 import signal
+import stat
 import subprocess
 import sys
 
