@@ -297,8 +297,7 @@ def cost(answerer: Answerer, items: Sequence[tuple[str, str]], *, answers: int,
   Returns:
     tokens and views (means over the images), encoder_gflops (vision and projector of one image,
     products and convolutions as traced, padding included), peak_memory_mb (arguments, results and
-    temporaries of the encoder's and of the prefill's program as compiled, the larger of the two),
-    latency_ms (median time of an answer after one that is not counted).
+    temporaries of encoder and prefill as one compiled program), latency_ms (median time of an answer after one that is not counted).
   """
   config, system = answerer.config, answerer.system
   opened = [open_image(path) for path, _ in items]
@@ -309,9 +308,13 @@ def cost(answerer: Answerer, items: Sequence[tuple[str, str]], *, answers: int,
   abstract = lambda tree: jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jnp.asarray(leaf).dtype), tree)
   flops = count_flops(encode, abstract(held.params), abstract(batch['views']))
-  memory = max(_memory(encode, held.params, batch['views']),
-               _memory(lambda params, batch: held.fn.apply(params, batch, method='prompt')[0],
-                       held.params, batch))
+
+  def first_token(params, batch):
+    embeds, valid, extras = held.fn.apply(params, batch, method='prompt')
+    slots = embeds.shape[1] + max_new_tokens
+    return held.fn.apply(params, embeds, valid, slots=slots, method='prefill', **extras)[0]
+
+  memory = _memory(first_token, held.params, batch)
   times = []
   for image, (_, question) in list(zip(opened, items, strict=True))[:answers + 1]:
     clock = time.perf_counter()

@@ -118,8 +118,8 @@ def crop_box(weights: np.ndarray, width: int, height: int, base: int) -> Box:
 
 
 def _inside(centre: int, half: int, size: int) -> int:
-  """The lower bound first, as the original: an image smaller than the window is clipped after."""
-  return min(centre if centre > half else half, size - half) if size > 2 * half else size // 2
+  """The lower bound first; where the image is smaller than the window the box is clipped after."""
+  return min(max(centre, half), size - half)
 
 
 def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, list[Box]]:
