@@ -297,7 +297,8 @@ def cost(answerer: Answerer, items: Sequence[tuple[str, str]], *, answers: int,
   Returns:
     tokens and views (means over the images), encoder_gflops (vision and projector of one image,
     products and convolutions as traced, padding included), peak_memory_mb (arguments, results and
-    temporaries of encoder and prefill as one compiled program), latency_ms (median time of an answer after one that is not counted).
+    temporaries of encoder and prefill as one compiled program), latency_ms (median time of an
+    answer after one that is not counted).
   """
   config, system = answerer.config, answerer.system
   opened = [open_image(path) for path, _ in items]
