@@ -92,14 +92,17 @@ class Row:
 
   @property
   def our_paths(self) -> tuple[str, ...]:
+    """`ours` as a tuple."""
     return (self.ours,) if isinstance(self.ours, str) else self.ours
 
   @property
   def names(self) -> tuple[str, ...]:
+    """`theirs` as a tuple: the aliases."""
     return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
   @property
   def layered(self) -> bool:
+    """Whether our leaf carries a layer axis."""
     return '{i}' in self.names[0]
 
 
@@ -117,6 +120,7 @@ class Table:
   unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def is_ignored(self, name: str) -> bool:
+    """Whether a tensor of a file is knowingly left out."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
 
 

@@ -63,6 +63,7 @@ class Sizes:
 
   @classmethod
   def smoke(cls) -> Sizes:
+    """A few of everything."""
     return cls(train_images=32, eval_images=6, photo_images=4, encoder_steps=3, train_steps=3,
                batch_size=4)
 

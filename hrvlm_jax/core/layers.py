@@ -103,10 +103,12 @@ class LoRA:
 
   @property
   def scale(self) -> float:
+    """alpha / rank."""
     return self.alpha / self.rank
 
   @property
   def leaves(self) -> tuple[str, str]:
+    """Names of the two parameters."""
     suffix = f'_{self.name}' if self.name else ''
     return f'lora_a{suffix}', f'lora_b{suffix}'
 

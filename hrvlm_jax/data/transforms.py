@@ -53,6 +53,7 @@ class Text:
 
   @property
   def image_id(self) -> int | None:
+    """What stands for an image in the ids; None where images are not part of the text."""
     if self.image_sentinel is not None:
       return self.image_sentinel
     return None if self.image_token is None else self.tokenizer.special(self.image_token)

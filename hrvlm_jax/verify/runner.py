@@ -65,6 +65,7 @@ class Report:
 
   @property
   def passed(self) -> bool:
+    """Whether every value was equal or waived."""
     return all(r.status in ('ok', 'waived') for r in self.results)
 
   def failures(self) -> list[str]:
@@ -102,6 +103,7 @@ class Case:
     return list(self._io.keys()) if self._io else []
 
   def has(self, key: str) -> bool:
+    """Whether the case holds this io tensor."""
     return key in self.keys
 
   def json(self, name: str) -> 'TrackedDict | TrackedList':

@@ -88,3 +88,15 @@ def test_meshes_name_their_axis_types():
     if isinstance(node, ast.Call) and getattr(node.func, 'attr', '') == 'make_mesh'
     and not any(k.arg == 'axis_types' for k in node.keywords)]
   assert not problems, problems
+
+
+def test_public_functions_and_classes_say_what_they_do():
+  problems = []
+  for path, tree in modules():
+    if tree.body and not ast.get_docstring(tree):
+      problems.append(f'{path.relative_to(PACKAGE)}: the module')
+    problems += [
+      f'{path.relative_to(PACKAGE)}: {node.name}' for node in tree.body
+      if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
+      and not ast.get_docstring(node)]
+  assert not problems, '\n'.join(problems)
