@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.systems.contract import ModelConfig
 
 
@@ -132,6 +133,9 @@ class DataConfig:
     bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
     lanes: the order of examples is decided on this many lanes, which hosts own.
+    boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
+      question looks; for systems that learn to look there (VILA-HD).
+    background: paste every image on a large page first (high-resolution alignment data).
   """
 
   train: str
@@ -145,6 +149,8 @@ class DataConfig:
   bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0
   lanes: int = 8
+  boxes: bool = False
+  background: PasteOnBackground | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import dataclasses
+import inspect
 import json
 import os
 import pathlib
@@ -60,10 +61,14 @@ def make_batches(config: RunConfig) -> Any:
   crops then mean the same everywhere, and the batches do not depend on the number of hosts.
   """
   system = registry.get(config.model.system)
+  if config.data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
+    raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
+                    'remove it')
   tokenizer = tokenizer_of(config.data.tokenizer)
   example = ToExample(text=text_of(config.model, tokenizer), views=system.views,
                       encoder=config.model.encoder, exif=config.data.exif,
-                      max_length=max(config.data.lengths))
+                      max_length=max(config.data.lengths), boxes=config.data.boxes,
+                      augment=config.data.background)
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=config.data.lengths,
                   slots=config.data.slots, parts=config.training.accumulate)
   source = LlavaJson(config.data.train, config.data.images)

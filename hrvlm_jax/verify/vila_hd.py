@@ -168,7 +168,7 @@ def _model(case: Case) -> ModelConfig:
     heads=vit['num_heads'], mlp_width=int(width * ratio), activation='gelu',
     norm_eps=cfg['layer_norm_eps_vit'])
   tower = ps3_weights.vision_from_hf(cfg['ps3'].plain(), trunk=trunk)
-  if 'max_select_num_each_scale' in cfg:
+  if cfg.get('max_select_num_each_scale') is not None:
     tower = dataclasses.replace(tower, budgets=tuple(cfg['max_select_num_each_scale'].plain()))
   text = config_from_hf({'model_type': 'qwen2', **cfg['llm'].plain()})
   return ModelConfig(
@@ -254,13 +254,18 @@ def _answer(case: Case, name: str, spec, config, params, text: Text) -> None:
   row = text.prompt(spec['question'], [each] * len(images))
   batch = pad_batch([row], len(row['tokens']), 'left') | {'views': views}
   fn = vlm.build(config, hold_apart=True)
+  asks = case.has(f'{name}.top_down.prompt')
 
   def run(params, batch):
     module = fn.bind(params)
     visual, first, prompt = module.look(batch, keep_cache=True)
     embeds, valid = module.embed(batch, visual)
-    low = module.vision.low(batch['views']).tokens
-    return visual, first, prompt, embeds, valid, low, module.second_pass(batch, visual, first)
+    seen = module.vision.low(batch['views'])
+    start = module.second_pass(batch, visual, first)
+    if first is None and asks:  # without looks the original asks all the same
+      first = module.first_pass(batch, seen)
+      prompt = module.vision.prompt_head(first.state)
+    return visual, first, prompt, embeds, valid, seen.tokens, start
 
   held = vlm.hold_apart(params)
   visual, first, prompt, embeds, valid, low, start = jax.jit(run)(held, batch)

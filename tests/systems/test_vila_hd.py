@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import runpy
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -12,6 +13,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.checkpoint.rows import check_names, entries
+from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.resample import area
@@ -21,6 +23,8 @@ from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import config as ps3
 from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import RELEASED, VilaHDConfig, tiny
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.step import OBJECTIVES
 from hrvlm_jax.vision.blocks import PROJECTORS, BlockProjector, block_slots
 from hrvlm_jax.vlm import model as vlm
 
@@ -236,6 +240,17 @@ def test_configs_of_the_release_both_ways():
     system.from_release(wrong)
   for word in ('mm_vision_select_feature', 's2', 'llm_cfg'):
     assert word in str(error.value)
+
+
+def test_the_tiny_recipe_is_a_run_config():
+  """Boxes and backgrounds are settings of the data."""
+  path = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny' / 'vila_hd.py'
+  space = runpy.run_path(str(path))
+  values = space['get_config']().to_dict()
+  values['data'] |= {'boxes': True, 'background': {'side': [160, 320], 'share': 0.5}}
+  config = from_dict(RunConfig, values)
+  assert config.model == tiny() and config.training.objective in OBJECTIVES
+  assert config.data.background == PasteOnBackground(side=(160, 320), share=0.5)
 
 
 def test_sides_whose_grids_are_not_square_are_refused():

@@ -98,7 +98,8 @@ class Encoder(Module):
     config = self.config
     if not config.looks_closer:
       size = seen.tokens.shape[0]
-      return High(seen.tokens[:, :1], jnp.ones((size, 1), bool), {'maps': (), 'probs': ()})
+      info = {'maps': (), 'probs': (), 'features': seen.low.hidden[config.layer]}
+      return High(seen.tokens[:, :1], jnp.ones((size, 1), bool), info)
     target = None
     if config.select_target:
       target = form.target_maps(views['boxes'], config.side)
