@@ -141,6 +141,7 @@ def _layers(shape, width, height, left, top, text_w, text_h, text, font, alphabe
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+  """A number between the two bounds whose logarithm is uniform."""
   return low * math.exp(math.log(high / low) * rng.random())
 
 
