@@ -246,6 +246,10 @@ def dual_path_tower(case: Case) -> None:
     tokens, info = jax.jit(
       lambda p, x, fn=fn: fn.apply(p, x, method='tower', keep=True))(params, images)
     out = dict(info['states'], out=tokens)
+    wanted = any(key.startswith(f's{size}.fast_quarter') for key in case.keys)
+    if wanted and not cfg['has_adapters']:  # one scan runs all layers: cut it open
+      out |= jax.jit(lambda p, x, fn=fn: _quarters(fn.bind(p).fast, x))(
+        params, out['fast_pre_ln'])
     low = np.asarray(out.pop('fast_input'), np.float64)
     out['fast_input_sub'] = _nchw(low)[..., ::stride, ::stride]
     each = low.reshape(len(low), -1)
@@ -260,6 +264,13 @@ def dual_path_tower(case: Case) -> None:
     for name, value in out.items():
       if case.has(f's{size}.{name}'):
         case.expect(f's{size}.{name}', value)
+
+
+def _quarters(vit, x):
+  """States after each quarter of the layers."""
+  quarter = vit.config.depth // 4
+  taps = vit.run(x, taps=[number * quarter - 1 for number in range(1, 5)]).taps
+  return {f'fast_quarter{number}': taps[number * quarter - 1] for number in range(1, 5)}
 
 
 def _full_model(case: Case) -> ModelConfig:
@@ -294,6 +305,9 @@ def full(case: Case) -> None:
   for key in case.keys:
     if match := re.fullmatch(r'img(\d+)_u8', key):
       case.exact(key, examples[cfg['images'][int(match[1])]]['pixels'][0])
+  used = {index for indices in cfg['batches'].plain().values() for index in indices}
+  for index in set(range(len(case.json('samples.json')))) - used:
+    case.waive(f'samples.json:{index}/*', 'no batch of the case uses it')
   batches = {name: _batch(case, name, tokenizer, examples, config) for name in cfg['batches']}
   run = _forward(fn, batches.values())
   _prompt(case, config, run, params, tokenizer, examples[cfg['images'][0]])

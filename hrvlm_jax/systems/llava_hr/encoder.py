@@ -121,7 +121,9 @@ class Encoder(Module):
     run = lambda x, start, stop: self.fast.run(
       x, start=start, stop=stop, remat=remat, impl=impl, key=key).x
     depth = self.config.fast.depth
-    if not adapters or self.config.adapters.direction == 'low_to_high':
+    if not adapters:
+      return _map(run(x, 0, depth)), self.slow(images, remat=remat), gates, injected
+    if self.config.adapters.direction == 'low_to_high':
       fast = _map(run(x, 0, depth))
       slow = self.slow.stem(images)
       for number, stage in enumerate(self.slow.stages):
