@@ -8,6 +8,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.systems.baselines.single_view import config as single_view
 from hrvlm_jax.systems.mc_llava import config as mc_llava
 from hrvlm_jax.vlm import fastv, model as vlm, vicrop
@@ -62,6 +63,30 @@ def test_fastv_that_drops_nothing_is_the_model_itself(answerer):
                                  extras=extras)
     found.append(out.logits)
   np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
+def test_fastv_equals_hiding_the_dropped_tokens(answerer):
+  _, batch = prompts(answerer)
+  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.5, tokens=64)).generator
+
+  @jax.jit
+  def run(params):
+    module = pruned.fn.bind(params)
+    embeds, valid, extras = module.prompt(batch)
+    length = valid.shape[1]
+    logits, _, _ = module.prefill(embeds, valid, slots=length + 16, **extras)
+    decoder = module.language
+    score = fastv.last_attention(decoder, embeds, valid, 0).mean(axis=1)
+    places, real = fastv.kept_places(score, extras['visual'], valid, 0.5, length - 32)
+    stays = jnp.zeros_like(valid).at[jnp.arange(2)[:, None], places].set(real)
+    x, _ = decoder.layers(embeds, decoder.context(valid), stop=1)
+    hidden = decoder.context(stays, positions=default_positions(valid))
+    x, _ = decoder.layers(x, hidden, start=1)
+    return logits, decoder.logits(decoder.norm(x[:, -1])), stays.sum(axis=1), valid.sum(axis=1)
+
+  logits, reference, kept, real = run(pruned.params)
+  np.testing.assert_array_equal(real - kept, 32)
+  np.testing.assert_allclose(logits, reference, atol=1e-4)
 
 
 def test_fastv_shortens_the_later_caches(answerer):
