@@ -1,5 +1,9 @@
 """Convolutions: both forms of the depthwise one agree, gradients included; PyTorch as reference."""
 
+import pathlib
+import runpy
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +74,13 @@ def test_unknown_form_and_even_size_are_refused():
     depthwise(draw(1, 4, 4, 2), draw(3, 3, 1, 2), impl='fft')
   with pytest.raises(ValueError, match='odd, got 4'):
     Functional(lambda rngs: DepthwiseConv(4, 2, rngs=rngs))
+
+
+def test_benchmark_runs():
+  bench = runpy.run_path(str(pathlib.Path(__file__).parents[2] / 'benchmarks' / 'depthwise.py'))
+  row = bench['measure']((1, 4, 4, 8), jnp.float32, rounds=1, seconds=0.0, clock=time.perf_counter)
+  assert row['difference'] < 1e-5
+  assert all(row[form]['both_ms'] > 0 for form in ('grouped', 'shifted', 'torch'))
 
 
 @pytest.mark.parametrize('patch', [2, 4])
