@@ -20,6 +20,7 @@ from hrvlm_jax.core.errors import UserError, unknown
 VERBS: dict[str, tuple[str, str]] = {
     'train': ('hrvlm_jax.cli.train:main', 'train any stage of any system; resumes by itself'),
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
+    'encode': ('hrvlm_jax.cli.encode:main', 'run a vision encoder alone; draw its selection'),
     'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
     'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),
     'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),

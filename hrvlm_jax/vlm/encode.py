@@ -1,0 +1,91 @@
+"""Running a vision encoder alone: visual tokens of an image, and a picture of its choices."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import ModelConfig, VisualTokens
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import find_tokenizer, model_config
+
+
+class ImageEncoder:
+  """The encoder of a checkpoint, with the text tower that prompts it where the model has one.
+
+  Args:
+    params: parameters of `vlm.build(config)`.
+    tokenizer: for prompts; None: none can be given.
+  """
+
+  def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer=None):
+    self.config, self.params, self.tokenizer = config, params, tokenizer
+    self.system = registry.get(config.system)
+    self._fn = Functional(lambda rngs: self.system.encoder(config.encoder, rngs=rngs))
+
+  @classmethod
+  def load(cls, checkpoint: str | os.PathLike, *, prompted: bool = False,
+           encoder_options: dict[str, Any] | None = None) -> ImageEncoder:
+    """From a checkpoint folder or the work directory of a run.
+
+    Args:
+      prompted: a tokenizer is needed.
+      encoder_options: settings of the encoder to override (`look`, `max_crops`, ...).
+
+    Raises:
+      UserError: no checkpoint, tensors that do not fit, no tokenizer for a prompt.
+    """
+    config = model_config(checkpoint, encoder_options)
+    params = store.load_params(checkpoint, vlm.build(config).abstract)
+    return cls(config, params, find_tokenizer(checkpoint) if prompted else None)
+
+  def __call__(self, image: Image.Image, prompt: str | None = None, *,
+               dtype=jnp.float32) -> VisualTokens:
+    """Tokens [1 n d] of one image, before any projector.
+
+    Args:
+      prompt: text that says where to look (systems with a text tower: PS3).
+
+    Raises:
+      UserError: a prompt for a model without a text tower.
+    """
+    encoder = self.config.encoder
+    batch = self.system.batch([self.system.views([image], encoder)], encoder)
+    options = {} if prompt is None else {'prompt': self.prompt(prompt, dtype=dtype)}
+    run = jax.jit(lambda p, views, more: self._fn.bind(p)(views, dtype=dtype, **more))
+    return run(self.params['vision'], batch, options)
+
+  def prompt(self, text: str, *, dtype=jnp.float32) -> jax.Array:
+    """The selection prompt [1 d] of a text.
+
+    Raises:
+      UserError: the model has no text tower.
+    """
+    tower = getattr(self.config.encoder, 'text', None)
+    if tower is None or self.config.text is not None or self.tokenizer is None:
+      raise UserError(f'--prompt: a model of system {self.config.system} without a text tower and '
+                      'its tokenizer takes no prompt')
+    from hrvlm_jax.systems.ps3.text import tokenizer  # the only text tower there is
+
+    if not text.strip():
+      raise UserError('--prompt: the text is empty')
+    ids = tokenizer(self.tokenizer, tower)([text])
+    if int(ids.max()) >= tower.vocab_size:
+      raise UserError(f'--prompt: the tokenizer gives id {int(ids.max())}, the text tower has '
+                      f'{tower.vocab_size} rows; use the tokenizer that belongs to the model')
+    whole = vlm.build(self.config)
+    return jax.jit(lambda p, i: whole.apply(p, i, method='prompt', dtype=dtype))(self.params, ids)
+
+  def overlay(self, image: Image.Image, tokens: VisualTokens) -> Image.Image:
+    """What the encoder looked at, drawn on the image."""
+    info = jax.tree.map(np.asarray, tokens.info)
+    return self.system.overlay(image, self.config.encoder, info)
