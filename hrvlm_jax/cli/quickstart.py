@@ -331,7 +331,7 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     axes.bar_label(bars, fmt='%.0f', fontsize=8)
     axes.set_xticks(np.arange(len(groups)), [label.replace('_', ' ') for label in groups])
   axes.axhline(100 * results['chance'], color='grey', linestyle=':', label='chance')
-  axes.set(ylabel='answers right (%)', ylim=(0, 108),
+  axes.set(ylabel='answers right (%)', ylim=(0, 122), yticks=range(0, 101, 20),
            title='Reading signs: overlapping crops against one 40-pixel view')
   axes.legend(loc='upper center', ncols=3, frameon=False)
   axes.spines[['top', 'right']].set_visible(False)

@@ -73,8 +73,14 @@ def test_token_budgets_that_cannot_be_met_are_refused_or_follow_the_reference():
     host.kept_tokens(9, low)
   reference = dataclasses.replace(low, quirks='reference')
   assert host.kept_tokens(9, reference) == [728] * 8 + [5]
-  with pytest.raises(UserError, match='asks one view for 1456 tokens, it has 728'):
-    host.kept_tokens(1, dataclasses.replace(BASE, num_tokens=1456))
+
+
+def test_a_view_gives_at_most_all_of_its_tokens():
+  large = dataclasses.replace(BASE, num_tokens=1457)
+  assert host.kept_tokens(1, large) == [728] and host.kept_tokens(2, large) == [728, 728]
+  config = tiny(max_crops=6, num_tokens=100).encoder
+  small = host.batch([host.views([image(30, 30)], config)], config)
+  assert small['index'].shape == (1, 100) and small['valid'].sum() == 63
 
 
 @pytest.mark.parametrize('options, message', [

@@ -22,9 +22,8 @@ class MCLlavaConfig:
     num_tokens: N, visual tokens of one image.
     window, growth: first crop window and its step, in pixels of the image.
     crop_cap: refuse images with more crops than this; None follows the released code.
-    quirks: 'refuse' rejects num_tokens below the number of views and slices beyond a view's
-      tokens; 'reference' reproduces the original's slices there (its token count then depends on
-      the image).
+    quirks: 'refuse' rejects num_tokens below the number of views; 'reference' reproduces the
+      original's slices there (whole views, far more than num_tokens).
     view_buckets: sizes the number of views of a batch is padded to.
   """
 

@@ -66,8 +66,11 @@ def centres(boxes: Sequence[Box], width: int, height: int) -> np.ndarray:
 def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
   """How many of its last tokens each view contributes: floor(N / M), the rest from the last view.
 
+  A view gives at most all of its tokens but the first, so an image with few views may give fewer
+  than N; `batch` pads to N and masks, and no shape changes.
+
   Raises:
-    UserError: with quirks='refuse', N < M or a slice longer than a view.
+    UserError: with quirks='refuse', N < M.
   """
   total, size = config.num_tokens, config.view_tokens
   split = total // views
@@ -78,10 +81,7 @@ def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
   if split == 0:
     raise UserError(f'num_tokens={total} is below the number of views {views}: some views would '
                     'keep nothing; raise num_tokens or lower max_crops')
-  if max(counts) > size:
-    raise UserError(f'num_tokens={total} over {views} views asks one view for {max(counts)} '
-                    f'tokens, it has {size}; lower num_tokens or raise max_crops')
-  return counts
+  return [min(n, size) for n in counts]
 
 
 def gather_index(views: int, config: MCLlavaConfig) -> np.ndarray:
