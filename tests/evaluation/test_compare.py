@@ -37,8 +37,8 @@ def config(**systems):
 def test_systems_that_cannot_be_compared_are_refused_with_all_reasons():
   other = dataclasses.replace(TEXT, width=32, mlp_width=32)
   wide = dataclasses.replace(VISION, width=32)
-  tiled = AnyResConfig(vision=VISION, layer=-1, pinpoints=((160, 160),), width=16, mean=HALF,
-                       std=HALF)
+  tiled = AnyResConfig(vision=VISION, layer=-1, pinpoints=((160, 160),), merge='flat', width=16,
+                       mean=HALF, std=HALF)
   with pytest.raises(UserError) as error:
     config(plain=single(), other=single(text=other), wide=single(vision=wide),
            tiled=ModelConfig(system='anyres', encoder=tiled, text=TEXT))
