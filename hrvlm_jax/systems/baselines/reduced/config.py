@@ -131,8 +131,6 @@ class ReducedConfig:
   @property
   def inner_tokens(self) -> int | None:
     """Tokens of an image before the step; None where they depend on the image."""
-    if self.inner == 'mc_llava':  # the same number, spread over the crops
-      return self.encoder.num_tokens if self.encoder.quirks == 'refuse' else None
     found = getattr(self.encoder, 'tokens', None)
     return found if isinstance(found, int) else None
 
