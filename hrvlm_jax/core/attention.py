@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hrvlm_jax.core.layers import wide_dtype
+from hrvlm_jax.core.target import target
 
 IMPLEMENTATIONS = ('xla', 'heads', 'cudnn', 'splash', 'auto')
 # Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32).
@@ -57,7 +58,8 @@ def attention(
   if impl == 'splash':
     return _splash(q, k, v, mask, causal, scale)
   scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
-  if impl == 'heads' or (scores > _HEADS_FROM and jax.default_backend() == 'cpu'):
+  # One head after the other would gather everything on every device of a mesh.
+  if impl == 'heads' or (scores > _HEADS_FROM and target() == ('cpu', 1)):
     return _by_heads(q, k, v, mask, causal, scale)
   weights = attention_weights(q, k, mask=mask, causal=causal, scale=scale).astype(v.dtype)
   groups = q.shape[2] // k.shape[2]
@@ -124,11 +126,11 @@ def _by_heads(q, k, v, mask, causal, scale):
 
 
 def _choose(q, mask) -> str:
-  backend = jax.default_backend()
+  backend, devices = target()
   if backend == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
     return 'cudnn'
-  # The splash kernel is tiled by 128 and takes no arbitrary masks.
-  if backend == 'tpu' and mask is None and q.shape[1] % 128 == 0:
+  # The splash kernel is tiled by 128, takes no arbitrary masks and cannot be partitioned.
+  if backend == 'tpu' and devices == 1 and mask is None and q.shape[1] % 128 == 0:
     return 'splash'
   return 'xla'
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 import numpy as np
 
 from hrvlm_jax.core.layers import wide
+from hrvlm_jax.core.target import target
 
 
 def _keys(t: np.ndarray, a: float) -> np.ndarray:
@@ -150,7 +150,7 @@ def bicubic(
   if method not in ('auto', 'taps', 'matrix'):
     raise ValueError(f"bicubic: method must be 'auto', 'taps' or 'matrix', got {method!r}")
   h, w = x.shape[-3:-1]
-  if method == 'matrix' or (method == 'auto' and jax.default_backend() != 'cpu'):
+  if method == 'matrix' or (method == 'auto' and target().platform != 'cpu'):
     y = wide(x)
     if w != width:
       y = jnp.einsum('Ww,...hwc->...hWc', bicubic_matrix(w, width), y)

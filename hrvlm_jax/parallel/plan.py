@@ -382,13 +382,18 @@ def describe(report: Mapping[str, Any]) -> str:
 def _child(request: Mapping[str, Any]) -> dict[str, Any]:
   import importlib
 
+  from hrvlm_jax.core.target import compiling_for
   from hrvlm_jax.parallel.mesh import make_mesh
 
   topology = parse(request['topology'], slices=request['slices'])
   mesh = make_mesh(request['mesh'], devices=devices_of(topology))
   module, _, function = request['target'].partition(':')
-  program = getattr(importlib.import_module(module), function)(mesh, **request['options'])
-  return compile_program(program, topology, mesh)
+  # Layers choose their form for the chips of the plan, not for this machine. Kernels of GPUs cannot
+  # be lowered for the fake devices, so plans for GPUs take the plain forms.
+  platform = 'tpu' if topology.chip.platform == 'tpu' else 'cpu'
+  with compiling_for(platform, max(topology.devices, 2)):
+    program = getattr(importlib.import_module(module), function)(mesh, **request['options'])
+    return compile_program(program, topology, mesh)
 
 
 def main(arguments: Sequence[str]) -> int:
