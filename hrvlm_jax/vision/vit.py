@@ -269,8 +269,7 @@ class ViT(Module):
     """Runs blocks start..stop.
 
     Args:
-      taps: block indices whose outputs are returned; depth is cut into scanned segments there, so
-        that no other hidden state is stored.
+      taps: block indices whose outputs are returned; no other hidden state is stored.
       prefix: keys and values [l n s h p] of ALL blocks, put before each block's own; n may be a
         divisor of the rows of x (see `Attention`).
       return_kv: also return every run block's keys and values.
@@ -280,22 +279,28 @@ class ViT(Module):
     stop = depth if stop is None else stop
     dropout_keys = None if key is None else jax.random.split(key, depth)
 
-    def body(block, x, extra):
-      sub, before = extra
-      x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
-      return x, ((k, v) if return_kv else None)
+    # One scan for all blocks: cutting it at the taps would copy the stacked weights of every piece.
+    # Tapped outputs go to a buffer that travels along; its last slot takes the others.
+    inner = [tap for tap in sorted(set(taps)) if start <= tap < stop - 1]
+    slots = jnp.full(depth, len(inner), jnp.int32)
+    for slot, tap in enumerate(inner):
+      slots = slots.at[tap].set(slot)
 
-    found, kept = {}, []
-    cuts = sorted({t + 1 for t in taps if start <= t < stop} | {stop})
-    for cut in cuts:
-      x, kv = scan_layers(self.blocks, x, body, xs=(dropout_keys, prefix), start=start, stop=cut,
-                          remat=remat)
-      kept.append(kv)
-      if cut - 1 in taps:
-        found[cut - 1] = x
-      start = cut
-    join = lambda i: jnp.concatenate([kv[i] for kv in kept]) if return_kv else None
-    return BlocksOutput(x, found, join(0), join(1))
+    def body(block, carry, extra):
+      x, buffer = carry
+      sub, before, slot = extra
+      x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
+      if inner:
+        buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+      return (x, buffer), ((k, v) if return_kv else None)
+
+    buffer = jnp.zeros((len(inner) + 1, *x.shape), x.dtype) if inner else None
+    (x, buffer), kv = scan_layers(self.blocks, (x, buffer), body, xs=(dropout_keys, prefix, slots),
+                                  start=start, stop=stop, remat=remat)
+    found = {tap: buffer[slot] for slot, tap in enumerate(inner)}
+    if stop - 1 in taps:
+      found[stop - 1] = x
+    return BlocksOutput(x, found, *(kv if return_kv else (None, None)))
 
   def __call__(self, images: Float[Array, 'n h w c'], **options) -> Float[Array, 'n t d']:
     """Output of the last block, before `post_norm`; options as in `run`."""
