@@ -74,7 +74,7 @@ RULES: tuple[Rule, ...] = (
   # Every other matrix (in, out).
   Rule(r'.*/kernel', ('fsdp', None)),
   Rule(r'(.*/)?(bias|scale|weight|layer_scale|class_token|probe|gate|newline|query|queries'
-       r'|logit_scale|logit_bias|\w*token\w*|\w*prompt)', (), why=WHOLE_VECTORS),
+       r'|latents|time|logit_scale|logit_bias|\w*token\w*|\w*prompt)', (), why=WHOLE_VECTORS),
 )
 
 

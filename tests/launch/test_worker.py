@@ -67,12 +67,14 @@ def test_how_a_job_ended(host, command, state, code, words):
 
 def test_busy_force_and_stop(host):
   assert host('start', 'r', '--', 'sleep', '100').code == 0
+  wait_for((host.runs / 'r' / 'pid').exists)
   first = (host.runs / 'r' / 'pid').read_text()
   assert fields(host('status', 'r').out)['state'] == 'running'
   busy = host('start', 'other', '--', 'sleep', '100')
   assert busy.code == 9 and 'already running here: run r' in busy.err
   assert host('start', 'r', '--force', '--', 'sleep', '100').code == 0
-  assert (host.runs / 'r' / 'pid').read_text() != first
+  pid = host.runs / 'r' / 'pid'
+  wait_for(lambda: pid.exists() and pid.read_text() not in ('', first))
   stopped = host('stop', 'r', '--grace', '5')
   assert stopped.code == 0 and 'stopped' in stopped.out
   wait_for((host.runs / 'r' / 'exit_code').exists)
