@@ -257,7 +257,8 @@ class Comparison:
         'system': model.system, 'accuracy': float(np.mean(correct)),
         'accuracy_by_size': accuracy_by_size([row['area'] for row in answers], correct),
         # Two-pass models put their visual tokens into the prompt too.
-        'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind), **costs, 'train_seconds': self.times[f'train {name}']}
+        'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind),
+        **costs, 'train_seconds': self.times[f'train {name}']}
     c = self.config
     results = {
       'systems': rows, 'chance': c.task.chance, 'seconds': sum(self.times.values()),
