@@ -65,23 +65,6 @@ def test_how_a_job_ended(host, command, state, code, words):
   assert (host.runs / 'r' / 'log.3').is_file()
 
 
-def test_busy_force_and_stop(host):
-  assert host('start', 'r', '--', 'sleep', '100').code == 0
-  wait_for((host.runs / 'r' / 'pid').exists)
-  first = (host.runs / 'r' / 'pid').read_text()
-  assert fields(host('status', 'r').out)['state'] == 'running'
-  busy = host('start', 'other', '--', 'sleep', '100')
-  assert busy.code == 9 and 'already running here: run r' in busy.err
-  assert host('start', 'r', '--force', '--', 'sleep', '100').code == 0
-  pid = host.runs / 'r' / 'pid'
-  wait_for(lambda: pid.exists() and pid.read_text() not in ('', first))
-  stopped = host('stop', 'r', '--grace', '5')
-  assert stopped.code == 0 and 'stopped' in stopped.out
-  wait_for((host.runs / 'r' / 'exit_code').exists)
-  assert fields(host('status', 'r').out)['exit'] == '143'
-  assert 'nothing runs' in host('stop', 'r').out
-
-
 def test_stop_ends_children_and_deaf_programs(host):
   program = "trap '' TERM; sleep 100 & echo $!; while true; do sleep 1; done"
   host('start', 'r', '--', 'bash', '-c', program)
@@ -315,7 +298,6 @@ def test_simulate_kills_one_host_and_resumes(simulate, tmp_path):
   [
     (['--forgetful'], [], 5, 'instead of resuming'),
     (['--drift'], [], 5, 'the undisturbed'),
-    (['--deaf'], ['--end-within', '1'], 7, 'is ended now'),
     (['--no-such-option'], [], 5, 'unrecognized arguments'),
   ],
 )
