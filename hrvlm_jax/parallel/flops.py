@@ -6,11 +6,36 @@ activations, gradients of trained weights only), which is what utilisation (MFU)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+
+
+class Product(NamedTuple):
+  """A product of `batch` pairs of [m k] and [k n] matrices; `kind` is 'dot' or 'conv'."""
+
+  kind: str
+  batch: int
+  m: int
+  k: int
+  n: int
+
+  @property
+  def flops(self) -> float:
+    """Operations, 2 per multiply-add."""
+    return 2.0 * self.batch * self.m * self.k * self.n
+
+
+def count_products(fn: Callable, *args: Any, **kwargs: Any) -> Counter[Product]:
+  """How often each shape of product or convolution is computed in one call; see `count_flops`.
+
+  A convolution is given as the product it amounts to: output places x (kernel places and input
+  channels of a group) x output channels.
+  """
+  return Counter(dict(_products(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)))
 
 
 def count_flops(fn: Callable, *args: Any, **kwargs: Any) -> float:
@@ -22,29 +47,45 @@ def count_flops(fn: Callable, *args: Any, **kwargs: Any) -> float:
   Loops of a length that is not known before the run (`while`) count once, branches with the most
   expensive one.
   """
-  return _jaxpr(jax.make_jaxpr(fn)(*args, **kwargs).jaxpr)
+  return sum(product.flops * times
+             for product, times in count_products(fn, *args, **kwargs).items())
 
 
-def _jaxpr(jaxpr) -> float:
-  return sum(_equation(equation) for equation in jaxpr.eqns)
+def _products(jaxpr) -> Counter[Product]:
+  found: Counter[Product] = Counter()
+  for equation in jaxpr.eqns:
+    for product, times in _equation(equation):
+      found[product] += times
+  return found
 
 
-def _equation(equation) -> float:
+def _equation(equation) -> Iterator[tuple[Product, int]]:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
-    left = equation.invars[0].aval.shape
-    (contracted, _), _ = params['dimension_numbers']
-    return 2.0 * _size(equation.outvars[0]) * math.prod(left[d] for d in contracted)
-  if name == 'conv_general_dilated':
+    left, right = (variable.aval.shape for variable in equation.invars[:2])
+    (summed, summed_right), (batch, batch_right) = params['dimension_numbers']
+    size = lambda shape, left_out: math.prod(
+      n for d, n in enumerate(shape) if d not in left_out)
+    yield Product('dot', math.prod(left[d] for d in batch), size(left, {*summed, *batch}),
+                  math.prod(left[d] for d in summed),
+                  size(right, {*summed_right, *batch_right})), 1
+  elif name == 'conv_general_dilated':
     kernel = equation.invars[1].aval.shape
     out_features = kernel[params['dimension_numbers'].rhs_spec[0]]
-    return 2.0 * _size(equation.outvars[0]) * math.prod(kernel) / out_features
-  if name == 'scan':
-    return params['length'] * _jaxpr(params['jaxpr'].jaxpr)
-  if name == 'cond':
-    return max(_jaxpr(branch.jaxpr) for branch in params['branches'])
-  inner = [found for value in params.values() for found in _inner(value)]
-  return sum(map(_jaxpr, inner))
+    out = math.prod(equation.outvars[0].aval.shape)
+    yield Product('conv', 1, out // out_features, math.prod(kernel) // out_features,
+                  out_features), 1
+  elif name == 'scan':
+    yield from ((product, times * params['length'])
+                for product, times in _products(params['jaxpr'].jaxpr).items())
+  elif name == 'cond':
+    branches = [_products(branch.jaxpr) for branch in params['branches']]
+    cost = lambda branch: sum(product.flops * times for product, times in branch.items())
+    yield from max(branches, key=cost).items()
+  else:
+    for value in params.values():
+      for inner in _inner(value):
+        yield from _products(inner).items()
 
 
 def _inner(value) -> list:
@@ -56,7 +97,3 @@ def _inner(value) -> list:
   if isinstance(value, (tuple, list)):
     return [found for item in value for found in _inner(item)]
   return []
-
-
-def _size(variable) -> int:
-  return math.prod(variable.aval.shape)
