@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import inspect
 import json
 import os
 import pathlib
@@ -27,18 +26,16 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.data import pipeline
-from hrvlm_jax.data.sources import LlavaJson
-from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.systems import registry
+from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.evaluation import evaluated_params, evaluation_of
 from hrvlm_jax.training.metrics import MetricsWriter
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
 from hrvlm_jax.training.step import State, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.answer import text_of
 
 # Left in the work directory by a run that was told to end; scripts/worker_run.sh looks for it.
 PREEMPTED = 'PREEMPTED'
@@ -52,30 +49,6 @@ class Result:
   loss: float | None
   interrupted: bool
   compilations: int
-
-
-def make_batches(config: RunConfig) -> Any:
-  """The checkpointable iterator over training batches of a config.
-
-  Every process makes the whole global batch and hands its part to its devices: indices into shared
-  crops then mean the same everywhere, and the batches do not depend on the number of hosts.
-  """
-  system = registry.get(config.model.system)
-  if config.data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
-    raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
-                    'remove it')
-  tokenizer = tokenizer_of(config.data.tokenizer)
-  example = ToExample(text=text_of(config.model, tokenizer), views=system.views,
-                      encoder=config.model.encoder, exif=config.data.exif,
-                      max_length=max(config.data.lengths), boxes=config.data.boxes,
-                      augment=config.data.background)
-  batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=config.data.lengths,
-                  slots=config.data.slots, parts=config.training.accumulate)
-  source = LlavaJson(config.data.train, config.data.images)
-  return pipeline.build(
-    source, example, batch_size=config.training.batch_size, collate=batch, seed=config.seed,
-    shuffle=config.data.shuffle, workers=config.data.workers, lanes=config.data.lanes,
-    bad_rows=config.data.bad_rows)
 
 
 def initial_params(config: RunConfig, fn: Functional, layout: Layout, places: Any,
@@ -153,6 +126,7 @@ def train(
   fn = vlm.build(config.model)
   groups = groups_of(t, fn.abstract)
   batches = make_batches(config)
+  evaluate = evaluation_of(config, workdir)
   with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
     abstract = jax.eval_shape(lambda p: init_state(t, groups, p), fn.abstract)
@@ -169,7 +143,7 @@ def train(
     with _Signals() as signals:
       try:
         loss = _run(config, state, start, step_fn, batches, saver, writer, signals, on_step,
-                    workdir, layout)
+                    workdir, layout, evaluate)
       finally:
         writer.close()
     if signals.caught and distributed.is_main():
@@ -194,7 +168,8 @@ def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
   return layout.make(lambda p: init_state(config.training, groups, p), places, params), 0
 
 
-def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir, layout):
+def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir, layout,
+         evaluate):
   t = config.training
   iterator: Iterator = iter(batches)
   pending: tuple[int, dict, Any, float] | None = None
@@ -238,6 +213,12 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
     if step % t.checkpoint_every == 0 and step < t.steps:
       loss, pending = settle(pending), None
       saver.save(step, state, batches.get_state())
+    if evaluate is not None and (step % t.eval_every == 0 or step == t.steps):
+      if pending is not None:
+        loss, pending = settle(pending), None
+      before = time.perf_counter()
+      writer.write(step, evaluate(step, evaluated_params(state)))
+      clock += time.perf_counter() - before
   if pending is not None:
     loss = settle(pending)
   if step > start:
@@ -271,7 +252,7 @@ class _Silent:
 
   def say(self, text: str) -> None: ...
 
-  def write(self, step: int, values: Any, *, advance: int) -> None: ...
+  def write(self, step: int, values: Any, *, advance: int = 0) -> None: ...
 
   def close(self) -> None: ...
 
