@@ -65,9 +65,15 @@ workdir_of() {
 # --- start -------------------------------------------------------------------------------------
 
 start() {
-  local other waited=0
+  local other supervisor waited=0
   local -a detach
   [ "${#JOB[@]}" -gt 0 ] || die 2 'start needs a command after --.'
+  mkdir -p "$DIR"
+  # One start at a time: of two, the second must find the first one's job.
+  if command -v flock >/dev/null; then
+    exec 8>"$RUNS/start.lock"
+    flock 8
+  fi
   if [ "$FORCE" = 1 ]; then
     for other in "$RUNS"/*/; do
       ! alive "${other%/}" || end_job "${other%/}" "$GRACE"
@@ -78,21 +84,41 @@ start() {
       die "$EX_BUSY" "a job is already running here: run $(basename "$other"), pid $(cat "$other/pid")."
     fi
   done
-  mkdir -p "$DIR"
+  settle "$DIR"
   rm -f "$DIR/pid" "$DIR/supervisor" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
   detach=(nohup)
   ! command -v setsid >/dev/null || detach=(setsid)
   "${detach[@]}" bash "$0" supervise "$RUN" "${OPTIONS[@]}" -- "${JOB[@]}" \
-    </dev/null >>"$DIR/supervisor.log" 2>&1 &
-  while [ ! -f "$DIR/pid" ] && [ ! -f "$DIR/exit_code" ]; do
-    if [ "$waited" -ge 100 ]; then
+    </dev/null >>"$DIR/supervisor.log" 2>&1 8>&- &
+  supervisor=$!
+  # The supervisor writes pid before anything else can be known of the job, however short it is.
+  while [ ! -f "$DIR/pid" ]; do
+    if ! kill -0 "$supervisor" 2>/dev/null && [ ! -f "$DIR/pid" ]; then
       tail -n 5 "$DIR/supervisor.log" >&2
-      die 1 'the job did not start within 10 s; see supervisor.log.'
+      die 1 'the job did not start: its supervisor has ended; see supervisor.log.'
+    fi
+    if [ "$waited" -ge 600 ]; then
+      tail -n 5 "$DIR/supervisor.log" >&2
+      die 1 'the job did not start within 60 s; see supervisor.log.'
     fi
     waited=$((waited + 1))
     sleep 0.1
   done
-  printf 'worker %s: started run %s, pid %s\n' "$LABEL" "$RUN" "$(cat "$DIR/pid" 2>/dev/null || printf -)"
+  printf 'worker %s: started run %s, pid %s\n' "$LABEL" "$RUN" "$(cat "$DIR/pid")"
+}
+
+# settle DIR: waits for the supervisor of a job that is over. It lives on until it has written down
+# how the job ended and has sent the log away; a second one beside it would find the lock taken, and
+# the first one's last words would be read as the second one's.
+settle() {
+  local waited=0
+  while alive "$1" supervisor; do
+    if [ "$waited" -ge 300 ]; then
+      kill -KILL "$(cat "$1/supervisor")" 2>/dev/null || true
+    fi
+    waited=$((waited + 1))
+    sleep 0.1
+  done
 }
 
 load_env() {
@@ -240,7 +266,8 @@ logs() {
   exec "${command[@]}" "$LOG"
 }
 
-# end_job DIR GRACE: asks the whole process group to end (the trainer saves), then kills it.
+# end_job DIR GRACE: asks the whole process group to end (the trainer saves), then kills it. When it
+# returns, how the job ended is written down.
 end_job() {
   local pid waited=0
   pid=$(cat "$1/pid")
@@ -254,6 +281,7 @@ end_job() {
   done
   # Workers of the data pipeline may outlive their parent.
   kill -KILL -- "-$pid" 2>/dev/null || true
+  settle "$1"
 }
 
 stop() {

@@ -16,7 +16,7 @@ def main() -> int:
   parser = argparse.ArgumentParser()
   parser.add_argument('--steps', type=int, default=20)
   parser.add_argument('--every', type=int, default=4, help='steps between checkpoints')
-  parser.add_argument('--step-seconds', type=float, default=0.03)
+  parser.add_argument('--step-seconds', type=float, default=0.1)
   parser.add_argument('--forgetful', action='store_true', help='never resume (for a test)')
   parser.add_argument(
     '--drift', action='store_true', help='lose the state at a resume (for a test)'

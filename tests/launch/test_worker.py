@@ -65,6 +65,49 @@ def test_how_a_job_ended(host, command, state, code, words):
   assert (host.runs / 'r' / 'log.3').is_file()
 
 
+def test_busy_force_and_stop(host):
+  assert host('start', 'r', '--', 'sleep', '100').code == 0
+  first = (host.runs / 'r' / 'pid').read_text()
+  assert fields(host('status', 'r').out)['state'] == 'running'
+  busy = host('start', 'other', '--', 'sleep', '100')
+  assert busy.code == 9 and 'already running here: run r' in busy.err
+  assert host('start', 'r', '--force', '--', 'sleep', '100').code == 0
+  assert (host.runs / 'r' / 'pid').read_text() not in ('', first)
+  assert fields(host('status', 'r').out)['state'] == 'running'
+  stopped = host('stop', 'r', '--grace', '5')
+  assert stopped.code == 0 and 'stopped' in stopped.out
+  assert fields(host('status', 'r').out)['exit'] == '143'
+  assert 'nothing runs' in host('stop', 'r').out
+
+
+def test_a_start_waits_for_the_last_words_of_the_run_before(host):
+  """The supervisor still sends the log away when the job is over (the upload takes a second)."""
+  slow = '#!/bin/sh\ntouch "$FAKE_CLOUD/uploading"; sleep 1\n'
+  host.cloud.program('gcloud', slow)
+  bucket = ('--bucket', 'gs://b/r')
+  assert host('start', 'r', *bucket, '--', 'sh', '-c', 'exit 7').code == 0
+  wait_for((host.cloud.path / 'uploading').exists)
+  again = host('start', 'r', '--', 'sleep', '100')
+  assert again.code == 0, again.err
+  found = fields(host('status', 'r').out)
+  assert found['state'] == 'running' and found['exit'] == '-'
+  host('stop', 'r', '--grace', '1')
+
+
+def test_of_two_starts_at_once_one_is_busy(host):
+  script = str(REPO / 'scripts' / 'worker_run.sh')
+  start = lambda name: f'bash {script} start {name} -- sleep 100'
+  both = f'{start("a")} & one=$!; {start("b")}; two=$?; wait $one; echo $? $two'
+  codes = host.cloud.run('bash', '-c', both).out.split('\n')[-2].split()
+  assert sorted(codes) == ['0', '9']
+
+
+def test_a_supervisor_that_fails_is_no_started_job(host):
+  result = host('start', 'r', '--env-file', '/nowhere/secrets', '--', 'true')
+  assert result.code == 1 and 'the job did not start' in result.err
+  assert '/nowhere/secrets' in result.err
+
+
 def test_stop_ends_children_and_deaf_programs(host):
   program = "trap '' TERM; sleep 100 & echo $!; while true; do sleep 1; done"
   host('start', 'r', '--', 'bash', '-c', program)
@@ -298,6 +341,7 @@ def test_simulate_kills_one_host_and_resumes(simulate, tmp_path):
   [
     (['--forgetful'], [], 5, 'instead of resuming'),
     (['--drift'], [], 5, 'the undisturbed'),
+    (['--deaf'], ['--end-within', '1'], 7, 'is ended now'),
     (['--no-such-option'], [], 5, 'unrecognized arguments'),
   ],
 )
