@@ -9,7 +9,9 @@ from hrvlm_jax.core.errors import UserError
 def main(argv: list[str]) -> int:
   """Runs a benchmark and writes score, answers and provenance; resumes by itself."""
   parser = Parser('eval', main.__doc__)
-  parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
+  parser.add_argument('--checkpoint', help='checkpoint or work directory of a run')
+  parser.add_argument('--predictions', metavar='FILE',
+                      help='score these answers (JSON lines with sample_id and text) instead')
   parser.add_argument('--benchmark', required=True, help='its name; an unknown one lists all')
   parser.add_argument('--data', required=True, help='folder with the official files')
   parser.add_argument('--out', required=True, help='result folder')
@@ -25,6 +27,11 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.evaluation import benchmarks
 
   benchmark = benchmarks.get(arguments.benchmark)
+  if (arguments.checkpoint is None) == (arguments.predictions is None):
+    raise UserError('expected either --checkpoint (a model answers) or --predictions (answers that '
+                    'exist are scored)')
+  if arguments.predictions is not None:
+    return _score(benchmark, arguments)
   import jax
   import jax.numpy as jnp
 
@@ -57,4 +64,20 @@ def main(argv: list[str]) -> int:
   if result is not None:
     print(result.summary())
     print(f'written: {arguments.out}')
+  return 0
+
+
+def _score(benchmark, arguments) -> int:
+  """Answers that exist: no model is loaded, nothing about one can be set."""
+  from hrvlm_jax.evaluation.runner import score_predictions
+
+  given = [name for name in ('limit', 'max_new_tokens', 'prompt') if getattr(arguments, name) is not None]
+  if given:
+    options = ', '.join('--' + name.replace('_', '-') for name in given)
+    raise UserError(f'{options}: decides how a model answers; --predictions scores answers that '
+                    'exist')
+  result = score_predictions(benchmark, arguments.predictions, data=arguments.data,
+                             out=arguments.out, split=arguments.split)
+  print(result.summary())
+  print(f'written: {arguments.out}')
   return 0

@@ -174,15 +174,21 @@ def score_predictions(
     predictions: str | Path,
     *,
     data: str | Path,
+    out: str | Path | None = None,
     split: str | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Result:
   """Scores a file of predictions, somebody else's too: lines with `sample_id` and `text`.
 
-  A sample without a prediction counts as wrong and in `n_missing`.
+  A sample without a prediction counts as wrong and in `n_missing`; then no submission is written.
+
+  Args:
+    out: folder for the files that `evaluate` writes too, the shards and run.json excepted; it must
+      be empty. None: nothing is written.
+    identity: further facts about where the predictions come from.
 
   Raises:
-    UserError: bad files; predictions of samples that the benchmark does not have.
+    UserError: bad files; predictions of samples that the benchmark does not have; `out` in use.
   """
   benchmark = benchmarks.get(benchmark) if isinstance(benchmark, str) else benchmark
   split = split or benchmark.default_split
@@ -195,8 +201,18 @@ def score_predictions(
                     f'{split} does not have, such as {", ".join(extra[:3])}')
   base = {'task': benchmark.name, 'split': split, 'limit': None,
           'dataset': _dataset(samples, Path(data)), 'predictions': str(predictions)}
-  return score_texts(benchmark, split, samples, found, identity=base | dict(identity or {}),
-                     published=benchmark.splits[split])
+  result = score_texts(benchmark, split, samples, found, identity=base | dict(identity or {}),
+                       published=benchmark.splits[split])
+  if out is not None:
+    out = Path(out)
+    if out.is_dir() and any(out.iterdir()):
+      raise UserError(f'{out}: is not empty; choose another result folder')
+    out.mkdir(parents=True, exist_ok=True)
+    # How they were asked is only known where the file says so.
+    questions = {s.id: found.get(s.id, {}).get('prompt', s.question) for s in samples}
+    _write_folder(out, benchmark, samples, questions, found, result)
+    report.write(out / 'report.html', result, samples, found, questions=questions)
+  return result
 
 
 def _identity(benchmark: Benchmark, split: str, limit: int | None, samples: Samples, data: Path,
@@ -295,7 +311,7 @@ def _write_folder(out: Path, benchmark: Benchmark, samples: Samples, questions: 
   per_sample = result.per_sample or [None] * len(samples)
   lines = []
   for sample, score in zip(samples, per_sample):
-    record = found[sample.id]
+    record = found.get(sample.id, {'text': ''})
     lines.append(json.dumps({
         'sample_id': sample.id, 'prompt': questions[sample.id], 'text': record['text'],
         'references': sample.answers, 'category': sample.category, 'score': score,
@@ -303,7 +319,7 @@ def _write_folder(out: Path, benchmark: Benchmark, samples: Samples, questions: 
         'num_image_tokens': record.get('num_image_tokens'),
         'num_new_tokens': record.get('num_new_tokens')}, ensure_ascii=False))
   records.write_whole(out / records.MERGED, '\n'.join(lines) + '\n')
-  if benchmark.submission:
+  if benchmark.submission and not result.n_missing:
     submission.write(benchmark, samples, [found[s.id]['text'] for s in samples], out)
   finished = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   value = result.to_dict() | {'finished': finished}

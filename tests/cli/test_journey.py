@@ -1,7 +1,12 @@
 """Train, resume, ask, list, export and convert back, by the commands that a user types."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import textwrap
+import time
 
 import numpy as np
 from PIL import Image
@@ -9,6 +14,7 @@ import pytest
 
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.cli.main import main
+from hrvlm_jax.data.needle import NeedleConfig, write
 
 CONFIG = textwrap.dedent("""
     import ml_collections
@@ -96,3 +102,32 @@ def test_exporting_and_converting_back(folder, capsys):
   assert before.keys() == after.keys()
   for path in before:
     np.testing.assert_array_equal(before[path], after[path], err_msg=path)
+
+
+def test_evaluating_on_eight_devices_killed_and_resumed(folder, capsys):
+  """The same verb on one device, on eight, and on eight after a kill -9: the same files."""
+  write(NeedleConfig.tiny(turns=2), folder / 'task', 30, seed=5, progress=False)
+  argv = ['eval', '--benchmark', 'needle', '--data', str(folder / 'task'), '--checkpoint',
+          str(folder / 'w'), '--max-new-tokens', '8', '--quiet']
+  assert main([*argv, '--out', str(folder / 'one')]) == 0
+  assert 'needle (all), 60 samples: needle_accuracy = ' in capsys.readouterr().out
+
+  command = [sys.executable, '-m', 'hrvlm_jax.cli', *argv, '--out', str(folder / 'eight')]
+  environment = os.environ | {'JAX_NUM_CPU_DEVICES': '8', 'JAX_PLATFORMS': 'cpu'}
+  shard = folder / 'eight' / 'predictions-00000-of-00001.jsonl'
+  process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+  while process.poll() is None and not (shard.exists() and shard.stat().st_size):
+    time.sleep(0.01)
+  process.kill()
+  assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
+  answered = len(shard.read_bytes().splitlines())
+  assert 8 <= answered < 60 and not (folder / 'eight/result.json').exists()
+  done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr[-2000:]
+  one, eight = ((folder / name / 'predictions.jsonl').read_bytes() for name in ('one', 'eight'))
+  assert one == eight
+  first, second = (json.loads((folder / name / 'result.json').read_text())
+                   for name in ('one', 'eight'))
+  assert first.pop('finished') and second.pop('finished')
+  assert first == second
+  assert main([*argv, '--out', str(folder / 'three'), '--batch-size', '0']) == 2

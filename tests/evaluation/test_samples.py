@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hrvlm_jax.cli.main import main
 from hrvlm_jax.evaluation import benchmarks
 from hrvlm_jax.evaluation.runner import Setup, evaluate
 
@@ -66,6 +67,46 @@ def test_sample(case, tmp_path):
     assert low <= result.value + 1e-9 and result.value - 1e-9 <= high
   for name in ('run.json', 'result.json', 'report.html', 'predictions.jsonl'):
     assert (tmp_path / 'out' / name).is_file()
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda c: f'{c["benchmark"]}-{c["split"]}')
+def test_sample_through_the_verb(case, tmp_path, capsys):
+  benchmark = benchmarks.get(case['benchmark'])
+  loaded = benchmark.load(SAMPLES / case['folder'], case['split'])
+  answers = _answers(case, loaded)
+  if answers is None:  # a likelihood benchmark: the option that is least surprising
+    answers = {s.id: min(s.choices, key=case['losses'].get) for s in loaded}
+  lines = [json.dumps({'sample_id': number, 'text': text}) for number, text in answers.items()]
+  (tmp_path / 'answers.jsonl').write_text('\n'.join(lines) + '\n', 'utf-8')
+  argv = ['eval', '--benchmark', case['benchmark'], '--data', str(SAMPLES / case['folder']),
+          '--out', str(tmp_path / 'out')]
+  argv += ['--split', case['split']] if case['split'] else []
+  assert main([*argv, '--predictions', str(tmp_path / 'answers.jsonl')]) == 0
+  result = json.loads((tmp_path / 'out/result.json').read_text('utf-8'))
+  assert {name: result['values'].get(name) for name in case['values']} == \
+    pytest.approx(case['values'])
+  assert result['n_missing'] == 0
+  if 'submission' in case:
+    text = (tmp_path / 'out' / benchmark.submission.filename).read_text('utf-8')
+    assert (text if isinstance(case['submission'], str) else json.loads(text)) == case['submission']
+  assert capsys.readouterr().out.startswith(f'{case["benchmark"]} ({result["split"]}), ')
+
+
+def test_scoring_refuses_what_it_cannot_use(tmp_path, capsys):
+  argv = ['eval', '--benchmark', 'chartqa', '--data', str(SAMPLES / 'chartqa'), '--out',
+          str(tmp_path / 'out')]
+  assert main(argv) == 2
+  assert 'expected either --checkpoint (a model answers) or --predictions' in \
+    capsys.readouterr().err
+  path = tmp_path / 'p.jsonl'
+  path.write_text('{"sample_id": "human_1", "text": "yes"}\n')
+  assert main([*argv, '--predictions', str(path), '--limit', '1']) == 2
+  assert '--limit: decides how a model answers' in capsys.readouterr().err
+  assert not (tmp_path / 'out').exists()
+  assert main([*argv, '--predictions', str(path)]) == 0
+  assert '2 of 3 samples have no prediction; they count as wrong' in capsys.readouterr().out
+  assert main([*argv, '--predictions', str(path)]) == 2
+  assert 'is not empty; choose another result folder' in capsys.readouterr().err
 
 
 def test_generated_needle_task(tmp_path):
