@@ -1,9 +1,9 @@
 """From a source to batches: order, worker processes, faults, exact resume.
 
 The unit of reading is a batch. Batch k is a pure function of (source, seed, k): its positions are
-fixed by `sampler.Lanes`, every position has its own random generator, and nothing is carried over
-from one batch to the next. Resuming is therefore a number, whatever the workers had read ahead, and
-stays exact when the numbers of hosts and workers change.
+fixed by `order` and `sampler.Lanes`, every position has its own random generator, and nothing is
+carried over from one batch to the next. Resuming is therefore a number, whatever the workers had
+read ahead, and stays exact when the numbers of hosts and workers change.
 
 A row that cannot be used keeps its place: the place is filled with a copy of a usable example of
 the batch in which nothing is trained, and the fault is counted by kind. So one host never has to
@@ -28,8 +28,9 @@ import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.expansion import IGNORE
+from hrvlm_jax.data.order import Order, OrderName, make_order
 from hrvlm_jax.data.rows import BadRow, Row
-from hrvlm_jax.data.sampler import Lanes, shuffled_index
+from hrvlm_jax.data.sampler import Lanes
 from hrvlm_jax.data.sources import Source
 
 Example = dict[str, Any]
@@ -38,6 +39,7 @@ Collate = Callable[[Sequence[Example]], dict[str, Any]]
 BadRowPolicy = Literal['skip', 'fatal']
 
 _ENDLESS = 2**62
+_ORDER = {'order': 'uniform'}  # what an order's description says by default
 _DONOR_TRIES = 1000
 
 
@@ -74,7 +76,7 @@ class BatchReader:
   collate: Collate
   lanes: Lanes
   seed: int
-  shuffle: bool
+  order: Order
   epochs: int | None
   bad_rows: BadRowPolicy
   blank: Callable[[Example], Example]
@@ -83,7 +85,7 @@ class BatchReader:
   @property
   def total(self) -> int | None:
     """Positions of all epochs; None: endless."""
-    return None if self.epochs is None else self.epochs * len(self.source)
+    return None if self.epochs is None else self.epochs * self.order.epoch_size
 
   def __len__(self) -> int:
     if self.total is None:
@@ -122,8 +124,7 @@ class BatchReader:
     Raises:
       UserError: the row cannot be used.
     """
-    size = len(self.source)
-    epoch, index = shuffled_index(position, size, self.seed, shuffle=self.shuffle)
+    epoch, index = self.order.place(position)
     rng = np.random.default_rng(np.random.SeedSequence([self.seed, 1, position]))
     fetch = getattr(self.source, 'fetch', None)
     row = self.source[index] if fetch is None else fetch(index, epoch, rng)
@@ -206,9 +207,8 @@ class Batches:
             'order': self._order()}
 
   def _order(self) -> dict[str, Any]:
-    reader = self.reader
-    return {'rows': len(reader.source), 'seed': reader.seed, 'shuffle': reader.shuffle,
-            'batch_size': reader.lanes.batch_size}
+    return {**_ORDER, **self.reader.order.describe(),
+            'batch_size': self.reader.lanes.batch_size}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes on where `get_state` was called, with any number of hosts and workers.
@@ -218,8 +218,8 @@ class Batches:
     """
     stored, own = state.get('order', {}), self._order()
     raise_all('the saved position belongs to another order of the data', [
-      f'{key} was {stored.get(key)}, is {value}' for key, value in own.items()
-      if stored.get(key) != value])
+      f'{key} was {stored.get(key, _ORDER.get(key))}, is {value}' for key, value in own.items()
+      if stored.get(key, _ORDER.get(key)) != value])
     self.close()
     self._step = int(state['step'])
     self.counts = Counter(state.get('counts', {}))
@@ -246,6 +246,8 @@ def build(
   collate: Collate,
   seed: int = 0,
   shuffle: bool = True,
+  order: OrderName = 'uniform',
+  group: tuple[int, int] | None = None,
   epochs: int | None = None,
   lanes: int = 8,
   host: int = 0,
@@ -267,6 +269,8 @@ def build(
     collate: examples -> arrays of a batch.
     seed: of the order and of all random choices.
     shuffle: a new permutation every epoch; otherwise the source's own order.
+    order: 'uniform', or 'grouped' by length and modality (see `order.GroupedOrder`).
+    group: (examples per device and micro-batch, devices) of the grouping.
     epochs: None: endless.
     lanes: granularity of host ownership; a batch size it does not divide uses their greatest
       common divisor.
@@ -289,8 +293,10 @@ def build(
   if batch_size < 1:
     raise UserError(f'batch_size: expected at least 1, got {batch_size}')
   split = Lanes(lanes=math.gcd(lanes, batch_size), batch_size=batch_size, host=host, hosts=hosts)
+  ordered = make_order(order, source, batch_size=batch_size, seed=seed, shuffle=shuffle,
+                       group=group)
   reader = BatchReader(
-    source=source, transform=transform, collate=collate, lanes=split, seed=seed, shuffle=shuffle,
+    source=source, transform=transform, collate=collate, lanes=split, seed=seed, order=ordered,
     epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder)
   if not len(reader):
     raise UserError(f'{epochs} epochs of {len(source)} rows are less than one batch of '

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import encode_prompt, encode_training, prepare, prompt_end
+from hrvlm_jax.data.conversation import Encoded, encode_prompt, encode_training, prepare, prompt_end
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
 from hrvlm_jax.data.rows import BadRow, Row, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+
+TooLong = Literal['cut_text', 'cut_row', 'refuse']
 
 # The tokenizer of tiny models: one id per byte, then the special tokens of all templates.
 BYTE_SPECIALS = {'<|im_end|>': 256, '<|im_start|>': 257, '<image>': 258, '<pad>': 259,
@@ -83,12 +85,27 @@ class Text:
   def conversation(self, messages: Sequence[Message], counts: Sequence[int], *,
                    max_length: int | None = None) -> dict[str, np.ndarray]:
     """A finished conversation with its label mask: arrays of `expand`."""
+    encoded = self.encode(messages, len(counts), max_length=max_length)
+    return self.expand(encoded, counts)
+
+  def encode(self, messages: Sequence[Message], images: int, *,
+             max_length: int | None = None) -> Encoded:
+    """Ids and labels of a finished conversation about so many images, before they take their slots.
+
+    Args:
+      max_length: cut after so many ids, an image counting one.
+
+    Raises:
+      UserError: messages that do not alternate.
+    """
     template = self._training_template()
-    messages = prepare(messages, template, len(counts))
-    encoded = encode_training(
-      messages, template, self.tokenizer, image_id=self.image_id if counts else None,
-      max_length=max_length)
-    return self._expand(encoded, counts, template)
+    return encode_training(
+      prepare(messages, template, images), template, self.tokenizer,
+      image_id=self.image_id if images else None, max_length=max_length)
+
+  def expand(self, encoded: Encoded, counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Arrays of `expand` of a conversation whose images have so many visual tokens."""
+    return self._expand(encoded, counts, self._training_template())
 
   def _training_template(self):
     try:
@@ -113,12 +130,35 @@ _NO_IMAGE = -(2**31)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextLimit:
+  """What happens to a row that is longer than a model was trained on.
+
+  Attributes:
+    length: ids of a row; None: no limit but the largest bucket.
+    policy: 'cut_text' cuts the text before the images take their slots, an image counting one
+      (LLaVA, LLaVA-HR, MC-LLaVA; images whose place is cut away are left out); 'cut_row' cuts the
+      finished row, visual tokens included (VILA, in training); 'refuse' makes it a bad row.
+  """
+
+  length: int | None = None
+  policy: TooLong = 'cut_text'
+
+  def __post_init__(self):
+    if self.policy not in get_args(TooLong):
+      raise ValueError(f'policy: expected one of {get_args(TooLong)}, got {self.policy!r}')
+    if self.length is not None and self.length < 1:
+      raise ValueError(f'length: expected at least 1 or None, got {self.length}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ToExample:
   """A row of a source -> {'views', 'tokens', 'visual_index', 'labels'} of one example.
 
   Attributes:
     views: (images, encoder config) -> dict of arrays with 'tokens' per image.
     exif: 'apply' turns photographs upright, 'ignore' follows the originals.
+    max_length: the largest bucket; a row that is longer after `limit` is a bad row.
+    limit: length of the text, as the original of the system treats it.
     boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
       learn where to look (VILA-HD).
     augment: a transform with `random_map({'images', 'boxes'}, rng)` (`data.background`).
@@ -129,6 +169,7 @@ class ToExample:
   encoder: Any
   exif: str = 'apply'
   max_length: int | None = None
+  limit: TextLimit = TextLimit()
   boxes: bool = False
   augment: Any = None
 
@@ -138,7 +179,8 @@ class ToExample:
     Raises:
       UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
     """
-    images = open_images(row, exif=self.exif)
+    encoded = self.encode(row)
+    images = open_images(row, exif=self.exif)[:self.images_of(row, encoded)]
     boxes = [None] * len(images)
     if self.boxes and row.extra.get('box') is not None:
       if len(images) != 1:
@@ -152,12 +194,49 @@ class ToExample:
     views = self.views(images, self.encoder, **options)
     # Systems that read the image by cross-attention have no places in the text.
     counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
-    arrays = self.text.conversation(row.messages, counts, max_length=self.max_length)
+    return {'views': views, **self.finish(row, encoded, counts)}
+
+  def encode(self, row: Row) -> Encoded:
+    """The row's text as ids and labels, within the limit.
+
+    Raises:
+      UserError: a conversation that cannot be used; too long, under 'refuse'.
+    """
+    length = self.limit.length
+    encoded = self.text.encode(
+      row.messages, len(row.images),
+      max_length=length if self.limit.policy == 'cut_text' else None)
+    if self.limit.policy == 'refuse' and length is not None and len(encoded.ids) > length:
+      raise BadRow('too long', row.where, f'has {len(encoded.ids)} ids of text, at most {length} '
+                   'are allowed (data.max_length)')
+    return encoded
+
+  def images_of(self, row: Row, encoded: Encoded) -> int:
+    """How many of the row's images its text still has a place for: a cut may drop the last ones."""
+    count, limit = len(row.images), self.limit
+    cut = limit.policy == 'cut_text' and limit.length is not None and (
+      len(encoded.ids) >= limit.length)
+    if not cut or self.text.image_id is None:
+      return count
+    return min(count, encoded.ids.count(self.text.image_id))
+
+  def finish(self, row: Row, encoded: Encoded, counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """Arrays of the text with the visual places of its images.
+
+    Raises:
+      UserError: placeholders do not fit the images; longer than the largest bucket.
+    """
+    arrays = self.text.expand(encoded, counts)
+    if self.limit.policy == 'cut_row' and self.limit.length is not None:
+      end = arrays.pop('prompt_end', None)
+      arrays = {key: value[:self.limit.length] for key, value in arrays.items()}
+      if end is not None:
+        arrays['prompt_end'] = np.minimum(end, np.int32(len(arrays['tokens']) - 1))
     length = len(arrays['tokens'])
     if self.max_length is not None and length > self.max_length:
       raise BadRow('too long', row.where, f'has {length} tokens with its images, the longest '
                    f'bucket is {self.max_length}')
-    return {'views': views, **arrays}
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

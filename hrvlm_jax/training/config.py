@@ -10,6 +10,8 @@ import dataclasses
 from typing import Any, Literal
 
 from hrvlm_jax.data.background import PasteOnBackground
+from hrvlm_jax.data.order import OrderName
+from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.systems.contract import ModelConfig
 
 
@@ -80,6 +82,10 @@ class TrainingConfig:
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
       'micro_batch' averages the means of micro-batches (the LLaVA trainer).
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see docs.
+    eval_every: steps between evaluations on `data.eval` (see `training.evaluation`), which also
+      follow the last step; 0: none.
+    eval_images: rows of `data.eval` that are used; None: all.
+    eval_overlays: pictures kept per evaluation of where the model looked.
     init_from: checkpoint whose parameters the run starts from.
     init_allow: patterns of parameters that may be missing there and start fresh.
   """
@@ -103,6 +109,8 @@ class TrainingConfig:
   keep: int = 2
   keep_every: int | None = None
   eval_every: int = 0
+  eval_images: int | None = None
+  eval_overlays: int = 2
   init_from: str | None = None
   init_allow: tuple[str, ...] = ()
 
@@ -123,12 +131,19 @@ class DataConfig:
   """Where examples come from and how they become batches.
 
   Attributes:
-    train: LLaVA JSON of the training set (or a folder written by the built-in task).
+    train: the training set: LLaVA JSON, a mixture, ArrayRecord, parquet, TFDS, a folder (see
+      `data.sources.open_source`).
     eval: the same for evaluation inside and after the run; None: none.
     images: folder the image paths are relative to; default: the folder of the JSON.
     tokenizer: a tokenizer folder or file, or 'byte' (one id per byte; tiny models).
     lengths: bucket lengths of text plus visual places; the smallest that holds a batch is used.
+    max_length: ids of a row's text, an image counting one; None: no limit but the largest bucket.
+    too_long: a longer text is cut ('cut_text'), cut with its visual tokens counted ('cut_row', as
+      VILA), or makes a bad row ('refuse'); see `data.transforms.TextLimit`.
     slots: crop slots of one batch; None: the system's default for its rows.
+    shuffle: a new permutation every epoch; False keeps the order of the file.
+    order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
+    group: (examples per device and micro-batch, devices) of the grouping; None: whole batches.
     exif: 'apply' turns photographs upright; 'ignore' as the originals did.
     bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
@@ -143,8 +158,12 @@ class DataConfig:
   images: str | None = None
   tokenizer: str = 'byte'
   lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+  max_length: int | None = None
+  too_long: TooLong = 'cut_text'
   slots: int | None = None
   shuffle: bool = True
+  order: OrderName = 'uniform'
+  group: tuple[int, int] | None = None
   exif: Literal['apply', 'ignore'] = 'apply'
   bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0

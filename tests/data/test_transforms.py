@@ -6,7 +6,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
-from hrvlm_jax.data.transforms import Text, ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.data.transforms import Text, TextLimit, ToBatch, ToExample, tokenizer_of
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 
@@ -65,6 +65,41 @@ def test_bad_examples(image):
   assert caught.value.kind == 'too long'
   with pytest.raises(UserError, match='2 image placeholders, but 1 images'):
     example()(row(image, text='<image><image>Q'))
+
+
+@pytest.mark.parametrize('chat, token', [('mc_llava', '<image>'), ('vicuna_v1', None)])
+def test_long_texts(image, chat, token):
+  """'cut_text' cuts before images take their slots, 'cut_row' after, 'refuse' counts the row."""
+  two = Row('r', (image, image), (
+    Message(USER, '<image>\nQ'), Message(ASSISTANT, 'A' * 30), Message(USER, '<image>\nQ'),
+    Message(ASSISTANT, 'B')), 'row 0')
+  text = Text(tokenizer=tokenizer_of('byte'), chat=chat, image_token=token,
+              image_sentinel=None if token else -200)
+  make = lambda **limit: ToExample(text=text, views=views, encoder=4,
+                                   limit=TextLimit(**limit))(two)
+  whole = make()
+  start = int(np.flatnonzero(whole['visual_index'] == 0)[0])
+  assert (whole['visual_index'] >= 0).sum() == 6
+  # The first image counts one id of the text and takes three slots of the row.
+  cut = make(length=start + 20)
+  assert len(cut['tokens']) == start + 22
+  assert cut['views']['tokens'].tolist() == [3]
+  for key in ('tokens', 'labels', 'visual_index'):
+    np.testing.assert_array_equal(cut[key], whole[key][:start + 22])
+  row = make(length=start + 2, policy='cut_row')
+  assert row['visual_index'][start:].tolist() == [0, 1]
+  with pytest.raises(BadRow, match='ids of text, at most 20 are allowed') as caught:
+    make(length=20, policy='refuse')
+  assert caught.value.kind == 'too long'
+  assert len(make(length=10_000, policy='refuse')['tokens']) == len(whole['tokens'])
+  with pytest.raises(UserError, match='1 image placeholders, but 2 images'):
+    example()(Row('r', (image, image), row_of_one(), 'row 0'))
+  with pytest.raises(ValueError, match='policy'):
+    TextLimit(policy='hide')
+
+
+def row_of_one():
+  return (Message(USER, '<image>\nQ'), Message(ASSISTANT, 'A'))
 
 
 def test_batches(image):

@@ -154,6 +154,21 @@ class NeedleConfig:
     })
 
   @classmethod
+  def square(cls, **changes) -> 'NeedleConfig':
+    """Single letters on 160 x 160 pixels, for encoders that read whole square images.
+
+    At 40 x 40 pixels a letter is five or six pixels high and four wide: most are lost.
+    """
+    return cls.tiny(**{
+      'width': 160,
+      'height': 160,
+      'signs': (2, 3),
+      'shapes': ('rectangle',),
+      'relative_area': (0.010, 0.018),
+      **changes,
+    })
+
+  @classmethod
   def one_k(cls, **changes) -> 'NeedleConfig':
     """1024 x 1024 pixels, texts of three characters about 10 to 30 pixels high."""
     return cls(**changes)

@@ -49,6 +49,14 @@ class GlyphCrops:
     every patch teaches an encoder to read in a fraction of the steps that a loss on the
     last patches alone needs.
     """
+    return self._patches(grid, self.letters[:, :, 0])
+
+  def patch_colours(self, grid: int) -> Int32[np.ndarray, 'n patches']:
+    """The colour of the sign each patch shows a text of: index in `config.colours`, -1, -2."""
+    colours = np.broadcast_to(np.arange(self.letters.shape[1]), self.letters.shape[:2])
+    return self._patches(grid, np.where(self.letters[:, :, 0] == CUT, CUT, colours))
+
+  def _patches(self, grid: int, values: Int32[np.ndarray, 'n colours']):
     target = np.full((len(self.pixels), grid, grid), NOTHING, np.int32)
     centres = (np.arange(grid) + 0.5) / grid
     for i, colour in zip(*np.nonzero(self.shapes >= 0)):
@@ -57,7 +65,7 @@ class GlyphCrops:
                               for a, b in ((x0, x1), (y0, y1)))
       columns, rows = (centres >= x0) & (centres < x1), (centres >= y0) & (centres < y1)
       columns[nearest_x] = rows[nearest_y] = True
-      target[i][np.ix_(rows, columns)] = self.letters[i, colour, 0]
+      target[i][np.ix_(rows, columns)] = values[i, colour]
     return target.reshape(len(target), grid * grid)
 
 

@@ -2,9 +2,10 @@
 
 Source: `luogen1996/LLaVA-HR: scripts/v1_5/pretrain_llava_hr.sh, train_eval_llava_hr.sh`. Both
 stages: AdamW without weight decay, cosine schedule, 3 % warm-up, gradient norm 1, bfloat16, one
-epoch. The original's loss is the mean over one device's micro-batch, averaged over devices and
-accumulation steps: `loss_average='micro_batch'` with as many micro-batches as the original has;
-'tokens' with fewer is faster and weighs every target alike.
+epoch. Texts are cut at `model_max_length` ids, an image counting one; stage 2 groups micro-batches
+of 8 on 8 devices by length and modality. The original's loss is the mean over one device's
+micro-batch, averaged over devices and accumulation steps: `loss_average='micro_batch'` with as many
+micro-batches as the original has; 'tokens' with fewer is faster and weighs every target alike.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from hrvlm_jax.systems.llava_hr.config import TRAINABLE
 STAGES = ('stage1', 'stage2')
 _NUMBERS = {
   'stage1': dict(steps=2181, batch_size=256, accumulate=8, learning_rate=1e-3,
-                 train='blip_laion_cc_sbu_558k.json', lengths=(640, 768, 1024, 2624)),
+                 train='blip_laion_cc_sbu_558k.json', lengths=(640, 768, 1024, 2624),
+                 max_length=2048),
   'stage2': dict(steps=5198, batch_size=128, accumulate=16, learning_rate=2e-5,
-                 train='llava_v1_5_mix665k.json', lengths=(1280, 1536, 2048, 3072, 3584)),
+                 train='llava_v1_5_mix665k.json', lengths=(1280, 1536, 2048, 3072, 3584),
+                 max_length=2496, order='grouped', group=(8, 8)),
 }
 
 
@@ -33,8 +36,10 @@ def run(stage: str) -> dict[str, Any]:
   numbers = _NUMBERS[stage]
   groups = [dict(pattern=pattern, decay=False, frozen=not on) for pattern, on in TRAINABLE[stage]]
   return {
-    'data': dict(train=numbers['train'], tokenizer='vicuna-7b-v1.5', lengths=numbers['lengths'],
-                 exif='ignore'),
+    'data': dict(
+      train=numbers['train'], tokenizer='vicuna-7b-v1.5', lengths=numbers['lengths'],
+      max_length=numbers['max_length'], order=numbers.get('order', 'uniform'),
+      group=numbers.get('group'), exif='ignore'),
     'training': dict(
       steps=numbers['steps'], batch_size=numbers['batch_size'], accumulate=numbers['accumulate'],
       groups=groups, dtype='bfloat16', frozen_dtype='bfloat16', remat='layers', attention='auto',
