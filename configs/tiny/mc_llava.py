@@ -1,22 +1,30 @@
-"""A tiny MC-LLaVA on the built-in task, from scratch (`hrvlm quickstart` pre-trains its encoder).
+"""A tiny MC-LLaVA: fifteen overlapping crops of a panorama, two tokens of each view.
 
-Command:  hrvlm needle --out runs/needle   (once)
-          hrvlm train --config configs/tiny/mc_llava.py --workdir runs/tiny_mc_llava
+Command:  hrvlm tiny --config configs/tiny/mc_llava.py
+          (writes the task and the tower under runs/tiny, then trains; after that also
+          hrvlm train --config configs/tiny/mc_llava.py --workdir DIR)
 Hardware: 2 CPU cores.
+Result:   not run yet.
 """
 
-import ml_collections
+from hrvlm_jax.cli import quickstart
+from hrvlm_jax.training import tiny
+from hrvlm_jax.training.glyphs import GlyphConfig
 
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.mc_llava.config import tiny
+# The tower was pre-trained; the quickstart trains the same model.
+GROUPS = (
+  dict(pattern='vision/tower/.*', frozen=True),
+  dict(pattern='.*/(bias|scale)', decay=False),
+  dict(pattern='.*'),
+)
 
 
 def get_config():
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  config.model = to_dict(tiny())
-  config.data = dict(train='runs/needle/train/needle.json', lengths=(256, 320))
-  config.training = dict(
-    steps=200, batch_size=16, log_every=10, checkpoint_every=100,
-    optimizer=dict(learning_rate=1e-3, schedule='cosine', warmup=0.05, weight_decay=0.01))
-  return config
+  return tiny.config('mc_llava', quickstart.model(quickstart.RUNS['multi_crop']), task='panorama',
+                     lengths=(128, 192), groups=GROUPS, train_fresh=('(?!vision/tower/).*',))
+
+
+def preparation():
+  tower = GlyphConfig(needle=quickstart.task(), vision=quickstart.VISION, window=quickstart.WINDOW,
+                      last_tokens=quickstart.LAST_TOKENS, steps=1500)
+  return tiny.Preparation(task=quickstart.task(), towers={'vision/tower': tower})

@@ -1,30 +1,42 @@
-"""A tiny Pheye on the built-in task: global view and four tiles, read by cross-attention.
+"""A tiny Pheye: a global view and four tiles of 80 pixels, read by cross-attention.
 
-Command:  hrvlm needle --out runs/needle   (once)
-          hrvlm train --config configs/tiny/pheye.py --workdir runs/tiny_pheye
+Command:  hrvlm tiny --config configs/tiny/pheye.py
+          (writes the task and the tower under runs/tiny, then trains; after that also
+          hrvlm train --config configs/tiny/pheye.py --workdir DIR)
 Hardware: 2 CPU cores.
+Result:   not run yet.
 """
 
-import ml_collections
+import dataclasses
 
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.pheye.config import tiny
+from hrvlm_jax.systems.pheye.config import PheyeConfig, model, tiny as pheye
+from hrvlm_jax.training import tiny
+from hrvlm_jax.training.glyphs import GlyphConfig
 
-# Nothing is pretrained here, so that everything learns; the released models train the blocks, both
-# LoRA sets, norm1, norm2 and sub_image alone. What is never read stays where it is.
+# As the released models: the tower is frozen but for its LoRA sets. The language model has no
+# pre-training to keep and learns too. What is never read stays where it is.
 GROUPS = (
   dict(pattern=r'vision/(norm3|tower/post_norm)/.*', frozen=True),
+  dict(pattern=r'vision/tower/(?!.*lora).*', frozen=True),
   dict(pattern=r'.*/(bias|scale)|vision/sub_image/embedding', decay=False),
   dict(pattern=r'.*'),
 )
+BASE = pheye(vocab_size=tiny.VOCABULARY)
+# At 40 pixels a border would cut most letters.
+MODEL = model(PheyeConfig(vision=dataclasses.replace(BASE.encoder.vision, image_size=80)),
+              BASE.text, interval=2)
 
 
 def get_config():
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  config.model = to_dict(tiny())
-  config.data = dict(train='runs/needle/train/needle.json', lengths=(320, 384))
-  config.training = dict(
-    steps=200, batch_size=16, log_every=10, checkpoint_every=100, groups=GROUPS,
-    optimizer=dict(learning_rate=1e-3, schedule='cosine', warmup=0.05, weight_decay=0.01))
-  return config
+  return tiny.config('pheye', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
+                     train_fresh=(r'(?!vision/tower/).*', r'vision/tower/.*lora.*'))
+
+
+def preparation():
+  encoder, task = MODEL.encoder, tiny.Preparation().task
+  # A tile of the enlarged image is as many pixels of the canvas, which has the same side.
+  tower = GlyphConfig(
+    needle=task, vision=encoder.vision, window=80, last_tokens=encoder.vision.grid**2, steps=1000,
+    mean=encoder.mean, std=encoder.std)
+  # Pheye's template has one question and one answer.
+  return tiny.Preparation(towers={'vision/tower': tower}, turns=1, train_images=8000)

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
     'verify': ('hrvlm_jax.cli.verify:main', 'compare with recorded cases, tensor by tensor'),
     'quickstart': ('hrvlm_jax.cli.quickstart:main', 'train, compare, ask and export a tiny model'),
+    'tiny': ('hrvlm_jax.cli.tiny:main', 'train and score a config of configs/tiny from nothing'),
     'needle': ('hrvlm_jax.cli.needle:main', 'write the built-in reading task to disk'),
     'plan': ('hrvlm_jax.cli.plan:main', 'compile a step for chips that are not here; memory, time'),
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),

@@ -5,7 +5,7 @@ import pathlib
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
 
-PRESETS = ('tiny', 'panorama', 'one_k', 'four_k')
+PRESETS = ('tiny', 'panorama', 'square', 'one_k', 'four_k')
 
 
 def main(argv: list[str]) -> int:

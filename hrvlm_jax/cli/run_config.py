@@ -7,15 +7,17 @@ type it has in the config. Keys that the file leaves at their default can be ove
 
 import ast
 from collections.abc import Iterable, Sequence
+import dataclasses
 import importlib.util
 import itertools
 import os
 import sys
+import typing
 from typing import Any, NoReturn, TypeVar
 
 import ml_collections
 
-from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.core.config import field_types, from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
 
 T = TypeVar('T')
@@ -61,7 +63,7 @@ def sweep(
       continue
     try:
       for part in parts:
-        _parse(template, key, part)
+        _parse(template, key, part, schema)
     except UserError as error:
       problems.append(str(error))
     choices.append([(key, part) for part in parts])
@@ -75,11 +77,11 @@ def _resolve(schema: type[T], spec: str, overrides: Iterable[tuple[str, str]]) -
   # Keys of the file first: other values of the file may be computed from them.
   for key, text in overrides:
     if _known(config, key):
-      _assign(config, key, _parse(config, key, text))
+      _assign(config, key, _parse(config, key, text, schema))
   if not all(_known(config, key) for key, _ in overrides):
     config = _complete(schema, config)
     for key, text in overrides:
-      _assign(config, key, _parse(config, key, text))
+      _assign(config, key, _parse(config, key, text, schema))
   return from_dict(schema, config, path='config', title=spec)
 
 
@@ -154,7 +156,7 @@ def _split_list(
   return text.split(',')
 
 
-def _parse(template: ml_collections.ConfigDict, key: str, text: str) -> Any:
+def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: type) -> Any:
   """The text of an override as a value of the type that the key has in the config."""
   parent, name = _parent(template, key)
   current, kind = parent.get(name), parent.get_type(name)
@@ -164,7 +166,7 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str) -> Any:
 
   if isinstance(current, ml_collections.ConfigDict):
     refuse(f'one of its keys to be set ({", ".join(f"{key}.{k}" for k in list(current)[:5])})')
-  if text.lower() in ('none', 'null') and kind is not str:
+  if text.lower() in ('none', 'null') and (kind is not str or _optional(schema, template, key)):
     return None  # where none is not allowed, the schema refuses it
   if kind is bool:
     if text.lower() not in ('true', 'false', '1', '0'):
@@ -193,6 +195,18 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str) -> Any:
       refuse('a list such as (1,2)')
     return kind(value)
   return value
+
+
+def _optional(schema: type, config: ml_collections.ConfigDict, key: str) -> bool:
+  """Whether the schema lets this key be none; a text may be the word itself otherwise."""
+  *groups, name = key.split('.')
+  for group in groups:
+    hint = field_types(schema, config).get(group)
+    classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
+    if len(classes) != 1:
+      return False
+    schema, config = classes[0], config[group]
+  return type(None) in typing.get_args(field_types(schema, config).get(name))
 
 
 def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:

@@ -1,9 +1,9 @@
 """Pre-training a small vision encoder on the letters of the built-in task.
 
-Real systems start from an encoder pre-trained elsewhere (SigLIP, CLIP). This is the miniature of
-that stage: a ViT learns, on crops drawn afresh at every step, to say from the LAST K tokens of a
-view what is written on the sign of each colour; those K tokens are all that MC-LLaVA keeps of a
-view. A second loss on every patch teaches reading in a fraction of the steps.
+Real systems start from an encoder pre-trained elsewhere (SigLIP, CLIP). This is the
+miniature of that stage: a ViT learns, on crops drawn afresh at every step, to say from the LAST K
+tokens of a view what is written on the sign of each colour; those K tokens are all that MC-LLaVA
+keeps of a view. A second loss on every patch teaches reading in a fraction of the steps.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class GlyphConfig:
     window: side of the crops in canvas pixels.
     last_tokens: K, the tokens the readout sees.
     patch_weight: weight of the loss on every patch.
+    colour_weight: weight of a second loss on every patch, the colour of the sign it shows; systems
+      that hand all patches to the language model need both in one token. 0: there is none.
+    mean, std: of the pixels, as the system normalises them.
   """
 
   needle: NeedleConfig
@@ -49,6 +52,9 @@ class GlyphConfig:
   warmup: int = 50
   weight_decay: float = 0.01
   patch_weight: float = 4.0
+  colour_weight: float = 0.0
+  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   seed: int = 0
 
   @property
@@ -68,19 +74,28 @@ class GlyphReader(Module):
     self.read = Linear(width, len(config.needle.colours) * config.classes, rngs=rngs)
     self.patch_norm = LayerNorm(width, eps=1e-6, rngs=rngs)
     self.patch_read = Linear(width, config.classes, rngs=rngs)
+    self.patch_colour = Linear(
+      width, len(config.needle.colours), rngs=rngs) if config.colour_weight else None
 
   def __call__(self, pixels):
-    """uint8 [n h w 3] -> logits [n colours classes], [n patches classes]."""
-    x = self.tower(normalise(pixels, (0.5,) * 3, (0.5,) * 3))
+    """uint8 [n h w 3] -> logits [n colours classes], [n patches classes], [n patches colours].
+
+    The last are None without `colour_weight`.
+    """
+    c = self.config
+    x = self.tower(normalise(pixels, c.mean, c.std))
+    x = x[:, -c.vision.grid**2:]  # without the class token
     # A mean, as attention takes one: what a decoder can read off these tokens in one layer.
-    colours = self.read(self.norm(x[:, -self.config.last_tokens:].mean(axis=1)))
-    shape = (len(x), len(self.config.needle.colours), self.config.classes)
-    return colours.reshape(shape), self.patch_read(self.patch_norm(x))
+    colours = self.read(self.norm(x[:, -c.last_tokens:].mean(axis=1)))
+    shape = (len(x), len(c.needle.colours), c.classes)
+    patches = self.patch_norm(x)
+    shown = None if self.patch_colour is None else self.patch_colour(patches)
+    return colours.reshape(shape), self.patch_read(patches), shown
 
 
-def glyph_loss(fn: Functional, config: GlyphConfig, params, pixels, letters, patches):
-  """(loss, accuracy over visible signs)."""
-  colour_logits, patch_logits = fn.apply(params, pixels)
+def glyph_loss(fn: Functional, config: GlyphConfig, params, pixels, letters, patches, shown):
+  """(loss, accuracy over visible signs); `patches`: letter and `shown`: colour of every patch."""
+  colour_logits, patch_logits, shown_logits = fn.apply(params, pixels)
   nothing = config.classes - 1
 
   def cross_entropy(logits, labels, weight):
@@ -95,6 +110,10 @@ def glyph_loss(fn: Functional, config: GlyphConfig, params, pixels, letters, pat
   right = (colour_logits.argmax(-1) == letters) & visible
   loss = cross_entropy(colour_logits, letters, colour_weight)
   loss += config.patch_weight * cross_entropy(patch_logits, patches, patch_weight)
+  if shown_logits is not None:
+    targets = jnp.clip(shown, 0)
+    lost = optax.softmax_cross_entropy_with_integer_labels(shown_logits, targets)
+    loss += config.colour_weight * (lost * (shown >= 0)).sum() / jnp.maximum((shown >= 0).sum(), 1)
   return loss, right.sum() / jnp.maximum(visible.sum(), 1)
 
 
@@ -103,7 +122,8 @@ def _draw(config: GlyphConfig, step: int):
   rng = np.random.default_rng(np.random.SeedSequence([config.seed, step]))
   crops = glyph_crops(config.needle, rng, config.batch_size, window=config.window,
                       size=config.vision.image_size)
-  return crops.pixels, crops.letters[:, :, 0], crops.patch_letters(config.vision.grid)
+  grid = config.vision.grid
+  return crops.pixels, crops.letters[:, :, 0], crops.patch_letters(grid), crops.patch_colours(grid)
 
 
 def pretrain(
@@ -123,9 +143,8 @@ def pretrain(
   tx = optax.chain(optax.clip_by_global_norm(1.0), muon(rate, config.weight_decay, b2=0.98))
 
   @jax.jit
-  def update(params, opt, pixels, letters, patches):
-    grad = jax.value_and_grad(lambda p: glyph_loss(fn, config, p, pixels, letters, patches),
-                              has_aux=True)
+  def update(params, opt, *batch):
+    grad = jax.value_and_grad(lambda p: glyph_loss(fn, config, p, *batch), has_aux=True)
     (loss, accuracy), grads = grad(params)
     flat = paths.flatten(params)
     updates, opt = tx.update(paths.flatten(grads), opt, flat)

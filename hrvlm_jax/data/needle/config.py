@@ -162,7 +162,7 @@ class NeedleConfig:
     return cls.tiny(**{
       'width': 160,
       'height': 160,
-      'signs': (2, 3),
+      'signs': (3, 4),
       'shapes': ('rectangle',),
       'relative_area': (0.010, 0.018),
       **changes,

@@ -1,0 +1,50 @@
+"""`hrvlm tiny`: see `training.tiny`."""
+
+import os
+import runpy
+import time
+
+from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+  """Writes the task, pre-trains the towers, trains and scores a config of configs/tiny."""
+  parser = Parser('tiny', main.__doc__, config=True)
+  parser.add_argument('--workdir', help='default: runs/tiny/<name of the config>')
+  parser.add_argument('--keep', action='store_true',
+                      help="write results/<name>.json and the config's header")
+  parser.add_argument('--machine', default=f'{os.cpu_count()} CPU cores',
+                      help='words for the result file')
+  parser.add_argument('--quiet', action='store_true', help='no progress bars')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.training import tiny
+  from hrvlm_jax.training.config import RunConfig
+  from hrvlm_jax.training.loop import train
+
+  run = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  if arguments.keep and arguments.overrides:
+    raise UserError('--keep: a kept result is that of the config as it is; leave out the '
+                    '--config.KEY options')
+  path = arguments.config.partition(':')[0]
+  space = runpy.run_path(path)
+  if 'preparation' not in space:
+    raise UserError(f'{path}: has no function preparation(); use `hrvlm train`')
+  preparation = space['preparation']()
+  name = os.path.splitext(os.path.basename(path))[0]
+  workdir = arguments.workdir or f'{tiny.FOLDER}/{name}'
+  clock = time.perf_counter()
+  tiny.prepare(preparation, run, say=lambda text: print(text, flush=True),
+               progress=not arguments.quiet)
+  ended = train(run, workdir, progress=not arguments.quiet)
+  if ended.interrupted:
+    print(f'interrupted at step {ended.step}; run the same command again to go on')
+    return 0
+  values = tiny.result(workdir, run, chance=preparation.task.chance,
+                       seconds=time.perf_counter() - clock, machine=arguments.machine)
+  print(tiny.result_line(values))
+  if arguments.keep:
+    print(f'kept: {tiny.keep(values, path)}')
+  return 0
