@@ -109,7 +109,8 @@ def prepare(
   write(dataclasses.replace(p.task, turns=1), held_out, p.eval_images, seed=1, progress=progress)
   tokenizer = pathlib.Path(run.data.tokenizer)
   if not tokenizer.exists():
-    conversations = [messages_from_llava(r['conversations'])[:2] for r in read_records(train)[:1000]]
+    conversations = [messages_from_llava(record['conversations'])[:2]
+                     for record in read_records(train)[:1000]]
     # Words of all templates, so that systems can share the tokenizer.
     texts = [rendered_text(render(get_template(name), messages))
              for name in _TEMPLATES for messages in conversations]
