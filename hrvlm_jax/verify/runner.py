@@ -281,7 +281,7 @@ def _json_gap(reference, value) -> float:
   if isinstance(reference, bool) or isinstance(value, bool):
     return 0.0 if reference is value else np.inf
   if isinstance(reference, (int, float)) and isinstance(value, (int, float)):
-    return abs(reference - value)
+    return float(abs(reference - value))
   if isinstance(reference, list) and isinstance(value, list) and len(reference) == len(value):
     return max((_json_gap(r, v) for r, v in zip(reference, value, strict=True)), default=0.0)
   if isinstance(reference, dict) and isinstance(value, dict) and set(reference) == set(value):
