@@ -1,9 +1,15 @@
-"""Systems on the built-in task with one shared encoder, language model and number of steps.
+"""The four systems and three baselines on the built-in task, on equal terms.
+
+All see the same 240 x 240 images with three or four signs of one letter each, start from one
+pre-trained ViT that stays frozen, have the same language model and train on the same questions for
+the same number of steps. The systems with a close view show the canvas at half size (LLaVA-HR and
+PS3, which need sides of 160 pixels, at two thirds); a single view of 40 pixels leaves 2 pixels of
+a letter's width.
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
 Hardware: 2 CPU cores.
 Expected: table.txt, plot.png and results.json in the folder; run again, it goes on where it
-          stopped.
+          stopped. `--only mc_llava,pheye` works on those alone.
           With the argument `smoke` (needle_tiny.py:smoke) a few steps of everything.
 """
 
@@ -11,52 +17,127 @@ import dataclasses
 
 import ml_collections
 
-from hrvlm_jax.cli import quickstart
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.data.needle import NeedleConfig
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.s2.config import S2Config
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
-from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.contract import (
+  CrossAttentionFusion,
+  ModelConfig,
+  ProjectorConfig,
+  TwoPassFusion,
+)
+from hrvlm_jax.systems.llava_hr.config import AdapterConfig, LlavaHRConfig
+from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.pheye.config import PheyeConfig
+from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
+from hrvlm_jax.vision.convnext import ConvNeXtConfig
+from hrvlm_jax.vision.vit import ViTConfig
 
 HALF = (0.5, 0.5, 0.5)
+SIDE = 240  # of the canvas
+VIEW = 40  # pixels of a view of the ViT
+WINDOW = 80  # canvas pixels of a close view
+LAST_TOKENS = 2  # what MC-LLaVA keeps of a view
+VISION = ViTConfig(image_size=VIEW, patch_size=8, width=96, depth=4, heads=4, mlp_width=384)
+TEXT = language.phi(vocab_size=384, width=128, depth=2, heads=4, mlp_width=512, max_positions=512,
+                    init_std=0.09)
+
+
+def task():
+  return NeedleConfig.tiny(width=SIDE, height=SIDE, shapes=('rectangle',))
+
+
+def model(system, encoder, width=None, **options):
+  """A model whose tokens of `width` go through a projector; None: the encoder has its own."""
+  projector = None if width is None else ProjectorConfig(n_in=width, n_out=TEXT.width)
+  return ModelConfig(system=system, encoder=encoder, text=TEXT, projector=projector, **options)
+
+
+def single_view():
+  encoder = SingleViewConfig(vision=VISION, layer=-1, fit='squash', mean=HALF, std=HALF)
+  return model('single_view', encoder, VISION.width)
+
+
+def mc_llava(max_crops=25):
+  views = 1 + max_crops
+  tokens = LAST_TOKENS * views if max_crops else VISION.grid**2 - 1
+  encoder = MCLlavaConfig(vision=VISION, max_crops=max_crops, num_tokens=tokens, window=WINDOW,
+                          view_buckets=(views,))
+  return model('mc_llava', encoder, VISION.width)
+
+
+def pheye(level=SIDE // WINDOW):
+  # Dropout of the LoRA sets is for millions of examples.
+  lora = lambda name, rank: LoRA(rank=rank, alpha=2.0 * rank, name=name)
+  encoder = PheyeConfig(vision=VISION, level=level, first=lora('first', 8),
+                        second=lora('second', 16), mean=HALF, std=HALF)
+  fusion = CrossAttentionFusion(width=VISION.width, interval=1)
+  # Pheye's own template knows one question; all systems read conversations of three here.
+  return model('pheye', encoder, fusion=fusion, image_token=None)
+
+
+def llava_hr(**changes):
+  slow = ConvNeXtConfig(depths=(1, 1, 2, 1), widths=(24, 48, 96, 192))
+  options = dict(image_size=160, fast=VISION, slow=slow, fast_size=VIEW, adapters=AdapterConfig(),
+                 mean=HALF, std=HALF) | changes
+  encoder = LlavaHRConfig(**options)
+  return model('llava_hr', encoder, encoder.width)
+
+
+def vila_hd(scales=(VIEW, 4 * VIEW), cells=6, **changes):
+  """PS3 with a budget of `cells` of the 25 cells of the thumbnail."""
+  zoom = [scale // scales[0] for scale in scales[1:]]
+  budgets = tuple(cells * z * z for z in zoom)
+  tower = PS3Config(
+    vision=VISION, scales=scales, select_layers=(0, 3), max_select=sum(budgets), budgets=budgets,
+    saliency=SaliencyConfig(width=32, out=32, depth=2, kernel=8, input_size=160),
+    pool=PoolConfig(width=VISION.width, heads=4, mlp_width=128))
+  options = dict(tower=tower, width=TEXT.width, select_layer=-1, looks=1) | changes
+  return model('vila_hd', VilaHDConfig(**options), fusion=TwoPassFusion(selection_weight=1.0),
+               chat='vila_qwen2', after_image='\n')
+
+
+def anyres():
+  tiles = SIDE // WINDOW
+  encoder = AnyResConfig(vision=VISION, layer=-1, pinpoints=((tiles * VIEW, tiles * VIEW),),
+                         width=TEXT.width, mean=HALF, std=HALF)
+  return model('anyres', encoder)
+
+
+def s2():
+  tiles = SIDE // WINDOW
+  encoder = S2Config(vision=VISION, layer=-1, sizes=(VIEW, 2 * VIEW, tiles * VIEW), output=1,
+                     fit='squash', mean=HALF, std=HALF)
+  return model('s2', encoder, encoder.channels)
 
 
 def systems():
-  """Models by name: the same tower and language model in all."""
-  vision, text = quickstart.VISION, quickstart.TEXT
-  size = vision.image_size
-  common = dict(vision=vision, layer=-1, mean=HALF, std=HALF)
-  project = lambda width: ProjectorConfig(n_in=width, n_out=text.width)
-  single = SingleViewConfig(fit='squash', **common)
-  # The panorama is 8 times as wide as high: one row of 8 tiles shows it at the crops' scale.
-  anyres = AnyResConfig(pinpoints=((8 * size, size), (4 * size, size), (4 * size, 2 * size)),
-                        width=text.width, **common)
-  # S2 takes squares: most of the largest scale is padding here, which is its price.
-  s2 = S2Config(sizes=(size, 2 * size, 8 * size), output=1, fit='pad', **common)
-  return {
-    'single_view': ModelConfig(system='single_view', encoder=single, text=text,
-                               projector=project(vision.width)),
-    'mc_llava': quickstart.model(quickstart.RUNS['multi_crop']),
-    'anyres': ModelConfig(system='anyres', encoder=anyres, text=text),
-    's2': ModelConfig(system='s2', encoder=s2, text=text, projector=project(s2.channels)),
-  }
+  """Models by the name they have in the table."""
+  return {'single_view': single_view(), 'mc_llava': mc_llava(), 'pheye': pheye(),
+          'llava_hr': llava_hr(), 'vila_hd': vila_hd(), 'anyres': anyres(), 's2': s2()}
 
 
 def get_config(size='full'):
-  sizes = quickstart.Sizes() if size == 'full' else quickstart.Sizes.smoke()
   smoke = size != 'full'
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.task = dataclasses.asdict(quickstart.task())
-  config.encoder = dict(vision=to_dict(quickstart.VISION), window=quickstart.WINDOW,
-                        last_tokens=quickstart.LAST_TOKENS, steps=sizes.encoder_steps)
-  config.systems = {name: to_dict(model) for name, model in systems().items()}
+  config.task = dataclasses.asdict(task())
+  config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
+                        steps=3 if smoke else 1500)
+  config.adapt = {'llava_hr': dict(steps=3 if smoke else 1000),
+                  'vila_hd': dict(steps=3 if smoke else 400)}
+  config.systems = {name: to_dict(made) for name, made in systems().items()}
   config.optimizer = dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98)
-  config.train_images = sizes.train_images
-  config.eval_images = sizes.eval_images
-  config.train_steps = sizes.train_steps
-  config.batch_size = sizes.batch_size
-  config.lengths = (96, 128, 160, 224, 288, 352, 512)
+  config.train_images = 16 if smoke else 4000
+  config.eval_images = 6 if smoke else 500
+  config.train_steps = 3 if smoke else 800
+  config.batch_size = 4 if smoke else 32
+  config.lengths = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448)
   config.answer_batch = 3 if smoke else 25
   config.latency_answers = 2 if smoke else 20
   return config

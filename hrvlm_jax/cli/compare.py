@@ -7,6 +7,8 @@ def main(argv: list[str]) -> int:
   """Trains and evaluates several systems on the same terms; run again, it goes on."""
   parser = Parser('compare', main.__doc__, config=True)
   parser.add_argument('--out', required=True, help='folder of data, runs, table and plot')
+  parser.add_argument('--only', default='', metavar='NAMES',
+                      help='work on these systems only, names with commas between')
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
@@ -14,6 +16,7 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.evaluation.compare import CompareConfig, compare
 
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
-  compare(config, arguments.out, progress=not arguments.quiet)
+  only = [name for name in arguments.only.split(',') if name]
+  compare(config, arguments.out, only=only, progress=not arguments.quiet)
   print(f'table, plot and results are in {arguments.out}')
   return 0

@@ -6,13 +6,12 @@ one low-resolution view, evaluates both, asks, exports. What a folder already ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import shutil
-import time
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,10 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.conversation import messages_from_llava
-from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, is_correct, read_records, write
+from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, read_records, write
 from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.evaluation.compare import answer_records
+from hrvlm_jax.evaluation.journal import Journal
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.chat import get_template, render, rendered_text
@@ -37,7 +38,7 @@ from hrvlm_jax.training.glyphs import GlyphConfig, pretrain
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm.answer import Answerer
-from hrvlm_jax.vlm.convert import export
+from hrvlm_jax.vlm.export import export
 
 WINDOW = 80  # canvas pixels of a crop; the panorama's height, so that crops make one row
 VIEW = 40  # pixels of a view
@@ -87,49 +88,28 @@ def model(max_crops: int) -> ModelConfig:
 RUNS = {'multi_crop': 15, 'low_res': 0}
 
 
-class Journey:
+class Journey(Journal):
   """The steps, each of which leaves a file or folder that tells it is done."""
 
   def __init__(self, folder: str | os.PathLike, sizes: Sizes, *, seed: int = 0,
                progress: bool = True):
-    self.folder, self.sizes, self.seed = pathlib.Path(folder), sizes, seed
-    self.progress = progress
-    self.folder.mkdir(parents=True, exist_ok=True)
-    self.times: dict[str, float] = self._read('times.json', {})
+    super().__init__(folder)
+    self.sizes, self.seed, self.progress = sizes, seed, progress
 
   def run(self) -> dict[str, Any]:
     """Everything; returns the content of results.json."""
-    self._step('data', 'writing the task', self.write_data)
-    self._step('tokenizer', 'training a tokenizer on its questions', self.tokenizer)
-    self._step('encoder', 'pre-training the encoder', self.pretrain)
+    self.part('data', self.write_data, 'writing the task')
+    self.part('tokenizer', self.tokenizer, 'training a tokenizer on its questions')
+    self.part('encoder', self.pretrain, 'pre-training the encoder')
     for name in RUNS:
-      self._step(f'train_{name}', f'training the {name} model', lambda n=name: self.train(n))
+      self.part(f'train_{name}', lambda n=name: self.train(n), f'training the {name} model')
     for name in RUNS:
-      self._step(f'eval_{name}', f'evaluating the {name} model', lambda n=name: self.evaluate(n))
-    self._step('checkpoint', 'saving the trained model', self.save)
-    self._step('report', 'drawing', self.report)
-    self._step('ask', 'asking the trained model', self.ask)
-    self._step('export', 'exporting', self.export)
+      self.part(f'eval_{name}', lambda n=name: self.evaluate(n), f'evaluating the {name} model')
+    self.part('checkpoint', self.save, 'saving the trained model')
+    self.part('report', self.report, 'drawing')
+    self.part('ask', self.ask, 'asking the trained model')
+    self.part('export', self.export, 'exporting')
     return json.loads((self.folder / 'results.json').read_text())
-
-  def _step(self, name: str, title: str, fn: Callable[[], None]) -> None:
-    if name in self.times:
-      print(f'[{name}] done before ({self.times[name]:.0f} s)', flush=True)
-      return
-    print(f'[{name}] {title}', flush=True)
-    clock = time.perf_counter()
-    fn()
-    self.times[name] = time.perf_counter() - clock
-    self._write('times.json', self.times)
-
-  def _read(self, name: str, default: Any) -> Any:
-    path = self.folder / name
-    return json.loads(path.read_text()) if path.exists() else default
-
-  def _write(self, name: str, value: Any) -> None:
-    temporary = self.folder / f'.{name}.tmp'
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
-    temporary.replace(self.folder / name)
 
   def write_data(self) -> None:
     """Training images (three questions each), evaluation images, and some on photographs."""
@@ -195,8 +175,9 @@ class Journey:
     found = {}
     for split in ('eval', 'photo_eval'):
       folder = self.folder / 'data' / split
-      found[split] = answer_records(answerer, folder, progress=self.progress)
-    self._write(f'answers_{name}.json', found)
+      found[split] = answer_records(answerer, folder, batch_size=25, max_new_tokens=4,
+                                    progress=self.progress)
+    self.write(f'answers_{name}.json', found)
 
   def save(self) -> None:
     """The multi-crop model alone, without optimizer state."""
@@ -213,7 +194,7 @@ class Journey:
 
   def report(self) -> None:
     """results.json, table.txt, plot.png, overlay.png."""
-    answers = {name: self._read(f'answers_{name}.json', {}) for name in RUNS}
+    answers = {name: self.read(f'answers_{name}.json', {}) for name in RUNS}
     results = summarise(answers, self.times, self.sizes)
     results['encoder_accuracy'] = store.load_config(self.folder / 'encoder')['accuracy']
     (self.folder / 'table.txt').write_text(table(results))
@@ -221,7 +202,7 @@ class Journey:
     image = Image.open(self.example())
     answerer = Answerer.load(self.folder / 'checkpoint')
     answerer.overlay(image).save(self.folder / 'overlay.png')
-    self._write('results.json', results)
+    self.write('results.json', results)
     print('\n' + table(results), flush=True)
 
   def example(self) -> pathlib.Path:
@@ -260,26 +241,6 @@ def sample_photographs(folder: pathlib.Path) -> None:
   source = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
   for name in ('china.jpg', 'flower.jpg'):
     shutil.copyfile(source / name, folder / name)
-
-
-def answer_records(answerer: Answerer, folder: pathlib.Path, *, batch_size: int = 25,
-                   progress: bool = True) -> list[dict[str, Any]]:
-  """[{id, area, answer, expected, correct}] of a written needle task."""
-  records = read_records(folder)
-  rows = []
-  with tqdm(total=len(records), unit='image', disable=not progress) as bar:
-    for start in range(0, len(records), batch_size):
-      part = records[start:start + batch_size]
-      # The last batch is filled up, so that one program serves all of them.
-      padded = part + [part[-1]] * (batch_size - len(part))
-      texts = answerer.answer([([str(folder / r['image'])], r['question']) for r in padded],
-                              max_new_tokens=4)
-      for record, text in zip(part, texts, strict=False):
-        rows.append({'id': record['id'], 'area': record['relative_area'], 'answer': text,
-                     'expected': record['answer'],
-                     'correct': bool(is_correct(text, record['answer']))})
-      bar.update(len(part))
-  return rows
 
 
 def summarise(answers: dict[str, Any], times: dict[str, float], sizes: Sizes) -> dict[str, Any]:

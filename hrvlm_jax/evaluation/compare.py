@@ -2,21 +2,23 @@
 
 Every part leaves a file when it is done, so that a comparison that was stopped goes on where it
 was. What is shared: the written task, the tokenizer, one vision encoder pre-trained on the task's
-letters, from which every system's `vision/tower` starts, and all training settings. What differs is
-what the systems are: views, tokens, joining.
+letters, from which the ViT of every system starts, and all training settings. What differs is what
+the systems are: views, tokens, joining. Two of them need more than that encoder: LLaVA-HR has a
+ConvNeXt besides, PS3 reads patches of a large grid one by one. Both get a pre-training of their own
+on the task's scenes (`adapt`), whose steps and seconds are part of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import json
 import os
 import pathlib
-import platform
+import re
 import shutil
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,22 +26,26 @@ import numpy as np
 from tqdm import tqdm
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.images import open_image
 from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, is_correct, read_records, write
+from hrvlm_jax.evaluation.compare_report import machine, plot, table
+from hrvlm_jax.evaluation.journal import Journal
 from hrvlm_jax.evaluation.provenance import versions
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, TwoPassFusion
+from hrvlm_jax.training import glyph_scenes, glyphs
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
-from hrvlm_jax.training.glyphs import GlyphConfig, pretrain
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 
-TOWER = 'vision/tower/'
+TOWER = 'vision/tower/'  # where the shared encoder stands in its own checkpoint
 SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
 
 
@@ -49,12 +55,23 @@ class EncoderConfig:
 
   Attributes:
     window: side of the crops in canvas pixels. last_tokens: what the readout sees of a view.
+    colour_weight: of the loss that asks every patch for the colour of its sign.
   """
 
   vision: ViTConfig
   window: int
   last_tokens: int
   steps: int
+  colour_weight: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+  """Pre-training of a part of one system on whole scenes (`training.glyph_scenes`)."""
+
+  steps: int
+  batch_size: int = 32
+  learning_rate: float = 2e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +82,12 @@ class CompareConfig:
     task: the built-in task, with one question per image; training images have `turns` of them.
     systems: models by the name they have in the table. All have the same language model and a
       tower of the shared encoder's sizes.
-    train_steps, batch_size, optimizer: the same for every system; the tower stays frozen.
+    train_steps, batch_size, optimizer: the same for every system; what was pre-trained (the tower,
+      the parts of `adapt`) stays frozen. A batch holds `batch_size` images with all their
+      questions; two-pass systems, which look where the FIRST question of a row points, read the
+      same questions as rows of their own, with the box of each sign for the selection's loss.
+    adapt: by name, systems a part of which is first pre-trained on scenes.
+    dtype, remat, accumulate: as in `TrainingConfig`, the same for every system.
     lengths: buckets of text plus visual tokens.
     answer_batch: questions answered at once in evaluation.
     latency_answers: answers, one at a time, whose median time is reported.
@@ -75,10 +97,14 @@ class CompareConfig:
   encoder: EncoderConfig
   systems: dict[str, ModelConfig]
   optimizer: OptimizerConfig
+  adapt: dict[str, AdaptConfig] = dataclasses.field(default_factory=dict)
   train_images: int
   eval_images: int
   train_steps: int
   batch_size: int
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  remat: Literal['none', 'layers', 'dots'] = 'none'
+  accumulate: int = 1
   turns: int = 3
   lengths: tuple[int, ...] = (128, 256, 512)
   answer_batch: int = 25
@@ -100,9 +126,52 @@ def problems(config: CompareConfig) -> list[str]:
   if len(texts) > 1:
     found.append('the language models of ' + ', '.join(config.systems) + ' are not equal; a '
                  'comparison needs the same one in all systems')
+  found += [f'adapt: no system is called {name}' for name in config.adapt
+            if name not in config.systems]
   for name, model in config.systems.items():
     found += [f'{name}: {reason}' for reason in _unfit(config, model)]
+    if name in config.adapt:
+      try:
+        glyph_scenes.part(model.encoder)
+      except UserError as error:
+        found.append(f'adapt.{name}: {error}')
   return found
+
+
+def towers(encoder: Any, path: str = '') -> Iterator[tuple[str, ViTConfig]]:
+  """(path, config) of every ViT in an encoder's settings."""
+  for field in dataclasses.fields(encoder):
+    value, place = getattr(encoder, field.name), f'{path}{field.name}'
+    if isinstance(value, ViTConfig):
+      yield place, value
+    elif dataclasses.is_dataclass(value):
+      yield from towers(value, f'{place}.')
+
+
+def _plain(vision: ViTConfig) -> ViTConfig:
+  """Without what a tower may have beside its blocks: LoRA sets, a pool."""
+  return dataclasses.replace(vision, lora=(), pool=None, pool_width=None, pool_mlp_width=None)
+
+
+def tower_path(model: ModelConfig, shared: Mapping[str, Any]) -> str:
+  """Where in a model the shared tower belongs: 'vision/tower/', 'vision/fast/', ...
+
+  Args:
+    shared: flat parameters of the tower; all that the model has too must have equal shapes.
+
+  Raises:
+    UserError: nowhere.
+  """
+  flat = paths.flatten(vlm.build(model).abstract)
+  places = sorted(path.removesuffix('pos_embed') for path in flat if path.endswith('/pos_embed'))
+  for place in places:
+    same = {path: flat.get(place + path) for path in shared}
+    wrong = [path for path, leaf in same.items()
+             if leaf is not None and tuple(leaf.shape) != tuple(np.shape(shared[path]))]
+    if not wrong and same.get('blocks/attn/q/kernel', same.get('pos_embed')) is not None:
+      return place
+  raise UserError(f'{model.system}: none of its towers ({", ".join(places) or "it has none"}) has '
+                  'the shapes of the shared encoder')
 
 
 def _unfit(config: CompareConfig, model: ModelConfig) -> list[str]:
@@ -110,12 +179,11 @@ def _unfit(config: CompareConfig, model: ModelConfig) -> list[str]:
     return ['an encoder without a language model cannot answer']
   system, found = registry.get(model.system), []
   wanted = config.encoder.vision
-  vision = getattr(model.encoder, 'vision', None)
-  if not isinstance(vision, ViTConfig) or vision != wanted:
-    have = (f'{vision.image_size} pixels, width {vision.width}, depth {vision.depth}'
-            if isinstance(vision, ViTConfig) else 'another kind of encoder')
-    found.append(f'its tower ({have}) is not the shared encoder ({wanted.image_size} pixels, width '
-                 f'{wanted.width}, depth {wanted.depth}); it could not start from it')
+  visions = [vision for _, vision in towers(model.encoder)]
+  if not any(_plain(vision) == _plain(wanted) for vision in visions):
+    have = ', '.join(f'{v.image_size} pixels, width {v.width}, depth {v.depth}' for v in visions)
+    found.append(f'its tower ({have or "no ViT"}) is not the shared encoder ({wanted.image_size} '
+                 f'pixels, width {wanted.width}, depth {wanted.depth}); it could not start from it')
   try:
     tokens = system.count(config.task.width, config.task.height, model.encoder).tokens
   except UserError as error:
@@ -129,57 +197,52 @@ def _unfit(config: CompareConfig, model: ModelConfig) -> list[str]:
   return found
 
 
-class Comparison:
+class Comparison(Journal):
   """The parts of a comparison in one folder."""
 
   def __init__(self, config: CompareConfig, folder: str | os.PathLike, *, progress: bool = True):
-    self.config, self.folder, self.progress = config, pathlib.Path(folder), progress
-    self.folder.mkdir(parents=True, exist_ok=True)
+    super().__init__(folder)
+    self.config, self.progress = config, progress
     self._same_config()
-    self.times: dict[str, float] = self._read('times.json', {})
 
-  def run(self) -> dict[str, Any]:
-    """Everything that is not done yet; returns the content of results.json."""
-    self._part('data', self.write_data)
-    self._part('tokenizer', self.tokenizer)
-    self._part('encoder', self.pretrain)
-    for name in self.config.systems:
-      self._part(f'train {name}', lambda n=name: self.train(n))
-      self._part(f'answer {name}', lambda n=name: self.answer(n))
-      self._part(f'measure {name}', lambda n=name: self.measure(n))
+  def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that is not done yet; returns the content of results.json.
+
+    Args:
+      only: names of the systems to work on now; () for all. The results tell of all systems that
+        are done.
+    """
+    if wrong := sorted(set(only) - set(self.config.systems)):
+      raise UserError(f'no system is called {", ".join(wrong)}; there are '
+                      f'{", ".join(self.config.systems)}')
+    self.part('data', self.write_data)
+    self.part('tokenizer', self.tokenizer)
+    self.part('encoder', self.pretrain)
+    for name in only or self.config.systems:
+      if name in self.config.adapt:
+        self.part(f'adapt {name}', lambda n=name: self.adapt(n))
+      self.part(f'train {name}', lambda n=name: self.train(n))
+      self.part(f'answer {name}', lambda n=name: self.answer(n))
+      self.part(f'measure {name}', lambda n=name: self.measure(n))
     return self.report()
-
-  def _part(self, name: str, fn: Callable[[], None]) -> None:
-    if name in self.times:
-      print(f'[{name}] done before ({self.times[name]:.0f} s)', flush=True)
-      return
-    print(f'[{name}]', flush=True)
-    clock = time.perf_counter()
-    fn()
-    self.times[name] = time.perf_counter() - clock
-    self._write('times.json', self.times)
 
   def _same_config(self) -> None:
     """Refuses to mix two comparisons in one folder; more systems may join."""
     now = json.loads(json.dumps(to_dict(self.config)))
-    before = self._read('config.json') or dict(now)
-    old, new = before.pop('systems'), now.pop('systems')
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    changed += sorted(f'systems.{name}' for name in old.keys() & new.keys()
-                      if old[name] != new[name])
+    before = self.read('config.json') or dict(now)
+    joining = {}
+    changed = []
+    for key in ('systems', 'adapt'):
+      old, new = before.pop(key), now.pop(key)
+      joining[key] = {**old, **new}
+      changed += sorted(f'{key}.{name}' for name in old.keys() & new.keys()
+                        if old[name] != new[name])
+    changed += sorted(key for key in before.keys() | now.keys()
+                      if before.get(key) != now.get(key))
     if changed:
       raise UserError(f'{self.folder}: holds another comparison ({", ".join(changed)} differ); '
                       'choose another --out')
-    self._write('config.json', now | {'systems': {**old, **new}})
-
-  def _read(self, name: str, default: Any = None) -> Any:
-    path = self.folder / name
-    return json.loads(path.read_text()) if path.exists() else default
-
-  def _write(self, name: str, value: Any) -> None:
-    temporary = self.folder / f'.{name}.tmp'
-    temporary.write_text(json.dumps(value, indent=2) + '\n')
-    temporary.replace(self.folder / name)
+    self.write('config.json', now | joining)
 
   def write_data(self) -> None:
     """Training and evaluation images."""
@@ -187,6 +250,8 @@ class Comparison:
     training = dataclasses.replace(c.task, turns=c.turns)
     write(training, self.folder / 'data/train', c.train_images, seed=c.seed,
           progress=self.progress)
+    rows = single_turns(read_records(self.folder / 'data/train'))
+    (self.folder / 'data/train/rows.json').write_text(json.dumps(rows))
     write(c.task, self.folder / 'data/eval', c.eval_images, seed=c.seed + 1,
           progress=self.progress)
 
@@ -203,27 +268,72 @@ class Comparison:
   def pretrain(self) -> None:
     """The shared encoder, as a checkpoint of `vision/tower`."""
     e = self.config.encoder
-    config = GlyphConfig(needle=self.config.task, vision=e.vision, window=e.window,
-                         last_tokens=e.last_tokens, steps=e.steps, seed=self.config.seed)
+    config = glyphs.GlyphConfig(
+      needle=self.config.task, vision=_plain(e.vision), window=e.window,
+      last_tokens=e.last_tokens, colour_weight=e.colour_weight, steps=e.steps,
+      seed=self.config.seed)
     with tqdm(total=e.steps, unit='step', disable=not self.progress) as bar:
-      tower, accuracy = pretrain(config, report=lambda *_: bar.update())
+      tower, accuracy = glyphs.pretrain(config, report=_shown(bar))
     shutil.rmtree(self.folder / 'encoder', ignore_errors=True)
     store.save_params(self.folder / 'encoder', {'vision': {'tower': tower}},
                       {'vision': to_dict(e.vision), 'accuracy': accuracy})
 
+  def shared(self) -> dict[str, np.ndarray]:
+    """Flat parameters of the shared tower."""
+    source = self.folder / 'encoder'
+    names = [path.removeprefix('params/') for path in store.describe(source)]
+    return {name.removeprefix(TOWER): np.asarray(store.load_leaf(source, name))
+            for name in names if name.startswith(TOWER)}
+
+  def adapt(self, name: str) -> None:
+    """Pre-trains what one system needs beside the shared tower, starting from that tower."""
+    c, a, model = self.config, self.config.adapt[name], self.config.systems[name]
+    config = glyph_scenes.SceneConfig(
+      needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
+      learning_rate=a.learning_rate, seed=c.seed)
+    shared = self.shared()
+    place = tower_path(model, shared).removeprefix('vision/')
+    start = {place + path: leaf for path, leaf in shared.items()}
+    with tqdm(total=a.steps, unit='step', disable=not self.progress) as bar:
+      learned, accuracy = glyph_scenes.pretrain(config, start, report=_shown(bar))
+    folder = self.folder / 'adapted' / name
+    shutil.rmtree(folder, ignore_errors=True)
+    store.save_params(folder, paths.unflatten(learned), {'accuracy': accuracy})
+
+  def start(self, name: str) -> tuple[pathlib.Path, list[str]]:
+    """(checkpoint of all pre-trained parameters of a system, by the system's paths; those paths)"""
+    model, shared = self.config.systems[name], self.shared()
+    place = tower_path(model, shared)
+    wanted = paths.flatten(vlm.build(model).abstract)
+    leaves = {place + path: leaf for path, leaf in shared.items() if place + path in wanted}
+    if name in self.config.adapt:
+      source = self.folder / 'adapted' / name
+      for path in store.describe(source):
+        path = path.removeprefix('params/')
+        leaves[f'vision/{path}'] = np.asarray(store.load_leaf(source, path))
+    folder = self.folder / 'start' / name
+    shutil.rmtree(folder, ignore_errors=True)
+    store.save_params(folder, paths.unflatten(leaves), {'system': model.system})
+    return folder, sorted(leaves)
+
   def run_config(self, name: str) -> RunConfig:
     """The training run of one system: all equal but the model."""
-    c = self.config
+    c, model = self.config, self.config.systems[name]
+    folder, given = self.start(name)
+    exactly = '|'.join(re.escape(path) for path in given)
+    two_pass = isinstance(model.fusion, TwoPassFusion)
     return RunConfig(
-      model=c.systems[name], seed=c.seed,
-      data=DataConfig(train=str(self.folder / 'data/train/needle.json'), lengths=c.lengths,
-                      tokenizer=str(self.folder / 'tokenizer')),
+      model=model, seed=c.seed,
+      data=DataConfig(
+        train=str(self.folder / 'data/train' / ('rows.json' if two_pass else 'needle.json')),
+        lengths=c.lengths, boxes=two_pass, tokenizer=str(self.folder / 'tokenizer')),
       training=TrainingConfig(
-        steps=c.train_steps, batch_size=c.batch_size, log_every=10, checkpoint_every=200, keep=1,
-        init_from=str(self.folder / 'encoder'), init_allow=(f'(?!{TOWER}).*',),
-        groups=(Group(pattern=f'{TOWER}.*', frozen=True),
+        steps=c.train_steps, batch_size=c.batch_size * (c.turns if two_pass else 1), log_every=10,
+        checkpoint_every=200, keep=1, objective='two_pass' if two_pass else 'next_token',
+        init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
+        groups=(Group(pattern=exactly, frozen=True),
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
-        optimizer=c.optimizer))
+        optimizer=c.optimizer, dtype=c.dtype, remat=c.remat, accumulate=c.accumulate))
 
   def train(self, name: str) -> None:
     """Resumes by itself when it was interrupted."""
@@ -236,22 +346,24 @@ class Comparison:
     answerer = Answerer.load(self.folder / 'runs' / name)
     rows = answer_records(answerer, self.folder / 'data/eval', batch_size=self.config.answer_batch,
                           max_new_tokens=self.config.max_new_tokens, progress=self.progress)
-    self._write(f'answers_{name}.json', rows)
+    self.write(f'answers_{name}.json', rows)
 
   def measure(self, name: str) -> None:
     """Tokens, operations, memory and time of one system."""
     records = read_records(self.folder / 'data/eval')
     items = [(str(self.folder / 'data/eval' / r['image']), r['question']) for r in records]
     answerer = Answerer.load(self.folder / 'runs' / name)
-    self._write(f'cost_{name}.json', cost(
+    self.write(f'cost_{name}.json', cost(
       answerer, items, answers=self.config.latency_answers,
       max_new_tokens=self.config.max_new_tokens))
 
   def report(self) -> dict[str, Any]:
     """results.json, table.txt, plot.png from what is there."""
-    rows = {}
-    for name, model in self.config.systems.items():
-      answers, costs = self._read(f'answers_{name}.json'), self._read(f'cost_{name}.json')
+    rows, c = {}, self.config
+    for name, model in c.systems.items():
+      if f'measure {name}' not in self.times:
+        continue
+      answers, costs = self.read(f'answers_{name}.json'), self.read(f'cost_{name}.json')
       correct = [row['correct'] for row in answers]
       rows[name] = {
         'system': model.system, 'accuracy': float(np.mean(correct)),
@@ -259,18 +371,45 @@ class Comparison:
         # Two-pass models put their visual tokens into the prompt too.
         'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind),
         **costs, 'train_seconds': self.times[f'train {name}']}
-    c = self.config
+      if name in c.adapt:
+        source = self.folder / 'adapted' / name
+        rows[name]['adapted'] = {'steps': c.adapt[name].steps, **store.load_config(source),
+                                 'seconds': self.times[f'adapt {name}']}
     results = {
       'systems': rows, 'chance': c.task.chance, 'seconds': sum(self.times.values()),
-      'seconds_by_part': dict(self.times),
-      'images': {'train': c.train_images, 'eval': c.eval_images}, 'steps': c.train_steps,
+      'seconds_by_part': dict(self.times), 'cpu_seconds_by_part': dict(self.cpu_times),
+      'images': {'train': c.train_images, 'eval': c.eval_images, 'questions': c.turns},
+      'steps': c.train_steps, 'batch_size': c.batch_size, 'encoder_steps': c.encoder.steps,
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
       'machine': machine(), 'versions': versions()}
     (self.folder / 'table.txt').write_text(table(results))
     plot(results, self.folder / 'plot.png')
-    self._write('results.json', results)
+    self.write('results.json', results)
     print('\n' + table(results), flush=True)
     return results
+
+
+def _shown(bar: tqdm) -> Callable[[int, float, float], None]:
+  """Moves a bar on and says how well letters are read."""
+  def report(step: int, loss: float, accuracy: float) -> None:
+    bar.update()
+    if step % 10 == 0:
+      bar.set_postfix_str(f'loss {loss:.3f}, letters read {accuracy:.0%}')
+
+  return report
+
+
+def single_turns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The questions of all records as rows of their own, each with the box it is about."""
+  rows = []
+  for record in records:
+    turns = record['conversations']
+    for number, box in enumerate(record['boxes']):
+      question, answer = turns[2 * number], turns[2 * number + 1]
+      text = question['value'].removeprefix('<image>\n')
+      rows.append({'id': f'{record["id"]}-{number}', 'image': record['image'], 'box': list(box),
+                   'conversations': [{**question, 'value': f'<image>\n{text}'}, dict(answer)]})
+  return rows
 
 
 def answer_records(answerer: Answerer, folder: pathlib.Path, *, batch_size: int,
@@ -336,71 +475,11 @@ def _memory(fn: Callable, *args: Any) -> float:
                + found.temp_size_in_bytes)
 
 
-def machine() -> dict[str, Any]:
-  """What the numbers were measured on."""
-  device = jax.devices()[0]
-  return {'device': device.device_kind, 'devices': jax.device_count(),
-          'processor': platform.processor() or platform.machine(), 'cores': os.cpu_count()}
-
-
-def table(results: dict[str, Any]) -> str:
-  """The table as text."""
-  rows = results['systems']
-  sizes = list(next(iter(rows.values()))['accuracy_by_size'])
-  header = ['system', 'all', *sizes, 'tokens', 'views', 'encoder GFLOP', 'latency ms', 'memory MB']
-  lines = [f'{header[0]:<14}' + ''.join(f'{h.replace("_", " "):>15}' for h in header[1:])]
-  for name, row in rows.items():
-    cells = [f'{row["accuracy"]:.1%}', *(f'{row["accuracy_by_size"][size]:.1%}' for size in sizes),
-             f'{row["tokens"]:.0f}', f'{row["views"]:.0f}', f'{row["encoder_gflops"]:.3f}',
-             f'{row["latency_ms"]:.0f}', f'{row["peak_memory_mb"]:.0f}']
-    lines.append(f'{name.replace("_", " "):<14}' + ''.join(f'{cell:>15}' for cell in cells))
-  families = {row['family'] for row in rows.values()}
-  notes = ['Right answers, in all and by size of the text asked for; chance '
-           f'{results["chance"]:.1%}; '
-           f'{results["images"]["eval"]} questions, {results["steps"]} training steps each.']
-  if families - {'prefix', 'two_pass'}:
-    notes.append('Tokens can be compared between systems that put them into the prompt only.')
-  where = results['machine']
-  notes.append(f'Machine: {where["device"]} x {where["devices"]}, {where["cores"]} cores.')
-  return '\n'.join([*lines, *notes]) + '\n'
-
-
-def plot(results: dict[str, Any], path: pathlib.Path) -> None:
-  """Accuracy by target size, and accuracy against the encoder's work, as PNG."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  rows = results['systems']
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-  sizes = [*next(iter(rows.values()))['accuracy_by_size'], 'all']
-  width = 0.8 / len(rows)
-  for number, (name, row) in enumerate(rows.items()):
-    values = [100 * v for v in (*row['accuracy_by_size'].values(), row['accuracy'])]
-    places = np.arange(len(sizes)) + (number - (len(rows) - 1) / 2) * width
-    bars = left.bar(places, values, width=0.9 * width, label=name.replace('_', ' '))
-    right.scatter(row['encoder_gflops'], 100 * row['accuracy'], color=bars[0].get_facecolor(),
-                  s=20 + row['tokens'] / 2)
-    right.annotate(name.replace('_', ' '), (row['encoder_gflops'], 100 * row['accuracy']),
-                   textcoords='offset points', xytext=(6, 4), fontsize=8)
-  left.axhline(100 * results['chance'], color='grey', linestyle=':', label='chance')
-  left.set_xticks(np.arange(len(sizes)), [size.replace('_', ' ') for size in sizes])
-  left.set(ylabel='answers right (%)', ylim=(0, 105), title='By size of the text asked for')
-  left.legend(frameon=False, fontsize=8)
-  right.set(xlabel='encoder GFLOP per image', ylabel='answers right (%)', xscale='log',
-            ylim=(0, 105), title='Against work (area: tokens)')
-  for axes in (left, right):
-    axes.spines[['top', 'right']].set_visible(False)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
-
-
-def compare(config: CompareConfig, folder: str | os.PathLike, *, progress: bool = True
-            ) -> dict[str, Any]:
+def compare(config: CompareConfig, folder: str | os.PathLike, *, only: Sequence[str] = (),
+            progress: bool = True) -> dict[str, Any]:
   """Runs a comparison or what is left of it; see `Comparison`.
 
   Raises:
     UserError: systems that cannot be compared, a folder of another comparison, an interruption.
   """
-  return Comparison(config, folder, progress=progress).run()
+  return Comparison(config, folder, progress=progress).run(only)

@@ -79,8 +79,10 @@ def muon(rate, weight_decay: float, *, b2: float, mask=None) -> optax.GradientTr
   matrix = contrib.MuonDimensionNumbers(-2, -1)
 
   def kinds(params):
-    return {path: matrix if re.fullmatch(r'(.*/)?blocks/.*/kernel', path) and leaf.ndim == 3
-            else None for path, leaf in params.items()}
+    # In its update optax hands over placeholders, without dimensions, for leaves of the other kind.
+    is_matrix = lambda path, leaf: (
+      re.fullmatch(r'(.*/)?blocks/.*/kernel', path) and getattr(leaf, 'ndim', None) == 3)
+    return {path: matrix if is_matrix(path, leaf) else None for path, leaf in params.items()}
 
   return contrib.muon(
     rate, adam_learning_rate=rate, weight_decay=weight_decay, adam_weight_decay=weight_decay,

@@ -2,17 +2,23 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
+from hrvlm_jax.cli import run_config
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.needle import NeedleConfig
-from hrvlm_jax.evaluation import compare
+from hrvlm_jax.data.needle import NeedleConfig, read_records, write
+from hrvlm_jax.evaluation import compare, compare_report
 from hrvlm_jax.language import config as language
+from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.training import glyph_scenes
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm import model as vlm
 
 VISION = ViTConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=16,
                    pool='map')
@@ -53,12 +59,15 @@ def test_table_and_plot_name_machine_and_chance(tmp_path):
          'tokens': 25.0, 'views': 1.0, 'encoder_gflops': 0.01, 'latency_ms': 3.0,
          'peak_memory_mb': 10.0, 'family': 'prefix'}
   results = {'systems': {'a': row, 'b': row | {'family': 'cross_attention'}}, 'chance': 0.04,
-             'images': {'eval': 8}, 'steps': 2,
+             'images': {'eval': 8}, 'steps': 2, 'seconds': 120.0, 'encoder_steps': 7,
              'machine': {'device': 'cpu', 'devices': 1, 'cores': 2}}
-  text = compare.table(results)
+  results['systems']['b']['adapted'] = {'steps': 3, 'seconds': 4.0}
+  text = compare_report.table(results)
   assert '25.0%' in text and 'chance 4.0%' in text and 'cpu x 1, 2 cores' in text
   assert 'only' in text  # tokens of the cross-attention family are not comparable
-  compare.plot(results, tmp_path / 'plot.png')
+  assert 'b: 3 steps (4 s) of pre-training' in text
+  assert '| a | 50.0% | 25.0% |' in compare_report.markdown(results)
+  compare_report.plot(results, tmp_path / 'plot.png')
   assert (tmp_path / 'plot.png').stat().st_size > 1000
 
 
@@ -72,3 +81,66 @@ def test_a_comparison_runs_and_is_taken_up_again(tmp_path, monkeypatch):
   assert compare.compare(made, tmp_path, progress=False)['systems']['plain'] == row
   with pytest.raises(UserError, match='holds another comparison .train_steps differ'):
     compare.compare(dataclasses.replace(made, train_steps=3), tmp_path, progress=False)
+
+
+def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
+  document = tmp_path / 'a.md'
+  document.write_text('before\n<!-- compare:begin -->\nold\n<!-- compare:end -->\nafter\n')
+  compare_report.insert('new\n', document)
+  assert document.read_text() == (
+    'before\n<!-- compare:begin -->\nnew\n<!-- compare:end -->\nafter\n')
+  document.write_text('<!-- compare:end --> <!-- compare:begin -->')
+  with pytest.raises(UserError, match='add them where the table belongs'):
+    compare_report.insert('new', document)
+
+
+def test_single_turns_keep_every_question_with_its_box(tmp_path):
+  write(NeedleConfig.tiny(turns=3), tmp_path, 2, seed=0, progress=False)
+  records = read_records(tmp_path)
+  rows = compare.single_turns(records)
+  assert len(rows) == 6
+  for record, part in zip(records, (rows[:3], rows[3:]), strict=True):
+    assert [row['box'] for row in part] == record['boxes']
+    assert all(row['conversations'][0]['value'].count('<image>') == 1 for row in part)
+    asked = [row['conversations'][0]['value'].split('\n')[1] for row in part]
+    assert len(set(asked)) == 3 and all('sign' in text for text in asked)
+
+
+def loaded(name, *argument):
+  return run_config.load(compare.CompareConfig, ':'.join([f'configs/compare/{name}.py', *argument]),
+                         [])
+
+
+def test_the_shared_tower_has_a_place_in_every_system():
+  made = loaded('needle_tiny', 'smoke')
+  single = paths.flatten(vlm.build(made.systems['single_view']).abstract)
+  shared = {path.removeprefix('vision/tower/'): np.zeros(leaf.shape, np.float32)
+            for path, leaf in single.items() if path.startswith('vision/tower/')}
+  places = {name: compare.tower_path(model, shared) for name, model in made.systems.items()}
+  assert places == {'single_view': 'vision/tower/', 'mc_llava': 'vision/tower/',
+                    'pheye': 'vision/tower/', 'anyres': 'vision/tower/', 's2': 'vision/tower/',
+                    'llava_hr': 'vision/fast/', 'vila_hd': 'vision/ps3/tower/'}
+  wrong = shared | {'pos_embed': np.zeros((4, 96), np.float32)}
+  with pytest.raises(UserError, match='none of its towers .vision/tower/. has the shapes'):
+    compare.tower_path(made.systems['mc_llava'], wrong)
+
+
+def test_the_large_comparison_builds_with_real_sizes():
+  made = loaded('needle_4k')
+  task = made.task
+  counts = {name: registry.get(model.system).count(task.width, task.height, model.encoder)
+            for name, model in made.systems.items()}
+  assert (task.width, task.height) == (3840, 2160)
+  assert made.systems['vila_hd'].encoder.side == 3780 and counts['pheye'].views == 101
+  assert counts['vila_hd'].tokens == 196 + sum(made.systems['vila_hd'].encoder.slots)
+  for name, model in made.systems.items():
+    flat = paths.flatten(vlm.build(model).abstract)
+    size = sum(int(np.prod(leaf.shape)) for leaf in flat.values())
+    assert 0.4e9 < size < 1e9, name  # float32 masters and two moments of all: below 16 GB
+
+
+def test_what_does_not_learn_from_scenes_is_refused():
+  with pytest.raises(UserError, match='SingleViewConfig: nothing of this encoder learns'):
+    glyph_scenes.part(single().encoder)
+  with pytest.raises(UserError, match='adapt: no system is called other'):
+    dataclasses.replace(config(plain=single()), adapt={'other': compare.AdaptConfig(steps=1)})

@@ -115,6 +115,8 @@ class PS3Config:
     quirks: 'reference' reproduces the original's budget arithmetic for `first_scales`; 'strict'
       gives later scales nothing and keeps the size of a shortened look.
     looks_at_once: encode looks as one batch (fast) or in sequence (memory of one look).
+    low_context: looks attend to the thumbnail's keys and values. Off is the paper's ablation
+      ("low-res KV cache"); every released model has it on.
     text: the text tower that belongs to the encoder; None where a language model prompts it.
   """
 
@@ -130,6 +132,7 @@ class PS3Config:
   cosine_scale: float = 5.0
   quirks: Literal['reference', 'strict'] = 'reference'
   looks_at_once: bool = False
+  low_context: bool = True
   look: LookConfig = LookConfig()
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)

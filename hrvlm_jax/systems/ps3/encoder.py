@@ -182,7 +182,7 @@ class Encoder(Module):
       return Encoded(low.hidden, none, selection.maps_of(none, plan, probs[0].dtype), probs)
     sized = scaled(images, plan)
 
-    def run(tokens, prefix=(low.keys, low.values)):
+    def run(tokens, prefix=(low.keys, low.values) if self.config.low_context else None):
       return self.tower.run(tokens, taps=kept, prefix=prefix, remat=remat, impl=impl).taps
 
     def look(cells, counts):

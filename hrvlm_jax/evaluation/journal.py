@@ -1,0 +1,47 @@
+"""Long work in parts, in one folder: what is done is noted there and not repeated.
+
+Used by `hrvlm quickstart`, `hrvlm compare` and the miniature claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import json
+import os
+import pathlib
+import time
+from typing import Any
+
+
+class Journal:
+  """A folder with JSON files and `times.json`: the seconds of every part that is done."""
+
+  def __init__(self, folder: str | os.PathLike):
+    self.folder = pathlib.Path(folder)
+    self.folder.mkdir(parents=True, exist_ok=True)
+    self.times: dict[str, float] = self.read('times.json', {})
+    self.cpu_times: dict[str, float] = self.read('cpu_times.json', {})
+
+  def part(self, name: str, fn: Callable[[], None], title: str = '') -> None:
+    """Calls `fn` unless the part is done; notes its wall and processor seconds."""
+    if name in self.times:
+      print(f'[{name}] done before ({self.times[name]:.0f} s)', flush=True)
+      return
+    print(f'[{name}] {title}'.rstrip(), flush=True)
+    wall, cpu = time.perf_counter(), time.process_time()
+    fn()
+    self.times[name] = time.perf_counter() - wall
+    self.cpu_times[name] = time.process_time() - cpu
+    self.write('cpu_times.json', self.cpu_times)
+    self.write('times.json', self.times)
+
+  def read(self, name: str, default: Any = None) -> Any:
+    """A JSON file of the folder."""
+    path = self.folder / name
+    return json.loads(path.read_text()) if path.exists() else default
+
+  def write(self, name: str, value: Any) -> None:
+    """Writes a JSON file so that it is either old or complete."""
+    temporary = self.folder / f'.{name}.tmp'
+    temporary.write_text(json.dumps(value, indent=2) + '\n')
+    temporary.replace(self.folder / name)
