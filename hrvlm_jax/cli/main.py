@@ -30,6 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'tiny': ('hrvlm_jax.cli.tiny:main', 'train and score a config of configs/tiny from nothing'),
     'needle': ('hrvlm_jax.cli.needle:main', 'write the built-in reading task to disk'),
     'plan': ('hrvlm_jax.cli.plan:main', 'compile a step for chips that are not here; memory, time'),
+    'bench': ('hrvlm_jax.cli.bench:main', 'measure beside the PyTorch originals'),
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }

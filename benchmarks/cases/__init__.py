@@ -1,0 +1,1 @@
+"""The cases of `hrvlm bench`: every module lists its own in `CASES`."""

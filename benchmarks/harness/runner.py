@@ -1,0 +1,316 @@
+"""Runs a case: both sides as processes, outputs compared first, then calls that alternate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from benchmarks.harness import measure
+from benchmarks.harness.case import Alone, Case, Options
+from hrvlm_jax.core.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / 'benchmarks' / 'results'
+SLOWER_THAN_BOUND = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How `hrvlm bench` runs its cases.
+
+  Attributes:
+    device: 'cpu' or 'cuda'; a GPU runs bfloat16 with fused attention on both sides.
+    rounds: measured calls of each side; None: what the case says.
+    keep: leave the stored weights for the next run.
+    peer_python: interpreter of the environment of scripts/peers.sh.
+    ceiling: also measure the matrix-multiply rate at the case's shapes.
+    alone: our side only.
+  """
+
+  device: str = 'cpu'
+  rounds: int | None = None
+  keep: bool = False
+  peer_python: str | None = None
+  ceiling: bool = True
+  alone: bool = False
+  variants: tuple[str, ...] | None = None
+  note: str = ''
+
+  @property
+  def backend(self) -> str:
+    """Part of the result's file name."""
+    return 'gpu' if self.device == 'cuda' else 'cpu'
+
+  def options(self, variant: str = 'eager') -> Options:
+    """Of one side."""
+    if self.device == 'cuda':
+      return Options(device='cuda', dtype='bfloat16', variant=variant, impl='auto')
+    return Options(variant=variant)
+
+
+def scratch() -> pathlib.Path:
+  """Where weights stay while a case runs: $HRVLM_BENCH_SCRATCH or .cache/bench."""
+  return pathlib.Path(os.environ.get('HRVLM_BENCH_SCRATCH') or ROOT / '.cache' / 'bench')
+
+
+def peer_python(explicit: str | None = None) -> str:
+  """The interpreter of the peers.
+
+  Raises:
+    UserError: there is none.
+  """
+  folder = pathlib.Path(os.environ.get('HRVLM_PEERS') or ROOT / '.cache' / 'peers')
+  python = pathlib.Path(explicit or folder / 'bin' / 'python')
+  if not python.exists():
+    raise UserError(f'{python}: the environment of the PyTorch originals is not there; run '
+                    'scripts/peers.sh, or name an interpreter that has torch and transformers '
+                    'with --peer-python')
+  return str(python)
+
+
+class Process:
+  """A side; answers come one at a time, so nothing runs while another side is timed."""
+
+  def __init__(self, python: str, side: str, case: str, folder: pathlib.Path, options: Options):
+    environment = {**os.environ, 'TOKENIZERS_PARALLELISM': 'false'}
+    if options.device == 'cpu':
+      environment['JAX_PLATFORMS'] = 'cpu'
+    else:
+      environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # both sides share the card
+    environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(scratch() / 'inductor'))
+    self._name = f'{case}, {side}'
+    self._child = subprocess.Popen(
+      [python, '-m', 'benchmarks.harness.child', side, case, str(folder),
+       json.dumps(dataclasses.asdict(options))],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+
+  def __call__(self, do: str, **arguments) -> Any:
+    """Sends a command and waits for its answer.
+
+    Raises:
+      UserError: the side failed or ended.
+    """
+    try:
+      self._child.stdin.write(json.dumps({'do': do, **arguments}) + '\n')
+      self._child.stdin.flush()
+      line = self._child.stdout.readline()
+    except BrokenPipeError:
+      line = ''
+    if not line:
+      code = self._child.wait()
+      raise UserError(f'{self._name}: the process ended during {do!r} with status {code}' + (
+        ' (killed: most likely not enough memory)' if code == -9 else ''))
+    answer = json.loads(line)
+    if 'error' in answer:
+      raise UserError(f'{self._name}: {do} failed: {answer["error"]} (details above)')
+    return answer['ok']
+
+  def close(self) -> None:
+    """Ends the process and gives its memory back."""
+    with contextlib.suppress(BrokenPipeError):
+      self._child.stdin.close()
+    self._child.wait()
+
+
+def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+  """Measures one case.
+
+  Returns:
+    The result that is kept (see `docs.table`).
+
+  Raises:
+    UserError: a side fails, or the outputs differ by more than the case's tolerance.
+  """
+  sizes = json.dumps([case.ours, dict(case.settings)], sort_keys=True)
+  folder = scratch() / f'{case.name}-{hashlib.sha256(sizes.encode()).hexdigest()[:12]}'
+  result: dict[str, Any] = {
+    'case': case.name, 'title': case.title, 'peer': case.peer_name, 'target': case.target,
+    'memory_target': case.memory_target, 'device': settings.device,
+    'dtype': settings.options().dtype, 'settings': dict(case.settings), 'date': measure.today(),
+    'machine': measure.machine(), 'note': settings.note}
+  start = lambda python, side, variant='eager': Process(
+    python, side, case.name, folder, settings.options(variant))
+  ours = peer = None
+  try:
+    if not (folder / 'ready').exists():
+      say(f'{case.name}: drawing weights and inputs')
+      writer = start(sys.executable, 'ours')
+      parameters = writer('prepare')
+      writer.close()
+      (folder / 'ready').write_text(json.dumps(parameters))
+    result |= json.loads((folder / 'ready').read_text())
+    ours = start(sys.executable, 'ours')
+    result['ours'] = _first(ours, folder / 'ours.npz')
+    say(f'{case.name}: first call of ours, compilation included: {result["ours"]["first_s"]} s')
+    if case.peer is not None and not settings.alone:
+      python = sys.executable if case.peer_side == 'ours' else peer_python(settings.peer_python)
+      peer = _best_peer(case, settings, lambda variant: start(python, 'peer', variant), folder,
+                        result, say)
+    _rounds(case, settings, ours, peer, result)
+    if settings.ceiling:
+      result['cost'] = ours('cost')
+    _judge(case, result)
+  finally:
+    for process in (ours, peer):
+      if process is not None:
+        process.close()
+    if not settings.keep:
+      shutil.rmtree(folder, ignore_errors=True)
+  return result
+
+
+def _first(process: Process, path: pathlib.Path) -> dict[str, Any]:
+  loaded = process('load')
+  first = process('run')
+  process('outputs', path=str(path))
+  return {'load_s': round(loaded['seconds'], 2), 'first_s': round(first['seconds'], 2)}
+
+
+def _best_peer(case, settings, start, folder, result, say) -> Process:
+  """Tries the peer's forms and leaves the fastest running."""
+  best, tried = None, {}
+  forms = settings.variants or case.variants
+  for variant in forms:
+    process = start(variant)
+    try:
+      facts = _first(process, folder / 'peer.npz')
+      facts['differences'] = compare(folder / 'ours.npz', folder / 'peer.npz', case)
+      second = facts['first_s'] if len(forms) == 1 else process('run')['seconds']
+    except UserError as error:
+      process.close()
+      # A form of the peer that does not run is a fact about the peer; a wrong answer is not.
+      if len(forms) == 1 or 'differs' in str(error):
+        raise
+      tried[variant] = {'failed': str(error)[:300]}
+      say(f'{case.name}: {case.peer_name} {variant}: {error}')
+      continue
+    tried[variant] = {**facts, 'once_s': round(second, 4)}
+    say(f'{case.name}: {case.peer_name} {variant}: {second:.3f} s')
+    if best is None or second < tried[best[0]]['once_s']:
+      if best is not None:
+        best[1].close()
+      best = (variant, process)
+    else:
+      process.close()
+  if best is None:
+    raise UserError(f'{case.name}: no form of {case.peer_name} ran: {tried}')
+  result['peer_forms'], result['variant'] = tried, best[0]
+  result['differences'] = tried[best[0]].pop('differences')
+  for other in tried.values():
+    other.pop('differences', None)
+  return best[1]
+
+
+def compare(ours: pathlib.Path, peer: pathlib.Path, case: Case) -> dict[str, float]:
+  """Largest difference of each output, relative to max(1, largest value).
+
+  Raises:
+    UserError: names, shapes or values differ.
+  """
+  with np.load(ours) as a, np.load(peer) as b:
+    if sorted(a.files) != sorted(b.files):
+      raise UserError(f'{case.name}: the sides differs in what they return: {a.files}, {b.files}')
+    found = {}
+    for name in a.files:
+      one, other = a[name].astype(np.float64), b[name].astype(np.float64)
+      if one.shape != other.shape:
+        raise UserError(f'{case.name}: {name} differs in shape: {one.shape}, {other.shape}')
+      scale = max(1.0, float(np.abs(other).max(initial=0)))
+      found[name] = float(np.abs(one - other).max(initial=0)) / scale
+      if not found[name] <= case.tolerance:
+        raise UserError(f'{case.name}: {name} differs by {found[name]:.2g} of its largest value, '
+                        f'more than {case.tolerance:g}: no time of a wrong answer is kept')
+  return {name: float(f'{value:.2g}') for name, value in found.items()}
+
+
+def _rounds(case, settings, ours, peer, result) -> None:
+  rounds = settings.rounds or case.rounds
+  sides = [(name, side) for name, side in (('ours', ours), ('peer', peer)) if side is not None]
+  times: dict[str, list[Mapping[str, float]]] = {name: [] for name, _ in sides}
+  for _, side in sides:
+    side('reset_peak')
+  for _ in range(rounds):
+    for name, side in sides:
+      times[name].append(side('run'))
+  result['versions'] = {}
+  for name, side in sides:
+    part = result.setdefault('peer_run' if name == 'peer' else name, {})
+    part['seconds'] = measure.spread([t['seconds'] for t in times[name]])
+    part['cpu_seconds'] = measure.spread([t['cpu_seconds'] for t in times[name]])
+    part['peak'] = side('peak')
+    after = side('after')
+    part |= after['facts']
+    result['versions'] |= after['versions']
+    if case.work is not None:
+      amount, unit = case.work
+      part['rate'] = f'{amount / part["seconds"]["median"]:.3g} {unit}'
+  if peer is not None:
+    result['ratio'] = measure.spread([
+      b['seconds'] / a['seconds'] for a, b in zip(times['ours'], times['peer'], strict=True)])
+    key = 'bytes' if settings.device == 'cpu' else 'device_bytes'
+    result['memory_ratio'] = round(
+      result['ours']['peak'][key] / result['peer_run']['peak'][key], 3)
+
+
+def _judge(case: Case, result: dict[str, Any]) -> None:
+  """Whether targets are met, from what was measured."""
+  met = {}
+  if case.target is not None and 'ratio' in result:
+    met['time'] = result['ratio']['median'] >= case.target
+  if case.memory_target is not None and 'memory_ratio' in result:
+    met['memory'] = result['memory_ratio'] <= case.memory_target
+  if cost := result.get('cost'):
+    share = cost['matmul_seconds'] / result['ours']['seconds']['median']
+    cost['share_of_ceiling'] = round(share, 3)
+    cost['gflops'] = round(cost['flops'] / result['ours']['seconds']['median'] / 1e9, 1)
+    if case.bound:
+      met['bound'] = share >= 1 / SLOWER_THAN_BOUND
+  result['met'] = met
+
+
+def run_alone(case: Alone, settings: Settings) -> dict[str, Any]:
+  """Runs a measurement without a peer in a process of its own."""
+  code = ('import json, sys; from benchmarks.harness.case import Options, find_cases, load\n'
+          'case = find_cases()[sys.argv[1]]; options = Options(**json.loads(sys.argv[2]))\n'
+          'out = load(case.run)(case.settings, options)\n'
+          'open(sys.argv[3], "w").write(json.dumps(out))')
+  folder = scratch()
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f'{case.name}.json'
+  path.unlink(missing_ok=True)
+  options = json.dumps(dataclasses.asdict(settings.options()))
+  environment = dict(os.environ)
+  if settings.device == 'cpu':
+    environment['JAX_PLATFORMS'] = 'cpu'
+  done = subprocess.run([sys.executable, '-c', code, case.name, options, str(path)], cwd=ROOT,
+                        env=environment)
+  if done.returncode or not path.exists():
+    raise UserError(f'{case.name}: the measurement ended with status {done.returncode} (details '
+                    'above)')
+  found = json.loads(path.read_text())
+  path.unlink()
+  return {'case': case.name, 'title': case.title, 'device': settings.device,
+          'settings': dict(case.settings), 'date': measure.today(), 'machine': measure.machine(),
+          'versions': measure.versions(('jax', 'jaxlib', 'flax', 'hrvlm-jax', 'numpy')),
+          'note': settings.note, **found}
+
+
+def save(result: Mapping[str, Any], settings: Settings, path: str | os.PathLike | None = None
+         ) -> pathlib.Path:
+  """Writes a result as JSON; by default where `docs/benchmarks.md` is made from."""
+  target = RESULTS / f'{result["case"]}_{settings.backend}.json' if path is None else (
+    pathlib.Path(path))
+  target.parent.mkdir(parents=True, exist_ok=True)
+  target.write_text(json.dumps(result, indent=1) + '\n')
+  return target
