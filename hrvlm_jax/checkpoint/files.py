@@ -5,7 +5,7 @@
 into one sentence.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import errno
 import hashlib
@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -148,10 +149,40 @@ def sync(path: str | os.PathLike) -> None:
     os.close(descriptor)
 
 
-def sha256(path: str | os.PathLike) -> str:
-  """Checksum of a file, read in pieces."""
-  digest = hashlib.sha256()
-  with open(path, 'rb') as file:
+def sha256(path: Any) -> str:
+  """Checksum of a file (a path, or an `epath` one), read in pieces."""
+  found = hashlib.sha256()
+  with (path.open('rb') if hasattr(path, 'open') else open(path, 'rb')) as file:
     while block := file.read(1 << 22):
-      digest.update(block)
-  return digest.hexdigest()
+      found.update(block)
+  return found.hexdigest()
+
+
+def describe(paths: Iterable[Any], root: Any) -> dict[str, dict[str, Any]]:
+  """Size and checksum of files, by their name below `root`, sorted.
+
+  Args:
+    paths: local paths or `epath` ones.
+  """
+  found = {}
+  for path in sorted(paths, key=str):
+    name = os.fspath(path).removeprefix(os.fspath(root)).lstrip('/')
+    facts = path.stat()
+    size = facts.st_size if hasattr(facts, 'st_size') else facts.length
+    found[name] = {'bytes': size, 'sha256': sha256(path)}
+  return found
+
+
+def all_files(folder: Any) -> Iterator[Any]:
+  """All files below a folder (a path, or an `epath` one, which knows no recursive glob)."""
+  for entry in folder.iterdir():
+    if entry.is_dir():
+      yield from all_files(entry)
+    else:
+      yield entry
+
+
+def digest(described: Mapping[str, Mapping[str, Any]]) -> str:
+  """One checksum of several files: their names and contents (see `describe`)."""
+  lines = [f'{name} {facts["sha256"]}\n' for name, facts in sorted(described.items())]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()

@@ -5,7 +5,7 @@ Reading accepts one safetensors file, a sharded set with its index, and pickled 
 is ever executed. Writing is all or nothing.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -34,33 +34,46 @@ class TensorFolder(Mapping[str, np.ndarray]):
     path: a weight file, or a folder. In a folder the index (`*.safetensors.index.json`) is taken
       first, then a single safetensors file, then `*.bin.index.json`, then a single pickled file;
       a file named `model` or `pytorch_model` is preferred when there are several.
+    strict: False keeps what is whole of damaged files, so that a caller can list their problems
+      together with its own.
 
   Attributes:
     shapes, dtypes: by tensor name, known without reading a tensor.
     metadata: `__metadata__` of the safetensors files, joined.
     files: the weight files.
+    problems: what is wrong with the files (`strict=False` only).
+    unreadable: names of tensors that are known to exist in a damaged file.
 
   Raises:
     UserError: no weight file, or several to choose from; damaged, missing or unsafe files; names
       on which index and files disagree (all listed).
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, *, strict: bool = True):
     self.path = pathlib.Path(path)
-    index, self.files = _find(self.path)
+    self.problems: list[str] = []
+    index, self.files = _find(self.path, self.problems)
     self.shapes: dict[str, tuple[int, ...]] = {}
     self.dtypes: dict[str, np.dtype] = {}
     self.metadata: dict[str, str] = {}
+    self.unreadable: Collection[str] = set()
     self._home: dict[str, Mapping[str, np.ndarray]] = {}
-    problems: list[str] = []
-    damaged: set[str] = set()
+    problems, damaged = self.problems, set()
     for file in self.files:
       try:
-        part = PickledFile(file) if file.suffix in _PICKLES else SafetensorsFile(file)
+        part = (PickledFile(file) if file.suffix in _PICKLES else
+                SafetensorsFile(file, strict=False))
       except UserError as error:
         problems.append(str(error))
         damaged.add(file.name)
+        if index is None:
+          self.unreadable = Everything()
         continue
+      problems += [f'{file}: {problem}' for problem in part.problems]
+      if index is None:
+        self.unreadable = part.unreadable
+      elif part.problems:
+        damaged.add(file.name)
       self.metadata.update(part.metadata)
       for name in part:
         if name in self._home:
@@ -70,10 +83,15 @@ class TensorFolder(Mapping[str, np.ndarray]):
           problems.append(f'{name}: in {file.name}, but the index has it {where}')
         self._home[name] = part
         self.shapes[name], self.dtypes[name] = part.shapes[name], part.dtypes[name]
+    present = {file.name for file in self.files}
     for name, file in (index or {}).items():
-      if name not in self._home and file not in damaged:
+      if name in self._home:
+        continue
+      if file in present and file not in damaged:
         problems.append(f'{name}: named by the index, not in {file}')
-    raise_all(f'weights in {self.path}', problems)
+      self.unreadable.add(name)
+    if strict:
+      raise_all(f'weights in {self.path}', problems)
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self._home[name][name]
@@ -85,6 +103,19 @@ class TensorFolder(Mapping[str, np.ndarray]):
     return len(self._home)
 
 
+class Everything(Collection):
+  """The names of a file that cannot be read: any name may be among them."""
+
+  def __contains__(self, name: object) -> bool:
+    return True
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(())
+
+  def __len__(self) -> int:
+    return 0
+
+
 class PickledFile(Mapping[str, np.ndarray]):
   """A pickled PyTorch state dict, loaded with torch's weights-only unpickler.
 
@@ -93,6 +124,9 @@ class PickledFile(Mapping[str, np.ndarray]):
   Raises:
     UserError: torch is absent; the file holds anything but tensors; the file is damaged.
   """
+
+  problems: Sequence[str] = ()
+  unreadable: frozenset[str] = frozenset()
 
   def __init__(self, path: str | os.PathLike):
     self.path = pathlib.Path(path)
@@ -155,11 +189,13 @@ def _numpy_dtype(torch: Any, name: str, tensor: Any) -> np.dtype:
     raise UserError(f'{name}: dtype {tensor.dtype} is not supported') from error
 
 
-def _find(path: pathlib.Path) -> tuple[dict[str, str] | None, list[pathlib.Path]]:
-  """The index (tensor name -> file name), if there is one, and the weight files."""
+def _find(
+    path: pathlib.Path, problems: list[str]
+) -> tuple[dict[str, str] | None, list[pathlib.Path]]:
+  """The index (tensor name -> file name), if there is one, and the weight files there are."""
   if path.is_file():
     if path.name.endswith('.index.json'):
-      return _read_index(path)
+      return _read_index(path, problems)
     if path.suffix not in ('.safetensors', *_PICKLES):
       raise UserError(f'{path}: expected a .safetensors, .bin, .pt or .pth file')
     return None, [path]
@@ -176,25 +212,29 @@ def _find(path: pathlib.Path) -> tuple[dict[str, str] | None, list[pathlib.Path]
         raise UserError(f'{path}: several weight files without an index '
                         f'({", ".join(found)}); name one of them')
       if found:
-        return _read_index(path / found[0]) if indexed else (None, [path / found[0]])
+        return _read_index(path / found[0], problems) if indexed else (None, [path / found[0]])
   raise UserError(f'{path}: no weights (.safetensors, .bin, .pt or .pth) in this folder')
 
 
-def _read_index(path: pathlib.Path) -> tuple[dict[str, str], list[pathlib.Path]]:
+def _read_index(
+    path: pathlib.Path, problems: list[str]
+) -> tuple[dict[str, str], list[pathlib.Path]]:
   data = read_json(path, limit=_INDEX_LIMIT)
   table = data.get('weight_map')
   if not isinstance(table, dict) or not table:
     raise UserError(f'{path}: has no weight_map')
-  problems = []
+  present, unsafe = [], []
   for file in sorted({str(name) for name in table.values()}):
     # A file name and nothing else: an index must not reach outside its folder.
     if (pathlib.PurePosixPath(file).name != file or '\\' in file or file in ('.', '..')
         or not file.endswith(('.safetensors', *_PICKLES))):
-      problems.append(f'{file!r} is no plain weight file name; refused')
+      unsafe.append(f'{file!r} is no plain weight file name; refused')
     elif not (path.parent / file).is_file():
-      problems.append(f'{file} is missing')
-  raise_all(str(path), problems)
-  return table, [path.parent / file for file in sorted(set(table.values()))]
+      problems.append(f'{path.parent / file} is missing; {path.name} names it')
+    else:
+      present.append(path.parent / file)
+  raise_all(str(path), unsafe)
+  return {str(name): str(file) for name, file in table.items()}, present
 
 
 def read_json(path: str | os.PathLike, *, limit: int = 50_000_000) -> dict[str, Any]:

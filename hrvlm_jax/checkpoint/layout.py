@@ -66,7 +66,9 @@ def resolve(directory: PathLike) -> epath.Path:
   """
   directory = to_path(directory)
   if not directory.is_dir():
-    raise UserError(f'checkpoint {directory}: no such folder')
+    old = directory.parent / f'.{directory.name}.old'
+    hint = f'; an interrupted overwrite left the previous one as {old}' if old.is_dir() else ''
+    raise UserError(f'checkpoint {directory}: no such folder{hint}')
   if not (directory / MARKER).exists() and (found := steps(directory)):
     directory = directory / STEPS / str(found[-1])
   if not (directory / MARKER).exists():

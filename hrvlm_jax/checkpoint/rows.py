@@ -7,9 +7,10 @@ tensor at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 import dataclasses
 import fnmatch
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -80,8 +81,8 @@ class Row:
       hold equal tensors (import checks equality of those present, export writes all).
     op: per-layer rearrangement.
     indices: the values of `{i}`; default 0..depth-1.
-    optional: the tensor may be absent from a file; the leaf is then left out and named in
-      `Imported.fresh` (for starting points such as LLaVA-HR's stage 1).
+    optional: the tensor may be absent from a file; the leaf is then left out. All layers of
+      a row are there or none.
   """
 
   ours: str | tuple[str, ...]
@@ -113,15 +114,26 @@ class Table:
   Attributes:
     ignored: {pattern (fnmatch) over PyTorch names: reason}: present in files, not parameters.
     unused: {pattern over our paths: reason}: parameters kept for a round trip only.
+    tied: {PyTorch name: name of the tensor it shares}: may be in a file, must then be equal, and
+      is never written (a tied output layer).
   """
 
   rows: tuple[Row, ...]
   ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def is_ignored(self, name: str) -> bool:
-    """Whether a tensor of a file is knowingly left out."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
+    """Whether a tensor of a file is knowingly no parameter of its own."""
+    return name in self.tied or any(
+      fnmatch.fnmatchcase(name, pattern) for pattern in self.ignored)
+
+  def fingerprint(self) -> str:
+    """The table's version: a hash of everything that decides where a tensor goes."""
+    lines = sorted(repr((row.our_paths, row.names, row.op.name, row.indices, row.optional))
+                   for row in self.rows)
+    lines += sorted(map(repr, (*self.ignored, *self.tied.items())))
+    return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 
 def prefixed(table: Table, *, ours: str = '', theirs: str = '') -> Table:
@@ -132,17 +144,20 @@ def prefixed(table: Table, *, ours: str = '', theirs: str = '') -> Table:
     tuple(dataclasses.replace(row, ours=add(ours, row.ours), theirs=add(theirs, row.theirs))
           for row in table.rows),
     {theirs + pattern: reason for pattern, reason in table.ignored.items()},
-    {ours + pattern: reason for pattern, reason in table.unused.items()})
+    {ours + pattern: reason for pattern, reason in table.unused.items()},
+    {theirs + name: theirs + other for name, other in table.tied.items()})
 
 
 def joined(*tables: Table) -> Table:
   """One table of several parts."""
   ignored: dict[str, str] = {}
   unused: dict[str, str] = {}
+  tied: dict[str, str] = {}
   for table in tables:
     ignored |= table.ignored
     unused |= table.unused
-  return Table(tuple(row for table in tables for row in table.rows), ignored, unused)
+    tied |= table.tied
+  return Table(tuple(row for table in tables for row in table.rows), ignored, unused, tied)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,24 +213,78 @@ def check_names(
   Raises:
     UserError: missing, unexpected or misshapen tensors, all in one message.
   """
+  present, problems = find_problems(table, abstract, shapes, what=what)
+  errors.raise_all(f'tensors of the {what}', problems)
+  return present
+
+
+def find_problems(
+  table: Table, abstract: Mapping[str, Any], shapes: Mapping[str, Shape], *,
+  what: str = 'checkpoint', unreadable: Collection[str] = (),
+) -> tuple[list[Entry], list[str]]:
+  """The entries whose tensors are present with the right shape, and a sentence per other one.
+
+  Args:
+    unreadable: names that are known to be in a damaged file: neither missing nor checked.
+  """
   problems, used, present = [], set(), []
+  rows: dict[int, list[tuple[Entry, bool]]] = {}
   for entry in entries(table, abstract):
     names = [name for name in entry.names if name in shapes]
     used.update(names)
+    lost = any(name in unreadable for name in entry.names)
+    rows.setdefault(id(entry.row), []).append((entry, bool(names) or lost))
     if not names:
-      if not entry.row.optional:
+      if not entry.row.optional and not lost:
         problems.append(f'missing tensor {entry.names[0]} (for {_where(entry)})')
       continue
-    for name in names:
-      if tuple(shapes[name]) != entry.shape:
-        problems.append(f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} '
-                        'expected')
-    present.append(dataclasses.replace(entry, names=tuple(names)))
+    bad = [f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} expected'
+           for name in names if tuple(shapes[name]) != entry.shape]
+    problems += bad
+    if not bad:
+      present.append(dataclasses.replace(entry, names=tuple(names)))
+  for group in rows.values():
+    found = [there for _, there in group]
+    if group[0][0].row.optional and any(found) and not all(found):
+      problems += [f'missing tensor {entry.names[0]} (for {_where(entry)}; other layers have it)'
+                   for entry, there in group if not there]
+  for name, other in table.tied.items():
+    if name in shapes and other in shapes and tuple(shapes[name]) != tuple(shapes[other]):
+      problems.append(f'{name}: shape {tuple(shapes[name])}, but it is tied to {other} of shape '
+                      f'{tuple(shapes[other])}')
   problems += [
     f'unexpected tensor {name} {tuple(shapes[name])}'
     for name in shapes if name not in used and not table.is_ignored(name)]
-  errors.raise_all(f'tensors of the {what}', problems)
-  return present
+  return present, problems
+
+
+def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:
+  """The narrowest dtype that holds values of all of them exactly."""
+  widest, *others = {np.dtype(dtype) for dtype in dtypes}
+  for dtype in others:
+    try:
+      widest = np.promote_types(widest, dtype)
+    except TypeError:  # bfloat16 and float16: neither holds the other
+      widest = np.dtype(np.float32)
+  return widest
+
+
+def leaf_dtypes(
+  present: list[Entry], dtypes: Mapping[str, np.dtype]
+) -> dict[str, np.dtype]:
+  """Dtype of every leaf: that of its tensors, or one that holds all of them exactly."""
+  found: dict[str, set[np.dtype]] = {}
+  for entry in present:
+    for path in entry.row.our_paths:
+      found.setdefault(path, set()).add(np.dtype(dtypes[entry.names[0]]))
+  return {path: common_dtype(kinds) for path, kinds in found.items()}
+
+
+def widened(present: list[Entry], dtypes: Mapping[str, np.dtype]) -> dict[str, np.dtype]:
+  """{PyTorch name: its dtype} where the leaf that holds it got a wider one."""
+  leaves = leaf_dtypes(present, dtypes)
+  return {name: np.dtype(dtypes[name]) for entry in present for name in entry.names
+          if np.dtype(dtypes[name]) != leaves[entry.row.our_paths[0]]}
 
 
 def import_tensors(
@@ -226,37 +295,72 @@ def import_tensors(
   """PyTorch tensors -> nested dict of NumPy arrays, complete or refused.
 
   Args:
-    tensors: lazy or eager mapping; each tensor is read once. `.shapes` is used where it exists,
-      so that a lazy mapping is checked before anything is read.
-    dtype: cast on the way; default: the dtype of the file.
+    tensors: lazy or eager mapping. `.shapes` and `.dtypes` are used where they exist, so that a
+      lazy mapping is checked before anything is read; `.problems` and `.unreadable` (see
+      `hf.TensorFolder`) join what is wrong with the tensors.
+    dtype: cast on the way; default: the dtype of the file; a stacked leaf whose layers differ gets
+      one that holds all of them exactly.
     allocate: (shape, dtype) -> array to fill; `files.scratch_arrays` gives arrays on disk, for
       models larger than memory.
     finite: refuse tensors that hold infinities or NaN.
 
   Raises:
-    UserError: every missing, unexpected, misshapen, non-finite or unequal aliased tensor, in one
-      message.
+    UserError: every damaged, missing, unexpected, misshapen, non-finite or unequal aliased or tied
+      tensor, in one message.
   """
-  shapes = getattr(tensors, 'shapes', None) or {n: tuple(t.shape) for n, t in tensors.items()}
-  present = check_names(table, abstract, shapes, what=what)
-  flat = paths.flatten(abstract)
+  shapes = getattr(tensors, 'shapes', None)
+  if shapes is None:
+    shapes = {name: tuple(array.shape) for name, array in tensors.items()}
+  dtypes = getattr(tensors, 'dtypes', None)
+  if dtypes is None:
+    dtypes = {name: array.dtype for name, array in tensors.items()}
+  if dtype is not None:
+    dtype = np.dtype(dtype)
+  problems = list(getattr(tensors, 'problems', ()))
+  present, found = find_problems(
+    table, abstract, shapes, what=what, unreadable=getattr(tensors, 'unreadable', ()))
+  problems += found
+  flat, kinds = paths.flatten(abstract), leaf_dtypes(present, dtypes)
+  refused = bool(problems)  # nothing is assembled any more, but the values are looked at as well
   out: dict[str, np.ndarray] = {}
-  problems = []
   for entry in present:
     value = np.asarray(tensors[entry.names[0]])
-    for alias in entry.names[1:]:
-      if not np.array_equal(value, np.asarray(tensors[alias])):
-        problems.append(f'{alias}: differs from {entry.names[0]}, of which it is an alias')
-    if finite and not is_finite(value):
-      problems.append(f'{entry.names[0]}: holds infinities or NaN')
+    problems += _value_problems(entry, value, tensors, finite)
+    if refused:
+      continue
     loaded = entry.row.op.load(value)
     arrays = (loaded,) if isinstance(entry.row.ours, str) else loaded
     for path, array in zip(entry.row.our_paths, arrays, strict=True):
       if path not in out:
-        out[path] = allocate(flat[path].shape, dtype or array.dtype)
-      out[path][... if entry.layer is None else entry.layer] = array
+        out[path] = allocate(flat[path].shape, dtype or kinds[path])
+      place = ... if entry.layer is None else entry.layer
+      with np.errstate(over='ignore'):
+        out[path][place] = array
+      if dtype is not None and is_finite(value) and not is_finite(out[path][place]):
+        problems.append(f'{entry.names[0]}: holds values beyond the range of {dtype.name}')
+  for name, other in table.tied.items():
+    if name in shapes and other in shapes and shapes[name] == shapes[other]:
+      if not _equal(tensors[name], tensors[other]):
+        problems.append(f'{name}: differs from {other}, to which it is tied')
   errors.raise_all(f'tensors of the {what}', problems)
   return paths.unflatten(out)
+
+
+def _value_problems(
+  entry: Entry, value: np.ndarray, tensors: Mapping[str, np.ndarray], finite: bool
+) -> list[str]:
+  problems = [f'{alias}: differs from {entry.names[0]}, of which it is an alias'
+              for alias in entry.names[1:] if not _equal(value, tensors[alias])]
+  if finite and not is_finite(value):
+    problems.append(f'{entry.names[0]}: holds infinities or NaN')
+  return problems
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether two arrays of one shape hold the same values; in pieces, so that it costs no memory."""
+  a, b = np.asarray(a).reshape(-1), np.asarray(b).reshape(-1)
+  step = 1 << 22
+  return all(np.array_equal(a[i:i + step], b[i:i + step]) for i in range(0, a.size, step))
 
 
 def export_tensors(
@@ -264,11 +368,25 @@ def export_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Our parameters -> (PyTorch name, array), aliases written out, one tensor at a time."""
   flat = paths.flatten(params)
-  for entry in entries(table, params):
-    arrays = [np.asarray(flat[path]) for path in entry.row.our_paths]
-    if entry.layer is not None:
-      arrays = [array[entry.layer] for array in arrays]
-    value = entry.row.op.save(arrays[0] if isinstance(entry.row.ours, str) else tuple(arrays))
+
+  def read(path: str, layer: int | None) -> np.ndarray:
+    array = np.asarray(flat[path])
+    return array if layer is None else array[layer]
+
+  return stream_tensors(params, table, read)
+
+
+def stream_tensors(
+  abstract: Mapping[str, Any], table: Table, read: Callable[[str, int | None], np.ndarray],
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(PyTorch name, array) of parameters that are read one at a time, aliases written out.
+
+  Args:
+    read: (path, layer) -> the leaf, or one layer of it where the row has a layer axis.
+  """
+  for entry in entries(table, abstract):
+    arrays = tuple(read(path, entry.layer) for path in entry.row.our_paths)
+    value = entry.row.op.save(arrays[0] if isinstance(entry.row.ours, str) else arrays)
     for name in entry.names:
       yield name, np.ascontiguousarray(value).reshape(value.shape)
 

@@ -41,19 +41,27 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
   The whole header is checked when the file is opened; no tensor is read before it is asked for.
   An array stays valid for as long as it is referenced.
 
+  Args:
+    strict: False keeps the tensors that are whole of a damaged file, see `problems`.
+
   Attributes:
     shapes, dtypes: by tensor name, in the order of the file.
     metadata: the strings stored under `__metadata__`.
+    problems: a sentence per bad tensor; empty for a sound file.
+    unreadable: names of the bad tensors.
 
   Raises:
     UserError: unreadable, truncated or inconsistent file; every bad tensor is named.
   """
 
-  def __init__(self, path: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike, *, strict: bool = True):
     self.path = pathlib.Path(path)
     size, start, header = _read_header(self.path)
     self.metadata: dict[str, str] = header.pop('__metadata__', {})
-    self._entries = _check_entries(self.path, header, size - start)
+    self._entries, self.problems = _check_entries(header, size - start)
+    if strict:
+      raise_all(str(self.path), self.problems)
+    self.unreadable = frozenset(name for name in header if name not in self._entries)
     self.shapes = {name: shape for name, (_, shape, _) in self._entries.items()}
     self.dtypes = {name: dtype for name, (dtype, _, _) in self._entries.items()}
     self._start = start
@@ -119,9 +127,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_entries(
-    path: pathlib.Path, header: dict[str, Any], data_bytes: int
-) -> dict[str, tuple[np.dtype, tuple[int, ...], int]]:
-  """Dtype, shape and offset of every tensor, after all consistency checks."""
+    header: dict[str, Any], data_bytes: int
+) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], list[str]]:
+  """Dtype, shape and offset of every sound tensor, and what all consistency checks found."""
   problems, entries, spans = [], {}, []
   for name, entry in header.items():
     if not isinstance(entry, dict):
@@ -152,8 +160,7 @@ def _check_entries(
       end = last
     if end != data_bytes and not problems:
       problems.append(f'{data_bytes - end} bytes after the last tensor belong to no tensor')
-  raise_all(str(path), problems)
-  return entries
+  return entries, problems
 
 
 def dtype_name(dtype: np.dtype) -> str:

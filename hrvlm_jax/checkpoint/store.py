@@ -23,7 +23,7 @@ from hrvlm_jax.checkpoint.layout import PathLike, is_whole, resolve, steps
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
 
-_PARAMS, _REST = 'params', 'state'
+PARAMS, _REST = 'params', 'state'
 
 # Orbax's threads log the traceback of an error that is raised again, as a sentence, by the caller.
 logging.getLogger('absl').addFilter(
@@ -118,8 +118,13 @@ def save_params(
     elif layout.is_foreign(directory):
       raise UserError(f'{directory}: holds other files; choose an empty folder')
     _clear(target)
-    layout.write_beside(target, config, {'kind': 'params'}, extra_files)
-    streaming.save(target / layout.ARRAYS, _PARAMS, jax.tree.map(_storable, dict(params)))
+    try:
+      layout.write_beside(target, config, {'kind': 'params'}, extra_files)
+      streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(_storable, dict(params)))
+    except BaseException:
+      if jax.process_index() == 0:
+        _remove(target)
+      raise
     if target != directory and jax.process_index() == 0:
       old = directory.parent / f'.{directory.name}.old'
       directory.rename(old)
@@ -153,7 +158,7 @@ def load_marker(directory: PathLike) -> dict[str, Any]:
 
 def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype of every parameter by path, without reading any of them."""
-  return _stored(resolve(directory), _PARAMS)
+  return _stored(resolve(directory), PARAMS)
 
 
 def _stored(directory: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -180,10 +185,10 @@ def load_params(
     UserError: missing, extra or misshapen parameters (all listed), or no whole checkpoint.
   """
   directory = resolve(directory)
-  stored = _stored(directory, _PARAMS)
+  stored = _stored(directory, PARAMS)
   wanted = stored if abstract is None else flatten(abstract)
   title = f'checkpoint {directory} and model do not match'
-  raise_all(title, _mismatches(stored, wanted))
+  raise_all(title, mismatches(stored, wanted))
   places = _places(wanted, shardings)
   flat = {}
   for path, leaf in wanted.items():
@@ -191,7 +196,7 @@ def load_params(
     if dtype not in (None, 'stored') and jnp.issubdtype(kind, jnp.floating):
       kind = jnp.dtype(dtype)
     flat[path] = _target(leaf.shape, kind, places[path])
-  return ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+  return ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=PARAMS)
 
 
 def load_leaf(directory: PathLike, path: str) -> np.ndarray:
@@ -201,16 +206,17 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
     UserError: no such parameter (the nearest known path is named).
   """
   directory = resolve(directory)
-  stored = _stored(directory, _PARAMS)
+  stored = _stored(directory, PARAMS)
   if path not in stored:
     raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
   flat = {p: ocp.PLACEHOLDER for p in stored}
   flat[path] = np.empty(stored[path].shape, stored[path].dtype)
-  tree = ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=_PARAMS)
+  tree = ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=PARAMS)
   return paths.flatten(tree)[path]
 
 
-def _mismatches(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def mismatches(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+  """A sentence per parameter on which a checkpoint and a model (both by path) differ."""
   problems = [f'missing in the checkpoint: {p} {tuple(_stored_shape(leaf).shape)}'
               for p, leaf in wanted.items() if p not in stored]
   problems += [f'not in the model: {p} {tuple(stored[p].shape)}'
@@ -318,7 +324,7 @@ class TrainStore:
       params, rest = _split(state)
       parts = {
           part: _nested({path: _storable(leaf) for path, leaf in leaves.items()})
-          for part, leaves in ((_PARAMS, params), (_REST, rest)) if leaves
+          for part, leaves in ((PARAMS, params), (_REST, rest)) if leaves
       }
       with _context():
         response = ocp.save_checkpointables_async(folder / layout.ARRAYS, parts)
@@ -404,9 +410,9 @@ class TrainStore:
     folder = resolve(self.folder(step))
     params, rest = _split(abstract)
     parts, problems, wanted = {}, [], {}
-    for part, leaves in ((_PARAMS, params), (_REST, rest)):
+    for part, leaves in ((PARAMS, params), (_REST, rest)):
       stored = _stored(folder, part)
-      problems += _mismatches(stored, leaves)
+      problems += mismatches(stored, leaves)
       if leaves:
         shapes = {p: _stored_shape(leaf) for p, leaf in leaves.items()}
         places = _places(leaves, None)
@@ -435,7 +441,7 @@ def _remove(folder: epath.Path) -> None:
 def _split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
   """Leaves under `params` (by path below it) and all other leaves (by whole path)."""
   flat = flatten(state)
-  prefix = f'{_PARAMS}/'
+  prefix = f'{PARAMS}/'
   params = {p.removeprefix(prefix): leaf for p, leaf in flat.items() if p.startswith(prefix)}
   return params, {p: leaf for p, leaf in flat.items() if not p.startswith(prefix)}
 
@@ -445,8 +451,8 @@ def _join(abstract: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:
   leaves, treedef = jax.tree_util.tree_flatten(abstract)
   out = []
   for path, like in zip(flatten(abstract), leaves, strict=True):
-    inside = path.startswith(f'{_PARAMS}/')
-    value = parts[_PARAMS][path.removeprefix(f'{_PARAMS}/')] if inside else parts[_REST][path]
+    inside = path.startswith(f'{PARAMS}/')
+    value = parts[PARAMS][path.removeprefix(f'{PARAMS}/')] if inside else parts[_REST][path]
     if _is_key(like):
       value = jax.random.wrap_key_data(value, impl=_key_impl(like))
     out.append(value)

@@ -1,4 +1,4 @@
-"""`hrvlm export`: see `vlm.convert.export`."""
+"""`hrvlm export`: see `vlm.export.export`."""
 
 from hrvlm_jax.cli.arguments import Parser
 
@@ -14,7 +14,7 @@ def main(argv: list[str]) -> int:
 
   import jax.numpy as jnp
 
-  from hrvlm_jax.vlm.convert import export
+  from hrvlm_jax.vlm.export import export
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
   export(arguments.checkpoint, arguments.to, dtype=dtype)

@@ -12,14 +12,14 @@ def table(config: DecoderConfig) -> Table:
   """Rows of the whole causal language model (`model.*`, `lm_head.*`)."""
   body = _phi(config) if config.family == 'phi' else _llama(config)
   rows = [Row('embed/embedding', 'model.embed_tokens.weight', identity), *body]
-  ignored = dict(_BUFFERS)
+  tied = {}
   if config.tie_embeddings:
-    ignored['lm_head.weight'] = 'tied to model.embed_tokens.weight'
+    tied['lm_head.weight'] = 'model.embed_tokens.weight'
   else:
     rows.append(Row('head/kernel', 'lm_head.weight', transpose))
     if config.head_bias:
       rows.append(Row('head/bias', 'lm_head.bias', identity))
-  return Table(tuple(rows), ignored)
+  return Table(tuple(rows), dict(_BUFFERS), tied=tied)
 
 
 def _phi(c: DecoderConfig) -> list[Row]:

@@ -184,8 +184,15 @@ class System:
       rows; a tensor is then named `folder/name`. () for one folder.
     released: ModelConfig by release name.
     tiny: a ModelConfig that trains on a laptop.
+    shift: (views of a batch, encoder config, slots) -> the same views, whose indices count so many
+      more crop slots before them (lanes of a batch that hosts make apart); None: the batch of this
+      system cannot be made in lanes.
     alone: (encoder config, param_dtype=, rngs=) -> Module, the whole model of a config without a
       language model (PS3's image-text model); None where there is none.
+    backbones: encoder config -> {parameter path: its ViTConfig, ConvNeXtConfig or PS3Config}, the
+      parts that can start from a release of their own (`vlm.starts`).
+    pickled: file that the original's own loader reads where that is a pickled state dict; export
+      writes it too, with PyTorch at hand.
   """
 
   name: str
@@ -202,4 +209,7 @@ class System:
   tiny: Callable[[], ModelConfig]
   overlay_needs_info: bool = False
   folders: tuple[str, ...] = ()
+  shift: Callable[[Views, Any, int], Views] | None = None
   alone: Callable[..., Module] | None = None
+  backbones: Callable[[Any], Mapping[str, Any]] = lambda encoder: {}
+  pickled: str | None = None

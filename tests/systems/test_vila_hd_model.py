@@ -24,7 +24,8 @@ from hrvlm_jax.systems.vila_hd.config import tiny
 from hrvlm_jax.training.two_pass import two_pass_loss
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
-from hrvlm_jax.vlm.convert import convert, export
+from hrvlm_jax.vlm.convert import convert
+from hrvlm_jax.vlm.export import export
 
 CONFIG = tiny()
 TOKENIZER = tokenizer_of('byte')

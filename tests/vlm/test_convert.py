@@ -17,7 +17,8 @@ from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.systems.mc_llava import views as host
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.convert import convert, export
+from hrvlm_jax.vlm.convert import convert
+from hrvlm_jax.vlm.export import export
 
 CONFIG = tiny(max_crops=6, num_tokens=20)
 
@@ -116,7 +117,7 @@ def test_a_damaged_folder_is_refused_whole(exported, tmp_path):
 
 
 @pytest.mark.parametrize('content, message', [
-  (None, 'no config.json'), ('{', 'not valid JSON'),
+  (None, 'no config.json'), ('{', 'no valid JSON'),
   ('{"model_type": "bert"}', "model_type 'bert'")])
 def test_unknown_layouts_are_refused(tmp_path, content, message):
   if content is not None:

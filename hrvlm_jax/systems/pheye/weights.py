@@ -59,7 +59,7 @@ def tower_table(config: PheyeConfig) -> Table:
       a, b = spec.leaves
       rows += [Row(f'{ours}/{a}', f'{module}.lora_A.{spec.name}.weight', down),
                Row(f'{ours}/{b}', f'{module}.lora_B.{spec.name}.weight', up)]
-  return Table(tuple(rows), base.ignored, base.unused)
+  return dataclasses.replace(base, rows=tuple(rows))
 
 
 def vision_table(config: PheyeConfig) -> Table:
@@ -93,7 +93,7 @@ def table(config: ModelConfig) -> Table:
       row.theirs.replace(layers, f'{layers}decoder_layer.'),
       row.theirs.replace(layers, 'old_decoder_blocks.{i}.'))) if row.layered else row
     for row in text.rows)
-  text = prefixed(Table(rows, text.ignored, text.unused), ours='language/', theirs='lang_encoder.')
+  text = prefixed(dataclasses.replace(text, rows=rows), ours='language/', theirs='lang_encoder.')
   at = config.fusion.layers(config.text.depth)
   blocks = Table(tuple(
     dataclasses.replace(row, indices=at, theirs=(

@@ -30,7 +30,8 @@ def table(config: ModelConfig) -> Table:
   rows = tuple(dataclasses.replace(row, ours=(
     move(row.ours) if isinstance(row.ours, str) else tuple(map(move, row.ours))))
     for row in inner.rows)
-  moved = Table(rows, inner.ignored, {move(path): why for path, why in inner.unused.items()})
+  moved = dataclasses.replace(
+    inner, rows=rows, unused={move(path): why for path, why in inner.unused.items()})
   return joined(moved, Table(tuple(_resampler_rows(config.encoder))))
 
 
