@@ -106,9 +106,13 @@ def open_image(
 
 
 def image_size(
-  source: ImageFile, *, max_pixels: int = MAX_PIXELS, name: str | None = None
+  source: ImageFile, *, max_pixels: int = MAX_PIXELS, name: str | None = None,
+  exif: ExifPolicy = 'ignore',
 ) -> tuple[int, int]:
-  """(width, height) as stored, from the header alone: damaged pixels go unnoticed.
+  """(width, height) from the header alone: damaged pixels go unnoticed.
+
+  Args:
+    exif: 'ignore': as stored; 'apply': of the upright image, as `open_image` returns it.
 
   Raises:
     ImageError: as `open_image`, for everything the header shows.
@@ -123,9 +127,27 @@ def image_size(
     if not head:
       raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
     file.seek(0)
-    size = _open_header(file, head, name).size
-  _check_size(size, max_pixels, name)
+    image = _open_header(file, head, name)
+    size = image.size
+    _check_size(size, max_pixels, name)
+    if exif == 'apply' and _is_turned(image, file):
+      size = size[::-1]
   return size
+
+
+def _is_turned(image: Image.Image, file: BinaryIO) -> bool:
+  """Whether the EXIF orientation of an image that is not decoded yet swaps its sides."""
+  try:
+    if image.format == 'PNG' and 'exif' not in image.info:
+      # It may come after the pixels; Pillow would decode all of them to find out that it does not.
+      file.seek(0)
+      data = file.read()
+      if not any(mark in data for mark in (b'eXIf', b'exif', b'xmp', b'Orientation')):
+        return False
+      image = Image.open(io.BytesIO(data))
+    return image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+  except Exception:  # noqa: BLE001 - any fault of an EXIF block, as in `_upright`
+    return False
 
 
 def read_file(path: str | os.PathLike, *, name: str | None = None) -> bytes:

@@ -29,6 +29,7 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.expansion import IGNORE
 from hrvlm_jax.data.order import Order, OrderName, make_order
+from hrvlm_jax.data.planned import PlannedRows, fault_of, window_of
 from hrvlm_jax.data.rows import BadRow, Row
 from hrvlm_jax.data.sampler import Lanes
 from hrvlm_jax.data.sources import Source
@@ -39,7 +40,7 @@ Collate = Callable[[Sequence[Example]], dict[str, Any]]
 BadRowPolicy = Literal['skip', 'fatal']
 
 _ENDLESS = 2**62
-_ORDER = {'order': 'uniform'}  # what an order's description says by default
+_ORDER = {'order': 'uniform', 'packing': 'none'}  # what an order's description says by default
 _DONOR_TRIES = 1000
 
 
@@ -64,7 +65,7 @@ class Batch:
   fatal: str | None = None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class BatchReader:
   """Batch k of this host, for any k; what Grain's threads and processes call.
 
@@ -81,6 +82,7 @@ class BatchReader:
   bad_rows: BadRowPolicy
   blank: Callable[[Example], Example]
   remainder: Literal['drop', 'blank']
+  planned: PlannedRows | None = None
 
   @property
   def total(self) -> int | None:
@@ -94,6 +96,8 @@ class BatchReader:
     return self.total // size if self.remainder == 'drop' else math.ceil(self.total / size)
 
   def __getitem__(self, step: int) -> Batch:
+    if self.planned is not None:
+      return self._planned_batch(step)
     examples: list[Example | None] = []
     faults: list[tuple[str, str]] = []
     for position in self.lanes.positions(step):
@@ -103,7 +107,7 @@ class BatchReader:
       try:
         examples.append(self.example(position))
       except UserError as error:
-        fault = (error.kind if isinstance(error, BadRow) else 'example', str(error))
+        fault = fault_of(error)
         if self.bad_rows == 'fatal':
           return Batch(None, (fault,), fatal=str(error))
         examples.append(None)
@@ -124,16 +128,55 @@ class BatchReader:
     Raises:
       UserError: the row cannot be used.
     """
-    epoch, index = self.order.place(position)
-    rng = np.random.default_rng(np.random.SeedSequence([self.seed, 1, position]))
-    fetch = getattr(self.source, 'fetch', None)
-    row = self.source[index] if fetch is None else fetch(index, epoch, rng)
+    row, rng = self.row(position)
     try:
       return self.transform(row, rng)
     except BadRow:
       raise
     except UserError as error:
       raise BadRow('example', row.where, str(error)) from error
+
+  def row(self, position: int) -> tuple[Row, np.random.Generator] | None:
+    """The row at a position of the global order, and its own random generator.
+
+    None behind the last epoch.
+
+    Raises:
+      UserError: the row cannot be read.
+    """
+    if self.total is not None and position >= self.total:
+      return None
+    epoch, index = self.order.place(position)
+    rng = np.random.default_rng(np.random.SeedSequence([self.seed, 1, position]))
+    fetch = getattr(self.source, 'fetch', None)
+    return (self.source[index] if fetch is None else fetch(index, epoch, rng)), rng
+
+  def _planned_batch(self, step: int) -> Batch:
+    """A batch of `planned`; faults are counted by the host that owns their place in the order."""
+    planner = self.planned.planner
+    window, number = divmod(step, planner.packing.window)
+    measured = window_of(self, window)
+    plan, start = measured.steps[number], window * planner.window_size
+    if not any(row for b in plan.bins for row in b):
+      reasons = [message for _, message in measured.faults.values()]
+      return Batch(None, (), fatal=(
+        f'batch {step}: none of its rows can be used (last fault: '
+        f'{reasons[-1] if reasons else "none"}); check the data set'))
+    if self.bad_rows == 'fatal':  # every host finds the same ones in the window
+      for i in plan.members:
+        if i in measured.faults:
+          return Batch(None, (measured.faults[i],), fatal=measured.faults[i][1])
+    own = self.lanes.local_batch_size
+    members = plan.members[self.lanes.host * own:(self.lanes.host + 1) * own]
+    faults = [measured.faults[i] for i in members if i in measured.faults]
+    faults += [('no room', message) for i, message in plan.lost if i in members]
+    each = planner.lanes // self.lanes.hosts
+    lanes = range(self.lanes.host * each, (self.lanes.host + 1) * each)
+    arrays, found = self.planned.step(plan, start, lanes, self.row)
+    faults += found
+    if faults and self.bad_rows == 'fatal':
+      return Batch(None, tuple(faults[:1]), fatal=faults[0][1])
+    return Batch(arrays, tuple(faults))
 
   def _donor(self, step: int) -> Example | None:
     """The first usable example after a batch that has none."""
@@ -207,7 +250,9 @@ class Batches:
             'order': self._order()}
 
   def _order(self) -> dict[str, Any]:
-    return {**_ORDER, **self.reader.order.describe(),
+    planned = self.reader.planned
+    packing = {} if planned is None else {'packing': planned.planner.describe()}
+    return {**_ORDER, **self.reader.order.describe(), **packing,
             'batch_size': self.reader.lanes.batch_size}
 
   def set_state(self, state: dict[str, Any]) -> None:
@@ -259,6 +304,7 @@ def build(
   blank: Callable[[Example], Example] = untrained,
   remainder: Literal['drop', 'blank'] = 'drop',
   on_fault: Callable[[str, str], None] | None = None,
+  planned: PlannedRows | None = None,
 ) -> Batches:
   """Batches of this host, as NumPy arrays.
 
@@ -282,6 +328,8 @@ def build(
     blank: makes the copy that does not count.
     remainder: what is left at the very end is dropped, or filled up with untrained copies.
     on_fault: called with (kind, message) for every bad row.
+    planned: makes batches whose examples share rows and crop slots by a plan; `transform`,
+      `collate`, `blank` and `lanes` are then not used.
 
   Raises:
     UserError: no rows, or sizes that do not divide.
@@ -292,12 +340,15 @@ def build(
     raise ValueError(f"bad_rows: expected 'skip' or 'fatal', got {bad_rows!r}")
   if batch_size < 1:
     raise UserError(f'batch_size: expected at least 1, got {batch_size}')
-  split = Lanes(lanes=math.gcd(lanes, batch_size), batch_size=batch_size, host=host, hosts=hosts)
+  lanes = math.gcd(lanes, batch_size) if planned is None else planned.planner.lanes
+  if planned is not None and planned.planner.batch_size != batch_size:
+    raise ValueError(f'the plan is for batches of {planned.planner.batch_size}, not {batch_size}')
+  split = Lanes(lanes=lanes, batch_size=batch_size, host=host, hosts=hosts)
   ordered = make_order(order, source, batch_size=batch_size, seed=seed, shuffle=shuffle,
                        group=group)
   reader = BatchReader(
     source=source, transform=transform, collate=collate, lanes=split, seed=seed, order=ordered,
-    epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder)
+    epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder, planned=planned)
   if not len(reader):
     raise UserError(f'{epochs} epochs of {len(source)} rows are less than one batch of '
                     f'{batch_size}')

@@ -132,6 +132,26 @@ def open_images(
   return opened
 
 
+def image_sizes(
+  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+) -> list[tuple[int, int]]:
+  """(width, height) of all images of a row as `open_images` would give them, from their headers.
+
+  Raises:
+    BadRow: the first image whose header shows that it cannot be used.
+  """
+  sizes = []
+  for ref in row.images:
+    try:
+      source = ref.data if ref.data is not None else inside(ref.folder, ref.path)
+      sizes.append(images.image_size(source, max_pixels=max_pixels, name=ref.name, exif=exif))
+    except images.ImageError as error:
+      raise BadRow(error.kind, row.where, str(error)) from error
+    except UserError as error:
+      raise BadRow('path', row.where, str(error)) from error
+  return sizes
+
+
 def encode_record(row: Row) -> bytes:
   """A row with its image files as one self-contained, checksummed record.
 

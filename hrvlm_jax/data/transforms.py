@@ -15,7 +15,9 @@ from PIL import Image
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.conversation import Encoded, encode_prompt, encode_training, prepare, prompt_end
 from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
-from hrvlm_jax.data.rows import BadRow, Row, open_images
+from hrvlm_jax.data.plan import Size
+from hrvlm_jax.data.planned import join_texts
+from hrvlm_jax.data.rows import BadRow, Row, image_sizes, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -150,6 +152,16 @@ class TextLimit:
       raise ValueError(f'length: expected at least 1 or None, got {self.length}')
 
 
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A row that was read: its text as ids, its decoded images, a box or None for each."""
+
+  row: Row
+  encoded: Encoded
+  images: Sequence[Image.Image]
+  boxes: Sequence[Any]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToExample:
   """A row of a source -> {'views', 'tokens', 'visual_index', 'labels'} of one example.
@@ -162,6 +174,7 @@ class ToExample:
     boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
       learn where to look (VILA-HD).
     augment: a transform with `random_map({'images', 'boxes'}, rng)` (`data.background`).
+    count: (width, height, encoder config) -> views and tokens of an image; for `measure`.
   """
 
   text: Text
@@ -172,9 +185,19 @@ class ToExample:
   limit: TextLimit = TextLimit()
   boxes: bool = False
   augment: Any = None
+  count: Callable[[int, int, Any], Any] | None = None
 
   def __call__(self, row: Row, rng: np.random.Generator | None = None) -> dict[str, Any]:
     """The example of a row.
+
+    Raises:
+      UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
+    """
+    text, views = self.join([self.open(row, rng)], packed=False)
+    return {'views': views, **text}
+
+  def open(self, row: Row, rng: np.random.Generator | None = None) -> Opened:
+    """The row with its text tokenised and its images decoded.
 
     Raises:
       UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
@@ -190,11 +213,50 @@ class ToExample:
       rng = np.random.default_rng() if rng is None else rng
       changed = self.augment.random_map({'images': images, 'boxes': boxes}, rng)
       images, boxes = changed['images'], changed['boxes']
+    return Opened(row, encoded, images, boxes)
+
+  def join(self, opened: Sequence[Opened], *, packed: bool
+           ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(text arrays, views) of one row of a batch.
+
+    Args:
+      packed: the row may hold several examples, with `segments` and `positions` (see
+        `planned.join_texts`); otherwise there is one.
+
+    Raises:
+      UserError: an image the system refuses, or that does not fit its text.
+    """
+    images = [image for item in opened for image in item.images]
+    boxes = [box for item in opened for box in item.boxes]
     options = {'boxes': boxes} if self.boxes else {}
     views = self.views(images, self.encoder, **options)
     # Systems that read the image by cross-attention have no places in the text.
     counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
-    return {'views': views, **self.finish(row, encoded, counts)}
+    texts, totals = [], []
+    for item in opened:
+      own, counts = counts[:len(item.images)], counts[len(item.images):]
+      texts.append(self.finish(item.row, item.encoded, own))
+      totals.append(sum(own))
+    return (join_texts(texts, totals) if packed else texts[0]), views
+
+  def measure(self, row: Row, rng: np.random.Generator | None = None) -> Size:
+    """What the row costs, from the headers of its images (decoded only where `augment` needs it).
+
+    Raises:
+      UserError: what the headers and the text show to be unusable.
+    """
+    if self.count is None:
+      raise ValueError('measure needs the count function of the system (ToExample.count)')
+    if self.augment is not None:
+      opened = self.open(row, rng)
+      encoded, sizes = opened.encoded, [image.size for image in opened.images]
+    else:
+      encoded = self.encode(row)
+      sizes = image_sizes(row, exif=self.exif)[:self.images_of(row, encoded)]
+    counts = [self.count(*size, self.encoder) for size in sizes]
+    tokens = [count.tokens for count in counts]
+    return Size(len(self.finish(row, encoded, tokens)['tokens']),
+                sum(count.views for count in counts), len(counts))
 
   def encode(self, row: Row) -> Encoded:
     """The row's text as ids and labels, within the limit.

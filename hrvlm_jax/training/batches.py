@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import inspect
+import math
 
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data import pipeline
+from hrvlm_jax.data.plan import Planner
+from hrvlm_jax.data.planned import PlannedRows
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample, tokenizer_of
 from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion
+from hrvlm_jax.training import regions
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm.answer import text_of
 
 
-def make_batches(config: RunConfig) -> pipeline.Batches:
+def make_batches(config: RunConfig, *, host: int = 0, hosts: int = 1) -> pipeline.Batches:
   """The checkpointable iterator over training batches of a config.
 
-  Every process makes the whole global batch and hands its part to its devices: indices into shared
-  crops then mean the same everywhere, and the batches do not depend on the number of hosts.
+  Args:
+    host, hosts: with `data.packing`, the part of a batch to make: rows and crop slots of this
+      host's lanes, in shapes all hosts agree on. By default the whole global batch.
+
+  Raises:
+    UserError: data that cannot be opened, or settings the system cannot follow.
   """
-  system = registry.get(config.model.system)
-  if config.data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
+  if config.training.objective == 'ps3_pretrain':
+    return regions.make_batches(config, host=host, hosts=hosts)
+  system, data, training = registry.get(config.model.system), config.data, config.training
+  if data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
     raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
                     'remove it')
-  tokenizer = tokenizer_of(config.data.tokenizer)
-  example = ToExample(text=text_of(config.model, tokenizer), views=system.views,
-                      encoder=config.model.encoder, exif=config.data.exif,
-                      max_length=max(config.data.lengths),
-                      limit=TextLimit(length=config.data.max_length, policy=config.data.too_long),
-                      boxes=config.data.boxes,
-                      augment=config.data.background)
-  batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=config.data.lengths,
-                  slots=config.data.slots, parts=config.training.accumulate)
-  source = open_source(config.data.train, images=config.data.images)
+  text = text_of(config.model, tokenizer_of(data.tokenizer))
+  example = ToExample(text=text, views=system.views, count=system.count,
+                      encoder=config.model.encoder, exif=data.exif, max_length=max(data.lengths),
+                      limit=TextLimit(length=data.max_length, policy=data.too_long),
+                      boxes=data.boxes, augment=data.background)
+  batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=data.lengths,
+                  slots=data.slots, parts=training.accumulate)
+  planned = _planned(config, system, example)
+  if hosts > 1 and planned is None:
+    raise ValueError('hosts agree on shapes only with data.packing; without it each makes the '
+                     'whole batch')
   return pipeline.build(
-    source, example, batch_size=config.training.batch_size, collate=batch, seed=config.seed,
-    shuffle=config.data.shuffle, order=config.data.order, group=config.data.group,
-    workers=config.data.workers, lanes=config.data.lanes, bad_rows=config.data.bad_rows)
+    open_source(data.train, images=data.images), example, batch_size=training.batch_size,
+    collate=batch, seed=config.seed, shuffle=data.shuffle, order=data.order, group=data.group,
+    workers=data.workers, lanes=data.lanes, bad_rows=data.bad_rows, host=host, hosts=hosts,
+    planned=planned)
+
+
+def _planned(config: RunConfig, system: System, example: ToExample) -> PlannedRows | None:
+  data, training = config.data, config.training
+  if not data.packing.active:
+    return None
+  problems = []
+  if data.packing.rows is not None:
+    if isinstance(config.model.fusion, CrossAttentionFusion):
+      problems.append('data.packing.rows: cross-attention reads one image per row; remove it')
+    elif isinstance(config.model.fusion, TwoPassFusion):
+      problems.append('data.packing.rows: the first pass asks one question per row where to look; '
+                      'remove it')
+  if data.order == 'grouped' and data.packing.window > 1:
+    problems.append('data.packing.window: would undo the groups of data.order=grouped; expected 1')
+  raise_all('packing', problems)
+  each = (data.packing.rows or training.batch_size) // training.accumulate
+  lanes = 1 if system.shift is None else math.gcd(
+    data.lanes, each, training.batch_size // training.accumulate)
+  planner = Planner(batch_size=training.batch_size, packing=data.packing, lengths=data.lengths,
+                    parts=training.accumulate, lanes=lanes)
+  return PlannedRows(planner=planner, example=example, views=system.views, batch=system.batch,
+                     encoder=config.model.encoder, shift=system.shift)

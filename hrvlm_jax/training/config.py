@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
+from hrvlm_jax.data.plan import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.systems.contract import ModelConfig
 
@@ -141,13 +142,16 @@ class DataConfig:
     too_long: a longer text is cut ('cut_text'), cut with its visual tokens counted ('cut_row', as
       VILA), or makes a bad row ('refuse'); see `data.transforms.TextLimit`.
     slots: crop slots of one batch; None: the system's default for its rows.
+    packing: examples share rows and crop slots by a plan; `slots` is then not used, see
+      `data.plan.Packing`.
     shuffle: a new permutation every epoch; False keeps the order of the file.
     order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
     group: (examples per device and micro-batch, devices) of the grouping; None: whole batches.
     exif: 'apply' turns photographs upright; 'ignore' as the originals did.
     bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
-    lanes: the order of examples is decided on this many lanes, which hosts own.
+    lanes: parts of a batch that hosts own whole; a multiple of every host count. With `packing`
+      the crops of a lane lie together.
     boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
       question looks; for systems that learn to look there (VILA-HD).
     background: paste every image on a large page first (high-resolution alignment data).
@@ -161,6 +165,7 @@ class DataConfig:
   max_length: int | None = None
   too_long: TooLong = 'cut_text'
   slots: int | None = None
+  packing: Packing = Packing()
   shuffle: bool = True
   order: OrderName = 'uniform'
   group: tuple[int, int] | None = None

@@ -103,6 +103,12 @@ def batch(examples: Sequence[Views], config: TiledConfig, *, slots: int | None =
   return out
 
 
+def shift(views_: Views, config: TiledConfig, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more tile slots before them."""
+  index, each = views_['index'], token_side(config) ** 2
+  return views_ | {'index': np.where(index == NEWLINE, NEWLINE, index + np.int32(slots * each))}
+
+
 def collect(pixels: Sequence[np.ndarray], gathers: Sequence[np.ndarray], config: TiledConfig
             ) -> Views:
   """The arrays of one example from those of its images."""

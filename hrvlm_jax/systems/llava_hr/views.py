@@ -122,6 +122,11 @@ def batch(examples: Sequence[Views], config: LlavaHRConfig, *, slots: int | None
   return out
 
 
+def shift(views_: Views, config: LlavaHRConfig, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more image slots before them."""
+  return views_ | {'index': views_['index'] + np.int32(slots * config.tokens)}
+
+
 def overlay(image: Image.Image, config: LlavaHRConfig, info: Mapping[str, object]) -> Image.Image:
   """What the encoder saw, and below it one panel per adapter: where it injected, and its gate.
 

@@ -182,6 +182,11 @@ def batch(examples: Sequence[Views], config: MCLlavaConfig, *, slots: int | None
   return out
 
 
+def shift(views_: Views, config: MCLlavaConfig, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more crop slots before them."""
+  return views_ | {'index': views_['index'] + np.int32(slots * config.vision.grid**2)}
+
+
 def overlay(image: Image.Image, config: MCLlavaConfig, info: Mapping[str, object]) -> Image.Image:
   """The image with its crop windows drawn; colours run along the columns."""
   del info

@@ -76,6 +76,12 @@ def batch(examples: Sequence[Views], config: PheyeConfig, *, slots: int | None =
   return {'pixels': np.stack(pixels) if pixels else np.zeros(shape, np.uint8)}
 
 
+def shift(views_: Views, config: PheyeConfig, slots: int) -> Views:
+  """The views as they are: every row has its own."""
+  del config, slots
+  return views_
+
+
 def overlay(image: Image.Image, config: PheyeConfig, info: Mapping[str, object]) -> Image.Image:
   """The image with its tiles and, where known, the share of attention each of them got.
 

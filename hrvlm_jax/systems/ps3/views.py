@@ -90,6 +90,11 @@ def batch(examples: Sequence[Views], config: PS3Config, *, slots: int | None = N
   return out
 
 
+def shift(views_: Views, config: PS3Config, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more image slots before them."""
+  return views_ | {'index': views_['index'] + np.int32(slots * tokens(config))}
+
+
 def overlay(image: Image.Image, config: PS3Config, info: Mapping[str, object], *,
             side: int = 512) -> Image.Image:
   """One panel per high scale: chosen patches in full light, the rest dimmed, scores in red.

@@ -164,6 +164,12 @@ def batch(examples: Sequence[Views], config: VilaHDConfig, *, slots: int | None 
   return out
 
 
+def shift(views_: Views, config: VilaHDConfig, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more image slots before them."""
+  each = config.low_tokens + config.high_tokens
+  return views_ | {'index': views_['index'] + np.int32(slots * each)}
+
+
 def overlay(image: Image.Image, config: VilaHDConfig, info: Mapping[str, Any]) -> Image.Image:
   """One panel per high scale: chosen patches in full light, scores in red (see PS3)."""
   return ps3_views.overlay(image, config.tower, info)

@@ -5,6 +5,6 @@ from hrvlm_jax.systems.contract import System
 
 SYSTEM = System(
   name='s2', config=config.S2Config, count=views.count, views=views.views,
-  batch=views.batch, encoder=encoder.Encoder, table=weights.table,
+  batch=views.batch, shift=views.shift, encoder=encoder.Encoder, table=weights.table,
   from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
   released=config.RELEASED, tiny=config.tiny)

@@ -71,6 +71,12 @@ def batch(examples: Sequence[Views], config: S2Config, *, slots: int | None = No
   return out
 
 
+def shift(views_: Views, config: S2Config, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more view slots before them."""
+  del config
+  return views_ | {'index': views_['index'] + np.int32(slots)}
+
+
 def overlay(image: Image.Image, config: S2Config, info: Mapping[str, object]) -> Image.Image:
   """The largest scale that the tower sees."""
   del info

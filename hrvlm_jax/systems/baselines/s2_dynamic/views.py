@@ -93,6 +93,12 @@ def batch(examples: Sequence[Views], config: DynamicS2Config, *, slots: int | No
   return out
 
 
+def shift(views_: Views, config: DynamicS2Config, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more tile slots before them."""
+  del config
+  return views_ | {'tiles': views_['tiles'] + np.int32(slots)}
+
+
 def overlay(image: Image.Image, config: DynamicS2Config, info: Mapping[str, object]
             ) -> Image.Image:
   """The largest scale as it is cut."""

@@ -69,6 +69,12 @@ def batch(examples: Sequence[Views], config: SingleViewConfig, *,
   return out
 
 
+def shift(views_: Views, config: SingleViewConfig, slots: int) -> Views:
+  """A batch's views whose indices count `slots` more view slots before them."""
+  del config
+  return views_ | {'index': views_['index'] + np.int32(slots)}
+
+
 def overlay(image: Image.Image, config: SingleViewConfig,
             info: Mapping[str, object]) -> Image.Image:
   """What the model sees: the view, blown up to the image's size without smoothing."""

@@ -11,7 +11,7 @@ from hrvlm_jax.systems.baselines import tiled, tiles
 from hrvlm_jax.systems.baselines.tiling.config import TilingConfig
 from hrvlm_jax.systems.contract import Count, Views
 
-batch = tiled.batch
+batch, shift = tiled.batch, tiled.shift
 
 
 def grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:

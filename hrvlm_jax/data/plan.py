@@ -1,0 +1,245 @@
+"""Which examples share a step, a device's crops and a row; decided from their sizes alone.
+
+The examples of a window of steps are dealt out to bins, one per step, micro-batch and lane, so that
+every bin has the same number of them and almost the same number of crops; then those of a bin are
+packed into its rows. Sizes come from image headers and token counts, so every host makes the same
+plan, and with it the same choice of bucket and crop slots, without asking the others and without
+decoding what it does not own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import heapq
+
+import numpy as np
+
+from hrvlm_jax.core.errors import UserError, raise_all
+
+# Crop slots grow by 6 % from one default size to the next: 3 % are empty on average, and a wide
+# window, whose steps hardly differ, meets two or three sizes (each compiles once).
+_GROWTH = 2 ** (1 / 12)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packing:
+  """How the examples of a step share rows and crop slots.
+
+  Attributes:
+    rows: rows of a global batch, shared by its `batch_size` examples: attention stays within an
+      example and positions restart. None: a row per example.
+    window: steps whose examples are dealt out together, for bins of equal size. 1: the examples of
+      a step are those of the order, in their order (needed by the grouped order).
+    slots: crop slots a micro-batch may have, ascending; the smallest that holds its crops is used.
+      Each size compiles once. (): sizes 6 % apart.
+  """
+
+  rows: int | None = None
+  window: int = 1
+  slots: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    problems = []
+    if self.rows is not None and self.rows < 1:
+      problems.append(f'rows must be at least 1 or None, got {self.rows}')
+    if self.window < 1:
+      problems.append(f'window must be at least 1, got {self.window}')
+    if list(self.slots) != sorted(set(self.slots)) or any(n < 1 for n in self.slots):
+      problems.append(f'slots must be ascending positive numbers, got {self.slots}')
+    if problems:
+      raise ValueError('Packing: ' + '; '.join(problems))
+
+  @property
+  def active(self) -> bool:
+    """Whether batches are planned at all."""
+    return self.rows is not None or self.window > 1 or bool(self.slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """What an example costs: places of a row, crop slots, images."""
+
+  places: int
+  views: int
+  images: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+  """One global batch.
+
+  Attributes:
+    bins: rows of every (micro-batch, lane), micro-batches outermost; a row is a tuple of offsets in
+      the window.
+    length: bucket of all rows.
+    slots: crop slots of every bin.
+    images: most images of a row.
+    lost: offsets of examples there was no room for, with a sentence each.
+    members: all offsets that belong to this step, usable or not.
+  """
+
+  bins: tuple[tuple[tuple[int, ...], ...], ...]
+  length: int
+  slots: int
+  images: int
+  lost: tuple[tuple[int, str], ...]
+  members: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planner:
+  """Plans windows.
+
+  Attributes:
+    batch_size: examples of a step.
+    parts: micro-batches of a step.
+    lanes: bins of a micro-batch, which hosts own and whose crops lie together.
+    packing: see `Packing`.
+    lengths: buckets of a row.
+  """
+
+  batch_size: int
+  packing: Packing
+  lengths: tuple[int, ...]
+  parts: int = 1
+  lanes: int = 1
+
+  def __post_init__(self):
+    bins, problems = self.parts * self.lanes, []
+    if self.batch_size % bins:
+      problems.append(f'batch_size={self.batch_size} is no multiple of {self.parts} micro-batches '
+                      f'x {self.lanes} lanes')
+    if (rows := self.packing.rows) is not None and (rows % bins or rows > self.batch_size):
+      problems.append(f'packing.rows={rows} must be a multiple of {self.parts} micro-batches x '
+                      f'{self.lanes} lanes, and at most batch_size={self.batch_size}')
+    problems += [f'packing.slots: {n} is no multiple of {self.lanes} lanes'
+                 for n in self.packing.slots if n % self.lanes]
+    if not self.lengths:
+      problems.append('lengths is empty, expected at least one bucket')
+    raise_all('data packing', problems)
+
+  @property
+  def window_size(self) -> int:
+    """Examples of a window."""
+    return self.batch_size * self.packing.window
+
+  @property
+  def bin_rows(self) -> int:
+    """Rows of a bin."""
+    return (self.packing.rows or self.batch_size) // (self.parts * self.lanes)
+
+  def describe(self) -> str:
+    """What the plan depends on beside the sizes, for saved positions."""
+    p = self.packing
+    slots = ' '.join(map(str, p.slots)) or '6 % apart'
+    return (f'{p.rows or "no"} packed rows, window {p.window}, {self.parts} micro-batches x '
+            f'{self.lanes} lanes, lengths {" ".join(map(str, sorted(self.lengths)))}, '
+            f'slots {slots}')
+
+  def plan(self, sizes: Sequence[Size | None], rng: np.random.Generator) -> list[StepPlan]:
+    """The steps of a window.
+
+    Args:
+      sizes: of its examples in the order of the run, `window_size` of them (fewer whole steps in
+        the last window); None for one that cannot be used, which takes up one of its step's
+        `batch_size` examples but no place.
+      rng: decides which bin goes to which step.
+    """
+    if len(sizes) % self.batch_size or len(sizes) > self.window_size:
+      raise ValueError(f'{len(sizes)} sizes, expected {self.window_size} or fewer whole batches of '
+                       f'{self.batch_size}')
+    count = self.parts * self.lanes
+    bins = self._deal(sizes, rng)
+    return [self._step(bins[i:i + count], sizes) for i in range(0, len(bins), count)]
+
+  def _deal(self, sizes, rng) -> list[list[int]]:
+    """Offsets of every bin, ascending."""
+    each = self.batch_size // (self.parts * self.lanes)
+    number = len(sizes) // each
+    if self.packing.window == 1:
+      return [list(range(i * each, (i + 1) * each)) for i in range(number)]
+    cost = lambda i: (0, 0) if sizes[i] is None else (sizes[i].views, sizes[i].places)
+    heap = [(0, 0, b) for b in range(number)]  # views, places, bin: the emptiest first
+    bins: list[list[int]] = [[] for _ in range(number)]
+    for index in sorted(range(len(sizes)), key=lambda i: (*cost(i), -i), reverse=True):
+      views, places, b = heapq.heappop(heap)
+      bins[b].append(index)
+      if len(bins[b]) < each:
+        more = cost(index)
+        heapq.heappush(heap, (views + more[0], places + more[1], b))
+    return [sorted(bins[b]) for b in rng.permutation(number)]
+
+  def _step(self, bins, sizes) -> StepPlan:
+    lost: list[tuple[int, str]] = []
+    kept = [self._within_slots([i for i in b if sizes[i] is not None], sizes, lost) for b in bins]
+    packed = [self._rows(b, sizes, lost) for b in kept]
+    rows = [row for b in packed for row in b]
+    total = lambda row: sum(sizes[i].places for i in row)
+    longest = max((total(row) for row in rows), default=0)
+    views = max((sum(sizes[i].views for row in b for i in row) for b in packed), default=0)
+    return StepPlan(
+      bins=tuple(tuple(tuple(row) for row in b) for b in packed),
+      length=min(n for n in self.lengths if n >= longest),
+      slots=self._slots(views),
+      images=max((sum(sizes[i].images for i in row) for row in rows), default=0),
+      lost=tuple(lost), members=tuple(sorted(i for b in bins for i in b)))
+
+  def _within_slots(self, members, sizes, lost) -> list[int]:
+    """The members of a bin whose crops fit; the last ones that do not are lost."""
+    if not self.packing.slots:
+      return members
+    most, used, kept = self.packing.slots[-1] // self.lanes, 0, []
+    for i in members:
+      if used + sizes[i].views > most:
+        lost.append((i, f'no room for its {sizes[i].views} crops beside {used} others in {most} '
+                        'slots; add a larger number to packing.slots, or widen packing.window'))
+        continue
+      used += sizes[i].views
+      kept.append(i)
+    return kept
+
+  def _rows(self, members, sizes, lost) -> list[list[int]]:
+    """Packs a bin: the longest example first, always into the emptiest row."""
+    if self.packing.rows is None:
+      rows, each = [[i] for i in members], self.bin_rows
+      return rows + [[] for _ in range(each - len(rows))]
+    rows = [[] for _ in range(self.bin_rows)]
+    heap, most = [(0, r) for r in range(self.bin_rows)], max(self.lengths)
+    for i in sorted(members, key=lambda i: (-sizes[i].places, i)):
+      used, r = heap[0]
+      if used + sizes[i].places > most:
+        lost.append((i, f'no room for its {sizes[i].places} tokens in {self.bin_rows} rows of '
+                        f'{most}; raise packing.rows, or add a longer bucket to data.lengths'))
+        continue
+      rows[r].append(i)
+      heapq.heapreplace(heap, (used + sizes[i].places, r))
+    return [sorted(row) for row in rows]
+
+  def _slots(self, views: int) -> int:
+    """Crop slots of every bin of a step whose fullest bin has so many views."""
+    for size in self.packing.slots:
+      if views <= size // self.lanes:
+        return size // self.lanes
+    if self.packing.slots:
+      raise UserError(f'{views} crops are more than the {self.packing.slots[-1] // self.lanes} '
+                      'slots of packing.slots')
+    size = 1.0
+    while round(size) < views:
+      size *= _GROWTH
+    return round(size)
+
+
+def empty_share(steps: Sequence[StepPlan], sizes: Sequence[Sequence[Size | None]], *,
+                window: int) -> float:
+  """Share of crop slots that hold nothing, over steps of consecutive windows.
+
+  Args:
+    sizes: of every window.
+  """
+  slots = used = 0
+  for number, step in enumerate(steps):
+    own = sizes[number // window]
+    slots += step.slots * len(step.bins)
+    used += sum(own[i].views for b in step.bins for row in b for i in row)
+  return 1 - used / slots if slots else 0.0
