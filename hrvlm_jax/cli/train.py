@@ -20,11 +20,13 @@ def main(argv: list[str]) -> int:
   distributed.initialize(arguments.distributed, coordinator=arguments.coordinator,
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
   from hrvlm_jax.cli import run_config
-  from hrvlm_jax.training import loop
+  from hrvlm_jax.training import determinism, loop
   from hrvlm_jax.training.config import RunConfig
 
   try:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+    if config.training.deterministic:
+      determinism.pin_threads(arguments.workdir)  # before anything asks for devices
     main_process = distributed.is_main()
     if main_process:
       print(f'training {config.model.system} to step {config.training.steps}, batch '

@@ -75,10 +75,14 @@ class Layout:
       lambda x, place: jax.make_array_from_callback(x.shape, place, lambda i, x=x: x[i]),
       tree, shardings)
 
-  def compile(self, step: Callable, shardings: Any) -> Callable:
+  def compile(self, step: Callable, shardings: Any, *, options: Mapping[str, Any] | None = None
+              ) -> Callable:
     """`step(state, batch) -> (state, metrics)`, jitted with the state donated and in its places.
 
     Metrics come back whole on every device, so that every process can read them.
+
+    Args:
+      options: further options of the compiler.
     """
     whole: NamedSharding = replicated(self.mesh)
 
@@ -87,7 +91,8 @@ class Layout:
         return step(state, batch)
 
     # Options speak of messages between devices; a program for one device gets none.
-    options = compiler_options(self.mesh.devices.flat[0].platform) if self.mesh.size > 1 else {}
+    platform = self.mesh.devices.flat[0].platform
+    options = {**(compiler_options(platform) if self.mesh.size > 1 else {}), **(options or {})}
     return jax.jit(constrained, donate_argnums=0, out_shardings=(shardings, whole),
                    compiler_options=options or None)
 

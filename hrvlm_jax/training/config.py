@@ -82,7 +82,11 @@ class TrainingConfig:
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
       'micro_batch' averages the means of micro-batches (the LLaVA trainer).
-    deterministic: fixes what can be fixed for bit-equal losses after a resume; see docs.
+    deterministic: fixes what can be fixed for bit-equal losses after a resume; see
+      `training.determinism` for what that is and costs.
+    profile: first and last step of a window that is traced into `<workdir>/profile`.
+    mfu: count the operations of a step (its tracing costs seconds at the first log of a shape).
+    wandb: project of Weights & Biases; None: not used.
     eval_every: steps between evaluations on `data.eval` (see `training.evaluation`), which also
       follow the last step; 0: none.
     eval_images: rows of `data.eval` that are used; None: all.
@@ -105,6 +109,9 @@ class TrainingConfig:
   loss_chunk: int = 1024
   objective: str = 'next_token'
   deterministic: bool = False
+  profile: tuple[int, int] | None = None
+  mfu: bool = True
+  wandb: str | None = None
   log_every: int = 10
   checkpoint_every: int = 500
   keep: int = 2
@@ -120,6 +127,8 @@ class TrainingConfig:
     for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every'):
       if getattr(self, name) < 1:
         problems.append(f'{name} must be at least 1, got {getattr(self, name)}')
+    if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+      problems.append(f'profile must be (first, last) with 1 <= first <= last, got {self.profile}')
     if self.accumulate >= 1 and self.batch_size % self.accumulate:
       problems.append(f'batch_size {self.batch_size} is no multiple of accumulate '
                       f'{self.accumulate}')

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import signal
 import time
 from typing import Any
@@ -24,17 +23,20 @@ import numpy as np
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.core.module import Functional
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.training import determinism
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.evaluation import evaluated_params, evaluation_of
 from hrvlm_jax.training.metrics import MetricsWriter
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
+from hrvlm_jax.training.saving import Saver
+from hrvlm_jax.training.start import check_same_model, initial_params, run_dtypes, stored_params
 from hrvlm_jax.training.step import State, init_state, make_train_step
+from hrvlm_jax.training.usage import Meter
 from hrvlm_jax.vlm import model as vlm
 
 # Left in the work directory by a run that was told to end; scripts/worker_run.sh looks for it.
@@ -49,46 +51,6 @@ class Result:
   loss: float | None
   interrupted: bool
   compilations: int
-
-
-def initial_params(config: RunConfig, fn: Functional, layout: Layout, places: Any,
-                   say: Callable[[str], None]) -> Any:
-  """Random parameters, or those of `training.init_from` with the differences said aloud.
-
-  Args:
-    places: sharding of every parameter; nothing is ever whole on one device.
-
-  Raises:
-    UserError: parameters missing there that `init_allow` does not name, or of another shape.
-  """
-  init = lambda: layout.make(fn.init, places, jax.random.key(config.seed))
-  if config.training.init_from is None:
-    return init()
-  source = config.training.init_from
-  stored = {path.removeprefix('params/'): leaf for path, leaf in store.describe(source).items()
-            if not path.startswith('state/')}
-  wanted = paths.flatten(fn.abstract)
-  allowed = lambda path: any(re.fullmatch(p, path) for p in config.training.init_allow)
-  fresh = sorted(p for p in wanted if p not in stored)
-  problems = [f'{p}: missing there' for p in fresh if not allowed(p)]
-  problems += [f'{p}: {tuple(stored[p].shape)} there, {tuple(wanted[p].shape)} in the model'
-               for p in wanted if p in stored and tuple(stored[p].shape) != tuple(wanted[p].shape)]
-  raise_all(f'training.init_from={source}', problems)
-  unused = sorted(p for p in stored if p not in wanted)
-  if fresh:
-    say(f'{len(fresh)} parameters start fresh: {_few(fresh)}')
-  if unused:
-    say(f'{len(unused)} parameters of {source} are not used: {_few(unused)}')
-  params, where = paths.flatten(init()), paths.flatten(places)
-  for path in wanted:
-    if path in stored:
-      leaf = np.asarray(store.load_leaf(source, path), wanted[path].dtype)
-      params[path] = layout.put(leaf, where[path])
-  return paths.unflatten(params)
-
-
-def _few(names: list[str]) -> str:
-  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
 
 
 def train(
@@ -111,7 +73,7 @@ def train(
   layout = Layout(config.mesh)
   resolved = to_dict(config)
   distributed.check_same(json.dumps(resolved), what='the config')
-  _same_model(workdir, resolved)
+  check_same_model(workdir, resolved)
   if distributed.is_main():
     (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
     tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
@@ -123,33 +85,54 @@ def train(
                     'there; several hosts need a work directory on storage that they share')
 
   t = config.training
+  if t.deterministic:
+    determinism.check(workdir, determinism.pin_threads(workdir))
   fn = vlm.build(config.model)
   groups = groups_of(t, fn.abstract)
   batches = make_batches(config)
   evaluate = evaluation_of(config, workdir)
   with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
-    abstract = jax.eval_shape(lambda p: init_state(t, groups, p), fn.abstract)
+    if params is None:
+      stored = _stored_before(config, saver)
+    else:
+      stored = paths.flatten(params)
+    wanted = run_dtypes(t, groups, fn.abstract, stored)
+    abstract = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
     shardings = layout.state_shardings(abstract)
     state, start = _start(config, fn, groups, saver, batches, params, layout,
                           layout.abstract(abstract, shardings), notes.append)
-    writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress)
+    writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress, wandb=t.wandb,
+                            config=resolved)
               if distributed.is_main() else _Silent())
     for note in notes:
       writer.say(note)
     # The chunk of the loss is meant per device; the step sees the batch of all.
     wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * layout.shards)
-    step_fn = layout.compile(make_train_step(fn, wide, groups, config.seed), shardings)
+    step_fn = layout.compile(
+      make_train_step(fn, wide, groups, config.seed), shardings,
+      options=determinism.compiler_options() if t.deterministic else None)
+    plain = dataclasses.replace(wide, remat='none', attention='xla')
+    meter = Meter(make_train_step(fn, plain, groups, config.seed) if t.mfu else None,
+                  abstract, layout.mesh.size)
     with _Signals() as signals:
       try:
-        loss = _run(config, state, start, step_fn, batches, saver, writer, signals, on_step,
-                    workdir, layout, evaluate)
+        loss = _run(config, state, start, step_fn, batches, Saver(saver, writer.say), writer,
+                    signals, on_step, workdir, layout, evaluate, meter)
       finally:
         writer.close()
     if signals.caught and distributed.is_main():
       # Exit code 0 is not the whole story: whoever watches the run starts it again.
       (workdir / PREEMPTED).touch()
   return Result(loss[0], loss[1], signals.caught, step_fn._cache_size())
+
+
+def _stored_before(config: RunConfig, saver: store.TrainStore) -> dict[str, Any] | None:
+  """What the parameters are read from: the run's own checkpoint, else where it starts."""
+  latest = saver.latest()
+  if latest is not None:
+    return stored_params(saver.folder(latest))
+  return None if config.training.init_from is None else stored_params(config.training.init_from)
 
 
 def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
@@ -161,53 +144,57 @@ def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
     say(f'resuming from step {restored.step} of {saver.workdir}')
     return restored.state, restored.step
   places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  wanted = abstract['params']
   if params is None:
-    params = initial_params(config, fn, layout, places['params'], say)
+    params = initial_params(config, fn, groups, wanted, layout, places['params'], say)
   else:
-    params = layout.put(jax.device_get(params), places['params'])
+    cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), jax.device_get(params), wanted)
+    params = layout.put(cast, places['params'])
   return layout.make(lambda p: init_state(config.training, groups, p), places, params), 0
 
 
 def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir, layout,
-         evaluate):
+         evaluate, meter):
   t = config.training
   iterator: Iterator = iter(batches)
-  pending: tuple[int, dict, Any, float] | None = None
-  waited = 0.0
-  clock, last_logged, loss = time.perf_counter(), start, None
+  profile = _Profile(t.profile, workdir)
+  pending: tuple[int, dict, Any] | None = None
+  last_logged, loss = start, None
 
   def settle(pending):
     """Reads the metrics of the previous step; stops the run on a non-finite loss."""
-    nonlocal clock, last_logged, waited
-    number, metrics, batch, _ = pending
+    nonlocal last_logged
+    number, metrics, batch = pending
     value = float(metrics['loss'])
+    meter.count(batch)
     if not np.isfinite(value):
       path = _save_batch(workdir, number, batch)
+      before = (f'steps {start + 1} to {number - 1} were finite' if number > start + 1
+                else 'it is the first step of this start')
       raise UserError(
-        f'loss is {value} at step {number} (last finite loss was written before it); the batch is '
-        f'saved as {path}; lower the learning rate, look at the batch, or resume from the last '
-        'checkpoint with another seed')
+        f'the loss is {value} at step {number} ({before}); its batch is saved as {path}; lower the '
+        'learning rate, look at the batch, or resume from the last checkpoint with another seed')
     if number % t.log_every == 0 or number == t.steps:
-      now = time.perf_counter()
-      seconds, steps = now - clock, number - last_logged
-      values = jax.device_get(metrics) | {
-        'steps_per_second': steps / seconds if seconds else 0.0,
-        'input_wait_share': waited / seconds if seconds else 0.0,
-        'compilations': step_fn._cache_size()}
-      writer.write(number, values, advance=steps)
-      clock, last_logged, waited = now, number, 0.0
+      values = jax.device_get(metrics) | meter.values(batch, step_fn._cache_size())
+      writer.write(number, values, advance=number - last_logged)
+      last_logged = number
     return value
 
   step = start
   while step < t.steps and not signals.stop(step):
     before = time.perf_counter()
     batch = next(iterator)
-    waited += time.perf_counter() - before
-    state, metrics = step_fn(state, layout.batch(batch, leading=int(t.accumulate > 1)))
+    meter.waited += time.perf_counter() - before
+    placed = layout.batch(batch, leading=int(t.accumulate > 1))
+    profile.before(step + 1)
+    # Nothing reaches or leaves the devices inside a step but what was put there.
+    with jax.transfer_guard('disallow'):
+      state, metrics = step_fn(state, placed)
     step += 1
+    profile.after(step, metrics)
     if pending is not None:
       loss = settle(pending)
-    pending = (step, metrics, batch, 0.0)
+    pending = (step, metrics, batch)
     if on_step is not None:
       on_step(step, state)
     if step % t.checkpoint_every == 0 and step < t.steps:
@@ -218,33 +205,41 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
         loss, pending = settle(pending), None
       before = time.perf_counter()
       writer.write(step, evaluate(step, evaluated_params(state)))
-      clock += time.perf_counter() - before
+      meter.pause(time.perf_counter() - before)
+  profile.close()
   if pending is not None:
     loss = settle(pending)
   if step > start:
-    saver.save(step, state, batches.get_state())
-    saver.wait()
+    saver.finish(step, state, batches.get_state())
   return step, loss
+
+
+class _Profile:
+  """Traces the steps of a window into `<workdir>/profile` (TensorBoard, Perfetto)."""
+
+  def __init__(self, window: tuple[int, int] | None, workdir: pathlib.Path):
+    self._window, self._folder, self._on = window, workdir / 'profile', False
+
+  def before(self, step: int) -> None:
+    if self._window is not None and step == self._window[0]:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+
+  def after(self, step: int, metrics: Any) -> None:
+    if self._on and step == self._window[1]:
+      jax.block_until_ready(metrics)
+      self.close()
+
+  def close(self) -> None:
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:
   path = workdir / f'bad_batch_{step}.npz'
   np.savez_compressed(path, **{k: np.asarray(v) for k, v in paths.flatten(batch).items()})
   return path
-
-
-def _same_model(workdir: pathlib.Path, resolved: dict[str, Any]) -> None:
-  """Refuses to go on with another model in the same work directory."""
-  path = workdir / 'config.json'
-  if not path.exists() or not store.steps(workdir):
-    return
-  before = json.loads(path.read_text())
-  if before.get('model') != resolved['model']:
-    old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
-    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
-                    f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another '
-                    '--workdir')
 
 
 class _Silent:

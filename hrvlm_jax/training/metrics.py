@@ -1,6 +1,7 @@
-"""Metrics of a run: JSON lines, TensorBoard, a progress line; never in the step's way.
+"""Metrics of a run: JSON lines, TensorBoard, Weights & Biases, a progress bar.
 
-Values arrive as device arrays and are read one step late, when they are certainly done.
+Never in the step's way: values arrive as device arrays and are read one step late, when they are
+certainly done.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import json
 import math
 import os
 import pathlib
-import time
 from typing import Any
+import uuid
 
 import numpy as np
 from tqdm import tqdm
+
+from hrvlm_jax.core.errors import UserError
 
 
 class MetricsWriter:
@@ -24,10 +27,17 @@ class MetricsWriter:
 
   Args:
     start, total: first and last step, for the progress bar and its ETA.
+    wandb: a project of Weights & Biases, which also gets the values; None: none. A resumed run goes
+      on in the same run there.
+    config: told to Weights & Biases.
+
+  Raises:
+    UserError: `wandb` is not installed.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, start: int, total: int, progress: bool = True,
-               tensorboard: bool = True):
+               tensorboard: bool = True, wandb: str | None = None,
+               config: Mapping[str, Any] | None = None):
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._keep_until(start)
     self._file = self.path.open('a', encoding='utf-8')
@@ -38,7 +48,7 @@ class MetricsWriter:
       self._board = SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=start)
     self._bar = tqdm(total=total, initial=start, disable=not progress, unit='step',
                      dynamic_ncols=True)
-    self._clock = time.perf_counter()
+    self._wandb = None if wandb is None else _wandb_run(wandb, workdir, config)
 
   def _keep_until(self, step: int) -> None:
     """Drops lines beyond `step` and a torn last line."""
@@ -65,6 +75,8 @@ class MetricsWriter:
       for key, value in plain.items():
         if isinstance(value, (int, float)):
           self._board.add_scalar(key, value, step)
+    if self._wandb is not None:
+      self._wandb.log({k: v for k, v in plain.items() if isinstance(v, (int, float))}, step=step)
     self._bar.update(advance)
     if 'loss' in plain:
       self._bar.set_postfix_str(f'loss {plain["loss"]:.4f}')
@@ -79,6 +91,22 @@ class MetricsWriter:
     self._file.close()
     if self._board is not None:
       self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
+
+
+def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None):
+  try:
+    import wandb
+  except ImportError as error:
+    raise UserError("training.wandb: Weights & Biases is not installed; pip install "
+                    "'hrvlm_jax[wandb]' or set it to None") from error
+  # One run there per work directory, whatever its name elsewhere.
+  path = pathlib.Path(workdir) / 'wandb_id'
+  if not path.exists():
+    path.write_text(uuid.uuid4().hex)
+  return wandb.init(project=project, id=path.read_text(), resume='allow', dir=str(workdir),
+                    name=pathlib.Path(workdir).name, config=dict(config or {}))
 
 
 def _plain(value: Any) -> Any:

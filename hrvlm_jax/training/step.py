@@ -111,7 +111,7 @@ def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str,
                                 state['ema'], trained)
     metrics = {
       'loss': total / jnp.maximum(count, 1), 'targets': count,
-      'grad_norm': optax.global_norm(grads), 'learning_rate': rate(state['step'])}
+      'grad_norm': optax.tree.norm(grads), 'learning_rate': rate(state['step'])}
     return new, metrics
 
   return step

@@ -1,0 +1,174 @@
+"""How a run gets its first parameters: random, from a checkpoint, or from the stage before it.
+
+What changes between the two stages is said aloud: parameters that are new, left behind, resampled
+or trained for the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core import paths, resample
+from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.training.config import Group, RunConfig, TrainingConfig
+
+Say = Callable[[str], None]
+
+
+def run_dtypes(
+  config: TrainingConfig, groups: Mapping[str, Group], abstract: Any,
+  stored: Mapping[str, Any] | None = None,
+) -> Any:
+  """Shapes and dtypes of a run's parameters: float32 masters, frozen leaves as they are kept.
+
+  Args:
+    abstract: parameters as the model makes them.
+    stored: by path, what the file the run starts from holds; its dtype is kept for frozen leaves
+      unless `frozen_dtype` names another.
+  """
+  def shape(path, leaf):
+    dtype = leaf.dtype
+    if groups[path].frozen and jnp.issubdtype(dtype, jnp.floating):
+      if config.frozen_dtype is not None:
+        dtype = jnp.dtype(config.frozen_dtype)
+      elif stored is not None and path in stored:
+        dtype = stored[path].dtype
+    return jax.ShapeDtypeStruct(leaf.shape, dtype)
+
+  return paths.map_with_path(shape, abstract)
+
+
+def stored_params(source: Any) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every parameter of a checkpoint, by path."""
+  return {path.removeprefix('params/'): leaf for path, leaf in store.describe(source).items()
+          if not path.startswith('state/')}
+
+
+def initial_params(config: RunConfig, fn: Functional, groups: Mapping[str, Group],
+                   wanted: Any, layout: Layout, places: Any, say: Say) -> Any:
+  """Random parameters, or those of `training.init_from` with the differences said aloud.
+
+  Args:
+    wanted: shapes and dtypes (`run_dtypes`).
+    places: sharding of every parameter; nothing is ever whole on one device.
+
+  Raises:
+    UserError: parameters missing there that `init_allow` does not name, or of another shape.
+  """
+  cast = lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
+  init = lambda: layout.make(lambda key: cast(fn.init(key)), places, jax.random.key(config.seed))
+  source = config.training.init_from
+  if source is None:
+    return init()
+  stored, model = stored_params(source), paths.flatten(wanted)
+  tables = resampled_tables(stored, model)
+  fresh = _check(config, source, stored, model, tables)
+  _announce(source, stored, model, fresh, tables, say)
+  _announce_trained(source, groups, say)
+  params, where = paths.flatten(init()), paths.flatten(places)
+  for path, leaf in model.items():
+    if path not in stored:
+      continue
+    value = np.asarray(store.load_leaf(source, path))
+    if path in tables:
+      _, side, extra = tables[path]
+      value = np.asarray(resample.position_table(
+        jnp.asarray(value, jnp.float32), (side, side), extra=extra))
+    params[path] = layout.put(np.asarray(value, leaf.dtype), where[path])
+  return paths.unflatten(params)
+
+
+def resampled_tables(stored: Mapping[str, Any], wanted: Mapping[str, Any]
+                     ) -> dict[str, tuple[int, int, int]]:
+  """Position tables of another resolution: path -> (side there, side here, rows before the grid).
+
+  A table is a leaf named `pos_embed` [rows width] whose rows are a square grid, with or without
+  one row for the class token.
+  """
+  found = {}
+  for path, leaf in wanted.items():
+    there = stored.get(path)
+    if (there is None or not path.endswith('pos_embed') or there.shape == leaf.shape
+        or len(leaf.shape) != 2 or there.shape[1:] != leaf.shape[1:]):
+      continue
+    for extra in (0, 1):
+      sides = [math.isqrt(rows - extra) for rows in (there.shape[0], leaf.shape[0])]
+      if [side**2 + extra for side in sides] == [there.shape[0], leaf.shape[0]]:
+        found[path] = (sides[0], sides[1], extra)
+        break
+  return found
+
+
+def _check(config, source, stored, model, tables) -> list[str]:
+  """Parameters that start fresh."""
+  allowed = lambda path: any(re.fullmatch(p, path) for p in config.training.init_allow)
+  fresh = sorted(p for p in model if p not in stored)
+  problems = [f'{p}: missing there (training.init_allow names what may start fresh)'
+              for p in fresh if not allowed(p)]
+  problems += [f'{p}: {tuple(stored[p].shape)} there, {tuple(model[p].shape)} in the model'
+               for p in model if p in stored and p not in tables
+               and tuple(stored[p].shape) != tuple(model[p].shape)]
+  raise_all(f'training.init_from={source}', problems)
+  return fresh
+
+
+def _announce(source, stored, model, fresh, tables, say: Say) -> None:
+  if fresh:
+    say(f'{len(fresh)} parameters start fresh: {few(fresh)}')
+  unused = sorted(p for p in stored if p not in model)
+  if unused:
+    say(f'{len(unused)} parameters of {source} are not used: {few(unused)}')
+  for path, (before, now, _) in tables.items():
+    say(f'position table {path} is resampled from {before} x {before} to {now} x {now}')
+
+
+def _announce_trained(source, groups: Mapping[str, Group], say: Say) -> None:
+  """What the stage before kept frozen and this one trains, and the other way round."""
+  before = store.load_config(source).get('training')
+  if not isinstance(before, Mapping) or not before.get('groups'):
+    return
+  rules = [from_dict(Group, group) for group in before['groups']]
+  frozen_before = {path: next((rule.frozen for rule in rules if re.fullmatch(rule.pattern, path)),
+                              True) for path in groups}
+  freed = sorted(p for p, g in groups.items() if frozen_before[p] and not g.frozen)
+  stopped = sorted(p for p, g in groups.items() if g.frozen and not frozen_before[p])
+  if freed:
+    say(f'{len(freed)} parameters that were frozen in {source} are trained now: {few(freed)}')
+  if stopped:
+    say(f'{len(stopped)} parameters that were trained in {source} are frozen now: {few(stopped)}')
+
+
+def few(names: list[str]) -> str:
+  """The first names of a list, and how many more there are."""
+  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
+
+
+def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
+  """Refuses to go on with another model in the same work directory.
+
+  Raises:
+    UserError: the first setting that differs.
+  """
+  path = workdir / 'config.json'
+  if not path.exists() or not store.steps(workdir):
+    return
+  before = json.loads(path.read_text())
+  if before.get('model') != resolved['model']:
+    old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
+    changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
+                    f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another '
+                    '--workdir')
