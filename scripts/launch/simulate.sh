@@ -107,7 +107,25 @@ kill_host() {
       sleep 0.2
     done
     note "simulate: host $host has ended ($((tenths / 10)) s after the loss of host $OPT_KILL_HOST)."
+    # The program itself may have died without a word; its supervisor has the last one.
+    sed -n 's/^=== worker [^:]*: /simulate:   /p' "$SIM_DIR/host.$host/simulate/log.$host" | tail -n 1 >&2
   done
+}
+
+# first_new_step BEFORE NOW: the first step that was run again, whether the job went on writing at the
+# end of its metrics or first dropped the lines of the steps it runs again.
+first_new_step() {
+  "$PYTHON" - "$1" "$2" <<'PYTHON'
+import itertools
+import json
+import sys
+
+before, now = (open(path).read().splitlines() for path in sys.argv[1:])
+for old, new in itertools.zip_longest(before, now):
+  if new is not None and new != old:
+    print(json.loads(new)['step'])
+    break
+PYTHON
 }
 
 # The last loss written for each step of both runs, compared; prints what differs.
@@ -214,13 +232,12 @@ simulate() {
     sleep 0.05
   done
   kill_host
-  before=$(wc -l <"$SIM_DIR/broken/metrics.jsonl")
+  cp "$SIM_DIR/broken/metrics.jsonl" "$SIM_DIR/metrics.before"
 
   note 'simulate: starting all hosts again'
   start_hosts "$SIM_DIR/broken" || return "$EX_SETUP"
   await_hosts resumed || return "$?"
-  resumed=$(tail -n "+$((before + 1))" "$SIM_DIR/broken/metrics.jsonl" |
-    sed -n 's/.*"step": *\([0-9][0-9]*\).*/\1/p' | head -n 1)
+  resumed=$(first_new_step "$SIM_DIR/metrics.before" "$SIM_DIR/broken/metrics.jsonl")
   note "simulate: resumed at step ${resumed:-?}."
   if [ "${resumed:-0}" -le 1 ]; then
     note 'simulate: the run began from the start instead of resuming.'
