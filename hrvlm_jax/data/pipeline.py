@@ -136,6 +136,15 @@ class BatchReader:
     except UserError as error:
       raise BadRow('example', row.where, str(error)) from error
 
+  def positions(self, step: int) -> list[int]:
+    """Positions in the global order of a batch's examples, over all hosts."""
+    if self.planned is None:
+      return list(range(step * self.lanes.batch_size, (step + 1) * self.lanes.batch_size))
+    planner = self.planned.planner
+    window, number = divmod(step, planner.packing.window)
+    return [window * planner.window_size + i
+            for i in window_of(self, window).steps[number].members]
+
   def row(self, position: int) -> tuple[Row, np.random.Generator] | None:
     """The row at a position of the global order, and its own random generator.
 

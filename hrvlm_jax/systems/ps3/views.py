@@ -100,7 +100,8 @@ def overlay(image: Image.Image, config: PS3Config, info: Mapping[str, object], *
   """One panel per high scale: chosen patches in full light, the rest dimmed, scores in red.
 
   Args:
-    info: `maps` and `probs` of the encoder (the first row of a batch is drawn).
+    info: `maps` and `probs` of the encoder (the first row of a batch is drawn); without them the
+      image alone.
     side: longest side of a panel in pixels.
   """
   del config
@@ -109,7 +110,7 @@ def overlay(image: Image.Image, config: PS3Config, info: Mapping[str, object], *
   size = (max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale)))
   base = np.asarray(rgb.resize(size), np.float32)
   panels = []
-  for chosen, score in zip(info['maps'], info['probs'], strict=True):
+  for chosen, score in zip(info.get('maps', ()), info.get('probs', ()), strict=True):
     light = _stretch(np.asarray(chosen, np.float32)[0], size)
     heat = _stretch(np.asarray(score, np.float32)[0], size)
     low, high = float(heat.min()), float(heat.max())

@@ -1,0 +1,130 @@
+"""`hrvlm data show | check | build`: data looked at, checked, made self-contained."""
+
+import json
+import os
+import pathlib
+import sys
+
+from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError, unknown
+
+ACTIONS = {
+    'show': 'a batch of a run config: shapes, ranges, text with its label mask, pictures',
+    'check': 'every row of a data set; lists all that cannot be used, with their lines',
+    'build': 'a data set as ArrayRecord shards: self-contained, resumable, checksummed',
+}
+
+
+def main(argv: list[str]) -> int:
+  """Looks at data before a run, checks whole data sets, makes them self-contained."""
+  if not argv or argv[0] in ('-h', '--help'):
+    print('usage: hrvlm data ACTION [options]        (hrvlm data ACTION --help lists them)\n')
+    print('\n'.join(f'  {name:<6} {text}' for name, text in ACTIONS.items()))
+    if not argv:
+      return 0
+    raise SystemExit(0)
+  if argv[0] not in ACTIONS:
+    raise UserError(unknown(argv[0], ACTIONS, what='data action'))
+  return {'show': _show, 'check': _check, 'build': _build}[argv[0]](argv[1:])
+
+
+def _show(argv: list[str]) -> int:
+  parser = Parser('data show', ACTIONS['show'], config=True)
+  parser.add_argument('--step', type=int, default=0, help='which batch (0 is the first)')
+  parser.add_argument('--rows', type=int, default=4, help='how many rows are written out')
+  parser.add_argument('--out', metavar='OUT.png', help='draw the images of these rows')
+  parser.add_argument('--colour', choices=('auto', 'always', 'never'), default='auto')
+  arguments = parser.parse(argv)
+  if arguments.step < 0 or arguments.rows < 0:
+    raise UserError(f'--step {arguments.step} --rows {arguments.rows}: expected no negative number')
+  if arguments.out is not None:
+    out = pathlib.Path(arguments.out)
+    if out.suffix.lower() not in ('.png', '.jpg', '.webp') or not out.parent.is_dir():
+      raise UserError(f'--out {out}: expected a name that ends in .png in an existing folder')
+
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.data import show
+  from hrvlm_jax.training.config import RunConfig
+  from hrvlm_jax.training.look import look
+
+  config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  colour = arguments.colour == 'always' or (arguments.colour == 'auto' and sys.stdout.isatty())
+  found = look(config, arguments.step, rows=arguments.rows, draw=arguments.out is not None)
+  print(f'batch {arguments.step} of {config.model.system}')
+  print('\n'.join(show.shapes(found.batch)))
+  for name, share in found.shares.items():
+    print(f'{name:<22} {share:.1%}')
+  for number, row in enumerate(found.rows):
+    print(f'\nrow {number}')
+    print(show.text_of_row(row, found.tokenizer, colour=colour))
+  for kind, message in found.faults:
+    print(f'\nnot used ({kind}): {message}')
+  if arguments.out is not None:
+    if not found.panels:
+      raise UserError(f'--out {arguments.out}: the rows shown have no images')
+    show.sheet(found.panels).save(arguments.out)
+    print(f'\ndrawn: {arguments.out}')
+  return 0
+
+
+def _source(parser: Parser, argv: list[str]):
+  parser.add_argument('data', help='LLaVA JSON, mixture, parquet, ArrayRecord, TFDS or a folder')
+  parser.add_argument('--images', metavar='FOLDER', help='what image paths are relative to')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.data.sources import open_source
+
+  return arguments, open_source(arguments.data, images=arguments.images)
+
+
+def _check(argv: list[str]) -> int:
+  parser = Parser('data check', ACTIONS['check'] + '; status 1 when there are any')
+  parser.add_argument('--image', choices=('decode', 'header', 'none'), default='decode',
+                      help='how far images are checked')
+  parser.add_argument('--template', help='chat template the rows are meant for')
+  parser.add_argument('--workers', type=int, help='processes; default: one per core for large sets')
+  parser.add_argument('--out', metavar='FAULTS.jsonl', help='write all faults there')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  arguments, source = _source(parser, argv)
+
+  from hrvlm_jax.data.checks import RowCheck, check_source
+  from hrvlm_jax.language.chat import get_template
+
+  template = None if arguments.template is None else get_template(arguments.template)
+  report = check_source(source, RowCheck(image=arguments.image, template=template),
+                        workers=arguments.workers, progress=not arguments.quiet)
+  for fault in report.faults:
+    print(f'{fault.message} [{fault.kind}]')
+  if arguments.out is not None:
+    part = pathlib.Path(f'{arguments.out}.part')
+    part.write_text(''.join(
+        json.dumps({'row': fault.index, 'kind': fault.kind, 'message': fault.message},
+                   ensure_ascii=False) + '\n' for fault in report.faults), encoding='utf-8')
+    os.replace(part, arguments.out)
+  print(report.summary())
+  return 1 if report.faults else 0
+
+
+def _build(argv: list[str]) -> int:
+  parser = Parser('data build', ACTIONS['build'] + '; run again, it goes on where it was stopped')
+  parser.add_argument('--out', required=True, metavar='FOLDER')
+  parser.add_argument('--name', default='data', help='beginning of the file names')
+  parser.add_argument('--shard-rows', type=int, default=1000, help='rows per file')
+  parser.add_argument('--bad-rows', choices=('skip', 'fatal'), default='skip',
+                      help='leave bad rows out and list them in the manifest, or stop')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  arguments, source = _source(parser, argv)
+  if arguments.shard_rows < 1:
+    raise UserError(f'--shard-rows {arguments.shard_rows}: expected at least 1')
+
+  from hrvlm_jax.data.build import build_records, verify_records
+
+  manifest = build_records(source, arguments.out, name=arguments.name,
+                           shard_rows=arguments.shard_rows, bad_rows=arguments.bad_rows,
+                           progress=not arguments.quiet)
+  verify_records(manifest)
+  shards = json.loads(manifest.read_text())['shards']
+  rows, bad = sum(s['rows'] for s in shards), sum(len(s['bad']) for s in shards)
+  print(f'{rows} rows in {len(shards)} files, checksums verified; {bad} bad rows left out')
+  print(f'written: {manifest}')
+  return 0

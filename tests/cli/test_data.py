@@ -1,0 +1,108 @@
+"""`hrvlm data`: the verbs on a small data set with bad rows."""
+
+import json
+import re
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from hrvlm_jax.cli import main as cli
+
+TALK = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
+
+CONFIG = """
+import ml_collections
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.systems import registry
+
+def get_config(name='mc_llava'):
+  config = ml_collections.ConfigDict()
+  config.model = to_dict(registry.get(name).tiny())
+  config.data = dict(train='data.json', lengths=(256, 512, 1024))
+  config.training = dict(steps=1, batch_size=4, optimizer=dict(learning_rate=1e-3))
+  return config
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+  rng = np.random.default_rng(0)
+  rows = []
+  for number, size in enumerate([(60, 40), (200, 100), (90, 90), (40, 200)]):
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), np.uint8)).save(
+      tmp_path / f'{number}.png')
+    rows.append({'id': str(number), 'image': f'{number}.png', 'conversations': TALK,
+                 'box': [5, 5, 30, 30]})
+  (tmp_path / 'data.json').write_text(json.dumps(rows, indent=1))
+  bad = rows + [rows[0] | {'image': 'none.png'}, rows[0] | {'image': '../x.png'}]
+  (tmp_path / 'bad.jsonl').write_text('\n'.join(map(json.dumps, bad)) + '\n{"broken": ')
+  (tmp_path / 'config.py').write_text(CONFIG)
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+@pytest.mark.parametrize('system', ['mc_llava', 'vila_hd'])
+def test_show(folder, capsys, system):
+  boxes = ['--config.data.boxes=true'] if system == 'vila_hd' else []
+  assert cli.main(['data', 'show', '--config', f'config.py:{system}', '--rows', '2', '--out',
+                   'out.png', '--colour', 'always', *boxes]) == 0
+  text = capsys.readouterr().out
+  line = next(line for line in text.splitlines() if line.startswith('views/pixels'))
+  assert re.search(r'\d+ x \d+ x \d+ x 3 +uint8 +\d \.\. 25\d$', line)
+  assert '\x1b[32mThis.<|im_end|>' in text  # trained
+  assert ' visual tokens]\x1b[0m' in text
+  picture = np.asarray(Image.open('out.png'))
+  assert picture.shape[2] == 3
+  red = (picture == (255, 0, 0)).all(-1).sum()
+  assert (red > 100) and 'drawn: out.png' in text  # the boxes
+
+
+def test_show_packed(folder, capsys):
+  assert cli.main(['data', 'show', '--config', 'config.py', '--config.data.packing.rows=2',
+                   '--rows', '1', '--colour', 'never']) == 0
+  text = capsys.readouterr().out
+  assert text.count('\u00abThis.<|im_end|>\u00bb') == 2  # two examples in the row that is shown
+  assert 'crop slots not used' in text
+  assert 'segments' in text
+
+
+def test_check(folder, capsys):
+  assert cli.main(['data', 'check', 'data.json', '--quiet']) == 0
+  assert capsys.readouterr().out == '4 rows, none is bad\n'
+  assert cli.main(['data', 'check', 'bad.jsonl', '--quiet', '--out', 'faults.jsonl']) == 1
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(']')[0].rsplit('[')[-1] for line in lines[:3]] == ['missing', 'path', 'json']
+  assert ['(line 5)' in lines[0], '(line 6)' in lines[1], '(line 7)' in lines[2]] == [True] * 3
+  assert lines[-1] == '7 rows, 3 bad: 1 missing, 1 path, 1 json'
+  faults = list(map(json.loads, (folder / 'faults.jsonl').read_text().splitlines()))
+  assert [fault['row'] for fault in faults] == [4, 5, 6]
+
+
+def test_build(folder, capsys):
+  argv = ['data', 'build', 'bad.jsonl', '--out', 'built', '--shard-rows', '3', '--quiet']
+  assert cli.main(argv) == 0
+  assert '4 rows in 3 files, checksums verified; 3 bad rows left out' in capsys.readouterr().out
+  assert cli.main(argv) == 0
+  assert cli.main(['data', 'check', 'built', '--quiet']) == 0
+  shard = next((folder / 'built').glob('*.array_record'))
+  shard.write_bytes(shard.read_bytes()[:-1] + b'x')
+  capsys.readouterr()
+  assert cli.main(argv) == 2
+  assert 'is damaged' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('argv, message', [
+  (['shwo'], 'unknown data action shwo (nearest known: show)'),
+  (['show'], 'the following arguments are required: --config'),
+  (['show', '--config', 'config.py', '--out', 'x.txt'], '--out x.txt'),
+  (['show', '--config', 'config.py', '--step', '-1'], '--step -1'),
+  (['show', '--config', 'config.py', '--config.data.train=none.json'], 'none.json: no such file'),
+  (['check', 'none.json'], 'none.json: no such file'),
+  (['check', 'data.json', '--template', 'vicuna'], 'vicuna'),
+  (['build', 'data.json', '--out', 'x', '--shard-rows', '0'], '--shard-rows 0'),
+])
+def test_mistakes(folder, capsys, argv, message):
+  assert cli.main(['data', *argv]) == 2
+  captured = capsys.readouterr()
+  assert message in captured.err and captured.err.count('\n') == 1
