@@ -14,6 +14,7 @@ from hrvlm_jax.data.order import OrderName
 from hrvlm_jax.data.plan import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.ps3.data import SampleConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,9 @@ class DataConfig:
       the crops of a lane lie together.
     boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
       question looks; for systems that learn to look there (VILA-HD).
+    annotations: objective ps3_pretrain with tar shards: the shards that hold the JSON, where it is
+      not beside the images.
+    regions: objective ps3_pretrain: captions, crops and maps of the samples.
     background: paste every image on a large page first (high-resolution alignment data).
   """
 
@@ -184,6 +188,8 @@ class DataConfig:
   lanes: int = 8
   boxes: bool = False
   background: PasteOnBackground | None = None
+  annotations: str | None = None
+  regions: SampleConfig = SampleConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,7 @@ class ContrastiveConfig:
 def sigmoid_loss(
   image: Float[Array, 'b o'], text: Float[Array, 'b o'], logit_scale: Float[Array, ''],
   logit_bias: Float[Array, ''], *, axis: str | None = None, chunk: int | None = None,
+  counted: Bool[Array, 'b'] | None = None,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """SigLIP's loss: (sum over all pairs of softplus(-z * logit), number of rows).
 
@@ -53,33 +54,38 @@ def sigmoid_loss(
     image, text: of unit length; this device's rows when `axis` is given.
     axis: mesh axis of a `shard_map`: the texts of all devices are gathered (features, not logits)
       and the returned sums are this device's; add them up with `psum`.
+    counted: rows that take part, None: all. Others are in no pair.
   """
   image, text = wide(image), wide(text)
   rows, first = image.shape[0], 0
+  own_counts = jnp.ones(rows, bool) if counted is None else counted
+  other_counts = own_counts
   if axis is not None:
     first = jax.lax.axis_index(axis) * rows
     text = jax.lax.all_gather(text, axis, tiled=True)
+    other_counts = jax.lax.all_gather(own_counts, axis, tiled=True)
   columns = text.shape[0]
   chunk = columns if chunk is None else min(chunk, columns)
   extra = -columns % chunk
   parts = jnp.pad(text, ((0, extra), (0, 0))).reshape(-1, chunk, text.shape[-1])
+  others = jnp.pad(other_counts, (0, extra)).reshape(-1, chunk)
   scale, bias = jnp.exp(wide(logit_scale)), wide(logit_bias)
   own = first + jnp.arange(rows)
 
   @jax.checkpoint
   def body(total, piece):
-    number, part = piece
+    number, part, other = piece
     column = number * chunk + jnp.arange(chunk)
     logits = scale * (image @ part.T) + bias
     sign = jnp.where(own[:, None] == column, 1.0, -1.0)
-    loss = jnp.where(column < columns, jax.nn.softplus(-sign * logits), 0.0)
+    loss = jnp.where(own_counts[:, None] & other, jax.nn.softplus(-sign * logits), 0.0)
     return total + loss.sum(), None
 
   zero = jnp.zeros((), image.dtype)
   if axis is not None:
     zero = jax.lax.pcast(zero, (axis,), to='varying') if hasattr(jax.lax, 'pcast') else zero
-  total, _ = jax.lax.scan(body, zero, (jnp.arange(parts.shape[0]), parts))
-  return total, jnp.asarray(rows, image.dtype)
+  total, _ = jax.lax.scan(body, zero, (jnp.arange(parts.shape[0]), parts, others))
+  return total, own_counts.sum().astype(image.dtype)
 
 
 def selection_loss(
@@ -114,21 +120,24 @@ def pretrain_losses(
   Args:
     fn, params: of `systems.ps3.model.build`.
     batch: see `PS3.__call__`; `is_global` absent means that all rows are local, `target` absent
-      switches the selection losses off.
+      switches the selection losses off; `counted` bool [b 1] (optional): rows that take part.
   """
   module = fn.bind(params)
   image, text, out = module(
     dict(batch), select_target=config.select_target, pool_target=config.pool_target, dtype=dtype,
     remat=remat, impl=impl)
+  counted = jnp.ones(image.shape[0], bool)
+  if batch.get('counted') is not None:
+    counted = batch['counted'][:, 0]
   total, rows = sigmoid_loss(image, text, module.logit_scale[...], module.logit_bias[...],
-                             chunk=config.chunk)
-  contrastive = total / rows
+                             chunk=config.chunk, counted=counted)
+  contrastive = total / jnp.maximum(rows, 1)
   losses = {name: jnp.zeros((), contrastive.dtype) for name in ('prior', 'posterior')}
   if batch.get('target') is not None:
     targets = target_maps(batch['target'], out.plan)
-    is_local = jnp.ones(image.shape[0], bool)
+    is_local = counted
     if batch.get('is_global') is not None:
-      is_local = ~batch['is_global'][:, 0]
+      is_local = is_local & ~batch['is_global'][:, 0]
     for name, probs in (('prior', out.prior), ('posterior', out.posterior)):
       loss, number = selection_loss(probs, targets, is_local)
       losses[name] = loss / jnp.maximum(number, 1)
@@ -147,10 +156,13 @@ def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = Cont
   del key
   losses = pretrain_losses(fn, params, batch, dataclasses.replace(config, chunk=chunk), dtype=dtype,
                            remat=remat, impl=impl)
-  rows = batch['tokens'].shape[0]
-  return losses['total'] * rows, jnp.asarray(rows, jnp.int32)
+  counted = batch.get('counted')
+  rows = jnp.asarray(batch['tokens'].shape[0] if counted is None else counted.sum(), jnp.int32)
+  return losses['total'] * rows, rows
 
 
-def clamp_logit_scale(params):
-  """After each step: exp(logit_scale) stays within [1, 100]."""
-  return params | {'logit_scale': jnp.clip(params['logit_scale'], 0.0, MAX_LOGIT_SCALE)}
+def clamp_logit_scale(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+  """After each step: exp(logit_scale) stays within [1, 100]; nothing where it is not trained."""
+  if 'logit_scale' not in leaves:
+    return leaves
+  return leaves | {'logit_scale': jnp.clip(leaves['logit_scale'], 0.0, MAX_LOGIT_SCALE)}

@@ -42,6 +42,10 @@ OBJECTIVES: dict[str, Objective] = {
   'next_token': loss_sum, 'two_pass': two_pass_loss, 'ps3_pretrain': contrastive.objective}
 
 
+# What an objective does to the trained leaves (a flat dict) after every update.
+AFTER_UPDATE = {'ps3_pretrain': contrastive.clamp_logit_scale}
+
+
 def init_state(config: TrainingConfig, groups: Mapping[str, Group], params: Params) -> State:
   """Parameters with fresh optimizer state; frozen leaves get none."""
   trained, _ = split(paths.flatten(params), groups)
@@ -102,7 +106,7 @@ def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str,
     total, count, grads = value_and_grad(fn, config, groups, state['params'], batch, key)
     trained, frozen = split(paths.flatten(state['params']), groups)
     updates, opt = tx.update(grads, state['opt'], trained)
-    trained = optax.apply_updates(trained, updates)
+    trained = AFTER_UPDATE.get(config.objective, dict)(optax.apply_updates(trained, updates))
     new = state | {'params': _like(state['params'], frozen | trained), 'opt': opt,
                    'step': state['step'] + 1}
     if config.optimizer.ema is not None:

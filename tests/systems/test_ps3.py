@@ -174,13 +174,13 @@ def test_samples_are_drawn_from_one_generator():
   record = data.record_from_json(
     {'text': ['A sign. It says STOP. It is red.', 'A dog.'],
      'box': [[10, 10, 30, 40], [50, 5, 80, 30]], 'global_text': 'A street.'}, image)
-  config = data.SampleConfig(side=32)
-  draws = [data.sample(record, config, np.random.default_rng(seed)) for seed in range(40)]
+  config = data.SampleConfig()
+  draws = [data.sample(record, config, np.random.default_rng(seed), side=32) for seed in range(40)]
   assert 2 <= sum(bool(d['is_global'][0]) for d in draws) <= 20
   for d in draws:
     assert d['pixels'].shape == (32, 32, 3) and d['target'].shape == (32, 32)
     assert not d['is_global'][0] or d['target'].all()
-  same = data.sample(record, config, np.random.default_rng(3))
+  same = data.sample(record, config, np.random.default_rng(3), side=32)
   assert same['caption'] == draws[3]['caption']
   tokenize = tokenizer(ByteTokenizer({}), tiny_encoder().text)
   batch = data.collate(draws[:4], tokenize)

@@ -167,14 +167,12 @@ class SampleConfig:
   """How a record becomes a training sample.
 
   Attributes:
-    side: the largest scale.
     global_share: probability of the global caption where both kinds exist (the published script's;
       the option's own default is 0.5).
     boxes_per_sample: boxes drawn for a local sample.
     clean: `clean_caption` and `mask_sentences`; off for captions that are no sentences.
   """
 
-  side: int
   global_share: float = 0.25
   boxes_per_sample: int = 1
   crop_area: tuple[float, float] = (0.9, 1.0)
@@ -182,8 +180,12 @@ class SampleConfig:
   clean: bool = True
 
 
-def sample(record: Record, config: SampleConfig, rng: np.random.Generator) -> dict[str, Any]:
+def sample(record: Record, config: SampleConfig, rng: np.random.Generator, *,
+           side: int) -> dict[str, Any]:
   """One training sample.
+
+  Args:
+    side: the largest scale, in pixels.
 
   Returns:
     pixels uint8 [side side 3], caption str, target uint8 [side side], is_global bool [1].
@@ -203,11 +205,11 @@ def sample(record: Record, config: SampleConfig, rng: np.random.Generator) -> di
     draw = lambda low, high: int(rng.integers(low, high + 1))
     captions = [mask_sentences(clean_caption(text), draw) for text in captions]
   window = sample_crop(*record.image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
-  moved = crop_boxes(boxes, window, config.side)
+  moved = crop_boxes(boxes, window, side)
   return {
-    'pixels': crop_image(record.image, window, config.side),
+    'pixels': crop_image(record.image, window, side),
     'caption': join_captions(captions, rng),
-    'target': target_map(moved, config.side, config.side).astype(np.uint8),
+    'target': target_map(moved, side, side).astype(np.uint8),
     'is_global': np.array([not local]),
   }
 
