@@ -97,7 +97,7 @@ def _snapshot(name: str, commit: str) -> pathlib.Path:
         return folder
   except LocalEntryNotFoundError as error:
     raise UserError(f'{name}@{commit}: not (or not wholly) in the local cache, and the hub cannot '
-                    'be reached; go online, unset HF_HUB_OFFLINE, or give a local folder') from error
+                    'be reached; go online, unset HF_HUB_OFFLINE, or give a folder') from error
   except (HfHubHTTPError, ValueError, OSError) as error:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     raise UserError(f'{name}@{commit}: the hub refuses ({first})') from error

@@ -1,23 +1,81 @@
-"""`hrvlm convert`: see `vlm.convert.convert`."""
+"""`hrvlm convert`: see `vlm.convert.convert`, `vlm.starts.assemble` and `verify.certificate`."""
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-  """Turns the folder of an original release into a checkpoint; complete or not at all."""
-  parser = Parser('convert', main.__doc__)
-  parser.add_argument('--from', dest='source', required=True, metavar='FOLDER',
-                      help='folder of the original weights, with its config.json')
+  """Turns the weights of an original release into a checkpoint; complete or not at all.
+
+  With --from, a whole release. With --config and --part, parts of a model from releases of their
+  own, for training.init_from.
+  """
+  parser = Parser('convert', main.__doc__, config=True, config_required=False)
+  parser.add_argument('--from', dest='source', metavar='FOLDER',
+                      help='folder of the original weights with its config.json, or a name on the '
+                           'Hugging Face hub with its commit: owner/name@commit')
+  parser.add_argument('--revision', metavar='COMMIT', help='the commit of a name on the hub')
+  parser.add_argument('--adapter', metavar='FOLDER',
+                      help='a LoRA adapter of peft for the language model, kept as a set')
+  parser.add_argument('--part', action='append', default=[], metavar='PATH=SOURCE',
+                      help='with --config: language=FOLDER, vision/tower=FOLDER, '
+                           'projector=mm_projector.bin, lora=FOLDER, ... (several)')
   parser.add_argument('--to', required=True, metavar='DIR', help='absent or empty')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'),
                       help='of the stored parameters; default: that of the file')
+  parser.add_argument('--check', nargs='?', const='', metavar='FOLDER',
+                      help='compare with the original and write parity.json into DIR: the recorded '
+                           'cases in FOLDER (default: $HRVLM_GOLDENS), or a folder of PyTorch '
+                           'weights, and the towers and language model side by side with '
+                           'transformers where PyTorch is installed')
   arguments = parser.parse(argv)
+  if (arguments.source is None) == (not arguments.part):
+    raise UserError('give either --from FOLDER, or --config RUN.py with --part PATH=SOURCE')
+  if arguments.part and (arguments.config is None or arguments.check is not None
+                         or arguments.adapter or arguments.revision):
+    raise UserError('--part needs --config and takes none of --check, --adapter, --revision '
+                    '(a part may be lora=FOLDER, and owner/name@commit)')
+  if arguments.source is not None and arguments.config is not None:
+    raise UserError('--config belongs to --part; a whole release is recognised by its config.json')
 
   import jax.numpy as jnp
 
+  dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
+  if arguments.part:
+    return _parts(arguments, dtype)
   from hrvlm_jax.vlm.convert import convert
 
-  dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
-  config = convert(arguments.source, arguments.to, dtype=dtype)
-  print(f'converted {arguments.source} ({config.system}) to {arguments.to}')
+  config = convert(arguments.source, arguments.to, dtype=dtype, revision=arguments.revision,
+                   adapter=arguments.adapter, say=print)
+  print(f'converted {arguments.source} ({config.system}) to {arguments.to}', flush=True)
+  return 0 if arguments.check is None else _check(arguments)
+
+
+def _parts(arguments, dtype) -> int:
+  from hrvlm_jax.cli import run_config
+  from hrvlm_jax.training.config import RunConfig
+  from hrvlm_jax.vlm.convert import few
+  from hrvlm_jax.vlm.starts import assemble
+
+  config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  fresh = assemble(config.model, arguments.part, arguments.to, dtype=dtype, say=print)
+  if fresh:
+    print(f'{len(fresh)} parameters are in no part and start fresh: {few(fresh)}')
+  print(f'wrote {arguments.to}; train with --config.training.init_from={arguments.to} and name '
+        'what starts fresh in training.init_allow')
   return 0
+
+
+def _check(arguments) -> int:
+  import jax
+
+  from hrvlm_jax.verify.certificate import FILE, certify
+
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  result = certify(arguments.to, source=arguments.source, against=arguments.check or None,
+                   revision=arguments.revision, adapter=arguments.adapter)
+  for line in result.lines():
+    print(line)
+  verdict = 'passed' if result.passed else 'FAILED'
+  print(f'parity check {verdict}; the certificate is {arguments.to}/{FILE}')
+  return 0 if result.passed else 1

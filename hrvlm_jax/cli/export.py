@@ -10,6 +10,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--to', required=True, metavar='FOLDER', help='absent or empty')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'),
                       help='of the written tensors; default: as stored')
+  parser.add_argument('--merge-lora', action='store_true',
+                      help='add LoRA sets to the kernels; default: an adapter folder beside them')
   arguments = parser.parse(argv)
 
   import jax.numpy as jnp
@@ -17,6 +19,6 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.vlm.export import export
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
-  export(arguments.checkpoint, arguments.to, dtype=dtype)
+  export(arguments.checkpoint, arguments.to, dtype=dtype, merge_lora=arguments.merge_lora)
   print(f'exported {arguments.checkpoint} to {arguments.to}')
   return 0

@@ -7,4 +7,6 @@ SYSTEM = System(
   name='llava_hr', config=config.LlavaHRConfig, count=views.count, views=views.views,
   batch=views.batch, shift=views.shift, encoder=encoder.Encoder, table=weights.table,
   from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  overlay_needs_info=True, released=config.RELEASED, tiny=config.tiny)
+  overlay_needs_info=True, released=config.RELEASED, tiny=config.tiny,
+  backbones=lambda encoder: {path: tower for path, tower in (
+    ('vision/fast', encoder.fast), ('vision/slow', encoder.slow)) if tower is not None})

@@ -7,4 +7,4 @@ SYSTEM = System(
   name='reduced', config=config.ReducedConfig, count=views.count, views=views.views,
   batch=views.batch, encoder=encoder.Encoder, table=weights.table,
   from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  released=config.RELEASED, tiny=config.tiny)
+  released=config.RELEASED, tiny=config.tiny, backbones=weights.backbones)

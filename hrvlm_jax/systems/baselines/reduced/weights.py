@@ -35,6 +35,12 @@ def table(config: ModelConfig) -> Table:
   return joined(moved, Table(tuple(_resampler_rows(config.encoder))))
 
 
+def backbones(encoder: ReducedConfig) -> dict[str, Any]:
+  """The inner system's parts that have releases of their own."""
+  inner = registry.get(encoder.inner).backbones(encoder.encoder)
+  return {path.replace('vision/', 'vision/inner/', 1): part for path, part in inner.items()}
+
+
 def _resampler_rows(encoder: ReducedConfig) -> list[Row]:
   if isinstance(encoder.step, Perceiver):
     layer, theirs = f'{_OURS}/layers', f'{_THEIRS}.layers.{{i}}'

@@ -7,4 +7,5 @@ SYSTEM = System(
   name='tiling', config=config.TilingConfig, count=views.count, views=views.views,
   batch=views.batch, shift=views.shift, encoder=encoder.Encoder, table=weights.table,
   from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  released=config.RELEASED, tiny=config.tiny)
+  released=config.RELEASED, tiny=config.tiny,
+  backbones=lambda encoder: {'vision/tower': encoder.vision})
