@@ -30,18 +30,20 @@ def _fma(a, b, c) -> np.ndarray:
 
 
 def _cubic_weights(t: np.ndarray) -> list[np.ndarray]:
-  """Four float32 weights for the fraction t, in PyTorch's operation order (a = -0.75).
+  """Four float32 weights for the fraction t, with PyTorch's roundings (a = -0.75).
 
-  The order matters: the outer polynomial cancels to some 1e-6, which a layer norm over few channels
-  can amplify a thousandfold (the selection network of PS3 upsamples, then norms).
+  The first steps of each polynomial are fused multiply-adds, the last products and sums are not:
+  bit for bit what PyTorch 2.13 computes on x86-64. The polynomials cancel to some 1e-6, which a
+  layer norm over few channels can amplify a thousandfold (the selection network of PS3 upsamples,
+  then norms).
   """
   a, one, f = np.float32(-0.75), np.float32(1), np.float32
 
   def near(x):
-    return _fma(_fma(a + f(2), x, -(a + f(3))) * x, x, one)
+    return _fma(a + f(2), x, -(a + f(3))) * x * x + one
 
   def far(x):
-    return _fma(_fma(_fma(a, x, -f(5) * a), x, f(8) * a), x, -f(4) * a)
+    return _fma(_fma(a, x, -f(5) * a), x, f(8) * a) * x - f(4) * a
 
   return [far(t + one), near(t), near(one - t), far((one - t) + one)]
 
@@ -158,13 +160,15 @@ def bicubic(
       y = jnp.einsum('Hh,...hwc->...Hwc', bicubic_matrix(h, height), y)
     return y.astype(x.dtype)
   y = wide(x)
-  for axis, n, m in ((-3, h, height), (-2, w, width)):  # rows first: they are contiguous
+  # Along a row first, the first tap first: with fused multiply-adds these are PyTorch's roundings.
+  for axis, n, m in ((-2, w, width), (-3, h, height)):
     if n == m:
       continue
     index, weights = bicubic_taps(n, m)
     shape = (m, 1, 1) if axis == -3 else (m, 1)
-    y = sum(jnp.take(y, i, axis=axis, mode='clip') * part.reshape(shape).astype(y.dtype)
-            for i, part in zip(index, weights, strict=True))
+    parts = [jnp.take(y, i, axis=axis, mode='clip') * part.reshape(shape).astype(y.dtype)
+             for i, part in zip(index, weights, strict=True)]
+    y = parts[0] + parts[1] + parts[2] + parts[3]
   return y.astype(x.dtype)
 
 
