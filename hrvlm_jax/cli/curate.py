@@ -1,0 +1,73 @@
+"""`hrvlm curate`: see `data.curate`."""
+
+import json
+
+from hrvlm_jax.cli.arguments import Parser
+
+
+def main(argv: list[str]) -> int:
+  """Finds and captions salient regions of images and writes them as records for PS3's pre-training.
+
+  Without --segmenter and --captioner it needs no model: regions are where edges are dense, captions
+  name place and colours.
+  """
+  parser = Parser('curate', main.__doc__)
+  parser.add_argument('images', help='folder of images, or any data set `hrvlm train` reads')
+  parser.add_argument('--out', required=True, help='folder for the ArrayRecord shards')
+  parser.add_argument('--kind', choices=('photographs', 'documents'), default='photographs',
+                      help='documents: lines of text are the captions')
+  parser.add_argument('--segmenter', metavar='MODULE:FUNCTION',
+                      help='(image, MaskConfig) -> masks bool [h w] (or SAM records); '
+                      'default: density of edges')
+  parser.add_argument('--captioner', metavar='MODULE:FUNCTION',
+                      help='(image, box or None) -> text; default: place and colours')
+  parser.add_argument('--ocr', metavar='MODULE:FUNCTION',
+                      help='documents: (image, row) -> [(box, text)]; default: the JSON beside '
+                      'each image, {"lines": [{"box", "text"}]}')
+  parser.add_argument('--config', metavar='FILE.json', help='values of CurateConfig; masks.* are '
+                      "the segmenter's, by default those of the paper")
+  parser.add_argument('--shard-rows', type=int, default=1000)
+  parser.add_argument('--name', default='regions', help='first part of the file names')
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  arguments = parser.parse(argv)
+
+  import pathlib
+
+  from hrvlm_jax.core.config import from_dict
+  from hrvlm_jax.core.errors import UserError
+  from hrvlm_jax.data import curate
+  from hrvlm_jax.data.build import build_records
+  from hrvlm_jax.data.regions import RegionCheck
+  from hrvlm_jax.data.sources import open_source
+
+  config = curate.CurateConfig()
+  if arguments.config is not None:
+    try:
+      values = json.loads(pathlib.Path(arguments.config).read_text('utf-8'))
+    except (OSError, ValueError) as error:
+      raise UserError(f'--config {arguments.config}: expected a JSON file ({error})') from error
+    config = from_dict(curate.CurateConfig, values, title=arguments.config)
+  if arguments.shard_rows < 1:
+    raise UserError(f'--shard-rows: expected at least 1, got {arguments.shard_rows}')
+  functions = {}
+  for field, option in (('segmenter', 'segmenter'), ('captioner', 'captioner'), ('reader', 'ocr')):
+    if spec := getattr(arguments, option):
+      functions[field] = curate.load_callable(spec, f'--{option}')
+  if arguments.kind == 'documents' and (arguments.segmenter or arguments.captioner):
+    raise UserError('--kind documents: captions are lines of text; --segmenter and --captioner are '
+                    'for photographs')
+  if arguments.kind == 'photographs' and arguments.ocr:
+    raise UserError('--ocr goes with --kind documents')
+  source = curate.Curated(source=open_source(arguments.images), config=config,
+                          kind=arguments.kind, **functions)
+  manifest = build_records(source, arguments.out, name=arguments.name, check=RegionCheck(),
+                           shard_rows=arguments.shard_rows, progress=not arguments.quiet)
+  shards = json.loads(manifest.read_text())['shards']
+  bad = [fault for shard in shards for fault in shard['bad']]
+  print(f'{sum(shard["rows"] for shard in shards)} records in {len(shards)} shards, {len(bad)} '
+        f'images left out: {manifest}')
+  for fault in bad[:5]:
+    print(f'  {fault["message"]}')
+  if len(bad) > 5:
+    print(f'  and {len(bad) - 5} more, listed in the manifest')
+  return 0
