@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'quickstart': ('hrvlm_jax.cli.quickstart:main', 'train, compare, ask and export a tiny model'),
     'tiny': ('hrvlm_jax.cli.tiny:main', 'train and score a config of configs/tiny from nothing'),
     'data': ('hrvlm_jax.cli.data:main', 'show a batch, check a data set, build ArrayRecord shards'),
+    'curate': ('hrvlm_jax.cli.curate:main', 'find and caption regions of images (PS3 records)'),
     'needle': ('hrvlm_jax.cli.needle:main', 'write the built-in reading task to disk'),
     'plan': ('hrvlm_jax.cli.plan:main', 'compile a step for chips that are not here; memory, time'),
     'bench': ('hrvlm_jax.cli.bench:main', 'measure beside the PyTorch originals'),
