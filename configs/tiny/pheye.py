@@ -1,4 +1,4 @@
-"""A tiny Pheye: a global view and four tiles of 80 pixels, read by cross-attention.
+"""A tiny Pheye: a global view and four tiles of 40 pixels, read by cross-attention.
 
 Command:  hrvlm tiny --config configs/tiny/pheye.py
           (writes the task and the tower under runs/tiny, then trains; after that also
@@ -7,11 +7,13 @@ Hardware: 2 CPU cores.
 Result:   not run yet.
 """
 
-import dataclasses
-
-from hrvlm_jax.systems.pheye.config import PheyeConfig, model, tiny as pheye
+from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.language import config as language
+from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.pheye.config import PheyeConfig
 from hrvlm_jax.training import tiny
 from hrvlm_jax.training.glyphs import GlyphConfig
+from hrvlm_jax.vision.vit import ViTConfig
 
 # As the released models: the tower is frozen but for its LoRA sets. The language model has no
 # pre-training to keep and learns too. What is never read stays where it is.
@@ -21,22 +23,32 @@ GROUPS = (
   dict(pattern=r'.*/(bias|scale)|vision/sub_image/embedding', decay=False),
   dict(pattern=r'.*'),
 )
-BASE = pheye(vocab_size=tiny.VOCABULARY)
-# At 40 pixels a border would cut most letters.
-MODEL = model(PheyeConfig(vision=dataclasses.replace(BASE.encoder.vision, image_size=80)),
-              BASE.text, interval=2)
+VISION = ViTConfig(image_size=40, patch_size=8, width=96, depth=3, heads=4, mlp_width=384,
+                   activation='quick_gelu', norm_eps=1e-5, class_token=True, patch_bias=False,
+                   pre_norm=True)
+TEXT = language.phi(vocab_size=tiny.VOCABULARY, width=128, depth=2, heads=4, mlp_width=512,
+                    max_positions=512, init_std=0.09)
+
+
+def model():
+  # Dropout of the LoRA sets is for millions of examples. Pheye's own template knows one question;
+  # the task asks three about an image.
+  lora = lambda name, rank: LoRA(rank=rank, alpha=2.0 * rank, name=name)
+  encoder = PheyeConfig(vision=VISION, first=lora('first', 8), second=lora('second', 16))
+  return ModelConfig(system='pheye', encoder=encoder, text=TEXT, image_token=None,
+                     fusion=CrossAttentionFusion(width=VISION.width, interval=1))
 
 
 def get_config():
-  return tiny.config('pheye', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
+  return tiny.config('pheye', model(), lengths=(64, 96, 128), groups=GROUPS, steps=800,
+                     batch_size=16, eval_every=800, checkpoint_every=200,
                      train_fresh=(r'(?!vision/tower/).*', r'vision/tower/.*lora.*'))
 
 
 def preparation():
-  encoder, task = MODEL.encoder, tiny.Preparation().task
-  # A tile of the enlarged image is as many pixels of the canvas, which has the same side.
+  encoder, task = model().encoder, tiny.Preparation().task
+  # A tile shows 80 pixels of the canvas at half size.
   tower = GlyphConfig(
-    needle=task, vision=encoder.vision, window=80, last_tokens=encoder.vision.grid**2, steps=1000,
-    mean=encoder.mean, std=encoder.std)
-  # Pheye's template has one question and one answer.
-  return tiny.Preparation(towers={'vision/tower': tower}, turns=1, train_images=8000)
+    needle=task, vision=VISION, window=80, last_tokens=VISION.grid**2, colour_weight=1.0,
+    steps=1200, mean=encoder.mean, std=encoder.std)
+  return tiny.Preparation(towers={'vision/tower': tower})
