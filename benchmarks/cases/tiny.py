@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from benchmarks.cases import vision
+from benchmarks.cases import alone, decode, vision
 
 _SETTINGS = {
   'ps3_4k': {'size': 160, 'budgets': (12, 16), 'looks': 1},
@@ -10,6 +10,9 @@ _SETTINGS = {
   'siglip_13': {'views': 3},
   'clip_h_10': {'level': 2},
   'llava_hr_1024': {'size': 256},
+  'phi_decode': {'prompt': 9, 'new': 8},
+  'pheye_generate': {'prompt': 9, 'new': 8},
+  'vila_hd_two_pass': {'question': 9},
 }
 
 CASES = [
@@ -17,5 +20,14 @@ CASES = [
     case, name=f'tiny_{case.name}', title=f'tiny sizes: {case.title}', group='tiny', shown=False,
     settings={**_SETTINGS[case.name], 'tiny': True}, target=None, memory_target=None, bound=False,
     variants=tuple(v for v in case.variants if v.startswith('eager')))
-  for case in vision.CASES
+  for case in (*vision.CASES, *decode.CASES) if case.name in _SETTINGS
+]
+_ALONE = {
+  'ps3_growth': {'sizes': (80, 160), 'from': 80, 'rounds': 2},
+  'growth': {'sizes': (128, 256), 'time_below': 1e9, 'rounds': 1},
+}
+CASES += [
+  dataclasses.replace(case, name=f'tiny_{case.name}', group='tiny', shown=False, settings={
+    **case.settings, **_ALONE[case.name], 'tiny': True})
+  for case in alone.CASES if case.name in _ALONE
 ]

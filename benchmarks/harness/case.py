@@ -33,6 +33,7 @@ class Case:
     bound: hold our time against 1.5 x (FLOPs / our matrix-multiply rate at these shapes).
     group: cases of a group can be asked for together by its name.
     shown: has a row in docs/benchmarks.md.
+    dtype: of weights and activations on a CPU (a GPU always runs bfloat16).
   """
 
   name: str
@@ -51,6 +52,7 @@ class Case:
   bound: bool = True
   group: str = ''
   shown: bool = True
+  dtype: str = 'float32'
 
 
 def find_cases() -> dict[str, Case | Any]:
@@ -87,6 +89,7 @@ class Alone:
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   columns: tuple[tuple[str, str], ...] = ()
   group: str = ''
+  shown: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,8 @@ def write(cases: Mapping[str, Any], target: pathlib.Path = TARGET,
 def page(cases: Mapping[str, Any], results: pathlib.Path = RESULTS) -> str:
   """The page's text."""
   parts = [_HEAD]
-  compared = [case for case in cases.values() if getattr(case, 'shown', False)]
+  cases = {name: case for name, case in cases.items() if getattr(case, 'shown', True)}
+  compared = [case for case in cases.values() if hasattr(case, 'peer')]
   for backend, title in (('cpu', 'CPU, float32'), ('gpu', 'GPU, bfloat16')):
     found = {case.name: _read(results, case.name, backend) for case in compared}
     parts.append(f'## {title}\n\n{_machines(found.values())}{_table(compared, found, backend)}')

@@ -52,11 +52,11 @@ class Settings:
     """Part of the result's file name."""
     return 'gpu' if self.device == 'cuda' else 'cpu'
 
-  def options(self, variant: str = 'eager') -> Options:
+  def options(self, variant: str = 'eager', dtype: str = 'float32') -> Options:
     """Of one side."""
     if self.device == 'cuda':
       return Options(device='cuda', dtype='bfloat16', variant=variant, impl='auto')
-    return Options(variant=variant)
+    return Options(variant=variant, dtype=dtype)
 
 
 def scratch() -> pathlib.Path:
@@ -137,10 +137,10 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   result: dict[str, Any] = {
     'case': case.name, 'title': case.title, 'peer': case.peer_name, 'target': case.target,
     'memory_target': case.memory_target, 'device': settings.device,
-    'dtype': settings.options().dtype, 'settings': dict(case.settings), 'date': measure.today(),
-    'machine': measure.machine(), 'note': settings.note}
+    'dtype': settings.options(dtype=case.dtype).dtype, 'settings': dict(case.settings),
+    'date': measure.today(), 'machine': measure.machine(), 'note': settings.note}
   start = lambda python, side, variant='eager': Process(
-    python, side, case.name, folder, settings.options(variant))
+    python, side, case.name, folder, settings.options(variant, case.dtype))
   ours = peer = None
   try:
     if not (folder / 'ready').exists():

@@ -27,14 +27,13 @@ def register_trunk(vision: dict[str, Any]) -> None:
   register_model(hrvlm_trunk)
 
 
-def encode(settings, folder, options: Options) -> Program:
-  """`PS3VisionModel` of PS3-4K-SigLIP; settings as `ours.vision.PS3`."""
+def vision_model(ours: dict[str, Any]):
+  """`PS3VisionModel` of our config's sizes."""
   from ps3 import PS3VisionConfig, PS3VisionModel
 
-  ours = sizes(folder)
   vision = ours['vision']
   register_trunk(vision)
-  config = PS3VisionConfig(
+  return PS3VisionModel(PS3VisionConfig(
     model_name=TRUNK, hidden_size=vision['width'], pool='map', pretrained=False,
     img_size=vision['image_size'], ps3_scales=ours['scales'],
     select_based_on_layer=ours['select_layers'], max_select_num=sum(ours['budgets']),
@@ -42,8 +41,12 @@ def encode(settings, folder, options: Options) -> Program:
     highres_selection_module_hidden_dim=ours['saliency']['width'],
     highres_selection_module_out_dim=ours['saliency']['out'],
     highres_selection_module_depth=ours['saliency']['depth'],
-    highres_selection_module_kernel_size=ours['saliency']['kernel'])
-  model = PS3VisionModel(config)
+    highres_selection_module_kernel_size=ours['saliency']['kernel']))
+
+
+def encode(settings, folder, options: Options) -> Program:
+  """One image, `looks` looks; settings as `ours.vision.PS3`."""
+  model = vision_model(sizes(folder))
   fill(model.vision_model, tensors(folder))
   model = place(model, options)
   pixels = to_tensor(read_inputs(folder)['images'], options, order=(0, 3, 1, 2))

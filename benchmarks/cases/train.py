@@ -1,0 +1,24 @@
+"""Train steps: AdamW, all parameters, float32 masters."""
+
+from benchmarks.harness.case import Case
+
+_PEERS = {'mc_llava': 'transformers SigLIP + Phi', 'pheye': 'transformers CLIP + Phi',
+          'llava_hr': 'transformers CLIP, LLaMA + timm', 'ps3': 'ps3-torch 0.1.3'}
+
+
+def _case(system: str, size: str, picture: int, rows: int, text: int) -> Case:
+  return Case(
+    name=f'train_step_{system}_{size}',
+    title=f'train step, {system}, {size}, {rows} rows, {picture} pixels',
+    ours='ours.train:TrainStep', peer='peers.train:step', peer_name=_PEERS[system],
+    variants=('eager',) if system == 'ps3' else ('eager', 'compile'),
+    settings={'system': system, 'size': size, 'rows': rows, 'text': text, 'picture': picture},
+    target=1.0, rounds=5, group='train_step', bound=size != 'tiny')
+
+
+CASES = [
+  _case('mc_llava', 'tiny', 120, 8, 48), _case('mc_llava', '100m', 448, 2, 128),
+  _case('pheye', 'tiny', 120, 8, 48), _case('pheye', '100m', 448, 2, 128),
+  _case('llava_hr', 'tiny', 256, 8, 48), _case('llava_hr', '100m', 512, 2, 128),
+  _case('ps3', 'tiny', 160, 4, 0),
+]
