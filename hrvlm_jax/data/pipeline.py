@@ -83,6 +83,19 @@ class BatchReader:
   blank: Callable[[Example], Example]
   remainder: Literal['drop', 'blank']
   planned: PlannedRows | None = None
+  own: tuple[int, ...] | None = None
+
+  @property
+  def part(self) -> tuple[tuple[int, ...], int]:
+    """(the lanes a batch of this host holds, number of lanes of the global batch).
+
+    A host that makes the whole batch has the one lane of one.
+    """
+    count = self.lanes.lanes
+    each = count // self.lanes.hosts
+    start = self.lanes.host * each
+    own = tuple(range(start, start + each)) if self.own is None else self.own
+    return (own, count) if len(own) < count else ((0,), 1)
 
   @property
   def total(self) -> int | None:
@@ -175,12 +188,12 @@ class BatchReader:
       for i in plan.members:
         if i in measured.faults:
           return Batch(None, (measured.faults[i],), fatal=measured.faults[i][1])
-    own = self.lanes.local_batch_size
-    members = plan.members[self.lanes.host * own:(self.lanes.host + 1) * own]
+    own, count = self.part
+    each = self.lanes.batch_size // count
+    members = [i for lane in own for i in plan.members[lane * each:(lane + 1) * each]]
     faults = [measured.faults[i] for i in members if i in measured.faults]
     faults += [('no room', message) for i, message in plan.lost if i in members]
-    each = planner.lanes // self.lanes.hosts
-    lanes = range(self.lanes.host * each, (self.lanes.host + 1) * each)
+    lanes = own if count == planner.lanes else range(planner.lanes)
     arrays, found = self.planned.step(plan, start, lanes, self.row)
     faults += found
     if faults and self.bad_rows == 'fatal':
@@ -314,6 +327,7 @@ def build(
   remainder: Literal['drop', 'blank'] = 'drop',
   on_fault: Callable[[str, str], None] | None = None,
   planned: PlannedRows | None = None,
+  own: Sequence[int] | None = None,
 ) -> Batches:
   """Batches of this host, as NumPy arrays.
 
@@ -339,6 +353,8 @@ def build(
     on_fault: called with (kind, message) for every bad row.
     planned: makes batches whose examples share rows and crop slots by a plan; `transform`,
       `collate`, `blank` and `lanes` are then not used.
+    own: with `planned`, the lanes to make, ascending, instead of those of `host`: hosts whose
+      devices hold no neighbouring rows.
 
   Raises:
     UserError: no rows, or sizes that do not divide.
@@ -357,7 +373,8 @@ def build(
                        group=group)
   reader = BatchReader(
     source=source, transform=transform, collate=collate, lanes=split, seed=seed, order=ordered,
-    epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder, planned=planned)
+    epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder, planned=planned,
+    own=None if own is None else tuple(own))
   if not len(reader):
     raise UserError(f'{epochs} epochs of {len(source)} rows are less than one batch of '
                     f'{batch_size}')

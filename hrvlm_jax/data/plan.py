@@ -97,6 +97,7 @@ class Planner:
     lanes: bins of a micro-batch, which hosts own and whose crops lie together.
     packing: see `Packing`.
     lengths: buckets of a row.
+    share: devices that a lane is cut over; its crop slots are a multiple of it.
   """
 
   batch_size: int
@@ -104,6 +105,7 @@ class Planner:
   lengths: tuple[int, ...]
   parts: int = 1
   lanes: int = 1
+  share: int = 1
 
   def __post_init__(self):
     bins, problems = self.parts * self.lanes, []
@@ -113,8 +115,8 @@ class Planner:
     if (rows := self.packing.rows) is not None and (rows % bins or rows > self.batch_size):
       problems.append(f'packing.rows={rows} must be a multiple of {self.parts} micro-batches x '
                       f'{self.lanes} lanes, and at most batch_size={self.batch_size}')
-    problems += [f'packing.slots: {n} is no multiple of {self.lanes} lanes'
-                 for n in self.packing.slots if n % self.lanes]
+    problems += [f'packing.slots: {n} is no multiple of {self.lanes} lanes x {self.share} devices '
+                 'of a lane' for n in self.packing.slots if n % (self.lanes * self.share)]
     if not self.lengths:
       problems.append('lengths is empty, expected at least one bucket')
     raise_all('data packing', problems)
@@ -227,7 +229,7 @@ class Planner:
     size = 1.0
     while round(size) < views:
       size *= _GROWTH
-    return round(size)
+    return -(-round(size) // self.share) * self.share
 
 
 def empty_share(steps: Sequence[StepPlan], sizes: Sequence[Sequence[Size | None]], *,

@@ -92,7 +92,7 @@ class PlannedRows:
     rng = np.random.default_rng(np.random.SeedSequence([seed, 5, window]))
     return Measured(tuple(sizes), faults, tuple(self.planner.plan(sizes, rng)))
 
-  def step(self, plan: StepPlan, start: int, lanes: range,
+  def step(self, plan: StepPlan, start: int, lanes: Sequence[int],
            rows: Callable[[int], tuple[Row, np.random.Generator] | None]
            ) -> tuple[dict[str, Any], list[Fault]]:
     """This host's arrays of a step, and the faults that only decoding shows.

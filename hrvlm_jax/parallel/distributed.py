@@ -6,12 +6,13 @@ nothing: no network is touched unless the surroundings say that there are severa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
 import glob
 import hashlib
 import logging
+import math
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.parallel.mesh import batch_sharding, batch_shards
 from hrvlm_jax.parallel.rendezvous import REPORT_EVERY, meet, split_address
 
@@ -235,32 +236,52 @@ def host_rows(mesh: Mesh, rows: int) -> np.ndarray:
   return np.unique(np.concatenate([np.arange(rows)[place[0]] for place in places]))
 
 
-def global_batch(local: Any, mesh: Mesh, *, leading: int = 0) -> Any:
-  """This host's rows -> arrays of the whole batch, cut over data and fsdp.
+def host_parts(mesh: Mesh, parts: int) -> tuple[int, ...]:
+  """Which of `parts` equal, consecutive parts of a batch hold rows of this process, ascending.
+
+  A part that several processes need is made by each of them; with a multiple of the shards as parts
+  none is made in vain.
+  """
+  rows = math.lcm(parts, batch_shards(mesh))
+  return tuple(np.unique(host_rows(mesh, rows) * parts // rows).tolist())
+
+
+def global_batch(local: Any, mesh: Mesh, *, leading: int = 0, own: Sequence[int] | None = None,
+                 parts: int | None = None) -> Any:
+  """Parts of a batch -> arrays of the whole batch, cut over data and fsdp.
 
   Args:
-    local: tree of NumPy arrays [..., local rows, ...]: the rows of `host_rows`, in that order.
-      Arrays of other lengths (shared crop slots) follow the same proportion.
+    local: tree of NumPy arrays [..., local rows, ...]: the parts `own`, one after the other. Arrays
+      of other lengths (shared crop slots) are cut into the same number of parts.
     leading: axes before the example axis (micro-batches).
+    own: numbers of the parts held here, ascending, of `parts` in all (`host_parts`). Default: this
+      process's shards, whose rows are those of `host_rows`.
+
+  Raises:
+    UserError: arrays that cannot be cut (all listed).
   """
-  sharding = batch_sharding(mesh, leading=leading)
-  if jax.process_count() == 1:
+  sharding, shards = batch_sharding(mesh, leading=leading), batch_shards(mesh)
+  if own is None:
+    own, parts = host_parts(mesh, shards), shards
+  places = np.asarray(own)
+  sizes = lambda x: divmod(x.shape[leading], len(places))
+  raise_all(f'batch cannot be cut over {shards} shards (data x fsdp)', [
+    f'{jax.tree_util.keystr(path)}: found {x.shape[leading]} rows in {len(places)} of {parts} parts'
+    for path, x in jax.tree_util.tree_flatten_with_path(local)[0]
+    if sizes(x)[1] or sizes(x)[0] * parts % shards])
+  if jax.process_count() == 1 and len(places) == parts:
     return jax.tree.map(lambda x: jax.device_put(x, sharding), local)
-  shards = host_rows(mesh, batch_shards(mesh))  # those held here
 
   def make(x):
-    x = np.asarray(x)
-    size, rest = divmod(x.shape[leading], len(shards))  # rows of one shard
-    if rest:
-      raise UserError(f'this host has {x.shape[leading]} rows for its {len(shards)} shards; '
-                      'expected a multiple')
+    x, size = np.asarray(x), sizes(x)[0]  # rows of one part
     shape = list(x.shape)
-    shape[leading] = size * batch_shards(mesh)
+    shape[leading] = size * parts
 
     def shard(index):
-      number = (index[leading].start or 0) // size if size else 0
-      place = int(np.searchsorted(shards, number)) * size
-      return x[(*index[:leading], slice(place, place + size), *index[leading + 1:])]
+      start, stop, _ = index[leading].indices(shape[leading])
+      part, offset = divmod(start, max(size, 1))
+      at = int(np.searchsorted(places, part)) * size + offset
+      return x[(*index[:leading], slice(at, at + stop - start), *index[leading + 1:])]
 
     return jax.make_array_from_callback(tuple(shape), sharding, shard)
 

@@ -18,11 +18,10 @@ import jax
 from jax.sharding import NamedSharding
 
 from hrvlm_jax.core import constraints
-from hrvlm_jax.parallel import rules
+from hrvlm_jax.parallel import distributed, rules
 from hrvlm_jax.parallel.constraints import activation_constraints
 from hrvlm_jax.parallel.mesh import (
   MeshConfig,
-  batch_sharding,
   batch_shards,
   check_batch,
   make_mesh,
@@ -96,18 +95,25 @@ class Layout:
     return jax.jit(constrained, donate_argnums=0, out_shardings=(shardings, whole),
                    compiler_options=options or None)
 
-  def batch(self, batch: Any, *, leading: int = 0) -> Any:
-    """A global batch of NumPy arrays, the same on every process, cut over the mesh.
+  def parts(self, lanes: int) -> tuple[int, ...]:
+    """Which of a batch's `lanes` equal, consecutive parts this process needs for its devices."""
+    return distributed.host_parts(self.mesh, lanes)
 
-    Each device receives only its own rows and crops. (`distributed.global_batch` takes the rows of
-    one host instead; indices into shared crops must then already count over all hosts.)
+  def batch(self, batch: Any, *, leading: int = 0, own: Sequence[int] = (0,),
+            lanes: int = 1) -> Any:
+    """NumPy arrays of a batch -> global arrays, cut over the mesh.
+
+    Each device receives only its own rows and crops.
 
     Args:
+      batch: the lanes `own` (`parts`), one after the other; by default the whole batch, the same on
+        every process. Indices into shared crops count over the whole batch in either case.
       leading: axes before the examples (micro-batches).
+      lanes: number of lanes of the whole batch.
 
     Raises:
       UserError: arrays that cannot be cut (all listed).
     """
-    check_batch(batch, self.mesh, leading=leading)
-    sharding = batch_sharding(self.mesh, leading=leading)
-    return self.put(batch, jax.tree.map(lambda _: sharding, batch))
+    if len(own) == lanes:
+      check_batch(batch, self.mesh, leading=leading)
+    return distributed.global_batch(batch, self.mesh, leading=leading, own=own, parts=lanes)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 
+import jax
+
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.plan import Planner
 from hrvlm_jax.data.planned import PlannedRows
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion
 from hrvlm_jax.training import regions
@@ -18,16 +21,22 @@ from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm.answer import text_of
 
 
-def make_batches(config: RunConfig, *, host: int = 0, hosts: int = 1) -> pipeline.Batches:
+def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int = 0,
+                 hosts: int = 1) -> pipeline.Batches:
   """The checkpointable iterator over training batches of a config.
 
+  With `data.packing`, where shapes are planned by all hosts alike, and in pre-training, where they
+  are fixed, a host makes only its lanes of a batch (`Batches.reader.part`); otherwise the whole.
+
   Args:
-    host, hosts: with `data.packing`, the part of a batch to make: rows and crop slots of this
-      host's lanes, in shapes all hosts agree on. By default the whole global batch.
+    layout: of a run; the lanes are those that the devices of this process need.
+    host, hosts: without a layout, the part of a batch to make.
 
   Raises:
     UserError: data that cannot be opened, or settings the system cannot follow.
   """
+  if layout is not None:
+    host, hosts = _host(layout)
   if config.training.objective == 'ps3_pretrain':
     return regions.make_batches(config, host=host, hosts=hosts)
   system, data, training = registry.get(config.model.system), config.data, config.training
@@ -41,18 +50,33 @@ def make_batches(config: RunConfig, *, host: int = 0, hosts: int = 1) -> pipelin
                       boxes=data.boxes, augment=data.background)
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=data.lengths,
                   slots=data.slots, parts=training.accumulate)
-  planned = _planned(config, system, example)
-  if hosts > 1 and planned is None:
+  planned = _planned(config, system, example, 1 if layout is None else layout.shards)
+  if planned is None and layout is not None:
+    host, hosts = 0, 1
+  if planned is None and hosts > 1:
     raise ValueError('hosts agree on shapes only with data.packing; without it each makes the '
                      'whole batch')
+  own = None
+  if planned is not None and layout is not None:
+    own, host, hosts = layout.parts(planned.planner.lanes), 0, 1
   return pipeline.build(
     open_source(data.train, images=data.images), example, batch_size=training.batch_size,
     collate=batch, seed=config.seed, shuffle=data.shuffle, order=data.order, group=data.group,
     workers=data.workers, lanes=data.lanes, bad_rows=data.bad_rows, host=host, hosts=hosts,
-    planned=planned)
+    planned=planned, own=own)
 
 
-def _planned(config: RunConfig, system: System, example: ToExample) -> PlannedRows | None:
+def _host(layout: Layout) -> tuple[int, int]:
+  """(part, parts) of a batch to make, where rows are all there is to it.
+
+  Where devices of one process hold rows of several parts, every process makes the whole batch.
+  """
+  parts = layout.parts(hosts := jax.process_count())
+  return (parts[0], hosts) if len(parts) == 1 else (0, 1)
+
+
+def _planned(config: RunConfig, system: System, example: ToExample, shards: int
+             ) -> PlannedRows | None:
   data, training = config.data, config.training
   if not data.packing.active:
     return None
@@ -70,6 +94,7 @@ def _planned(config: RunConfig, system: System, example: ToExample) -> PlannedRo
   lanes = 1 if system.shift is None else math.gcd(
     data.lanes, each, training.batch_size // training.accumulate)
   planner = Planner(batch_size=training.batch_size, packing=data.packing, lengths=data.lengths,
-                    parts=training.accumulate, lanes=lanes)
+                    parts=training.accumulate, lanes=lanes,
+                    share=shards // math.gcd(shards, lanes))
   return PlannedRows(planner=planner, example=example, views=system.views, batch=system.batch,
                      encoder=config.model.encoder, shift=system.shift)

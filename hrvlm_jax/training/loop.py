@@ -89,7 +89,7 @@ def train(
     determinism.check(workdir, determinism.pin_threads(workdir))
   fn = vlm.build(config.model)
   groups = groups_of(t, fn.abstract)
-  batches = make_batches(config)
+  batches = make_batches(config, layout)
   evaluate = evaluation_of(config, workdir)
   with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
@@ -100,6 +100,8 @@ def train(
     wanted = run_dtypes(t, groups, fn.abstract, stored)
     abstract = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
     shardings = layout.state_shardings(abstract)
+    if jax.process_count() > 1:
+      notes.append(_host_part(batches))
     state, start = _start(config, fn, groups, saver, batches, params, layout,
                           layout.abstract(abstract, shardings), notes.append)
     writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress, wandb=t.wandb,
@@ -135,12 +137,23 @@ def _stored_before(config: RunConfig, saver: store.TrainStore) -> dict[str, Any]
   return None if config.training.init_from is None else stored_params(config.training.init_from)
 
 
+def _host_part(batches) -> str:
+  """What of a batch this process makes, in a sentence."""
+  own, lanes = batches.reader.part
+  if len(own) == lanes:
+    return ('every process makes the whole batch; data.packing lets each make what its devices '
+            'need')
+  return f'process 0 makes {len(own)} of the {lanes} lanes of every batch'
+
+
 def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
   """(state, first step): restored into its places, or fresh."""
   if saver.latest() is not None:
     restored = saver.restore(abstract)
-    if restored.data_state is not None:
-      batches.set_state(restored.data_state)
+    # A process that was not there when the checkpoint was saved goes on where the others do.
+    position = restored.data_state or next(iter(saver.data_states(restored.step)), None)
+    if position is not None:
+      batches.set_state(position)
     say(f'resuming from step {restored.step} of {saver.workdir}')
     return restored.state, restored.step
   places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -157,16 +170,17 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
          evaluate, meter):
   t = config.training
   iterator: Iterator = iter(batches)
+  own, lanes = batches.reader.part
   profile = _Profile(t.profile, workdir)
-  pending: tuple[int, dict, Any] | None = None
+  pending: tuple[int, dict, Any, Any] | None = None
   last_logged, loss = start, None
 
   def settle(pending):
     """Reads the metrics of the previous step; stops the run on a non-finite loss."""
     nonlocal last_logged
-    number, metrics, batch = pending
+    number, metrics, batch, whole = pending
     value = float(metrics['loss'])
-    meter.count(batch)
+    meter.count(batch, whole)
     if not np.isfinite(value):
       path = _save_batch(workdir, number, batch)
       before = (f'steps {start + 1} to {number - 1} were finite' if number > start + 1
@@ -185,7 +199,8 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
     before = time.perf_counter()
     batch = next(iterator)
     meter.waited += time.perf_counter() - before
-    placed = layout.batch(batch, leading=int(t.accumulate > 1))
+    placed = layout.batch(batch, leading=int(t.accumulate > 1), own=own, lanes=lanes)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
     profile.before(step + 1)
     # Nothing reaches or leaves the devices inside a step but what was put there.
     with jax.transfer_guard('disallow'):
@@ -194,7 +209,7 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
     profile.after(step, metrics)
     if pending is not None:
       loss = settle(pending)
-    pending = (step, metrics, batch)
+    pending = (step, metrics, batch, whole)
     if on_step is not None:
       on_step(step, state)
     if step % t.checkpoint_every == 0 and step < t.steps:
@@ -237,7 +252,8 @@ class _Profile:
 
 
 def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:
-  path = workdir / f'bad_batch_{step}.npz'
+  process = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
+  path = workdir / f'bad_batch_{step}{process}.npz'
   np.savez_compressed(path, **{k: np.asarray(v) for k, v in paths.flatten(batch).items()})
   return path
 

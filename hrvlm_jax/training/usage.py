@@ -42,17 +42,25 @@ class Meter:
     """Leaves a stretch (evaluation) out of the time."""
     self._clock += seconds
 
-  def count(self, batch: Mapping[str, Any]) -> None:
-    """Counts a batch of host arrays that was trained on."""
+  def count(self, batch: Mapping[str, Any], whole: Mapping[str, Any] | None = None) -> None:
+    """Counts a batch of host arrays that was trained on.
+
+    Args:
+      whole: shapes of the batch of all hosts, when `batch` is this host's part; the others' parts
+        are taken to be like it.
+    """
+    whole = batch if whole is None else whole
+    hosts = np.size(whole['tokens']) / np.size(batch['tokens']) if 'tokens' in batch else 1
     self._steps += 1
     tokens, places = token_places(batch)
-    self._tokens, self._places = self._tokens + tokens, self._places + places
-    self._images += images(batch)
-    key = tuple((path, leaf.shape) for path, leaf in paths.flatten(batch).items())
+    self._tokens += round(tokens * hosts)
+    self._places += round(places * hosts)
+    self._images += round(images(batch) * hosts)
+    key = tuple((path, leaf.shape) for path, leaf in paths.flatten(whole).items())
     self._shapes.add(key)
     if self._step is not None:
       if key not in self._flops:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), batch)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), whole)
         self._flops[key] = count_flops(self._step, self._state, shapes)
       self._work += self._flops[key]
 

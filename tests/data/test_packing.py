@@ -176,3 +176,35 @@ def test_what_cannot_be_packed_is_refused(folder):
     stream(folder, run={'batch_size': 6, 'accumulate': 3}, packing={'rows': 4})
   with pytest.raises(ValueError, match='window'):
     Packing(window=0)
+
+
+def test_a_host_may_own_any_lanes(folder):
+  """Hosts of a torus hold rows that are no neighbours; slots are a multiple of the devices."""
+  run, data = {'batch_size': 8}, {'lanes': 4}
+  whole, _ = stream(folder, 2, run=run, data=data)
+
+  class Layout:
+    shards = 8
+
+    def parts(self, lanes):
+      assert lanes in (1, 4)
+      return (0,) if lanes == 1 else (1, 3)
+
+  batches = make_batches(config(
+    'mc_llava', folder / 'good.json', lengths=(256, 768, 1536), packing=Packing(rows=4, window=3),
+    **run, **data), Layout())
+  assert batches.reader.part == ((1, 3), 4)
+  for want in whole:
+    found = next(batches)
+    cut = lambda x: np.concatenate([np.split(x, 4)[lane] for lane in (1, 3)])
+    same({k: v for k, v in found.items() if k != 'views'},
+         {k: cut(v) for k, v in want.items() if k != 'views'})
+    slots = len(found['views']['pixels'])
+    assert slots % 4 == 0  # two lanes of two devices each
+    pictures = lambda lane, part, n: part['views']['pixels'].reshape(
+      n, -1, *part['views']['pixels'].shape[1:])[lane]
+    for i, lane in enumerate((1, 3)):
+      a, b = pictures(i, found, 2), pictures(lane, want, 4)
+      shared = min(len(a), len(b))
+      np.testing.assert_array_equal(a[:shared], b[:shared])
+      assert not a[shared:].any() and not b[shared:].any()

@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
+
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
@@ -30,3 +32,14 @@ def test_a_run_outlives_a_host(tmp_path):
   assert '12 steps, largest relative difference 0 ' in done.stdout
   lines = [json.loads(line) for line in (sim / 'broken' / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in lines] == list(range(1, 13))
+  # Each host made its part of every batch; together they are the batches of one process.
+  log = (sim / 'host.0' / 'simulate' / 'log.0').read_text()
+  assert 'process 0 makes 2 of the 4 lanes of every batch' in log
+  alone = subprocess.run(
+    [*job, '--workdir', str(tmp_path / 'alone')], cwd=REPO, capture_output=True, text=True,
+    env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'}, timeout=600,
+  )  # fmt: skip
+  assert alone.returncode == 0, alone.stderr
+  single = [json.loads(line) for line in (tmp_path / 'alone' / 'metrics.jsonl').open()]
+  np.testing.assert_allclose([row['loss'] for row in lines], [row['loss'] for row in single],
+                             rtol=1e-5)  # fmt: skip
