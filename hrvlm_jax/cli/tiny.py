@@ -36,15 +36,23 @@ def main(argv: list[str]) -> int:
   name = os.path.splitext(os.path.basename(path))[0]
   workdir = arguments.workdir or f'{tiny.FOLDER}/{name}'
   clock = time.perf_counter()
-  tiny.prepare(preparation, run, say=lambda text: print(text, flush=True),
-               progress=not arguments.quiet)
+  options = dict(say=lambda text: print(text, flush=True), progress=not arguments.quiet)
+  own = not isinstance(preparation, tiny.Preparation)  # a system with a task of its own (PS3)
+  if own:
+    preparation.prepare(run, **options)
+  else:
+    tiny.prepare(preparation, run, **options)
   ended = train(run, workdir, progress=not arguments.quiet)
   if ended.interrupted:
     print(f'interrupted at step {ended.step}; run the same command again to go on')
     return 0
-  values = tiny.result(workdir, run, chance=preparation.task.chance,
-                       seconds=time.perf_counter() - clock, machine=arguments.machine)
+  took = dict(seconds=time.perf_counter() - clock, machine=arguments.machine)
+  values = (preparation.result(workdir, run, **took) if own
+            else tiny.result(workdir, run, chance=preparation.task.chance, **took))
   print(tiny.result_line(values))
   if arguments.keep:
-    print(f'kept: {tiny.keep(values, path)}')
+    kept = tiny.keep(values, path)
+    print(f'kept: {kept}')
+    if own:
+      preparation.plot(values, kept.with_suffix('.png'))
   return 0

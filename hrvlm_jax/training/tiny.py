@@ -164,6 +164,8 @@ def result(workdir: str | os.PathLike, run: Any, *, chance: float, seconds: floa
 
 def result_line(values: Mapping[str, Any]) -> str:
   """The line of a config's header that says what its run reached."""
+  if 'summary' in values:  # a task of its own
+    return f'Result:   {values["summary"]}'
   return (f'Result:   loss {values["loss"]:.3f}, accuracy {values["accuracy"]:.1%} '
           f'(chance {values["chance"]:.1%}), {values["steps"]} steps.')
 

@@ -1,0 +1,49 @@
+"""A tiny PS3: thumbnails of 40 pixels, patches of the image at 80 and 160 pixels where it matters.
+
+Command:  hrvlm tiny --config configs/tiny/ps3.py
+          (writes the task as region records and pre-trains the trunk under runs/tiny, trains, then
+          measures recall and accuracy by budget)
+Hardware: 2 CPU cores.
+Result:   not run yet.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from hrvlm_jax.cli import tiny_regions
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.data.needle import NeedleConfig
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.ps3.config import LookConfig, tiny_encoder
+from hrvlm_jax.training.glyphs import GlyphConfig
+
+TASK = NeedleConfig.square(signs=(5, 6))
+FOLDER = 'runs/tiny'
+# One look takes 22 % of the 500 patches above the thumbnail; more looks read more.
+ENCODER = dataclasses.replace(
+  tiny_encoder(vocab_size=512, max_select=110), look=LookConfig(looks=1))
+# The tower starts from letters, as the released models start from SigLIP; the rest is new.
+NEW = ('vision/(selection|residual|pool_head)/.*', 'text/.*', 'logit_.*')
+GROUPS = (
+  dict(pattern='(.*/)?(bias|scale|weight|prior_prompt|logit_scale|logit_bias)', decay=False),
+  dict(pattern='.*'),
+)
+
+
+def get_config():
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = to_dict(ModelConfig(system='ps3', encoder=ENCODER, text=None, image_token=None))
+  config.data = dict(train=f'{FOLDER}/regions/train', tokenizer=f'{FOLDER}/regions/tokenizer',
+                     regions=dict(clean=False, global_share=0.15))
+  config.training = dict(
+    steps=800, batch_size=48, log_every=10, checkpoint_every=250, keep=1, eval_every=0,
+    objective='ps3_pretrain', groups=GROUPS, init_from=f'{FOLDER}/encoders/ps3', init_allow=NEW,
+    optimizer=dict(name='muon', learning_rate=2e-3, warmup=0.05, weight_decay=0.01, b2=0.98))
+  return config
+
+
+def preparation():
+  tower = GlyphConfig(needle=TASK, vision=ENCODER.vision, window=40, last_tokens=25, steps=1000)
+  return tiny_regions.Preparation(task=TASK, tower=tower)
