@@ -23,6 +23,7 @@ from hrvlm_jax.core.errors import UserError
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / 'benchmarks' / 'results'
 SLOWER_THAN_BOUND = 1.5
+FORMAT = 2  # of the stored weights and inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   Raises:
     UserError: a side fails, or the outputs differ by more than the case's tolerance.
   """
-  sizes = json.dumps([case.ours, dict(case.settings)], sort_keys=True)
+  sizes = json.dumps([FORMAT, case.ours, dict(case.settings)], sort_keys=True)
   folder = scratch() / f'{case.name}-{hashlib.sha256(sizes.encode()).hexdigest()[:12]}'
   result: dict[str, Any] = {
     'case': case.name, 'title': case.title, 'peer': case.peer_name, 'target': case.target,

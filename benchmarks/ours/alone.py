@@ -202,7 +202,8 @@ def _sized(name: str, pixels: int, settings):
     if name == 'mc_llava':
       # As many crops as windows of the tower's size cover the image, which keeps its detail.
       crops = min(round((pixels / encoder.vision.image_size)**2), encoder.num_tokens - 1)
-      return dataclasses.replace(encoder, max_crops=crops if crops > 1 else 0)
+      return dataclasses.replace(encoder, max_crops=crops if crops > 1 else 0,
+                                 view_buckets=tuple(range(1, 400, 2)))
   except ValueError:  # a size the system refuses
     return None
   return encoder

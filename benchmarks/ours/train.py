@@ -115,8 +115,9 @@ class TrainStep(Side):
     """PS3's pre-training: images, captions, the box a caption is about."""
     side, text = self.settings['picture'], encoder.text
     target = np.zeros((rows, side, side), np.float32)
+    cell = side // encoder.grid  # whole cells, so that no tie decides what is selected
     for row in range(rows):
-      target[row, :side // 4, side // 8 * row:side // 8 * row + side // 4] = 1
+      target[row, cell:2 * cell, cell * row:cell * (row + 1)] = 1
     ids = rng.integers(5, min(text.vocab_size, 260), (rows, text.context))
     return {'images': images(rng, rows, side), 'tokens': ids.astype(np.int32), 'target': target}
 
