@@ -1,0 +1,91 @@
+"""PS3's recipes: the published numbers, and decay exactly where the original decays."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from hrvlm_jax.cli import run_config
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.systems.ps3 import recipes, weights
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.optimizer import groups_of, schedule
+from hrvlm_jax.training.step import AFTER_UPDATE, init_state
+from hrvlm_jax.vlm import model as vlm
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'
+
+
+def load(spec):
+  return run_config.load(RunConfig, str(CONFIGS / spec))
+
+
+@pytest.mark.parametrize('spec, steps, batch', [
+  ('ps3_1_5k_pretrain.py', 18_600, 4096), ('ps3_4k_pretrain.py', 18_600, 4096),
+  ('ps3_4k_pretrain.py:script', 293_100, 256), ('ps3_1_5k_pretrain.py:released,siglip2', 18_600,
+                                                4096)])
+def test_published_numbers(spec, steps, batch):
+  config = load(spec)
+  t, o = config.training, config.training.optimizer
+  assert (t.steps, t.batch_size, t.accumulate, t.remat) == (steps, batch, 1, 'layers')
+  assert (o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm, o.ema) == (
+    5e-6, 0.9, 0.95, 1e-8, 3e-4, None, None)
+  rate = schedule(t)
+  np.testing.assert_allclose(float(rate(0)), 5e-6 / 1500, rtol=1e-5)
+  np.testing.assert_allclose(float(rate(1499)), 5e-6, rtol=1e-5)
+  assert float(rate(steps)) < 1e-12
+  assert config.data.regions.global_share == 0.25 and config.data.regions.clean
+  assert config.model.encoder.scales[-1] == (3780 if '4k' in spec else 1512)
+  assert config.model.encoder.text.vocab_size == (256_000 if 'siglip2' in spec else 32_000)
+  assert t.objective in AFTER_UPDATE
+
+
+def test_steps_of_an_epoch():
+  assert recipes.epoch_steps(256) == 3908 and recipes.epoch_steps(4096) == 248
+  with pytest.raises(ValueError, match='batch must be one of'):
+    recipes.run('4k', batch='huge')
+  with pytest.raises(ValueError, match="size must be '1_5k' or '4k'"):
+    recipes.run('2k')
+
+
+@pytest.mark.parametrize('name', ['ps3_4k_siglip', 'ps3_1_5k_cradio_v2_l'])
+def test_the_same_tensors_are_decayed_as_in_the_original(name):
+  """By the original's rule over its own names and shapes, through the name table."""
+  lists = [json.loads((KEYS / f'{name}.{part}.json').read_text()) for part in ('vision', 'text')]
+  config = weights.vision_from_hf(lists[0]['config'], text=weights.text_from_hf(lists[1]['config']))
+  spec = load('ps3_4k_pretrain.py')
+  fn = vlm.build(spec.model.__class__(system='ps3', encoder=config, text=None, image_token=None))
+  groups = groups_of(spec.training, fn.abstract)
+  shapes = lists[0]['tensors'] | lists[1]['tensors'] | {'logit_scale': [], 'logit_bias': []}
+  for row in weights.model_table(config).rows:
+    for theirs in row.names:
+      first = theirs.replace('{i}', '0')
+      wanted = len(shapes[first]) >= 2 and not any(
+        word in first for word in ('bn', 'ln', 'bias', 'logit_scale'))
+      for ours in row.our_paths:
+        assert groups[ours].decay == wanted, (ours, first)
+
+
+def test_the_state_of_the_4k_model_builds_and_everything_trains():
+  config = load('ps3_4k_pretrain.py')
+  fn = vlm.build(config.model)
+  groups = groups_of(config.training, fn.abstract)
+  state = jax.eval_shape(lambda p: init_state(config.training, groups, p), fn.abstract)
+  size = lambda leaves: sum(int(np.prod(leaf.shape)) for leaf in leaves)
+  params = size(paths.flatten(state['params']).values())
+  assert params == 575_799_872 + 452_393_712 + 2
+  assert size(x for x in jax.tree.leaves(state['opt']) if x.ndim) == 2 * (params - 2)
+
+
+def test_headers_and_arguments():
+  for size in ('1_5k', '4k'):
+    words = runpy.run_path(str(CONFIGS / f'ps3_{size}_pretrain.py'))['__doc__']
+    for word in ('Command:', 'Hardware:', 'Time:', 'Expected:', f'configs/ps3_{size}_pretrain.py'):
+      assert word in words
+  with pytest.raises((UserError, KeyError, ValueError)):
+    load('ps3_4k_pretrain.py:huge')
