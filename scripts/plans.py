@@ -22,10 +22,10 @@ GIB = 1 << 30
 # Name of the report -> arguments of `hrvlm plan`. A batch of 128 on 256 chips needs an axis beside
 # data and fsdp, hence tensor=2.
 CASES = {
-  'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr.py:7b_stage2 --topology v5e:16x16 '
+  'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr_7b_stage2.py --topology v5e:16x16 '
   '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1 '
   '--config.training.dtype=bfloat16 --config.training.remat=layers',
-  'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr.py:7b_stage2 --topology v5p:4x4x4 '
+  'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr_7b_stage2.py --topology v5p:4x4x4 '
   '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1 '
   '--config.training.dtype=bfloat16 --config.training.remat=layers',
 }

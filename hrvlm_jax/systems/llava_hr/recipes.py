@@ -25,6 +25,10 @@ _NUMBERS = {
 }
 
 
+# Never read: the ConvNeXt's classifier, CLIP's final norm.
+UNREAD = r'vision/(slow/head|fast/post_norm)/.*'
+
+
 def run(stage: str) -> dict[str, Any]:
   """The `data` and `training` sections of a run config.
 
@@ -34,7 +38,9 @@ def run(stage: str) -> dict[str, Any]:
   if stage not in STAGES:
     raise ValueError(f'stage must be one of {STAGES}, got {stage!r}')
   numbers = _NUMBERS[stage]
-  groups = [dict(pattern=pattern, decay=False, frozen=not on) for pattern, on in TRAINABLE[stage]]
+  groups = [dict(pattern=UNREAD, frozen=True),
+            *(dict(pattern=pattern, decay=False, frozen=not on)
+              for pattern, on in TRAINABLE[stage])]
   return {
     'data': dict(
       train=numbers['train'], tokenizer='vicuna-7b-v1.5', lengths=numbers['lengths'],

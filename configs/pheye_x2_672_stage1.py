@@ -1,0 +1,21 @@
+"""Pheye-x2-672, stage 1: dense captions (ShareGPT4V-PT, 1,246K).
+
+Command:  hrvlm convert --config configs/pheye_x2_672_stage1.py --part vision/tower=DFN5B_CLIP_H
+            --part language=PHI_1_5_SLIMORCA --to weights/pheye_x2_672_start
+          hrvlm train --config configs/pheye_x2_672_stage1.py --workdir runs/pheye_x2_672_stage1
+          (`configs/pheye_x2_672_stage1.py:code` freezes the first LoRA set, as the original's
+          code does by accident; its paper trains both)
+Hardware: not published; 8 x 80 GB with `--config.mesh.data=8`.
+Time:     not published, not run here.
+Expected: published after stage 3 only.
+Open:     optimizer, warm-up, clipping, epochs, longest text (systems/pheye/recipes.py).
+"""
+
+from hrvlm_jax.systems.pheye import recipes as pheye
+from hrvlm_jax.training import recipes
+
+
+def get_config(adapters='paper'):
+  first = pheye.trains_first(adapters)
+  return recipes.config(pheye.model('pheye_x2_672', train_first_adapter=first),
+                        pheye.run('pheye_x2_672', 1, train_first_adapter=first))

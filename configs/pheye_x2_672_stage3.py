@@ -1,0 +1,19 @@
+"""Pheye-x2-672, stage 3: academic questions and captions (676K).
+
+Command:  hrvlm train --config configs/pheye_x2_672_stage3.py --workdir runs/pheye_x2_672_stage3
+          (`configs/pheye_x2_672_stage3.py:code` freezes the first LoRA set, as the original's
+          code does by accident; its paper trains both)
+Hardware: not published; 8 x 80 GB with `--config.mesh.data=8`.
+Time:     not published, not run here.
+Expected: VQAv2 76.4, NoCaps 110.5, TextVQA 50.5, TextCaps 115.9 (original's README).
+Open:     optimizer, warm-up, clipping, epochs, longest text (systems/pheye/recipes.py).
+"""
+
+from hrvlm_jax.systems.pheye import recipes as pheye
+from hrvlm_jax.training import recipes
+
+
+def get_config(adapters='paper'):
+  first = pheye.trains_first(adapters)
+  return recipes.config(pheye.model('pheye_x2_672', train_first_adapter=first),
+                        pheye.run('pheye_x2_672', 3, train_first_adapter=first))

@@ -1,0 +1,205 @@
+"""Every run config in `configs/`: builds, shards, and its gradients reach what it trains.
+
+Released sizes are checked with shapes alone; nothing is computed and no weight is made.
+"""
+
+import functools
+import json
+import pathlib
+import runpy
+
+import jax
+from jax.interpreters import partial_eval
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+import numpy as np
+import pytest
+
+from hrvlm_jax.cli import run_config
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.parallel import rules
+from hrvlm_jax.parallel.mesh import AXES
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.optimizer import groups_of
+from hrvlm_jax.training.programs import batch_shapes
+from hrvlm_jax.training.start import run_dtypes
+from hrvlm_jax.training.step import init_state, value_and_grad
+from hrvlm_jax.vlm import model as vlm
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+VILA_STAGES = ('align', 'tower', 'pretrain', 'sft')
+# The names are fixed; PS3's are checked beside their own recipes as well.
+PUBLISHED = (
+  *(f'mc_llava_3b_{stage}.py' for stage in ('projector', 'full', 'lora')),
+  *(f'pheye_x{x}_{side}_stage{n}.py' for x in (4, 2) for side in (448, 672) for n in (1, 2, 3)),
+  'pheye_x4_448_stage1.py:code',
+  *(f'llava_hr_{size}_stage{n}.py' for size in ('7b', 'x_13b') for n in (1, 2)),
+  *(f'vila_hd_8b_{size}.py:{stage}' for size in ('1_5k', '4k') for stage in VILA_STAGES),
+  'vila_hd_8b_1_5k.py:sft,siglip2', 'vila_hd_8b_1_5k.py:sft,cradio_v2')
+
+
+def load(spec):
+  return run_config.load(RunConfig, str(CONFIGS / spec))
+
+
+def every_file():
+  files = {path.name for path in CONFIGS.glob('*.py')}
+  named = {spec.partition(':')[0] for spec in PUBLISHED}
+  return sorted(name for name in files if name not in named and not name.startswith('ps3_'))
+
+
+def test_all_files_are_in_the_list():
+  assert every_file() == []
+
+
+def test_every_header_says_how_to_run_it():
+  problems = []
+  for path in CONFIGS.glob('*.py'):
+    text = (runpy.run_path(str(path))['__doc__'] or '')
+    problems += [f'{path.name}: no {word}' for word in ('Command:', 'Hardware:', 'Time:', 'Expected:')
+                 if word not in text]
+    if f'configs/{path.name}' not in text:
+      problems.append(f'{path.name}: its command names another file')
+  assert not problems
+
+
+@pytest.mark.parametrize('spec', PUBLISHED)
+def test_a_released_size_builds_abstractly(spec):
+  """Shapes, shardings on 64 devices, optimizer state: float32 masters, frozen leaves without."""
+  config = load(spec)
+  fn, t = model_of(json.dumps(to_values(config))), config.training
+  groups = groups_of(t, fn.abstract)
+  wanted = run_dtypes(t, groups, fn.abstract)
+  state = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
+  trained = {path for path, group in groups.items() if not group.frozen}
+  flat = paths.flatten(state['params'])
+  assert trained and len(trained) < len(flat) + 1
+  for path, leaf in flat.items():
+    assert leaf.dtype == (jnp.float32 if path in trained else jnp.bfloat16), path
+  moments = [leaf for leaf in jax.tree.leaves(state['opt']) if leaf.ndim]
+  size = sum(int(np.prod(flat[path].shape)) for path in trained)
+  assert sum(int(np.prod(leaf.shape)) for leaf in moments) == 2 * size
+  assert all(leaf.dtype == jnp.float32 for leaf in moments)
+  mesh = AbstractMesh((4, 16, 1, 1), AXES)
+  shardings = rules.state_shardings(state, mesh)
+  whole = [path for path, leaf in paths.flatten(shardings['params']).items()
+           if leaf.is_fully_replicated and int(np.prod(flat[path].shape)) > 2**24]
+  assert not whole, 'large leaves lie whole on every device'
+
+
+@pytest.mark.parametrize('spec', sorted({spec: None for spec in PUBLISHED}))
+def test_gradients_reach_every_trained_leaf(spec):
+  reached, trained = gradients(*gradient_key(load(spec)))
+  assert sorted(trained - reached) == []
+
+
+def test_stages_follow_each_other():
+  """A stage starts where the one before it ends, in the work directory its header names."""
+  for spec in PUBLISHED:
+    start = load(spec).training.init_from
+    folder, _, name = start.partition('/')
+    assert folder in ('weights', 'runs'), spec
+    if folder == 'runs':
+      before = [s for s in PUBLISHED if name in
+                (s.removesuffix('.py'), s.replace('.py:', '_').partition(',')[0])]
+      assert before, f'{spec} starts from {start}, which no config makes'
+
+
+def test_published_numbers():
+  stage = load('pheye_x2_672_stage2.py').training
+  assert (stage.steps, stage.batch_size, stage.optimizer.learning_rate) == (7531, 128, 1e-4)
+  assert stage.loss_average == 'tokens' and stage.optimizer.schedule == 'cosine'
+  stage = load('llava_hr_7b_stage2.py').training
+  assert (stage.steps, stage.batch_size, stage.optimizer.learning_rate) == (5198, 128, 2e-5)
+  lora = load('mc_llava_3b_lora.py').model.text.lora[0]
+  assert (lora.rank, lora.alpha, lora.dropout) == (64, 16.0, 0.05)
+  sft = load('vila_hd_8b_4k.py:sft').training
+  assert (sft.batch_size, sft.optimizer.learning_rate, sft.optimizer.clip_norm) == (
+    1024, 1.5e-5, 5.0)
+
+
+@pytest.mark.parametrize('name, counts', [('pheye_x4_448', 295_136_192), ('pheye_x2_672', None)])
+def test_the_first_adapter_trains_as_the_paper_or_as_the_code(name, counts):
+  """Trained parameters without the first set: the paper's own number."""
+  code, paper = (load(f'{name}_stage1.py{arg}') for arg in (':code', ''))
+  size = {}
+  for key, config in (('code', code), ('paper', paper)):
+    flat = paths.flatten(vlm.build(config.model).abstract)
+    groups = groups_of(config.training, vlm.build(config.model).abstract)
+    size[key] = sum(int(np.prod(flat[p].shape)) for p, g in groups.items() if not g.frozen)
+    first = {groups[p].frozen for p in flat if p.endswith('_first')}
+    assert first == {key == 'code'}
+  assert size['paper'] - size['code'] == 5_913_184
+  # The published count holds the unread third norm (2 x 1280) too.
+  assert counts is None or size['code'] + 2 * 1280 == counts
+
+
+def to_values(config):
+  return to_dict(config.model)
+
+
+@functools.cache
+def model_of(text):
+  return vlm.build(from_dict(ModelConfig, json.loads(text)))
+
+
+def gradient_key(config):
+  """What decides which leaves gradients reach, hashable: stages with the same share one trace."""
+  t = config.training
+  groups = [to_dict(group) for group in t.groups]
+  return (json.dumps(to_values(config)), json.dumps(groups), t.objective, max(config.data.lengths))
+
+
+@functools.cache
+def gradients(model, groups, objective, length):
+  """(leaves whose gradient depends on something, trained leaves), from shapes alone."""
+  values = {'model': json.loads(model), 'data': {'train': '', 'lengths': [length]},
+            'training': {'steps': 1, 'batch_size': 1, 'groups': json.loads(groups),
+                         'optimizer': {'learning_rate': 1.0}, 'objective': objective}}
+  config = from_dict(RunConfig, values)
+  fn = model_of(model)
+  found = groups_of(config.training, fn.abstract)
+  batch = batch_shapes(config, 1, length=length, image=(900, 700))
+  names = []
+
+  def grads(params, batch):
+    out = value_and_grad(fn, config.training, found, params, batch, jax.random.key(0))[2]
+    names[:] = sorted(out)
+    return [out[name] for name in names]
+
+  jaxpr = jax.make_jaxpr(grads)(fn.abstract, batch).jaxpr
+  return reached_outputs(jaxpr, names), frozenset(names)
+
+
+def reached_outputs(jaxpr, names):
+  """Outputs that depend on an input; a gradient of nothing but zeros depends on none."""
+  found = set()
+  for place, name in enumerate(names):
+    used = [i == place for i in range(len(names))]
+    _, inputs = partial_eval.dce_jaxpr(jaxpr, used)
+    if any(inputs):
+      found.add(name)
+  return frozenset(found)
+
+
+def test_the_check_of_gradients_finds_a_leaf_that_is_not_reached():
+  def loss(params, x):
+    def layer(x, leaf):
+      return x * leaf['used'] + jax.lax.stop_gradient(leaf['cut']).sum() * 0 + 1, None
+
+    return jax.lax.scan(layer, x, params['layers'])[0].sum() + params['out'].sum()
+
+  params = {'layers': {'used': jnp.ones((3, 2)), 'cut': jnp.ones((3, 2)),
+                       'unread': jnp.ones((3, 2))}, 'out': jnp.ones(2)}
+  flat = paths.flatten(params)
+  names = sorted(flat)
+
+  def grads(flat, x):
+    out = jax.grad(lambda f: loss(paths.unflatten(f), x))(flat)
+    return [out[name] for name in names]
+
+  jaxpr = jax.make_jaxpr(grads)(flat, jnp.ones(2)).jaxpr
+  # The gradient of `out` is a constant 1: it depends on no input, but no weight of a model is so.
+  assert reached_outputs(jaxpr, names) == {'layers/used'}
