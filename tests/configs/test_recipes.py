@@ -58,8 +58,8 @@ def test_every_header_says_how_to_run_it():
   problems = []
   for path in CONFIGS.glob('*.py'):
     text = (runpy.run_path(str(path))['__doc__'] or '')
-    problems += [f'{path.name}: no {word}' for word in ('Command:', 'Hardware:', 'Time:', 'Expected:')
-                 if word not in text]
+    problems += [f'{path.name}: no {word}' for word in ('Command', 'Hardware', 'Time', 'Expected')
+                 if f'{word}:' not in text]
     if f'configs/{path.name}' not in text:
       problems.append(f'{path.name}: its command names another file')
   assert not problems
