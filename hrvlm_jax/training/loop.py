@@ -37,6 +37,7 @@ from hrvlm_jax.training.saving import Saver
 from hrvlm_jax.training.start import check_same_model, initial_params, run_dtypes, stored_params
 from hrvlm_jax.training.step import State, init_state, make_train_step
 from hrvlm_jax.training.usage import Meter
+from hrvlm_jax.training.workdir import Workdir
 from hrvlm_jax.vlm import model as vlm
 
 # Left in the work directory by a run that was told to end; scripts/worker_run.sh looks for it.
@@ -62,6 +63,8 @@ def train(
   SIGTERM and SIGINT finish the step at hand, save and return with `interrupted`.
 
   Args:
+    workdir: a folder, or the address of one in a bucket (gs://...), which several hosts need unless
+      they share a file system.
     params: initial parameters (instead of random ones or `init_from`); ignored on resume.
     on_step: called after every step (tests, in-loop evaluation).
 
@@ -69,18 +72,23 @@ def train(
     UserError: bad config or data; a non-finite loss (with the steps and the saved batch); the
       work directory belongs to another config.
   """
-  workdir = pathlib.Path(workdir)
+  with Workdir(workdir, main=distributed.is_main()) as place:
+    return _train(config, place, progress, params, on_step)
+
+
+def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_step) -> Result:
+  workdir = place.local
   layout = Layout(config.mesh)
   resolved = to_dict(config)
   distributed.check_same(json.dumps(resolved), what='the config')
-  check_same_model(workdir, resolved)
+  check_same_model(workdir, resolved, checkpoints=place.address)
   if distributed.is_main():
     (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
     tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
     (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
-    (workdir / PREEMPTED).unlink(missing_ok=True)
+    place.remove(PREEMPTED)
   distributed.barrier('work directory')
-  if not (workdir / 'config.json').exists():
+  if not place.shared and not (workdir / 'config.json').exists():
     raise UserError(f'{workdir}: process {jax.process_index()} does not see what process 0 wrote '
                     'there; several hosts need a work directory on storage that they share')
 
@@ -91,7 +99,7 @@ def train(
   groups = groups_of(t, fn.abstract)
   batches = make_batches(config, layout)
   evaluate = evaluation_of(config, workdir)
-  with store.TrainStore(workdir, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
+  with store.TrainStore(place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
     if params is None:
       stored = _stored_before(config, saver)

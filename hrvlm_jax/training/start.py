@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -156,14 +157,15 @@ def few(names: list[str]) -> str:
   return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
 
 
-def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any]) -> None:
+def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
+                     checkpoints: str | os.PathLike | None = None) -> None:
   """Refuses to go on with another model in the same work directory.
 
   Raises:
     UserError: the first setting that differs.
   """
   path = workdir / 'config.json'
-  if not path.exists() or not store.steps(workdir):
+  if not path.exists() or not store.steps(workdir if checkpoints is None else checkpoints):
     return
   before = json.loads(path.read_text())
   if before.get('model') != resolved['model']:
