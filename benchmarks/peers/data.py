@@ -3,7 +3,7 @@
     python -m benchmarks.peers.data        reads commands, answers in JSON, one line each
 
 transformers' CLIP and SigLIP processors and ps3-torch's are the published code. What stands around
-them in the originals (cutting, padding) is written here from their description: it lives in research
+them in the originals (cutting, padding) is written here from its description: it lives in research
 repositories, not in packages. torchvision's three operations in ps3-torch's processor are given by
 the same calls to Pillow and PyTorch that it makes (its wheel fails beside a CPU-only PyTorch).
 """
@@ -66,7 +66,7 @@ def ps3(settings):
 
 def llava_hr(settings):
   """LLaVA-HR: padded to a square, then the CLIP processor at the high resolution."""
-  size, processor = settings['size'], clip(settings['size'])
+  processor = clip(settings['size'])
 
   def run(data):
     image = opened(data)

@@ -67,14 +67,16 @@ class ImageRef:
     return images.read_file(inside(self.folder, self.path), name=self.name)
 
   def open(
-    self, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+    self, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS,
+    inexact: int | None = None,
   ) -> Image.Image:
     """The decoded image in its own mode; see `core.images.open_image`.
 
     Raises:
       UserError: see `read` and `core.images.open_image`.
     """
-    return images.open_image(self.read(), exif=exif, max_pixels=max_pixels, name=self.name)
+    return images.open_image(self.read(), exif=exif, max_pixels=max_pixels, name=self.name,
+                             inexact=inexact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,8 @@ def inside(folder: str, path: str) -> str:
 
 
 def open_images(
-  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS,
+  inexact: int | None = None,
 ) -> list[Image.Image]:
   """All images of a row, decoded.
 
@@ -124,7 +127,7 @@ def open_images(
   opened = []
   for ref in row.images:
     try:
-      opened.append(ref.open(exif=exif, max_pixels=max_pixels))
+      opened.append(ref.open(exif=exif, max_pixels=max_pixels, inexact=inexact))
     except images.ImageError as error:
       raise BadRow(error.kind, row.where, str(error)) from error
     except UserError as error:
@@ -133,7 +136,8 @@ def open_images(
 
 
 def image_sizes(
-  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS
+  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS,
+  inexact: int | None = None,
 ) -> list[tuple[int, int]]:
   """(width, height) of all images of a row as `open_images` would give them, from their headers.
 
@@ -144,7 +148,8 @@ def image_sizes(
   for ref in row.images:
     try:
       source = ref.data if ref.data is not None else inside(ref.folder, ref.path)
-      sizes.append(images.image_size(source, max_pixels=max_pixels, name=ref.name, exif=exif))
+      sizes.append(images.image_size(source, max_pixels=max_pixels, name=ref.name, exif=exif,
+                                     inexact=inexact))
     except images.ImageError as error:
       raise BadRow(error.kind, row.where, str(error)) from error
     except UserError as error:

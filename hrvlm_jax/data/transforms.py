@@ -169,6 +169,7 @@ class ToExample:
   Attributes:
     views: (images, encoder config) -> dict of arrays with 'tokens' per image.
     exif: 'apply' turns photographs upright, 'ignore' follows the originals.
+    inexact: decode JPEG files at a fraction of their size (`core.images.open_image`).
     max_length: the largest bucket; a row that is longer after `limit` is a bad row.
     limit: length of the text, as the original of the system treats it.
     boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
@@ -181,6 +182,7 @@ class ToExample:
   views: Callable[[Sequence[Image.Image], Any], dict[str, np.ndarray]]
   encoder: Any
   exif: str = 'apply'
+  inexact: int | None = None
   max_length: int | None = None
   limit: TextLimit = TextLimit()
   boxes: bool = False
@@ -203,7 +205,7 @@ class ToExample:
       UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
     """
     encoded = self.encode(row)
-    images = open_images(row, exif=self.exif)[:self.images_of(row, encoded)]
+    images = open_images(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
     boxes = [None] * len(images)
     if self.boxes and row.extra.get('box') is not None:
       if len(images) != 1:
@@ -252,7 +254,7 @@ class ToExample:
       encoded, sizes = opened.encoded, [image.size for image in opened.images]
     else:
       encoded = self.encode(row)
-      sizes = image_sizes(row, exif=self.exif)[:self.images_of(row, encoded)]
+      sizes = image_sizes(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
     counts = [self.count(*size, self.encoder) for size in sizes]
     tokens = [count.tokens for count in counts]
     return Size(len(self.finish(row, encoded, tokens)['tokens']),

@@ -45,7 +45,8 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int =
                     'remove it')
   text = text_of(config.model, tokenizer_of(data.tokenizer))
   example = ToExample(text=text, views=system.views, count=system.count,
-                      encoder=config.model.encoder, exif=data.exif, max_length=max(data.lengths),
+                      encoder=config.model.encoder, exif=data.exif, inexact=data.inexact_decode,
+                      max_length=max(data.lengths),
                       limit=TextLimit(length=data.max_length, policy=data.too_long),
                       boxes=data.boxes, augment=data.background)
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=data.lengths,

@@ -158,6 +158,9 @@ class DataConfig:
     order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
     group: (examples per device and micro-batch, devices) of the grouping; None: whole batches.
     exif: 'apply' turns photographs upright; 'ignore' as the originals did.
+    inexact_decode: decode JPEG files at 1/2, 1/4 or 1/8 of their size while both sides stay at
+      least so many pixels: several times faster, INEXACT (other pixels than the originals saw, and
+      fewer crops where their number depends on the size). None: exact.
     bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
     lanes: parts of a batch that hosts own whole; a multiple of every host count. With `packing`
@@ -183,6 +186,7 @@ class DataConfig:
   order: OrderName = 'uniform'
   group: tuple[int, int] | None = None
   exif: Literal['apply', 'ignore'] = 'apply'
+  inexact_decode: int | None = None
   bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0
   lanes: int = 8

@@ -216,3 +216,52 @@ def test_resize_and_crop_refuse_nonsense():
     images.crop(image, (2, 0, 2, 5))
   part = images.crop(image, (1, 2, 4, 5))
   np.testing.assert_array_equal(np.asarray(part), np.asarray(image)[2:5, 1:4])
+
+
+@pytest.mark.parametrize('piece', [1 << 23, 500])
+def test_parts_and_canvases_are_those_of_the_whole(monkeypatch, piece):
+  """Byte for byte, in one piece and in many strips."""
+  monkeypatch.setattr(images, '_PIECE', piece)
+  rng = np.random.default_rng(piece)
+  for _ in range(25):
+    width, height = (int(n) for n in np.exp(rng.uniform(0, 5.3, 2)))
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+    size = tuple(int(n) for n in rng.integers(1, 200, 2))
+    x0, y0 = (int(rng.integers(0, n)) for n in size)
+    box = (x0, y0, int(rng.integers(x0 + 1, size[0] + 1)), int(rng.integers(y0 + 1, size[1] + 1)))
+    part = images.resize_part(image, size, box)
+    assert part.tobytes() == images.resize_exact(image, size).crop(box).tobytes()
+    canvas = (width + int(rng.integers(0, 90)), height + int(rng.integers(0, 90)))
+    place = tuple(int(rng.integers(0, c - n + 1)) for c, n in zip(canvas, image.size))
+    page = Image.new('RGB', canvas, (122, 116, 104))
+    page.paste(image, place)
+    made = images.resize_on_canvas(image, canvas, place, (122, 116, 104), size)
+    assert made.tobytes() == images.resize_exact(page, size).tobytes()
+  with pytest.raises(ValueError, match='leaves the canvas'):
+    images.resize_on_canvas(image, image.size, (1, 0), (0, 0, 0), (8, 8))
+  with pytest.raises(ValueError, match='box'):
+    images.resize_part(image, (8, 8), (0, 0, 9, 8))
+
+
+def test_scaled_decoding_is_asked_for(tmp_path):
+  image = Image.effect_noise((640, 480), 80).convert('RGB')
+  image.save(tmp_path / 'a.jpg')
+  image.save(tmp_path / 'a.png')
+  for name, wanted in (('a.jpg', (320, 240)), ('a.png', (640, 480))):
+    path = tmp_path / name
+    assert images.open_image(path).size == images.image_size(path) == (640, 480)
+    assert images.open_image(path, inexact=200).size == wanted
+    assert images.image_size(path, inexact=200) == wanted
+    assert images.open_image(path, inexact=400).size == (640, 480)
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'webp', 'tif'])
+def test_sizes_of_turned_images(tmp_path, suffix):
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  path = tmp_path / f'a.{suffix}'
+  Image.new('RGB', (30, 20)).save(path, exif=exif)
+  assert images.image_size(path) == images.open_image(path, exif='ignore').size
+  assert images.image_size(path, exif='apply') == images.open_image(path).size == (20, 30)
+  Image.new('RGB', (30, 20)).save(path)
+  assert images.image_size(path, exif='apply') == (30, 20)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, to_rgb
+from hrvlm_jax.core.images import MAX_PIXELS, resize_on_canvas, resize_part, to_rgb
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.llava_hr.config import CLIP_MEAN, LlavaHRConfig
 
@@ -49,14 +49,10 @@ def to_square(image: Image.Image, size: int, *, aspect: str = 'pad',
   if aspect == 'pad':
     side, place = pad_geometry(*image.size)
     _check(image, side * side)
-    if image.width != image.height:
-      square = Image.new('RGB', (side, side), background(mean))
-      square.paste(image, place)
-      image = square
-    return resize_exact(image, (size, size))
+    return resize_on_canvas(image, (side, side), place, background(mean), (size, size))
   resized, (left, top) = square_geometry(*image.size, size)
   _check(image, resized[0] * resized[1])
-  return resize_exact(image, resized).crop((left, top, left + size, top + size))
+  return resize_part(image, resized, (left, top, left + size, top + size))
 
 
 def count(width: int, height: int, config: LlavaHRConfig) -> Count:

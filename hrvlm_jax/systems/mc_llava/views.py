@@ -99,10 +99,24 @@ def count(width: int, height: int, config: MCLlavaConfig) -> Count:
 
 
 def view_pixels(image: Image.Image, boxes: Sequence[Box], size: int) -> np.ndarray:
-  """uint8 [m size size 3]: each box resized without keeping its aspect ratio, as the original."""
+  """uint8 [m size size 3]: each box resized without keeping its aspect ratio, as the original.
+
+  Boxes of one column share the horizontal pass, which treats every row alone: half of the work,
+  the same bytes.
+  """
   rgb = image if image.mode == 'RGB' else image.convert('RGB')
-  return np.stack([
-    np.asarray(resize_exact(rgb.crop(box), (size, size)), np.uint8) for box in boxes])
+  out = np.empty((len(boxes), size, size, 3), np.uint8)
+  columns: dict[tuple[int, int], list[int]] = {}
+  for number, (x0, _, x1, _) in enumerate(boxes):
+    columns.setdefault((x0, x1), []).append(number)
+  for (x0, x1), members in columns.items():
+    first = min(boxes[n][1] for n in members)
+    column = rgb.crop((x0, first, x1, max(boxes[n][3] for n in members)))
+    column = resize_exact(column, (size, column.height))
+    for n in members:
+      view = column.crop((0, boxes[n][1] - first, size, boxes[n][3] - first))
+      out[n] = np.asarray(resize_exact(view, (size, size)))
+  return out
 
 
 def views(images: Sequence[Image.Image], config: MCLlavaConfig) -> Views:

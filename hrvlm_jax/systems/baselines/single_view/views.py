@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact
+from hrvlm_jax.core.images import resize_exact, resize_on_canvas
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import Count, Views
 
@@ -22,13 +22,12 @@ def count(width: int, height: int, config: SingleViewConfig) -> Count:
 
 def view_pixels(image: Image.Image, config: SingleViewConfig) -> np.ndarray:
   """uint8 [size size 3]."""
-  rgb = image if image.mode == 'RGB' else image.convert('RGB')
+  rgb, size = image if image.mode == 'RGB' else image.convert('RGB'), config.vision.image_size
   if config.fit == 'pad' and rgb.width != rgb.height:
     side = max(rgb.size)
-    canvas = Image.new('RGB', (side, side), tuple(int(255 * m) for m in config.mean))
-    canvas.paste(rgb, ((side - rgb.width) // 2, (side - rgb.height) // 2))
-    rgb = canvas
-  size = config.vision.image_size
+    place = ((side - rgb.width) // 2, (side - rgb.height) // 2)
+    return np.asarray(resize_on_canvas(
+      rgb, (side, side), place, tuple(int(255 * m) for m in config.mean), (size, size)), np.uint8)
   return np.asarray(resize_exact(rgb, (size, size)), np.uint8)
 
 
