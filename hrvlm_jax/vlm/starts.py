@@ -142,14 +142,14 @@ def open_part(config: ModelConfig, flat: Mapping[str, Any], text: str, *,
   if not equals or not name or not place:
     raise UserError(f'part {text!r}: expected PATH=SOURCE, as in language=FOLDER')
   names = tuple(part.strip('/') for part in name.split('+'))
+  for part in names:
+    if names != (LORA,) and not any(path == part or path.startswith(f'{part}/') for path in flat):
+      known = {'/'.join(p.split('/')[:i]) for p in flat for i in (1, 2)}
+      raise UserError(f'{text}: {unknown(part, known, what="part")}')
   source, origin = hub.resolve(place)
   if names == (LORA,):
     tensors, table = _lora(config, flat, source)
     return Part(names, source, origin, tensors, table)
-  for part in names:
-    if not any(path == part or path.startswith(f'{part}/') for path in flat):
-      known = {'/'.join(p.split('/')[:i]) for p in flat for i in (1, 2)}
-      raise UserError(f'{text}: {unknown(part, known, what="part")}')
   tensors: Mapping[str, np.ndarray] = hf.TensorFolder(source, strict=False)
   values = _settings(source)
   makers = {'language': lambda: _language(config, values)} if config.text is not None else {}
@@ -162,6 +162,8 @@ def open_part(config: ModelConfig, flat: Mapping[str, Any], text: str, *,
     table = makers[names[0]]()
   else:
     table = _subset(config, names)
+    if names[0] in backbones:
+      table = dataclasses.replace(table, ignored={**table.ignored, **_IMAGE_TEXT})
   table = Table(tuple(row for row in table.rows if all(p in flat for p in row.our_paths)),
                 table.ignored, table.unused, table.tied)
   tensors = _unwrapped(tensors, table)

@@ -8,6 +8,7 @@ import numpy as np
 
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.checkpoint.rows import entries
+from hrvlm_jax.core import paths
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
@@ -59,3 +60,11 @@ def read_release(folder, config):
 
   system = registry.get(config.system)
   return open_folders(folder, system.folders) if system.folders else hf.TensorFolder(folder)
+
+
+def random_params(config, seed=0):
+  """Small random parameters of a model, without compiling anything; norms scale by about one."""
+  rng = np.random.default_rng(seed)
+  flat = {path: (0.05 * rng.standard_normal(leaf.shape) + path.endswith('scale')).astype(np.float32)
+          for path, leaf in paths.flatten(vlm.build(config).abstract).items()}
+  return paths.unflatten(flat)

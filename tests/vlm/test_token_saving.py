@@ -9,6 +9,7 @@ import pytest
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.language.decoder import default_positions
+from hrvlm_jax.systems.baselines.anyres import config as anyres
 from hrvlm_jax.systems.baselines.single_view import config as single_view
 from hrvlm_jax.systems.mc_llava import config as mc_llava
 from hrvlm_jax.vlm import fastv, model as vlm, vicrop
@@ -106,7 +107,7 @@ def test_fastv_refuses_what_cannot_work(answerer):
     fastv.with_fastv(answerer, fastv.FastV(layer=2, tokens=64))
 
 
-@pytest.mark.parametrize('method', ['rel_att', 'grad_att'])
+@pytest.mark.parametrize('method', vicrop.METHODS)
 def test_vicrop_maps_are_finite_and_answers_come(answerer, method):
   image, _ = prompts(answerer)
   strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method=method, layer=1, suffix=None,
@@ -114,10 +115,53 @@ def test_vicrop_maps_are_finite_and_answers_come(answerer, method):
   weights = strategy.importance(image, 'what?')
   assert weights.shape == (8, 8) and np.isfinite(weights).all() and (weights >= 0).all()
   assert weights.max() > 0
-  if method == 'rel_att':
+  if method != 'grad_att':
     assert isinstance(strategy.answer(image, 'what?', max_new_tokens=2), str)
 
 
 def test_vicrop_needs_a_grid_of_the_whole_image():
   with pytest.raises(UserError, match='mc_llava'):
     vicrop.token_grid('mc_llava', mc_llava.tiny().encoder)
+
+
+def test_pure_gradient_follows_the_pixels_that_decide(answerer):
+  """The gradient equals a finite difference of the score; flat areas count for nothing."""
+  image, _ = prompts(answerer)
+  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method='pure_grad', suffix=None))
+  found, pixels = strategy._gradients([image], 'what?')
+  batch = answerer.batch([([image], 'what?')])
+  held = answerer.generator
+
+  @jax.jit
+  def score(pixels):
+    module = held.fn.bind(held.params)
+    views = {**batch['views'], 'pixels': pixels}
+    embeds, valid, extras = module.prompt({**batch, 'views': views})
+    logits, _, _ = module.prefill(embeds, valid, slots=valid.shape[1], **extras)
+    return jax.nn.log_softmax(logits).max()
+
+  y, x = np.unravel_index(found[0].argmax(), found[0].shape)
+  step, slopes = 2.0, []
+  for channel in range(3):
+    ends = []
+    for sign in (1, -1):
+      moved = np.asarray(pixels, np.float32)
+      moved[0, y, x, channel] += sign * step
+      ends.append(float(score(moved)))
+    slopes.append((ends[0] - ends[1]) / (2 * step) * 255 * 0.5)
+  assert np.linalg.norm(slopes) == pytest.approx(found[0, y, x], rel=0.05)
+
+  flat = np.zeros((40, 40, 3))
+  flat[:20, :20] = np.random.default_rng(0).random((20, 20, 3))
+  mask = vicrop.fine_structure(flat)
+  assert mask[3:15, 3:15].all() and not mask[25:, 25:].any()
+  assert vicrop.block_means(np.arange(16.0).reshape(4, 4), 2).tolist() == [[2.5, 4.5], [10.5, 12.5]]
+
+
+def test_pure_gradient_needs_one_view():
+  config = anyres.tiny()
+  params = jax.jit(vlm.build(config).init)(jax.random.key(0))
+  strategy = vicrop.ViCropAnswerer(Answerer(config, params, tokenizer_of('byte')),
+                                   vicrop.ViCrop(method='pure_grad'))
+  with pytest.raises(UserError, match='needs one view of the whole image per image'):
+    strategy.importance(Image.new('RGB', (90, 50)), 'what?')
