@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import jax
@@ -262,6 +264,73 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(tmp_path):
   assert store.steps(tmp_path) == [1]
   assert not store.is_whole(tmp_path / 'p')
   np.testing.assert_array_equal(store.load_params(tmp_path)['a'], np.ones(3))
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_to_be_replaced(tmp_path):
+  program = textwrap.dedent("""
+      import resource, signal, sys, numpy as np
+      from hrvlm_jax.checkpoint import store
+      from hrvlm_jax.core.errors import UserError
+      store.save_params(sys.argv[1] + '/p', {'a': np.ones(3)}, {'n': 1})
+      signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+      resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+      values = np.random.default_rng(0).random(1 << 16)
+      try: store.save_params(sys.argv[1] + '/p', {'a': values}, {}, overwrite=True)
+      except UserError as error: print(error)
+      try: store.save_params(sys.argv[1] + '/q', {'a': values}, {})
+      except UserError as error: print(error)
+  """)
+  run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,
+                       text=True)
+  assert run.stdout.count('cannot write the checkpoint') == 2, run.stderr
+  assert [p.name for p in tmp_path.iterdir()] == ['p']  # nothing half-written stays behind
+  assert store.load_config(tmp_path / 'p') == {'n': 1}
+  np.testing.assert_array_equal(store.load_leaf(tmp_path / 'p', 'a'), np.ones(3))
+
+
+def test_missing_permission_is_a_sentence_and_loses_nothing():
+  """As a user without rights in the folder, also where the suite itself runs as root."""
+  program = textwrap.dedent("""
+      import os, sys, numpy as np
+      from hrvlm_jax.checkpoint import hf, store
+      from hrvlm_jax.core.errors import UserError
+      root = sys.argv[1]
+      store.save_params(root + '/p', {'a': np.ones(3)}, {'n': 1})
+      checkpoints = store.TrainStore(root + '/run')
+      checkpoints.save(1, {'params': {'a': np.ones(3)}}); checkpoints.wait()
+      for folder in (root, root + '/run/checkpoints'): os.chmod(folder, 0o555)
+      if os.geteuid() == 0:
+        os.setgroups([]); os.setgid(65534); os.setuid(65534)
+      for save in (lambda: store.save_params(root + '/p', {'a': np.zeros(3)}, {}, overwrite=True),
+                   lambda: store.save_params(root + '/q', {'a': np.zeros(3)}, {}),
+                   lambda: (checkpoints.save(2, {'params': {'a': np.zeros(3)}}),
+                            checkpoints.wait()),
+                   lambda: hf.write_folder(root + '/out', [('a', np.ones(1))])):
+        try: save()
+        except UserError as error: print(error)
+  """)
+  with tempfile.TemporaryDirectory() as folder:
+    pathlib.Path(folder).chmod(0o755)
+    run = subprocess.run([sys.executable, '-c', program, folder], capture_output=True, text=True)
+    pathlib.Path(folder).chmod(0o755)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 4, (run.stdout, run.stderr[-2000:])
+    for line in lines:
+      assert line.startswith('cannot write') and 'permission denied; choose a folder' in line
+    assert store.load_config(f'{folder}/p') == {'n': 1} and store.steps(f'{folder}/run') == [1]
+    assert sorted(p.name for p in pathlib.Path(folder).iterdir()) == ['p', 'run']
+
+
+def test_training_state_in_another_dtype(tmp_path):
+  """Masters saved in float32, read as bfloat16 and back: what the abstract state asks for."""
+  values = jnp.linspace(-3, 3, 12).reshape(3, 4)
+  with store.TrainStore(tmp_path) as checkpoints:
+    checkpoints.save(1, {'params': {'a': values}, 'mu': {'a': values}})
+  like = {'params': {'a': jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)},
+          'mu': {'a': jax.ShapeDtypeStruct((3, 4), jnp.float32)}}
+  state = store.TrainStore(tmp_path).restore(like).state
+  assert state['params']['a'].dtype == jnp.bfloat16 and state['mu']['a'].dtype == jnp.float32
+  np.testing.assert_array_equal(state['params']['a'], values.astype(jnp.bfloat16))
 
 
 def test_a_file_in_the_way_is_a_sentence(tmp_path):
