@@ -15,6 +15,7 @@ from hrvlm_jax.data.plan import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.data import SampleConfig
+from hrvlm_jax.training.contrastive import ContrastiveConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,8 @@ class TrainingConfig:
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
       'micro_batch' averages the means of micro-batches (the LLaVA trainer).
+    contrast: objective ps3_pretrain: weights and switches of its losses; `loss_chunk` replaces its
+      `chunk`.
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
       `training.determinism` for what that is and costs.
     profile: first and last step of a window that is traced into `<workdir>/profile`.
@@ -109,6 +112,7 @@ class TrainingConfig:
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
   loss_chunk: int = 1024
   objective: str = 'next_token'
+  contrast: ContrastiveConfig = ContrastiveConfig()
   deterministic: bool = False
   profile: tuple[int, int] | None = None
   mfu: bool = True

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Functional
@@ -29,6 +29,9 @@ class ContrastiveConfig:
   Attributes:
     select_target: the ground-truth map overrides the selection.
     pool_target: pool only tokens the map covers.
+    intra_image: rows that show the same image are negatives of each other ("intra-image
+      contrast"; the paper found it harmful, the original draws one row of an image). Off: such
+      pairs are left out.
     chunk: columns of the logit matrix that exist at a time; None: all of them.
   """
 
@@ -36,13 +39,14 @@ class ContrastiveConfig:
   posterior_weight: float = 1.0
   select_target: bool = True
   pool_target: bool = True
+  intra_image: bool = False
   chunk: int | None = 1024
 
 
 def sigmoid_loss(
   image: Float[Array, 'b o'], text: Float[Array, 'b o'], logit_scale: Float[Array, ''],
   logit_bias: Float[Array, ''], *, axis: str | None = None, chunk: int | None = None,
-  counted: Bool[Array, 'b'] | None = None,
+  counted: Bool[Array, 'b'] | None = None, group: Int[Array, 'b'] | None = None,
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
   """SigLIP's loss: (sum over all pairs of softplus(-z * logit), number of rows).
 
@@ -55,36 +59,45 @@ def sigmoid_loss(
     axis: mesh axis of a `shard_map`: the texts of all devices are gathered (features, not logits)
       and the returned sums are this device's; add them up with `psum`.
     counted: rows that take part, None: all. Others are in no pair.
+    group: rows of the same number are no negatives of each other (see `intra_image`).
   """
   image, text = wide(image), wide(text)
   rows, first = image.shape[0], 0
   own_counts = jnp.ones(rows, bool) if counted is None else counted
   other_counts = own_counts
+  own_group = jnp.arange(rows) if group is None else group
+  other_group = own_group
   if axis is not None:
     first = jax.lax.axis_index(axis) * rows
     text = jax.lax.all_gather(text, axis, tiled=True)
     other_counts = jax.lax.all_gather(own_counts, axis, tiled=True)
+    if group is not None:
+      other_group = jax.lax.all_gather(own_group, axis, tiled=True)
   columns = text.shape[0]
   chunk = columns if chunk is None else min(chunk, columns)
   extra = -columns % chunk
   parts = jnp.pad(text, ((0, extra), (0, 0))).reshape(-1, chunk, text.shape[-1])
   others = jnp.pad(other_counts, (0, extra)).reshape(-1, chunk)
+  groups = None if group is None else jnp.pad(other_group, (0, extra)).reshape(-1, chunk)
   scale, bias = jnp.exp(wide(logit_scale)), wide(logit_bias)
   own = first + jnp.arange(rows)
 
   @jax.checkpoint
   def body(total, piece):
-    number, part, other = piece
+    number, part, other, theirs = piece
     column = number * chunk + jnp.arange(chunk)
     logits = scale * (image @ part.T) + bias
     sign = jnp.where(own[:, None] == column, 1.0, -1.0)
-    loss = jnp.where(own_counts[:, None] & other, jax.nn.softplus(-sign * logits), 0.0)
+    pairs = own_counts[:, None] & other
+    if theirs is not None:
+      pairs &= (own_group[:, None] != theirs) | (sign > 0)
+    loss = jnp.where(pairs, jax.nn.softplus(-sign * logits), 0.0)
     return total + loss.sum(), None
 
   zero = jnp.zeros((), image.dtype)
   if axis is not None:
     zero = jax.lax.pcast(zero, (axis,), to='varying') if hasattr(jax.lax, 'pcast') else zero
-  total, _ = jax.lax.scan(body, zero, (jnp.arange(parts.shape[0]), parts, others))
+  total, _ = jax.lax.scan(body, zero, (jnp.arange(parts.shape[0]), parts, others, groups))
   return total, own_counts.sum().astype(image.dtype)
 
 
@@ -120,7 +133,9 @@ def pretrain_losses(
   Args:
     fn, params: of `systems.ps3.model.build`.
     batch: see `PS3.__call__`; `is_global` absent means that all rows are local, `target` absent
-      switches the selection losses off; `counted` bool [b 1] (optional): rows that take part.
+      switches the selection losses off. Optional: `counted` bool [b 1], rows that take part;
+      `image` int [b 1], rows of equal number show the same image; `prior_target` [b h w], what the
+      bottom-up selection learns where it is not `target`.
   """
   module = fn.bind(params)
   image, text, out = module(
@@ -129,8 +144,11 @@ def pretrain_losses(
   counted = jnp.ones(image.shape[0], bool)
   if batch.get('counted') is not None:
     counted = batch['counted'][:, 0]
+  group = None
+  if batch.get('image') is not None and not config.intra_image:
+    group = batch['image'][:, 0]
   total, rows = sigmoid_loss(image, text, module.logit_scale[...], module.logit_bias[...],
-                             chunk=config.chunk, counted=counted)
+                             chunk=config.chunk, counted=counted, group=group)
   contrastive = total / jnp.maximum(rows, 1)
   losses = {name: jnp.zeros((), contrastive.dtype) for name in ('prior', 'posterior')}
   if batch.get('target') is not None:
@@ -138,8 +156,11 @@ def pretrain_losses(
     is_local = counted
     if batch.get('is_global') is not None:
       is_local = is_local & ~batch['is_global'][:, 0]
-    for name, probs in (('prior', out.prior), ('posterior', out.posterior)):
-      loss, number = selection_loss(probs, targets, is_local)
+    whole = targets
+    if batch.get('prior_target') is not None:
+      whole = target_maps(batch['prior_target'], out.plan)
+    for name, probs, maps in (('prior', out.prior, whole), ('posterior', out.posterior, targets)):
+      loss, number = selection_loss(probs, maps, is_local)
       losses[name] = loss / jnp.maximum(number, 1)
   weighted = (contrastive + config.prior_weight * losses['prior']
               + config.posterior_weight * losses['posterior'])

@@ -54,7 +54,8 @@ class ToBatch:
 
   def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     batch = data.collate(samples, self.tokenize)
-    batch['counted'] = np.stack([sample['counted'] for sample in samples])
+    each = [len(sample['captions']) for sample in samples]
+    batch['counted'] = np.repeat(np.stack([sample['counted'] for sample in samples]), each, axis=0)
     if self.parts == 1:
       return batch
     return {key: x.reshape(self.parts, -1, *x.shape[1:]) for key, x in batch.items()}

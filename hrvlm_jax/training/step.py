@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -65,6 +66,8 @@ def value_and_grad(
   """
   trained, frozen = split(paths.flatten(params), groups)
   objective = OBJECTIVES[config.objective]
+  if config.objective == 'ps3_pretrain':
+    objective = functools.partial(objective, config=config.contrast)
   dtype = jnp.dtype(config.dtype)
 
   def sums(trained, micro, key):

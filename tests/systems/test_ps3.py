@@ -178,15 +178,32 @@ def test_samples_are_drawn_from_one_generator():
   draws = [data.sample(record, config, np.random.default_rng(seed), side=32) for seed in range(40)]
   assert 2 <= sum(bool(d['is_global'][0]) for d in draws) <= 20
   for d in draws:
-    assert d['pixels'].shape == (32, 32, 3) and d['target'].shape == (32, 32)
+    assert d['pixels'].shape == (32, 32, 3) and d['target'].shape == (1, 32, 32)
     assert not d['is_global'][0] or d['target'].all()
   same = data.sample(record, config, np.random.default_rng(3), side=32)
-  assert same['caption'] == draws[3]['caption']
+  assert same['captions'] == draws[3]['captions']
   tokenize = tokenizer(ByteTokenizer({}), tiny_encoder().text)
   batch = data.collate(draws[:4], tokenize)
   assert batch['tokens'].shape == (4, 32) and batch['target'].dtype == np.uint8
   with pytest.raises(UserError, match='2 boxes and 1 captions'):
     data.Record(image=image, boxes=((0, 0, 1, 1),) * 2, captions=('a',))
+
+
+def test_several_rows_of_an_image_and_the_target_of_all_boxes():
+  image = Image.fromarray(np.full((60, 90, 3), 7, np.uint8))
+  record = data.Record(image=image, boxes=((10, 10, 30, 40), (50, 5, 80, 30)), captions=('a', 'b'))
+  config = data.SampleConfig(rows_per_image=3, prior_target='all', clean=False)
+  drawn = [data.sample(record, config, np.random.default_rng(seed), side=32) for seed in range(8)]
+  assert {text for d in drawn for text in d['captions']} == {'a', 'b'}
+  for d in drawn:
+    assert d['target'].shape == d['prior_target'].shape == (3, 32, 32) and len(d['captions']) == 3
+    assert (d['prior_target'] >= d['target']).all() and (d['prior_target'] > d['target']).any()
+    # Rows share their crop: equal captions have equal targets.
+    for i, text in enumerate(d['captions']):
+      np.testing.assert_array_equal(d['target'][i], d['target'][d['captions'].index(text)])
+  batch = data.collate(drawn[:2], tokenizer(ByteTokenizer({}), tiny_encoder().text))
+  assert batch['image'][:, 0].tolist() == [0, 0, 0, 1, 1, 1]
+  assert batch['pixels'].shape == (6, 32, 32, 3) and batch['is_global'].shape == (6, 1)
 
 
 def test_random_crops_stay_inside_and_panoramas_lose_their_sides():

@@ -153,6 +153,19 @@ def test_chunked_contrast_equals_the_whole_matrix(chunk):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), found, wanted)
 
 
+@pytest.mark.parametrize('chunk', [None, 4])
+def test_rows_of_one_image_are_no_negatives_of_each_other(chunk):
+  args = (*pairs(7), jnp.float32(1.2), jnp.float32(-1.0))
+  group = np.array([0, 0, 1, 1, 1, 2, 3])
+  logits = np.exp(1.2) * np.asarray(args[0]) @ np.asarray(args[1]).T - 1
+  z = 2 * np.eye(7) - 1
+  keep = (group[:, None] != group) | (z > 0)
+  wanted = (np.logaddexp(0, -z * logits) * keep).sum()
+  total, rows = sigmoid_loss(*args, chunk=chunk, group=jnp.asarray(group))
+  np.testing.assert_allclose(total, wanted, rtol=1e-5)
+  assert rows == 7 and wanted < float(sigmoid_loss(*args)[0])
+
+
 def test_no_array_of_the_whole_logit_matrix_exists():
   args = (*pairs(64), jnp.float32(1.2), jnp.float32(-3.0))
   text = str(jax.make_jaxpr(jax.grad(lambda *a: sigmoid_loss(*a, chunk=8)[0]))(*args))

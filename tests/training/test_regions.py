@@ -1,6 +1,7 @@
 """PS3's pre-training through the loop: batches, unusable records, the clamp, resuming."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from hrvlm_jax.systems.ps3.text import tokenizer
 from hrvlm_jax.training import regions
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
-from hrvlm_jax.training.contrastive import objective
+from hrvlm_jax.training.contrastive import ContrastiveConfig, objective, pretrain_losses
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import init_state, make_train_step
@@ -94,6 +95,28 @@ def test_rows_that_do_not_count_change_nothing():
   np.testing.assert_allclose(total, again, rtol=1e-5)
   none, rows = loss(params, batch | {'counted': np.zeros((3, 1), bool)})
   assert float(none) == 0 and int(rows) == 0
+
+
+def test_intra_image_contrast_and_the_target_of_all_boxes_are_options(folder):
+  options = SampleConfig(clean=False, rows_per_image=2, prior_target='all')
+  config = run_config(folder)
+  config = dataclasses.replace(config, data=dataclasses.replace(config.data, regions=options))
+  batch = next(make_batches(config))
+  assert batch['pixels'].shape[0] == 8 and batch['counted'].shape == (8, 1)
+  assert batch['image'][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+  fn = model.build(SMALL)
+  params = fn.init(jax.random.key(0))
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def losses(p, b, intra):
+    return pretrain_losses(fn, p, b, ContrastiveConfig(intra_image=intra, chunk=3))
+
+  out, within = losses(params, batch, False), losses(params, batch, True)
+  assert float(within['contrastive']) > float(out['contrastive'])
+  np.testing.assert_allclose(within['posterior'], out['posterior'], rtol=1e-6)
+  drawn = losses(params, {k: v for k, v in batch.items() if k != 'prior_target'}, False)
+  assert abs(float(drawn['prior'] - out['prior'])) > 1e-4
+  np.testing.assert_allclose(drawn['posterior'], out['posterior'], rtol=1e-5)
 
 
 def test_the_step_keeps_the_logit_scale_in_its_bounds():

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float
 import numpy as np
@@ -169,12 +169,18 @@ class SampleConfig:
   Attributes:
     global_share: probability of the global caption where both kinds exist (the published script's;
       the option's own default is 0.5).
-    boxes_per_sample: boxes drawn for a local sample.
+    boxes_per_sample: boxes drawn for a row of a local sample.
+    rows_per_image: rows that a record gives, of one crop; more than one makes pairs within an image
+      (see `training.contrastive`). The original draws one.
+    prior_target: what the bottom-up selection learns: the drawn boxes, as the original, or all
+      boxes of the image, as the paper says.
     clean: `clean_caption` and `mask_sentences`; off for captions that are no sentences.
   """
 
   global_share: float = 0.25
   boxes_per_sample: int = 1
+  rows_per_image: int = 1
+  prior_target: Literal['drawn', 'all'] = 'drawn'
   crop_area: tuple[float, float] = (0.9, 1.0)
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   clean: bool = True
@@ -182,14 +188,32 @@ class SampleConfig:
 
 def sample(record: Record, config: SampleConfig, rng: np.random.Generator, *,
            side: int) -> dict[str, Any]:
-  """One training sample.
+  """The training rows of one record, all of one crop.
 
   Args:
     side: the largest scale, in pixels.
 
   Returns:
-    pixels uint8 [side side 3], caption str, target uint8 [side side], is_global bool [1].
+    pixels uint8 [side side 3], and per row r: captions (list of str), target uint8 [r side side],
+    is_global bool [r]; with `prior_target` 'all' also prior_target uint8 [r side side].
   """
+  rows = [_draw(record, config, rng) for _ in range(config.rows_per_image)]
+  window = sample_crop(*record.image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
+  covered = lambda boxes: target_map(crop_boxes(boxes, window, side), side, side).astype(np.uint8)
+  out = {
+    'pixels': crop_image(record.image, window, side),
+    'captions': [join_captions(captions, rng) for _, captions, _ in rows],
+    'target': np.stack([covered(boxes) for boxes, _, _ in rows]),
+    'is_global': np.array([not local for _, _, local in rows]),
+  }
+  if config.prior_target == 'all':
+    whole = covered(record.boxes) if record.boxes else out['target'][0]
+    out['prior_target'] = np.stack([whole] * len(rows))
+  return out
+
+
+def _draw(record: Record, config: SampleConfig, rng: np.random.Generator):
+  """(boxes, captions, whether they are local) of one row."""
   local = bool(record.boxes)
   if record.global_caption is not None and local:
     local = rng.random() >= config.global_share
@@ -204,22 +228,26 @@ def sample(record: Record, config: SampleConfig, rng: np.random.Generator, *,
   if config.clean:
     draw = lambda low, high: int(rng.integers(low, high + 1))
     captions = [mask_sentences(clean_caption(text), draw) for text in captions]
-  window = sample_crop(*record.image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
-  moved = crop_boxes(boxes, window, side)
-  return {
-    'pixels': crop_image(record.image, window, side),
-    'caption': join_captions(captions, rng),
-    'target': target_map(moved, side, side).astype(np.uint8),
-    'is_global': np.array([not local]),
-  }
+  return boxes, captions, local
 
 
 def collate(samples: Sequence[Mapping[str, Any]], tokenize) -> dict[str, np.ndarray]:
-  """Samples -> a batch for `model.PS3`: pixels, tokens int32 [b t], target, is_global.
+  """Samples -> a batch for `model.PS3`: pixels, tokens int32 [b t], target, is_global bool [b 1].
+
+  Samples of several rows repeat their pixels and get `image` int32 [b 1], the number of the image
+  that a row shows.
 
   Args:
     tokenize: captions -> int32 [b t] (`text.tokenizer`).
   """
-  stack = lambda key: np.stack([s[key] for s in samples])
-  return {'pixels': stack('pixels'), 'tokens': tokenize([s['caption'] for s in samples]),
-          'target': stack('target'), 'is_global': stack('is_global')}
+  each = [len(s['captions']) for s in samples]
+  repeat = lambda values: np.repeat(np.stack(values), each, axis=0)
+  batch = {'pixels': repeat([s['pixels'] for s in samples]),
+           'tokens': tokenize([text for s in samples for text in s['captions']]),
+           'target': np.concatenate([s['target'] for s in samples]),
+           'is_global': np.concatenate([s['is_global'] for s in samples])[:, None]}
+  if 'prior_target' in samples[0]:
+    batch['prior_target'] = np.concatenate([s['prior_target'] for s in samples])
+  if max(each) > 1:
+    batch['image'] = repeat(list(np.arange(len(samples), dtype=np.int32)))[:, None]
+  return batch
