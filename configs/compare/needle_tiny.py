@@ -95,7 +95,7 @@ def vila_hd(scales=(VIEW, 4 * VIEW), cells=6, **changes):
   budgets = tuple(cells * z * z for z in zoom)
   tower = PS3Config(
     vision=VISION, scales=scales, select_layers=(0, 3), max_select=sum(budgets), budgets=budgets,
-    saliency=SaliencyConfig(width=32, out=32, depth=2, kernel=8, input_size=160),
+    saliency=SaliencyConfig(width=32, out=32, depth=1, kernel=16, input_size=160),
     pool=PoolConfig(width=VISION.width, heads=4, mlp_width=128))
   options = dict(tower=tower, width=TEXT.width, select_layer=-1, looks=1) | changes
   return model('vila_hd', VilaHDConfig(**options), fusion=TwoPassFusion(selection_weight=1.0),
@@ -129,14 +129,15 @@ def get_config(size='full'):
   config.task = dataclasses.asdict(task())
   config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
                         steps=3 if smoke else 1500)
-  config.adapt = {'llava_hr': dict(steps=3 if smoke else 1000),
-                  'vila_hd': dict(steps=3 if smoke else 400)}
+  config.language = dict(steps=3 if smoke else 1000, slots=(25,), batch_size=16)
+  config.adapt = {'llava_hr': dict(steps=3 if smoke else 600),
+                  'vila_hd': dict(steps=3 if smoke else 300)}
   config.systems = {name: to_dict(made) for name, made in systems().items()}
   config.optimizer = dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98)
   config.train_images = 16 if smoke else 4000
   config.eval_images = 6 if smoke else 500
-  config.train_steps = 3 if smoke else 800
-  config.batch_size = 4 if smoke else 32
+  config.train_steps = 3 if smoke else 700
+  config.batch_size = 4 if smoke else 16
   config.lengths = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448)
   config.answer_batch = 3 if smoke else 25
   config.latency_answers = 2 if smoke else 20

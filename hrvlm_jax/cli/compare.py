@@ -13,7 +13,8 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.cli import run_config
-  from hrvlm_jax.evaluation.compare import CompareConfig, compare
+  from hrvlm_jax.evaluation.compare import compare
+  from hrvlm_jax.evaluation.compare_config import CompareConfig
 
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   only = [name for name in arguments.only.split(',') if name]

@@ -26,7 +26,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.conversation import messages_from_llava
 from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, read_records, write
 from hrvlm_jax.data.transforms import tokenizer_of
-from hrvlm_jax.evaluation.compare import answer_records
+from hrvlm_jax.evaluation.compare_parts import answer_records
 from hrvlm_jax.evaluation.journal import Journal
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.bpe import train_bpe

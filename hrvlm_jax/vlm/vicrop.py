@@ -1,7 +1,7 @@
 """ViCrop: the model's own attention says where to look again; the answer reads image and crop.
 
 Training-free, over any system that puts visual tokens of a grid into its prompt: two forward passes
-for the map (or one with a gradient), then the answer from [image, crop]. Sources:
+for the map (or one or two with a gradient), then the answer from [image, crop]. Sources:
 `saccharomycetes/mllms_know` and its predecessor `vicrop`. Axis letters: b rows, h heads, t prompt
 places, d width; maps are (rows, columns), boxes (x0, y0, x1, y1), sizes (width, height).
 """
@@ -17,15 +17,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import layer_at
-from hrvlm_jax.systems.contract import PrefixFusion, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
 from hrvlm_jax.vlm.answer import Answerer
 from hrvlm_jax.vlm.fastv import last_attention
 
 RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+METHODS = ('rel_att', 'grad_att', 'pure_grad')
 GENERAL = 'Write a general description of the image.'
 Box = tuple[int, int, int, int]
 
@@ -36,23 +38,25 @@ class ViCrop:
 
   Attributes:
     method: 'rel_att' attention of the question over that of a general prompt; 'grad_att' attention
-      weighted by the positive gradient of the model's own top next token.
-    layer: decoder layer, from 0 (LLaVA-1.5: 14).
+      weighted by the positive gradient of the model's own top next token; 'pure_grad' how strongly
+      that token depends on each pixel, over the same for a general prompt, where the picture has
+      fine structure (no attention is read; the encoder must see the whole image as one view).
+    layer: decoder layer, from 0 (LLaVA-1.5: 14); not read by 'pure_grad'.
     base: side of the smallest crop in pixels; None: the encoder's input size.
     suffix: instruction after the question; None: the question as it is.
     split: images with a longer side are cut into tiles of about this many pixels, one map each;
       None never splits (the `_high` variants: 1024).
   """
 
-  method: Literal['rel_att', 'grad_att'] = 'rel_att'
+  method: Literal['rel_att', 'grad_att', 'pure_grad'] = 'rel_att'
   layer: int = 14
   base: int | None = None
   suffix: str | None = 'Answer the question using a single word or phrase.'
   split: int | None = None
 
   def __post_init__(self):
-    if self.method not in ('rel_att', 'grad_att'):
-      raise ValueError(f"ViCrop: method must be 'rel_att' or 'grad_att', got {self.method!r}")
+    if self.method not in METHODS:
+      raise ValueError(f'ViCrop: method must be one of {METHODS}, got {self.method!r}')
     if self.layer < 0 or (self.base is not None and self.base < 1):
       raise ValueError('ViCrop: layer must be at least 0 and base at least 1, got '
                        f'{self.layer} and {self.base}')
@@ -122,6 +126,26 @@ def _inside(centre: int, half: int, size: int) -> int:
   return min(max(centre, half), size - half)
 
 
+def fine_structure(pixels: np.ndarray) -> np.ndarray:
+  """bool [h w]: pixels whose high-pass energy is above the median of the picture.
+
+  The energy is the length, over channels, of the picture minus its 3x3 Gaussian blur (weights
+  1 2 1), smoothed by a 7x7 median filter.
+  """
+  x = np.asarray(pixels, np.float64)
+  padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), mode='reflect')
+  rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
+  blurred = (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4
+  energy = ndimage.median_filter(np.linalg.norm(x - blurred, axis=-1), size=7)
+  return energy > np.median(energy)
+
+
+def block_means(weights: np.ndarray, side: int) -> np.ndarray:
+  """[h w] -> [side side]: means of equal blocks (h and w must be multiples of `side`)."""
+  h, w = weights.shape
+  return weights.reshape(side, h // side, side, w // side).mean(axis=(1, 3))
+
+
 def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, list[Box]]:
   """(columns, rows, boxes row by row) of the tiles of a large image."""
   if split is None or max(width, height) <= split:
@@ -132,6 +156,11 @@ def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, li
   boxes = [(x * wide, y * high, min((x + 1) * wide, width), min((y + 1) * high, height))
            for y in range(rows) for x in range(columns)]
   return columns, rows, boxes
+
+
+def _inner(config: ModelConfig) -> Any:
+  """Settings of the encoder that reads the image, inside a reduction if there is one."""
+  return config.encoder.encoder if config.system == 'reduced' else config.encoder
 
 
 class ViCropAnswerer:
@@ -150,11 +179,12 @@ class ViCropAnswerer:
     if not isinstance(model.fusion, PrefixFusion) or isinstance(model.fusion, TwoPassFusion):
       raise UserError('ViCrop reads the attention of the prompt on its visual tokens; fusion '
                       f'{model.fusion.kind!r} has none')
-    if config.layer >= model.text.depth:
+    if config.method != 'pure_grad' and config.layer >= model.text.depth:
       raise UserError(f'ViCrop: layer {config.layer} does not exist, the decoder has '
                       f'{model.text.depth}')
     self.first, self.side = token_grid(model.system, model.encoder)
-    self._map = jax.jit(self._weighted if config.method == 'grad_att' else self._attention)
+    self._map = jax.jit({'rel_att': self._attention, 'grad_att': self._weighted,
+                         'pure_grad': self._pixel_gradient}[config.method])
 
   def _attention(self, params, batch):
     """[b t] attention of the last place, mean over heads."""
@@ -179,6 +209,24 @@ class ViCropAnswerer:
 
     return (probs * jax.nn.relu(jax.grad(score)(probs))).mean(axis=1)
 
+  def _pixel_gradient(self, params, batch):
+    """[slots h w] length, over channels, of the gradient of the top next token's log-probability.
+
+    Taken at the normalised pixels, as the original does.
+    """
+    module = self.answerer.generator.fn.bind(params)
+    length = batch['tokens'].shape[1]
+
+    def score(pixels):
+      seen = {**batch, 'views': {**batch['views'], 'pixels': pixels}}
+      embeds, valid, extras = module.prompt(seen)
+      logits, _, _ = module.prefill(embeds, valid, slots=length, **extras)
+      return jax.nn.log_softmax(logits).max(axis=-1).sum()
+
+    gradient = jax.grad(score)(jnp.asarray(batch['views']['pixels'], jnp.float32))
+    scale = 255 * jnp.asarray(_inner(self.answerer.config).std, jnp.float32)
+    return jnp.linalg.norm(gradient * scale, axis=-1)
+
   def _logits_from(self, decoder, x, valid, probs):
     """Logits after the last place when its attention in the chosen layer is `probs`."""
     context, index = decoder.context(valid), self.config.layer
@@ -199,6 +247,26 @@ class ViCropAnswerer:
     x, _ = decoder.layers(x, context, start=index + 1)
     return decoder.logits(decoder.norm(x[rows, last]))
 
+  def _gradients(self, images: Sequence[Image.Image], question: str):
+    """(float64 [images h w] lengths of the gradient, the pixels it was taken at)."""
+    batch = self.answerer.batch([([image], question) for image in images])
+    pixels = np.asarray(batch['views']['pixels'])
+    if len(pixels) != len(images) or pixels.shape[1] % self.side or pixels.shape[2] % self.side:
+      raise UserError(
+        f"ViCrop: method 'pure_grad' needs one view of the whole image per image, whose sides are "
+        f'multiples of the token grid {self.side}; {self.answerer.config.system} makes '
+        f'{len(pixels)} views of {pixels.shape[2]}x{pixels.shape[1]} pixels for {len(images)} '
+        "image(s); use 'rel_att' or 'grad_att'")
+    return np.asarray(self._map(self.answerer.generator.params, batch), np.float64), pixels
+
+  def _pure_gradient(self, tiles: Sequence[Image.Image], question: str) -> np.ndarray:
+    """float64 [tiles side side]."""
+    asked, pixels = self._gradients(tiles, self._prompt(question))
+    general, _ = self._gradients(tiles, self._prompt(GENERAL))
+    ratio = asked / np.maximum(general, np.finfo(np.float32).tiny)
+    return np.stack([block_means(r * fine_structure(p), self.side)
+                     for r, p in zip(ratio, pixels, strict=True)])
+
   def _maps(self, images: Sequence[Image.Image], question: str) -> np.ndarray:
     """float64 [images side side]."""
     batch = self.answerer.batch([([image], question) for image in images])
@@ -214,7 +282,10 @@ class ViCropAnswerer:
     """The map of an image, float64 [rows columns]; larger where the question points."""
     columns, rows, boxes = tile_boxes(*image.size, self.config.split)
     tiles = [image if len(boxes) == 1 else image.crop(box) for box in boxes]
-    maps = self._maps(tiles, self._prompt(question))
+    if self.config.method == 'pure_grad':
+      maps = self._pure_gradient(tiles, question)
+    else:
+      maps = self._maps(tiles, self._prompt(question))
     if self.config.method == 'rel_att':
       general = self._maps(tiles, self._prompt(GENERAL))
       maps = maps / np.maximum(general, np.finfo(np.float32).tiny)
@@ -226,8 +297,7 @@ class ViCropAnswerer:
 
   def _whole(self, image: Image.Image) -> Image.Image:
     """The picture that the map shows: padded to a square first, where the system does so."""
-    encoder = self.answerer.config.encoder
-    encoder = encoder.encoder if self.answerer.config.system == 'reduced' else encoder
+    encoder = _inner(self.answerer.config)
     if getattr(encoder, 'fit', '') != 'pad' or image.width == image.height:
       return image
     side = max(image.size)
@@ -238,8 +308,7 @@ class ViCropAnswerer:
   def crop(self, image: Image.Image, question: str) -> tuple[Image.Image, Box]:
     """The part to look at again, and its box on the picture that was looked at."""
     picture = self._whole(image)
-    encoder = self.answerer.config.encoder
-    encoder = encoder.encoder if self.answerer.config.system == 'reduced' else encoder
+    encoder = _inner(self.answerer.config)
     base = self.config.base or encoder.vision.image_size
     box = crop_box(self.importance(picture, question), *picture.size, base)
     return picture.crop(box), box

@@ -8,8 +8,8 @@ import pytest
 from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.needle import NeedleConfig, read_records, write
-from hrvlm_jax.evaluation import compare, compare_report
+from hrvlm_jax.data.needle import NeedleConfig, read_records, single_turns, write
+from hrvlm_jax.evaluation import compare, compare_config, compare_report
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
@@ -33,9 +33,9 @@ def single(vision=VISION, text=TEXT):
 
 
 def config(**systems):
-  return compare.CompareConfig(
+  return compare_config.CompareConfig(
     task=NeedleConfig.tiny(),
-    encoder=compare.EncoderConfig(vision=VISION, window=80, last_tokens=2, steps=1),
+    encoder=compare_config.EncoderConfig(vision=VISION, window=80, last_tokens=2, steps=1),
     systems=systems, optimizer=OptimizerConfig(learning_rate=1e-3), train_images=4, eval_images=3,
     train_steps=2, batch_size=2, answer_batch=3, latency_answers=1, lengths=(128, 256))
 
@@ -97,7 +97,7 @@ def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
 def test_single_turns_keep_every_question_with_its_box(tmp_path):
   write(NeedleConfig.tiny(turns=3), tmp_path, 2, seed=0, progress=False)
   records = read_records(tmp_path)
-  rows = compare.single_turns(records)
+  rows = single_turns(records)
   assert len(rows) == 6
   for record, part in zip(records, (rows[:3], rows[3:]), strict=True):
     assert [row['box'] for row in part] == record['boxes']
@@ -107,8 +107,8 @@ def test_single_turns_keep_every_question_with_its_box(tmp_path):
 
 
 def loaded(name, *argument):
-  return run_config.load(compare.CompareConfig, ':'.join([f'configs/compare/{name}.py', *argument]),
-                         [])
+  file = ':'.join([f'configs/compare/{name}.py', *argument])
+  return run_config.load(compare_config.CompareConfig, file, [])
 
 
 def test_the_shared_tower_has_a_place_in_every_system():
@@ -116,13 +116,13 @@ def test_the_shared_tower_has_a_place_in_every_system():
   single = paths.flatten(vlm.build(made.systems['single_view']).abstract)
   shared = {path.removeprefix('vision/tower/'): np.zeros(leaf.shape, np.float32)
             for path, leaf in single.items() if path.startswith('vision/tower/')}
-  places = {name: compare.tower_path(model, shared) for name, model in made.systems.items()}
+  places = {name: compare_config.tower_path(model, shared) for name, model in made.systems.items()}
   assert places == {'single_view': 'vision/tower/', 'mc_llava': 'vision/tower/',
                     'pheye': 'vision/tower/', 'anyres': 'vision/tower/', 's2': 'vision/tower/',
                     'llava_hr': 'vision/fast/', 'vila_hd': 'vision/ps3/tower/'}
   wrong = shared | {'pos_embed': np.zeros((4, 96), np.float32)}
   with pytest.raises(UserError, match='none of its towers .vision/tower/. has the shapes'):
-    compare.tower_path(made.systems['mc_llava'], wrong)
+    compare_config.tower_path(made.systems['mc_llava'], wrong)
 
 
 def test_the_large_comparison_builds_with_real_sizes():
@@ -143,4 +143,5 @@ def test_what_does_not_learn_from_scenes_is_refused():
   with pytest.raises(UserError, match='SingleViewConfig: nothing of this encoder learns'):
     glyph_scenes.part(single().encoder)
   with pytest.raises(UserError, match='adapt: no system is called other'):
-    dataclasses.replace(config(plain=single()), adapt={'other': compare.AdaptConfig(steps=1)})
+    dataclasses.replace(config(plain=single()),
+                        adapt={'other': compare_config.AdaptConfig(steps=1)})

@@ -18,6 +18,7 @@ from hrvlm_jax.systems.baselines.reduced import config as reduced
 from hrvlm_jax.systems.baselines.s2 import config as s2, scaling
 from hrvlm_jax.systems.baselines.single_view import config as single_view
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.vision.vit import ViT
 
 KEYS = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 1], [1, 0.2], [-1, 0.1]], np.float32)[None]
 VALUES = np.arange(1, 7, dtype=np.float32)[None, :, None]
@@ -178,3 +179,40 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
   assert together.valid[1].sum() == n
   np.testing.assert_allclose(together.values[1, :n], alone.values[0, :n], atol=2e-5)
   assert np.isfinite(together.values).all()
+
+
+@pytest.mark.parametrize('class_token', [False, True])
+def test_tome_inside_the_tower(class_token):
+  """Nothing merged: the plain tower. Identical patches: merging them changes no result."""
+  config = dataclasses.replace(single_view.tiny().encoder.vision, class_token=class_token)
+  fn = Functional(lambda rngs: ViT(config, rngs=rngs))
+  params = jax.jit(fn.init)(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (2, 40, 40, 3))
+
+  def run(params, images, schedule, proportional=True):
+    return pruning.tome_tower(fn.bind(params), images, schedule, proportional=proportional)
+
+  run = jax.jit(run, static_argnums=(2, 3))
+  plain = jax.jit(fn.apply)(params, images)
+  tokens, size = run(params, images, (0, 0, 0))
+  np.testing.assert_allclose(tokens, plain, atol=1e-5)
+  assert (size == 1).all()
+
+  tokens, size = run(params, images, (10, 8, 5))
+  assert tokens.shape == (2, config.tokens - 23, config.width)
+  np.testing.assert_allclose(size.sum(axis=1), config.tokens)  # nobody is lost
+  if class_token:
+    assert (size[:, 0] == 1).all()  # never merged, stays first
+
+  # Equal patches without positions are equal tokens: with proportional attention a merged token
+  # counts as often as its parts, so that every token keeps the value it has in the plain tower.
+  flat = jnp.ones((1, 40, 40, 3))
+  table = params['pos_embed'].at[int(class_token):].set(0.5)
+  same = params | {'pos_embed': table}
+  plain = jax.jit(fn.apply)(same, flat)
+  tokens, _ = run(same, flat, (10, 8, 5))
+  np.testing.assert_allclose(tokens[0, -1], plain[0, -1], atol=1e-4)
+  if class_token:
+    np.testing.assert_allclose(tokens[0, 0], plain[0, 0], atol=1e-4)
+    unweighted, _ = run(same, flat, (10, 8, 5), False)
+    assert np.abs(unweighted[0, 0] - plain[0, 0]).max() > 1e-4

@@ -288,3 +288,15 @@ def test_large_pictures_are_made_smaller_and_share_decides():
   assert never.random_map({'images': [picture]}, np.random.default_rng(1))['images'] == [picture]
   with pytest.raises(ValueError, match='share must lie'):
     PasteOnBackground(share=2.0)
+
+
+@pytest.mark.parametrize('name', sorted(RELEASED))
+def test_looks_of_a_released_model_are_2560_patches_each(name):
+  """Any number of looks, up to the one that covers the image."""
+  encoder = RELEASED[name].encoder
+  total = sum(encoder.plan().cells)
+  cover = -(-total // 2560)
+  for looks in (0, 1, 2, cover - 1, cover, cover + 3, 'all'):
+    plan = dataclasses.replace(encoder, looks=looks).plan()
+    wanted = total if looks == 'all' else min(looks * 2560, total)
+    assert sum(plan.look_tokens) == wanted

@@ -215,3 +215,31 @@ def test_any_number_of_looks_and_dynamic_aspect(params):
     plan = encoder.plan(first)
     assert counts[row].tolist() == [sum(look[i] for look in plan.counts[0]) for i in range(2)]
   assert visual.values.shape[1] == views['index'].shape[1]
+
+
+def looked(params, question='What?', **changes):
+  """The info of the encoder for one image and question, with other settings of the encoder."""
+  encoder = dataclasses.replace(CONFIG.encoder, **changes)
+  held = Answerer(dataclasses.replace(CONFIG, encoder=encoder), params, TOKENIZER)
+  return held.generator.info(held.batch([([image(64, 48)], question)]))
+
+
+def test_saliency_does_not_read_the_question(params):
+  """Without a prompt the learned prior chooses; with one the questions choose differently."""
+  asked = [looked(params, text)['probs'][0] for text in ('What?', 'Where is the cat?')]
+  assert np.abs(asked[0] - asked[1]).max() > 1e-4
+  saliency = [looked(params, text, mode='after_image')['probs'][0]
+              for text in ('What?', 'Where is the cat?')]
+  np.testing.assert_array_equal(*saliency)
+
+
+def test_budgets_tokens_and_smoothing(params):
+  """`tokens` counts patches, `budgets` shares them over the scales, areas of a smooth map agree."""
+  taken = lambda info: [int(m.sum()) for m in info['maps']]
+  assert sum(taken(looked(params, tokens=20))) == 20
+  assert taken(looked(params, budgets=(5, 9))) == [5, 9]
+  assert taken(looked(params, budgets=(5, 9), looks=2)) == [10, 18]
+  low, high = looked(params, smooth=True)['probs']
+  for probs in (low, high):
+    assert len(np.unique(np.asarray(probs))) <= 36  # 6 x 6 areas
+  assert len(np.unique(np.asarray(looked(params)['probs'][1]))) > 20

@@ -12,6 +12,7 @@ from hrvlm_jax.data.needle.generate import (
   paint,
   plan,
   record,
+  single_turns,
   size_thirds,
 )
 from hrvlm_jax.data.needle.signs import Sign
@@ -20,5 +21,6 @@ from hrvlm_jax.data.needle.write import read_records, write
 __all__ = [
   'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'SIZES', 'GlyphCrops', 'NeedleConfig',
   'NeedleExample', 'NeedlePlan', 'Sign', 'accuracy_by_size', 'generate', 'glyph_crops',
-  'is_correct', 'paint', 'plan', 'read_records', 'record', 'size_thirds', 'write',
+  'is_correct', 'paint', 'plan', 'read_records', 'record', 'single_turns',
+  'size_thirds', 'write',
 ]

@@ -8,7 +8,7 @@ asked and where the signs stand, stream 1 paints the background, so that annotat
 can be made without painting.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -154,6 +154,19 @@ def record(planned: NeedlePlan, image: str) -> dict[str, Any]:
       'signs': [{k: list(v) if isinstance(v, tuple) else v for k, v in s.items()} for s in signs],
     },
   }
+
+
+def single_turns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+  """The questions of all records as rows of their own, each with the box it is about."""
+  rows = []
+  for record in records:
+    turns = record['conversations']
+    for number, box in enumerate(record['boxes']):
+      question, answer = turns[2 * number], turns[2 * number + 1]
+      text = question['value'].removeprefix('<image>\n')
+      rows.append({'id': f'{record["id"]}-{number}', 'image': record['image'], 'box': list(box),
+                   'conversations': [{**question, 'value': f'<image>\n{text}'}, dict(answer)]})
+  return rows
 
 
 def is_correct(prediction: str, answer: str) -> bool:

@@ -1,0 +1,45 @@
+"""Pre-training of the language model on symbols: what a batch holds, that the loss falls."""
+
+import numpy as np
+
+from hrvlm_jax.data.needle import NeedleConfig
+from hrvlm_jax.data.transforms import Text, tokenizer_of
+from hrvlm_jax.language import config as language
+from hrvlm_jax.training import symbols
+
+TEXT = language.phi(vocab_size=264, width=16, depth=1, heads=2, mlp_width=16, max_positions=512)
+CONFIG = symbols.SymbolsConfig(needle=NeedleConfig.tiny(turns=2), text=TEXT, steps=20, slots=(9,),
+                               spread=2, batch_size=4, lengths=(256,), warmup=2,
+                               learning_rate=1e-2)
+WRITING = tuple(Text(tokenizer=tokenizer_of('byte'), chat=chat, image_token='<image>')
+                for chat in ('mc_llava', 'vila_qwen2'))
+
+
+def test_every_question_can_be_answered_from_the_symbols():
+  batch = symbols._draw(CONFIG, WRITING, 0)
+  assert batch['colours'].shape == (4, 9) and batch['visual_index'].max() == 8
+  np.testing.assert_array_equal(batch['colours'] >= 0, batch['letters'] >= 0)
+  tokenizer = WRITING[0].tokenizer
+  for row in range(4):
+    shown = {(CONFIG.needle.colours[c], CONFIG.needle.alphabet[letter])
+             for c, letter in zip(batch['colours'][row], batch['letters'][row]) if c >= 0}
+    assert 3 <= len(shown) <= 4  # every sign, in one place or two
+    text = tokenizer.decode(batch['tokens'][row][batch['valid'][row]].tolist())
+    answers = tokenizer.decode(batch['labels'][row][batch['labels'][row] >= 0].tolist())
+    asked = [colour for colour in CONFIG.needle.colours if f'the {colour} sign' in text]
+    assert len(asked) == 2
+    letters = {letter for colour, letter in shown if colour in asked}
+    assert letters <= set(answers)
+
+
+def test_where_the_first_question_steers_rows_have_one_question():
+  counts = [int((symbols._draw(CONFIG, WRITING, step)['labels'] >= 0).sum()) for step in (0, 1)]
+  assert counts[0] == 2 * counts[1]
+
+
+def test_the_loss_falls_and_the_decoder_comes_back():
+  losses = []
+  language, accuracy = symbols.pretrain(CONFIG, WRITING[:1],
+                                        report=lambda _, loss, __: losses.append(loss))
+  assert set(language) >= {'blocks', 'norm'} and 0 <= accuracy <= 1
+  assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
