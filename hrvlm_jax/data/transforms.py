@@ -175,7 +175,7 @@ class ToExample:
     boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
       learn where to look (VILA-HD).
     augment: a transform with `random_map({'images', 'boxes'}, rng)` (`data.background`).
-    count: (width, height, encoder config) -> views and tokens of an image; for `measure`.
+    count: (width, height, encoder config) -> `slots` and `tokens` of an image; for `measure`.
   """
 
   text: Text
@@ -258,7 +258,7 @@ class ToExample:
     counts = [self.count(*size, self.encoder) for size in sizes]
     tokens = [count.tokens for count in counts]
     return Size(len(self.finish(row, encoded, tokens)['tokens']),
-                sum(count.views for count in counts), len(counts))
+                sum(count.slots for count in counts), len(counts))
 
   def encode(self, row: Row) -> Encoded:
     """The row's text as ids and labels, within the limit.

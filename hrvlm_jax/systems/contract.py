@@ -40,10 +40,19 @@ class VisualTokens:
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """What one image costs: encoder views and visual tokens in the language model."""
+  """What one image costs: encoder views and visual tokens in the language model.
+
+  Attributes:
+    slots: crop slots of a batch; None: one per view. S2 cuts its views on the device, from one.
+  """
 
   views: int
   tokens: int
+  slots: int | None = None
+
+  def __post_init__(self):
+    if self.slots is None:
+      object.__setattr__(self, 'slots', self.views)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ def batch_shapes(config: RunConfig, rows: int, *, length: int, image: tuple[int,
   if not isinstance(config.model.fusion, CrossAttentionFusion) and count.tokens * images > length:
     raise UserError(f'bucket of {length} places: {images} image(s) of {image[0]} x {image[1]} '
                     f'alone take {count.tokens * images} tokens')
-  few, more = (system.batch([example] * n, encoder, slots=n * images * max(count.views, 1))
+  few, more = (system.batch([example] * n, encoder, slots=n * images * max(count.slots, 1))
                for n in (2, 4))
 
   def shape(a, b):

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact
+from hrvlm_jax.core.images import MAX_PIXELS, resize_exact
 
 Pair = tuple[int, int]
 
@@ -28,6 +28,18 @@ def check_size(width: int, height: int) -> None:
   """
   if width < 1 or height < 1:
     raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+
+
+def check_elongation(width: int, height: int, size: Pair) -> None:
+  """Refuses a picture that is made square at a cost far above its worth.
+
+  Raises:
+    UserError: its intermediate form would have more than 4 x `core.images.MAX_PIXELS` pixels.
+  """
+  if size[0] * size[1] > 4 * MAX_PIXELS:
+    raise UserError(f'image of {width}x{height} pixels is too elongated: making it square needs a '
+                    f'picture of {size[0]} x {size[1]} pixels, at most {4 * MAX_PIXELS} pixels '
+                    'are allowed; crop it first')
 
 
 def choose_resolution(width: int, height: int, candidates: Sequence[Pair]) -> Pair:

@@ -7,6 +7,7 @@ Face's CLIP processor. The low-resolution image is made from the same pixels ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,7 +17,7 @@ from hrvlm_jax.core.images import MAX_PIXELS, resize_on_canvas, resize_part, to_
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.llava_hr.config import CLIP_MEAN, LlavaHRConfig
 
-_LIMIT = 4 * MAX_PIXELS  # of an intermediate picture
+_LIMIT = 4 * MAX_PIXELS  # of an intermediate picture, though it is never made whole
 
 
 def square_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -45,20 +46,40 @@ def to_square(image: Image.Image, size: int, *, aspect: str = 'pad',
   Raises:
     UserError: the picture is so elongated that the square, or the resized picture, would be huge.
   """
+  check_elongation(*image.size, size, aspect=aspect)
   image = to_rgb(image)
   if aspect == 'pad':
     side, place = pad_geometry(*image.size)
-    _check(image, side * side)
     return resize_on_canvas(image, (side, side), place, background(mean), (size, size))
   resized, (left, top) = square_geometry(*image.size, size)
-  _check(image, resized[0] * resized[1])
   return resize_part(image, resized, (left, top, left + size, top + size))
 
 
-def count(width: int, height: int, config: LlavaHRConfig) -> Count:
-  """Every image is one view and costs the same number of tokens."""
+def check_elongation(width: int, height: int, size: int, *, aspect: str) -> None:
+  """Refuses what would cost far more than the picture is worth.
+
+  Raises:
+    UserError: a side below 1; the picture on its square ('pad'), or resized before the crop
+      ('square'), would have more than 4 x `core.images.MAX_PIXELS` pixels.
+  """
   if width < 1 or height < 1:
     raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  if aspect == 'pad':
+    pixels = pad_geometry(width, height)[0] ** 2
+  else:
+    pixels = math.prod(square_geometry(width, height, size)[0])
+  if pixels > _LIMIT:
+    raise UserError(f'image of {width}x{height} pixels is too elongated: making it square needs a '
+                    f'picture of {pixels} pixels, at most {_LIMIT} are allowed; crop it first')
+
+
+def count(width: int, height: int, config: LlavaHRConfig) -> Count:
+  """Every image is one view and costs the same number of tokens.
+
+  Raises:
+    UserError: see `check_elongation`.
+  """
+  check_elongation(width, height, config.image_size, aspect=config.aspect)
   return Count(1, config.tokens)
 
 
@@ -164,10 +185,3 @@ def _per_adapter(values) -> list:
 
 def _square(image: Image.Image, config: LlavaHRConfig) -> Image.Image:
   return to_square(image, config.image_size, aspect=config.aspect, mean=config.mean)
-
-
-def _check(image: Image.Image, pixels: int) -> None:
-  if pixels > _LIMIT:
-    raise UserError(f'image of {image.width}x{image.height} pixels is too elongated: making it '
-                    f'square needs a picture of {pixels} pixels, at most {_LIMIT} are allowed; '
-                    'crop it first')

@@ -17,7 +17,7 @@ IMAGE_INDEX, IMAGE_VALID = 'image_index', 'image_valid'
 def count(width: int, height: int, config: ReducedConfig) -> Count:
   """The inner system's views, the step's tokens."""
   inner = registry.get(config.inner).count(width, height, config.encoder)
-  return Count(inner.views, config.tokens)
+  return Count(inner.views, config.tokens, slots=inner.slots)
 
 
 def views(images: Sequence[Image.Image], config: ReducedConfig) -> Views:

@@ -8,33 +8,47 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import resize_on_canvas, resize_part
 from hrvlm_jax.systems.baselines import tiles
 from hrvlm_jax.systems.baselines.s2.config import S2Config
 from hrvlm_jax.systems.contract import Count, Views
 
 
 def count(width: int, height: int, config: S2Config) -> Count:
-  """Sub-images of all scales; tokens of the output scale."""
+  """Sub-images of all scales; tokens of the output scale.
+
+  Raises:
+    UserError: a side below 1, or too elongated for fit='pad' or 'crop' (see `tiles`).
+  """
+  _geometry(width, height, config)
+  return Count(config.squares, config.tokens, slots=1)
+
+
+def _geometry(width: int, height: int, config: S2Config) -> tuple[int, int]:
+  """Size of the whole picture before it is resized ('pad') or cropped ('crop')."""
   tiles.check_size(width, height)
-  return Count(config.squares, config.tokens)
+  size, short = (width, height), min(width, height)
+  if config.fit == 'pad':
+    size = (max(size),) * 2
+  elif config.fit == 'crop':
+    # The short side gets `side`, the long one is truncated, as torchvision's resize does.
+    size = tuple(config.side if n == short else int(config.side * n / short) for n in size)
+  tiles.check_elongation(width, height, size)
+  return size
 
 
 def square(image: Image.Image, config: S2Config) -> Image.Image:
   """The image as a square of the largest scale."""
   picture, side = tiles.rgb(image), config.side
-  if config.fit == 'pad' and picture.width != picture.height:
-    longest = max(picture.size)
-    canvas = Image.new('RGB', (longest, longest), tuple(int(255 * m) for m in config.mean))
-    canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
-    picture = canvas
-  if config.fit == 'crop' and picture.width != picture.height:
-    short = min(picture.size)
-    # The short side gets `side`, the long one is truncated, as torchvision's resize does.
-    size = tuple(side if n == short else int(side * n / short) for n in picture.size)
-    picture = tiles.squashed(picture, size)
-    x, y = (size[0] - side) // 2, (size[1] - side) // 2
-    return picture.crop((x, y, x + side, y + side))
-  return tiles.squashed(picture, (side, side))
+  size = _geometry(*picture.size, config)
+  if picture.width == picture.height or config.fit not in ('pad', 'crop'):
+    return tiles.squashed(picture, (side, side))
+  if config.fit == 'pad':
+    place = ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2)
+    colour = tuple(int(255 * m) for m in config.mean)
+    return resize_on_canvas(picture, size, place, colour, (side, side))
+  x, y = (size[0] - side) // 2, (size[1] - side) // 2
+  return resize_part(picture, size, (x, y, x + side, y + side))
 
 
 def views(images: Sequence[Image.Image], config: S2Config) -> Views:

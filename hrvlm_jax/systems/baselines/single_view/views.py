@@ -9,20 +9,27 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, resize_on_canvas
+from hrvlm_jax.systems.baselines import tiles
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import Count, Views
 
 
 def count(width: int, height: int, config: SingleViewConfig) -> Count:
-  """One view, always."""
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  """One view, always.
+
+  Raises:
+    UserError: a side below 1, or too elongated for fit='pad' (see `tiles`).
+  """
+  tiles.check_size(width, height)
+  if config.fit == 'pad':
+    tiles.check_elongation(width, height, (max(width, height),) * 2)
   return Count(1, config.tokens)
 
 
 def view_pixels(image: Image.Image, config: SingleViewConfig) -> np.ndarray:
   """uint8 [size size 3]."""
   rgb, size = image if image.mode == 'RGB' else image.convert('RGB'), config.vision.image_size
+  count(*rgb.size, config)
   if config.fit == 'pad' and rgb.width != rgb.height:
     side = max(rgb.size)
     place = ((side - rgb.width) // 2, (side - rgb.height) // 2)
