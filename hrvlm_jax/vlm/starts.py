@@ -20,7 +20,7 @@ import numpy as np
 
 from hrvlm_jax import __version__
 from hrvlm_jax.checkpoint import files as store_files, hf, hub, store
-from hrvlm_jax.checkpoint.rows import Row, Table, import_tensors, linear, norm, prefixed
+from hrvlm_jax.checkpoint.rows import Op, Row, Table, import_tensors, linear, norm, prefixed
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
@@ -244,8 +244,13 @@ def _convnext(path: str, tower: ConvNeXtConfig, values: Mapping[str, Any],
   return prefixed(Table(rows, ignored), ours=f'{path}/')
 
 
+# SigLIP holds its two scalars as vectors of one.
+_SCALAR = Op('scalar', lambda x: x.reshape(()), lambda x: np.reshape(x, 1), lambda s: (1,))
+
+
 def _siglip_text() -> Table:
-  """Rows of SigLIP's text tower (Hugging Face) for PS3's, without its prompt head."""
+  """Rows of SigLIP's text tower (Hugging Face) for PS3's, without its prompt head; scale and bias
+  of the contrastive logits come with it, as in PS3's pre-training."""
   layer = 'text_model.encoder.layers.{i}'
   names = (('q', 'q_proj'), ('k', 'k_proj'), ('v', 'v_proj'), ('out', 'out_proj'))
   rows = [
@@ -258,9 +263,9 @@ def _siglip_text() -> Table:
     *linear('text/blocks/mlp/fc1', f'{layer}.mlp.fc1'),
     *linear('text/blocks/mlp/fc2', f'{layer}.mlp.fc2'),
     *norm('text/norm', 'text_model.final_layer_norm'),
-    *linear('text/projection', 'text_model.head')]
-  return Table(tuple(rows), {'vision_model.*': 'vision tower', 'logit_scale': 'contrastive head',
-                             'logit_bias': 'contrastive head', '*.position_ids': 'buffer'})
+    *linear('text/projection', 'text_model.head'),
+    *(Row(name, name, _SCALAR) for name in ('logit_scale', 'logit_bias'))]
+  return Table(tuple(rows), {'vision_model.*': 'vision tower', '*.position_ids': 'buffer'})
 
 
 def _subset(config: ModelConfig, names: tuple[str, ...]) -> Table:

@@ -203,7 +203,9 @@ def test_ps3_trunk_and_text_tower_from_siglip(tmp_path):
   fresh = assemble(config, [f'vision/tower={tmp_path / "release"}', f'text={tmp_path / "release"}'],
                    tmp_path / 'start')
   assert {'/'.join(path.split('/')[:2]) for path in fresh} == {
-    'vision/residual', 'vision/selection', 'text/prompt_head', 'logit_scale', 'logit_bias'}
+    'vision/residual', 'vision/selection', 'text/prompt_head'}
+  scale = store.load_leaf(tmp_path / 'start', 'logit_scale')
+  assert scale.shape == () and scale == hf.TensorFolder(tmp_path / 'release')['logit_scale'][0]
   tensors = hf.TensorFolder(tmp_path / 'release')
   name = next(n for n in tensors if n.endswith('head.attention.in_proj_weight'))
   found = [store.load_leaf(tmp_path / 'start', f'vision/pool_head/attn/{n}/kernel').T

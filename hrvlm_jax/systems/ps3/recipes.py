@@ -20,7 +20,7 @@ BATCHES = {'released': 4096, 'script': 256}  # 16 x 8 A100, as the models; 8 GPU
 # probe are decayed.
 NOT_DECAYED = r'(.*/)?(bias|scale|weight|prior_prompt|logit_scale|logit_bias)'
 # What SigLIP has not: it starts fresh.
-NEW = (r'vision/(selection|residual|adapter)/.*', r'text/prompt_head/.*', r'logit_(scale|bias)')
+NEW = (r'vision/(selection|residual|adapter)/.*', r'text/prompt_head/.*')
 
 
 def epoch_steps(batch_size: int) -> int:
