@@ -1,8 +1,10 @@
 """`hrvlm curate`: see `data.curate`."""
 
 import json
+import pathlib
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError, raise_all
 
 
 def main(argv: list[str]) -> int:
@@ -31,10 +33,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   arguments = parser.parse(argv)
 
-  import pathlib
-
-  from hrvlm_jax.core.config import from_dict
-  from hrvlm_jax.core.errors import UserError
+  from hrvlm_jax.core.config import from_dict, to_dict
   from hrvlm_jax.data import curate
   from hrvlm_jax.data.build import build_records
   from hrvlm_jax.data.regions import RegionCheck
@@ -58,16 +57,44 @@ def main(argv: list[str]) -> int:
                     'for photographs')
   if arguments.kind == 'photographs' and arguments.ocr:
     raise UserError('--ocr goes with --kind documents')
+  folder = pathlib.Path(arguments.out)
+  _claim(folder, folder / f'{arguments.name}.curate.json', {
+    'images': arguments.images, 'kind': arguments.kind, 'segmenter': arguments.segmenter,
+    'captioner': arguments.captioner, 'ocr': arguments.ocr, 'config': to_dict(config)})
   source = curate.Curated(source=open_source(arguments.images), config=config,
                           kind=arguments.kind, **functions)
   manifest = build_records(source, arguments.out, name=arguments.name, check=RegionCheck(),
                            shard_rows=arguments.shard_rows, progress=not arguments.quiet)
   shards = json.loads(manifest.read_text())['shards']
   bad = [fault for shard in shards for fault in shard['bad']]
-  print(f'{sum(shard["rows"] for shard in shards)} records in {len(shards)} shards, {len(bad)} '
+  rows = sum(shard['rows'] for shard in shards)
+  if not rows:
+    raise UserError(f'none of the {len(bad)} images can be used, {manifest} lists why (the first: '
+                    f'{bad[0]["message"]})')
+  print(f'{rows} records in {len(shards)} shards, {len(bad)} '
         f'images left out: {manifest}')
   for fault in bad[:5]:
     print(f'  {fault["message"]}')
   if len(bad) > 5:
     print(f'  and {len(bad) - 5} more, listed in the manifest')
   return 0
+
+
+def _claim(folder: pathlib.Path, path: pathlib.Path, settings: dict) -> None:
+  """Notes how the records of a folder are made; a build that was stopped goes on only so.
+
+  Raises:
+    UserError: the folder holds records made in another way, or cannot be made.
+  """
+  settings = json.loads(json.dumps(settings))
+  if path.exists():
+    found = json.loads(path.read_text('utf-8'))
+    raise_all(f'{path}: other records are there under this name; choose another --out or --name', [
+      f'{key} was {found.get(key)!r}, is {value!r}' for key, value in settings.items()
+      if found.get(key) != value])
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2), 'utf-8')
+  except OSError as error:
+    raise UserError(f'--out {folder}: cannot be written ({error.strerror or error})') from error

@@ -179,6 +179,11 @@ def test_the_command(tmp_path, capsys, monkeypatch):
   regions = regions_of(stored[1])
   assert len(stored) == 3 and regions.global_caption == 'seen True'
   assert set(regions.captions) == {'seen False'} and len(regions.boxes) <= 2
+  again = [str(images), '--out', str(out), '--config', str(settings), '--quiet']
+  with pytest.raises(UserError, match="captioner was 'captions_of_a_test:caption', is None"):
+    verb.main(again)
+  with pytest.raises(UserError, match='none of the 4 images can be used.*longest side of 1000'):
+    verb.main([str(images), '--out', str(tmp_path / 'none'), '--quiet'])
   settings.write_text('{"boxs": 3}')
   with pytest.raises(UserError, match='boxs'):
     verb.main([str(images), '--out', str(out), '--config', str(settings)])
