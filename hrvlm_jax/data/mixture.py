@@ -181,6 +181,9 @@ def _apportion(weights: Sequence[float], size: int) -> list[int]:
 
 
 _SHORT = PromptFormat(suffix='\nAnswer the question using a single word or phrase')
+_PHRASE = PromptFormat(suffix='\nAnswer the question using a single word or phrase.')
+_LETTER = PromptFormat(
+  suffix="\nAnswer with the option's letter from the given choices directly.")
 _ONE = PromptFormat(turns=1)
 _ONE_SHORT = dataclasses.replace(_SHORT, turns=1)
 _TWO_SHORT = dataclasses.replace(_SHORT, turns=2)
@@ -198,8 +201,7 @@ MIXTURES: dict[str, tuple[Share, ...]] = {
     Share(name='ocrvqa', amount=80_000, format=_ONE_SHORT),
     Share(name='textvqa', amount=35_000, format=_SHORT),
     Share(name='stvqa', amount=26_000, format=_SHORT),
-    Share(name='aokvqa', amount=17_000, format=PromptFormat(
-      suffix="\nAnswer with the option's letter from the given choices directly.")),
+    Share(name='aokvqa', amount=17_000, format=_LETTER),
     Share(name='textcaps', amount=22_000, format=PromptFormat(prompts=(
       'Generate a one-sentence caption for the provided image, incorporating textual elements '
       'visible in the image.',))),
@@ -209,6 +211,29 @@ MIXTURES: dict[str, tuple[Share, ...]] = {
     Share(name=name, format=_ONE) for name in ('mimic_it', 'lrv', 'svit', 'lvis_instruct')),
   # LLaVA-1.5 (and LLaVA-HR stage 2): one file whose questions carry their response prompts.
   'llava_1_5': (Share(name='llava_v1_5_mix665k'),),
+  # The same from its ten data sets, with the prompts of arXiv 2310.03744, Table 7. Questions about
+  # regions (RefCOCO, Visual Genome) are asked in two forms, which their rows bring along.
+  'llava_1_5_parts': (
+    Share(name='llava', amount=158_000),
+    Share(name='sharegpt', amount=40_000),
+    Share(name='vqav2', amount=83_000, format=_PHRASE),
+    Share(name='gqa', amount=72_000, format=_PHRASE),
+    Share(name='okvqa', amount=9_000, format=_PHRASE),
+    Share(name='ocrvqa', amount=80_000, format=_PHRASE),
+    Share(name='aokvqa', amount=66_000, format=_LETTER),
+    Share(name='textcaps', amount=22_000, format=PromptFormat(
+      prompts=('Provide a one-sentence caption for the provided image.',))),
+    Share(name='refcoco', amount=48_000),
+    Share(name='vg', amount=86_000),
+  ),
+  # VILA-1.5, instruction tuning (NVlabs/VILA: llava/data/registry/mixtures.yaml, vila-v1.5-sft):
+  # every data set whole, its prompts in its rows; the sets of videos are left out.
+  'vila_1_5_sft': tuple(Share(name=name) for name in (
+    'ai2d_train_12k', 'chartqa_train_18k', 'docvqa_train_10k', 'dvqa_train_200k', 'geoqa',
+    'llava_instruct', 'math', 'scienceqa', 'sharegpt4v_gpt4_100k', 'sharegpt4v_sft', 'sherlock',
+    'synthdog_en', 'wit_subset', *(f'vflan_{part}' for part in (
+      'image_paragraph_captioning', 'textcap', 'visual_dialog', 'clevr', 'nlvr', 'visual_mrc',
+      'text_flan_1m', 'docvqa', 'gqa', 'ivqa', 'ocr_vqa', 'st_vqa', 'viquae', 'vqa_v2')))),
   # MC-LLaVA (visheratin/mc-llava: data_module.py): amounts drawn per epoch where it draws.
   'mc_llava': (
     Share(name='landmarks'),

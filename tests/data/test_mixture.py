@@ -1,13 +1,20 @@
 from collections import Counter
+import json
+import pathlib
+import shutil
 
 import numpy as np
+import pyarrow
+from pyarrow import parquet
 import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.mixture import MIXTURES, Mixture, PromptFormat, Share, published_mixture
 from hrvlm_jax.data.rows import BadRow, Row
-from hrvlm_jax.data.sources import InMemory
+from hrvlm_jax.data.sources import InMemory, open_source
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+
+CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'mixtures'
 
 
 def row(name, turns=3):
@@ -87,3 +94,33 @@ def test_published_mixtures():
     published_mixture('pheye_stage3', {})
   with pytest.raises(UserError, match="'gqa' is missing"):
     published_mixture('pheye_stage_3', {})
+
+
+@pytest.mark.parametrize('path', sorted(CONFIGS.glob('*.mixture.json')), ids=lambda p: p.stem)
+def test_mixture_files_open(path, tmp_path):
+  """The files of configs/mixtures, with small data sets of the names they ask for."""
+  (tmp_path / 'images').mkdir()
+  talk = [{'from': 'human', 'value': 'q'}, {'from': 'gpt', 'value': 'a'}]
+  for part in json.loads(path.read_text())['parts']:
+    rows = [{'id': f'{part["name"]} {i}', 'conversations': talk * 3} for i in range(2)]
+    name = tmp_path / part['path']
+    if name.suffix == '.parquet':
+      parquet.write_table(pyarrow.Table.from_pylist(rows), name)
+    else:
+      name.write_text(json.dumps(rows))
+  shutil.copy(path, tmp_path)
+  mix = open_source(tmp_path / path.name)
+  assert len(mix) == {'pheye_stage_3': 677_000, 'llava_1_5_parts': 664_000, 'vila_1_5_sft': 54,
+                      'own': 100_000}[path.name.split('.')[0]]
+  asked = {}
+  for index in np.linspace(0, len(mix) - 1, 300).astype(int):
+    row = mix.fetch(int(index), 0, np.random.default_rng(index))
+    asked.setdefault(row.id.split()[0], row.messages)
+  assert len(asked) >= len(mix.shares) - 1
+  if path.name.startswith('pheye'):
+    assert [m.text for m in asked['vqav2']] == [
+      'q\nAnswer the question using a single word or phrase', 'a'] * 2
+    assert len(asked['llava']) == 2
+  if path.name.startswith('llava'):
+    assert asked['aokvqa'][0].text.endswith("option's letter from the given choices directly.")
+    assert asked['textcaps'][0].text == 'Provide a one-sentence caption for the provided image.'
