@@ -7,7 +7,8 @@ from benchmarks.harness.case import Case
 _PHI = Case(
   name='phi_decode', title='Phi-1.5, 65-token prompt, 32 new tokens', ours='ours.decode:Phi',
   peer='peers.decode:phi', peer_name='transformers Phi', variants=('eager', 'compile'),
-  settings={'prompt': 65, 'new': 32}, target=1.5, work=(32, 'tokens/s'), group='decode')
+  settings={'prompt': 65, 'new': 32}, target=1.5, gpu_target=1.0,
+  work=(32, 'tokens/s'), group='decode')
 
 CASES = [
   _PHI,
@@ -18,7 +19,7 @@ CASES = [
        ours='ours.decode:PheyeGenerate', peer='peers.decode:pheye',
        peer_name='transformers Phi + blocks', settings={
          'prompt': 64, 'new': 50, 'release': 'pheye_x2_672'},
-       target=3.0, rounds=2, work=(50, 'tokens/s'), bound=False, group='decode'),
+       target=3.0, rounds=2, work=(50, 'tokens/s'), bound=False, apart=True, group='decode'),
   Case(name='vila_hd_two_pass', title='VILA-HD-4K to the first token of the answer (PS3-4K, Qwen2 '
        'of width 1536, 8 layers); peer: second pass without reuse',
        ours='ours.decode:TwoPass', peer='ours.decode:TwoPassAgain', peer_side='ours',

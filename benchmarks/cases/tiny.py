@@ -18,13 +18,15 @@ _SETTINGS = {
 CASES = [
   dataclasses.replace(
     case, name=f'tiny_{case.name}', title=f'tiny sizes: {case.title}', group='tiny', shown=False,
-    settings={**_SETTINGS[case.name], 'tiny': True}, target=None, memory_target=None, bound=False,
+    settings={**_SETTINGS[case.name], 'tiny': True}, target=None, memory_target=None,
+    bound=False, rounds=2,
     variants=tuple(v for v in case.variants if v.startswith('eager')))
   for case in (*vision.CASES, *decode.CASES) if case.name in _SETTINGS
 ]
 _ALONE = {
   'ps3_growth': {'sizes': (80, 160), 'from': 80, 'rounds': 2},
-  'growth': {'sizes': (128, 256), 'time_below': 1e9, 'rounds': 1},
+  'growth_mc_llava': {'sizes': (128, 256), 'time_below': 1e9, 'rounds': 1,
+                      'systems': alone.SYSTEMS},
 }
 CASES += [
   dataclasses.replace(case, name=f'tiny_{case.name}', group='tiny', shown=False, settings={

@@ -10,7 +10,7 @@ CASES = [
   Case(name='ps3_4k', title='PS3-4K-SigLIP, 3780 x 3780 image, 2560 tokens', ours='ours.vision:PS3',
        peer='peers.ps3:encode', peer_name='ps3-torch 0.1.3',
        settings={'size': 3780, 'budgets': _BUDGETS, 'looks': 1},
-       target=2.2, memory_target=1 / 3, group='vision'),
+       target=2.2, gpu_target=1.5, memory_target=1 / 3, apart=True, group='vision'),
   Case(name='ps3_low', title='PS3-4K-SigLIP, thumbnail only', ours='ours.vision:PS3',
        peer='peers.ps3:encode', peer_name='ps3-torch 0.1.3',
        settings={'size': 3780, 'budgets': _BUDGETS, 'looks': 0}, target=1.2, rounds=5,

@@ -26,6 +26,7 @@ class Case:
     variants: forms of the peer that are tried; the fastest is compared.
     settings: sizes; both sides get them, and they are part of the key of the stored weights.
     target: peer time / our time that was asked for; None: reported only.
+    gpu_target: the same on a GPU.
     memory_target: our peak memory / the peer's that was asked for.
     tolerance: largest difference of any output relative to max(1, largest value).
     rounds: measured calls of each side, alternating.
@@ -34,6 +35,8 @@ class Case:
     group: cases of a group can be asked for together by its name.
     shown: has a row in docs/benchmarks.md.
     dtype: of weights and activations on a CPU (a GPU always runs bfloat16).
+    apart: the sides do not fit into memory together: one process at a time, started anew for each
+      round; only the first variant is run.
   """
 
   name: str
@@ -45,6 +48,7 @@ class Case:
   peer_name: str = ''
   variants: tuple[str, ...] = ('eager',)
   target: float | None = None
+  gpu_target: float | None = None
   memory_target: float | None = None
   tolerance: float = 1e-3
   rounds: int = 3
@@ -53,6 +57,7 @@ class Case:
   group: str = ''
   shown: bool = True
   dtype: str = 'float32'
+  apart: bool = False
 
 
 def find_cases() -> dict[str, Case | Any]:
@@ -81,6 +86,8 @@ class Alone:
       process of its own. The dict holds `rows`, a list of dicts with the same keys, and may hold
       `note`.
     columns: (key of a row, heading) of the table.
+    backends: where it can be measured ('cpu', 'gpu').
+    picture: name of a picture in benchmarks/results that follows the table, without its backend.
   """
 
   name: str
@@ -88,6 +95,8 @@ class Alone:
   run: str
   settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   columns: tuple[tuple[str, str], ...] = ()
+  picture: str = ''
+  backends: tuple[str, ...] = ('cpu', 'gpu')
   group: str = ''
   shown: bool = True
 

@@ -7,6 +7,7 @@ import json
 import pathlib
 from typing import Any
 
+from benchmarks.harness import plots
 from benchmarks.harness.runner import RESULTS, ROOT
 
 TARGET = ROOT / 'docs' / 'benchmarks.md'
@@ -52,8 +53,8 @@ def summary(result: Mapping[str, Any]) -> str:
     text += (f', {result["peer"]} ({result["variant"]}) '
              f'{seconds(_peer(result)["seconds"]["median"])}; ratio {ratio["median"]:.2f} '
              f'({ratio["least"]:.2f} to {ratio["largest"]:.2f})')
-    if result.get('target'):
-      text += f', asked for {result["target"]}'
+    if 'time' in result['met']:
+      text += f' (target {"met" if result["met"]["time"] else "missed"})'
     text += f'; memory {result["memory_ratio"]:.2f} of the peer\'s'
   if 'rate' in ours:
     text += f'; {ours["rate"]}'
@@ -72,6 +73,11 @@ def write(cases: Mapping[str, Any], target: pathlib.Path = TARGET,
           results: pathlib.Path = RESULTS) -> pathlib.Path:
   """Writes the page; `cases` from `find_cases`."""
   target.parent.mkdir(parents=True, exist_ok=True)
+  for backend in ('cpu', 'gpu'):
+    rows = [row for path in sorted(results.glob(f'growth_*_{backend}.json'))
+            for row in json.loads(path.read_text())['rows']]
+    if rows:
+      plots.growth(rows, results / f'growth_{backend}.png')
   target.write_text(page(cases, results))
   return target
 
@@ -80,7 +86,9 @@ def page(cases: Mapping[str, Any], results: pathlib.Path = RESULTS) -> str:
   """The page's text."""
   parts = [_HEAD]
   cases = {name: case for name, case in cases.items() if getattr(case, 'shown', True)}
-  compared = [case for case in cases.values() if hasattr(case, 'peer')]
+  order = {name: place for place, name in enumerate(('vision', 'decode', 'train_step'))}
+  compared = sorted((case for case in cases.values() if hasattr(case, 'peer')),
+                    key=lambda case: order.get(case.group, len(order)))
   for backend, title in (('cpu', 'CPU, float32'), ('gpu', 'GPU, bfloat16')):
     found = {case.name: _read(results, case.name, backend) for case in compared}
     parts.append(f'## {title}\n\n{_machines(found.values())}{_table(compared, found, backend)}')
@@ -117,19 +125,20 @@ def _table(cases, found, backend: str) -> str:
   rows = ['| case | what | peer | peer took | ours | ratio | asked for | memory | TFLOP | products '
           '| difference |', '| --- ' * 11 + '|']
   for case in cases:
-    rows.append('| ' + ' | '.join(_row(case, found[case.name])) + ' |')
+    rows.append('| ' + ' | '.join(_row(case, found[case.name], backend)) + ' |')
   command = 'hrvlm bench CASE' + (' --device cuda' if backend == 'gpu' else '')
   return '\n'.join(rows) + f'\n\nEach row: `{command}`.'
 
 
-def _row(case, result) -> list[str]:
-  asked = [f'>= {case.target}x'] if case.target else []
-  if case.memory_target:
+def _row(case, result, backend: str) -> list[str]:
+  target = case.target if backend == 'cpu' else case.gpu_target
+  asked = [f'>= {target}x'] if target else []
+  if case.memory_target and backend == 'cpu':
     asked.append(f'memory <= {case.memory_target:.2f}')
   start = [f'`{case.name}`', case.title]
   if result is None or 'ratio' not in result:
     return [*start, case.peer_name, NOT_MEASURED, NOT_MEASURED, NOT_MEASURED,
-            ', '.join(asked) or '-', *['-'] * 4]
+            ', '.join(asked) or 'reported', *['-'] * 4]
   peer, ours, ratio = _peer(result), result['ours'], result['ratio']
   met = result['met']
   verdict = ''.join(f'; {name} {"met" if met[name] else "**missed**"}'
@@ -155,6 +164,8 @@ def _row(case, result) -> list[str]:
 def _alone(case, results: pathlib.Path) -> str:
   parts = [f'## {case.title}']
   for backend, word in (('cpu', 'CPU'), ('gpu', 'GPU')):
+    if backend not in getattr(case, 'backends', ('cpu', 'gpu')):
+      continue
     result = _read(results, case.name, backend)
     if result is None:
       parts.append(f'{word}: {NOT_MEASURED} (`hrvlm bench {case.name}'
@@ -165,11 +176,11 @@ def _alone(case, results: pathlib.Path) -> str:
              '| --- ' * len(columns) + '|']
     lines += ['| ' + ' | '.join(str(row.get(key, '-')) for key, _ in columns) + ' |'
               for row in result['rows']]
-    picture = results / f'{case.name}_{backend}.png'
+    picture = results / f'{getattr(case, "picture", "")}_{backend}.png'
     parts += [f'{word}: `hrvlm bench {case.name}`' + (
       ' --device cuda' if backend == 'gpu' else ''), _machines([result]).strip(), '\n'.join(lines)]
     if result.get('remark'):
       parts.append(result['remark'])
     if picture.exists():
-      parts.append(f'![{case.title}](../benchmarks/results/{picture.name})')
+      parts.append(f'![{case.picture}](../benchmarks/results/{picture.name})')
   return '\n\n'.join(parts)

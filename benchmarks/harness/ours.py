@@ -6,7 +6,7 @@ name table as `hrvlm convert`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import math
 import pathlib
@@ -68,6 +68,22 @@ class Side:
     for path in list(flat):
       params[path] = jax.device_put(flat.pop(path)).astype(self.dtype)
     return self.program(fn, paths.unflatten(params), read_inputs(self.folder))
+
+  def abstract_program(self) -> tuple[Callable, tuple]:
+    """The traced function and the shapes of its arguments: no weight is made, nothing computed."""
+    fn, _ = self.model()
+    # One stored number stands for each array.
+    params = jax.tree.map(lambda s: np.broadcast_to(np.zeros((), self.dtype), s.shape),
+                          fn.abstract)
+    found: dict[str, Any] = {}
+
+    def keep(function, *arguments, **facts):
+      shape = lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype)
+      found.update(function=function, shapes=jax.tree.map(shape, arguments))
+
+    self.jit = keep
+    self.program(fn, params, self.inputs(np.random.default_rng(0)))
+    return found['function'], found['shapes']
 
   def jit(self, function, params, *arguments, **facts) -> Program:
     """The usual program: one jitted function of parameters and device arrays."""

@@ -136,8 +136,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   sizes = json.dumps([FORMAT, case.ours, dict(case.settings)], sort_keys=True)
   folder = scratch() / f'{case.name}-{hashlib.sha256(sizes.encode()).hexdigest()[:12]}'
   result: dict[str, Any] = {
-    'case': case.name, 'title': case.title, 'peer': case.peer_name, 'target': case.target,
-    'memory_target': case.memory_target, 'device': settings.device,
+    'case': case.name, 'title': case.title, 'peer': case.peer_name, 'device': settings.device,
     'dtype': settings.options(dtype=case.dtype).dtype, 'settings': dict(case.settings),
     'date': measure.today(), 'machine': measure.machine(), 'note': settings.note}
   start = lambda python, side, variant='eager': Process(
@@ -151,17 +150,17 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
       writer.close()
       (folder / 'ready').write_text(json.dumps(parameters))
     result |= json.loads((folder / 'ready').read_text())
+    if case.apart:
+      _apart(case, settings, start, folder, result, say)
+      return result
     ours = start(sys.executable, 'ours')
     result['ours'] = _first(ours, folder / 'ours.npz')
     say(f'{case.name}: first call of ours, compilation included: {result["ours"]["first_s"]} s')
     if case.peer is not None and not settings.alone:
-      python = sys.executable if case.peer_side == 'ours' else peer_python(settings.peer_python)
+      python = _python(case, settings)
       peer = _best_peer(case, settings, lambda variant: start(python, 'peer', variant), folder,
                         result, say)
     _rounds(case, settings, ours, peer, result)
-    if settings.ceiling:
-      result['cost'] = ours('cost')
-    _judge(case, result)
   finally:
     for process in (ours, peer):
       if process is not None:
@@ -169,6 +168,56 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
     if not settings.keep:
       shutil.rmtree(folder, ignore_errors=True)
   return result
+
+
+def _python(case: Case, settings: Settings) -> str:
+  """Interpreter of the peer's side."""
+  return sys.executable if case.peer_side == 'ours' else peer_python(settings.peer_python)
+
+
+def _apart(case, settings, start, folder, result, say) -> None:
+  """Sides that do not fit into memory together: every round starts each anew, one at a time.
+
+  A round of a side is a call that is not measured (it warms up and is compared), then one that is.
+  """
+  variant = (settings.variants or case.variants)[0]
+  openers = {'ours': lambda: start(sys.executable, 'ours')}
+  if case.peer is not None and not settings.alone:
+    openers['peer'] = lambda: start(_python(case, settings), 'peer', variant)
+    result['variant'] = variant
+  measured = {name: Measured() for name in openers}
+  rounds = settings.rounds or case.rounds
+  for number in range(rounds):
+    for name, opener in openers.items():
+      process = opener()
+      try:
+        first = _first(process, folder / f'{name}.npz')
+        process('reset_peak')
+        measured[name].add(process('run'), process('peak'))
+        if number == rounds - 1:
+          measured[name].after = first | process('after')
+          if name == 'ours' and settings.ceiling:
+            result['cost'] = process('cost')
+      finally:
+        process.close()
+      say(f'{case.name}: {name} {measured[name].times[-1]["seconds"]:.2f} s')
+    if 'peer' in openers:
+      result['differences'] = compare(folder / 'ours.npz', folder / 'peer.npz', case)
+  _report(case, settings, measured, result)
+
+
+@dataclasses.dataclass
+class Measured:
+  """What the calls of one side gave."""
+
+  times: list[Mapping[str, float]] = dataclasses.field(default_factory=list)
+  peak: dict[str, int] = dataclasses.field(default_factory=dict)
+  after: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def add(self, times: Mapping[str, float], peak: Mapping[str, int]) -> None:
+    """One call."""
+    self.times.append(times)
+    self.peak = {key: max(value, self.peak.get(key, 0)) for key, value in peak.items()}
 
 
 def _first(process: Process, path: pathlib.Path) -> dict[str, Any]:
@@ -236,40 +285,52 @@ def compare(ours: pathlib.Path, peer: pathlib.Path, case: Case) -> dict[str, flo
 
 
 def _rounds(case, settings, ours, peer, result) -> None:
-  rounds = settings.rounds or case.rounds
-  sides = [(name, side) for name, side in (('ours', ours), ('peer', peer)) if side is not None]
-  times: dict[str, list[Mapping[str, float]]] = {name: [] for name, _ in sides}
-  for _, side in sides:
+  """Both sides are loaded: they take turns."""
+  sides = {name: side for name, side in (('ours', ours), ('peer', peer)) if side is not None}
+  measured = {name: Measured() for name in sides}
+  for side in sides.values():
     side('reset_peak')
-  for _ in range(rounds):
-    for name, side in sides:
-      times[name].append(side('run'))
+  for _ in range(settings.rounds or case.rounds):
+    for name, side in sides.items():
+      measured[name].add(side('run'), {})
+  for name, side in sides.items():
+    measured[name].peak, measured[name].after = side('peak'), side('after')
+  if settings.ceiling:
+    result['cost'] = ours('cost')
+  _report(case, settings, measured, result)
+
+
+def _report(case, settings, measured: Mapping[str, Measured], result) -> None:
+  """Times, peaks and ratios into the result, and whether targets are met."""
   result['versions'] = {}
-  for name, side in sides:
+  for name, side in measured.items():
     part = result.setdefault('peer_run' if name == 'peer' else name, {})
-    part['seconds'] = measure.spread([t['seconds'] for t in times[name]])
-    part['cpu_seconds'] = measure.spread([t['cpu_seconds'] for t in times[name]])
-    part['peak'] = side('peak')
-    after = side('after')
-    part |= after['facts']
-    result['versions'] |= after['versions']
+    part['seconds'] = measure.spread([t['seconds'] for t in side.times])
+    part['cpu_seconds'] = measure.spread([t['cpu_seconds'] for t in side.times])
+    part['peak'] = side.peak
+    after = dict(side.after)
+    result['versions'] |= after.pop('versions')
+    part |= after.pop('facts') | after
     if case.work is not None:
       amount, unit = case.work
       part['rate'] = f'{amount / part["seconds"]["median"]:.3g} {unit}'
-  if peer is not None:
-    result['ratio'] = measure.spread([
-      b['seconds'] / a['seconds'] for a, b in zip(times['ours'], times['peer'], strict=True)])
+  if 'peer' in measured:
+    pairs = zip(measured['ours'].times, measured['peer'].times, strict=True)
+    result['ratio'] = measure.spread([b['seconds'] / a['seconds'] for a, b in pairs])
     key = 'bytes' if settings.device == 'cpu' else 'device_bytes'
     result['memory_ratio'] = round(
-      result['ours']['peak'][key] / result['peer_run']['peak'][key], 3)
+      measured['ours'].peak[key] / measured['peer'].peak[key], 3)
+  _judge(case, result)
 
 
 def _judge(case: Case, result: dict[str, Any]) -> None:
   """Whether targets are met, from what was measured."""
   met = {}
-  if case.target is not None and 'ratio' in result:
-    met['time'] = result['ratio']['median'] >= case.target
-  if case.memory_target is not None and 'memory_ratio' in result:
+  gpu = result['device'] == 'cuda'
+  target = case.gpu_target if gpu else case.target
+  if target is not None and 'ratio' in result:
+    met['time'] = result['ratio']['median'] >= target
+  if case.memory_target is not None and not gpu and 'memory_ratio' in result:
     met['memory'] = result['memory_ratio'] <= case.memory_target
   if cost := result.get('cost'):
     share = cost['matmul_seconds'] / result['ours']['seconds']['median']

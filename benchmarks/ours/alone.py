@@ -24,16 +24,16 @@ from benchmarks.harness.docs import seconds
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def _timed(call, rounds: int) -> float:
-  """Median seconds of a call after a first one."""
+def _timed(call, rounds: int, clock=time.perf_counter) -> float:
+  """Median seconds of a call after a first one; the clock may be the process's own."""
   import jax
 
   jax.block_until_ready(call())
   found = []
   for _ in range(rounds):
-    start = time.perf_counter()
+    start = clock()
     jax.block_until_ready(call())
-    found.append(time.perf_counter() - start)
+    found.append(clock() - start)
   return statistics.median(found)
 
 
@@ -125,7 +125,8 @@ def growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
   """FLOPs, memory and time of every system's encoder against resolution.
 
   Up to `settings['time_below']` FLOPs a program is run; beyond, it is only compiled (temporaries
-  are the compiler's own count).
+  are the compiler's own count). Times are of the processor, all cores together, so that a shared
+  machine may measure them.
   """
   import jax
   import jax.numpy as jnp
@@ -136,31 +137,33 @@ def growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
   dtype = jnp.dtype(options.dtype)
   rows = []
   for system, encoders in _encoders(settings).items():
-    for pixels, tokens, (config, module, shapes) in encoders:
+    for pixels, count, (config, module, shapes) in encoders:
       fn = Functional(lambda rngs, c=config, m=module: m(c, rngs=rngs))
       run = lambda params, views, fn=fn: fn.apply(params, views, dtype=dtype,
                                                   impl=options.impl).values
       abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
       flops = count_flops(run, abstract, shapes)
       compiled = jax.jit(run).lower(abstract, shapes).compile()
-      row = {'system': system, 'pixels': pixels, 'tokens': tokens,
-             'views': int(shapes['pixels'].shape[0]), 'tflop': round(flops / 1e12, 3),
+      row = {'system': system, 'pixels': pixels, 'tokens': count.tokens, 'views': count.views,
+             'tflop': round(flops / 1e12, 3),
              'temporaries_mb': round(compiled.memory_analysis().temp_size_in_bytes / 1e6)}
       if flops <= settings['time_below']:
         params = _device_params(fn, dtype)
         views = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        took = _timed(lambda f=compiled, p=params, v=views: f(p, v), settings['rounds'])
-        row |= {'time': seconds(took), 'time_s': round(took, 4)}
+        took = _timed(lambda f=compiled, p=params, v=views: f(p, v), settings['rounds'],
+                      time.process_time)
+        row |= {'time': seconds(took), 'cpu_s': round(took, 4)}
         del params
       rows.append(row)
       print(row, file=sys.stderr, flush=True)
   return {'rows': rows, 'remark': (
     "Temporaries are the compiled program's, images and weights not counted. Programs above "
-    f'{settings["time_below"] / 1e12:g} TFLOP are compiled and counted, not run.')}
+    f'{settings["time_below"] / 1e12:g} TFLOP are compiled and counted, not run. Time is that of '
+    'all cores together.')}
 
 
 def _encoders(settings):
-  """Per system: (pixels, tokens, (config, module, shapes of the views)) of one square image."""
+  """Per system: (pixels, Count, (config, module, shapes of the views)) of one square image."""
   import jax
   from PIL import Image
 
@@ -176,8 +179,9 @@ def _encoders(settings):
       example = system.views([Image.new('RGB', (pixels, pixels))], config)
       views = system.batch([example], config)
       shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), views)
-      tokens = system.count(pixels, pixels, config).tokens
-      found.setdefault(name, []).append((pixels, tokens, (config, system.encoder, shapes)))
+      count = system.count(pixels, pixels, config)
+      side = getattr(config, 'image_size', pixels)
+      found.setdefault(name, []).append((side, count, (config, system.encoder, shapes)))
   return found
 
 
@@ -197,7 +201,8 @@ def _sized(name: str, pixels: int, settings):
       level = max(2, round(pixels / encoder.vision.image_size))
       return dataclasses.replace(encoder, level=level, sub_image_rows=1 + level**2)
     if name == 'llava_hr':
-      side = max(pixels // 32 * 32, 32)
+      # Sides at which both grids fit: 384, and from 768 on in steps of 32.
+      side = pixels if tiny else 384 if pixels < 600 else max(pixels // 32 * 32, 768)
       return dataclasses.replace(encoder, image_size=side)
     if name == 'mc_llava':
       # As many crops as windows of the tower's size cover the image, which keeps its detail.
@@ -221,8 +226,9 @@ def warm_start(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
                  'first_s': took[0]['compile_s'], 'warm_s': took[1]['compile_s'],
                  'cache_mb': round(took[0]['cache_mb'], 1)})
     print(rows[-1], file=sys.stderr, flush=True)
-  return {'rows': rows, 'remark': 'Real sizes; compilation only, nothing is computed. Each time a '
-          'new process; the cache is the folder that `hrvlm` sets by itself.'}
+  return {'rows': rows, 'remark': 'Processor seconds at real sizes; nothing is computed. Each time '
+          'a new process and, the first time, an empty cache in the form that `hrvlm` keeps by '
+          'itself.'}
 
 
 def _start(name: str, cache: str, options: Options) -> dict[str, float]:

@@ -121,19 +121,32 @@ class TrainStep(Side):
     ids = rng.integers(5, min(text.vocab_size, 260), (rows, text.context))
     return {'images': images(rng, rows, side), 'tokens': ids.astype(np.int32), 'target': target}
 
-  def program(self, fn, params, inputs):
-    config = self.config()
+  def _step(self, fn):
+    """(settings of the run, parameter groups, train step)."""
     training = TrainingConfig(
       steps=10**6, batch_size=self.settings['rows'], loss_chunk=8192,
-      objective='ps3_pretrain' if config.text is None else 'next_token',
+      objective='ps3_pretrain' if self.config().text is None else 'next_token',
       attention=self.options.impl, dtype=self.options.dtype,
       optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule='constant', clip_norm=1.0))
     groups = groups_of(training, fn.abstract)
-    step = make_train_step(fn, training, groups, seed=0)
+    return training, groups, make_train_step(fn, training, groups, seed=0)
+
+  def _batch(self, inputs):
     batch = {k: jnp.asarray(v) for k, v in inputs.items() if not k.startswith('views/')}
-    if config.text is not None:
+    if self.config().text is not None:
       batch['views'] = {k.removeprefix('views/'): jnp.asarray(v) for k, v in inputs.items()
                         if k.startswith('views/')}
+    return batch
+
+  def abstract_program(self):
+    fn, _ = self.model()
+    training, groups, step = self._step(fn)
+    state = jax.eval_shape(lambda p: init_state(training, groups, p), fn.abstract)
+    return step, (state, self._batch(self.inputs(np.random.default_rng(0))))
+
+  def program(self, fn, params, inputs):
+    training, groups, step = self._step(fn)
+    batch = self._batch(inputs)
     compiled = jax.jit(step, donate_argnums=0)
     abstract = jax.eval_shape(lambda p: init_state(training, groups, p), fn.abstract)
     held = {'state': jax.jit(lambda p: init_state(training, groups, p))(params)}

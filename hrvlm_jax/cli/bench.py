@@ -59,6 +59,10 @@ def main(argv: list[str]) -> None:
     peer_python=arguments.peer_python, ceiling=not arguments.dry, alone=arguments.alone,
     variants=tuple(arguments.variant) if arguments.variant else None, note=arguments.note)
   results = []
+  backend = settings.backend
+  wrong = [c.name for c in chosen if backend not in getattr(c, 'backends', (backend,))]
+  if wrong:
+    raise UserError(f'not measured on a {backend.upper()}: {", ".join(wrong)}; use --device')
   for case in chosen:
     if isinstance(case, Alone):
       result = runner.run_alone(case, settings)

@@ -21,7 +21,7 @@ def result(**changes):
   """A kept result of `CASE`."""
   return {
     'case': 'made_up', 'title': 'Made up', 'peer': 'an original', 'variant': 'compile',
-    'target': 2.0, 'memory_target': 0.5, 'device': 'cpu', 'date': '2026-01-01',
+    'device': 'cpu', 'date': '2026-01-01',
     'machine': {'processor': 'abacus', 'cores': 2, 'memory_gb': 1}, 'versions': {'jax': '1'},
     'ours': SIDE, 'peer_run': SIDE, 'ratio': measure.spread([1.5, 2.5, 2.6]), 'memory_ratio': 0.7,
     'differences': {'tokens': 1e-6}, 'met': {'time': True, 'memory': False}} | changes
