@@ -35,15 +35,23 @@ def load(schema: type[T], spec: str, overrides: Overrides = ()) -> T:
   Raises:
     UserError: no such file, no `get_config`, or the problems of all overrides together.
   """
-  return sweep(schema, spec, overrides, several=False)[0]
+  return grid(schema, spec, overrides, several=False)[0][1]
 
 
-def sweep(
+def sweep(schema: type[T], spec: str, overrides: Overrides = ()) -> list[T]:
+  """The run configs of `grid`."""
+  return [config for _, config in grid(schema, spec, overrides)]
+
+
+def grid(
     schema: type[T], spec: str, overrides: Overrides = (), *, several: bool = True
-) -> list[T]:
+) -> list[tuple[list[tuple[str, str]], T]]:
   """All run configs that overrides with comma lists span: `a=1,2 b=x,y` gives four.
 
   The last override varies fastest. With `several=False` a comma list is refused.
+
+  Returns:
+    Per run: (key path, text) of the overrides that vary, and its config.
 
   Raises:
     UserError: as `load`.
@@ -68,7 +76,9 @@ def sweep(
       problems.append(str(error))
     choices.append([(key, part) for part in parts])
   raise_all(spec, problems)
-  return [_resolve(schema, spec, chosen) for chosen in itertools.product(*choices)]
+  varies = {parts[0][0] for parts in choices if len(parts) > 1}
+  return [([pair for pair in chosen if pair[0] in varies], _resolve(schema, spec, chosen))
+          for chosen in itertools.product(*choices)]
 
 
 def _resolve(schema: type[T], spec: str, overrides: Iterable[tuple[str, str]]) -> T:
