@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
       state = 'stopped by a signal at' if result.interrupted else 'finished at'
       again = '; run the same command to go on' if result.interrupted else ''
       print(f'{state} step {result.step}, {loss}{again}')
+      if result.bad_rows:
+        kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(result.bad_rows.items()))
+        print(f'rows that could not be used: {kinds} (hrvlm data check lists them)')
   finally:
     distributed.shutdown()
   return 0

@@ -143,24 +143,24 @@ class PlannedRows:
 
   def _blank(self) -> Views:
     """Views of a row without an image."""
-    try:
-      return self.views([], self.encoder)
-    except UserError:  # systems that always read exactly one image
-      return self.views([Image.new('RGB', (32, 32))], self.encoder)
+    return _blank(self)
 
   def _views(self, bins, plan, lanes) -> Views:
     """The crops of this host's lanes, in the shapes of the plan."""
     shapes = _shapes(self, plan.images)
+    # Systems that always read an image need slots for rows without one too.
+    blank = self._blank().get('pixels', np.zeros((0, 1, 1, 3)))
+    slots = max(plan.slots, self.planner.bin_rows * int(np.prod(blank.shape[:-3])))
     out = []
     for lane, examples in zip(lanes, bins, strict=True):
-      views = self.batch(examples, self.encoder, slots=plan.slots)
+      views = self.batch(examples, self.encoder, slots=slots)
       for key, value in views.items():
         more = [max(n - m, 0) for n, m in zip(shapes[key], value.shape[1:], strict=True)]
         if any(more):
           views[key] = np.pad(value, [(0, 0)] + [(0, n) for n in more])
         if self.packed and key in ('index', 'valid'):  # a row has no more tokens than places
           views[key] = views[key][:, :plan.length]
-      out.append(views if lane == 0 else self.shift(views, self.encoder, lane * plan.slots))
+      out.append(views if lane == 0 else self.shift(views, self.encoder, lane * slots))
     return {key: np.concatenate([views[key] for views in out]) for key in out[0]}
 
 
@@ -173,6 +173,14 @@ def _shapes(rows: PlannedRows, images: int) -> dict[str, tuple[int, ...]]:
   The number is rounded up to a power of two: a few shapes for any number of images.
   """
   return _probe(rows, 1 << max(images - 1, 0).bit_length())
+
+
+@functools.lru_cache(maxsize=8)
+def _blank(rows: PlannedRows) -> Views:
+  try:
+    return rows.views([], rows.encoder)
+  except UserError:  # systems that always read exactly one image
+    return rows.views([Image.new('RGB', (32, 32))], rows.encoder)
 
 
 @functools.lru_cache(maxsize=64)

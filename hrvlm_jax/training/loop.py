@@ -46,12 +46,17 @@ PREEMPTED = 'PREEMPTED'
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """How a run ended: the step reached, the last loss, and whether a signal ended it early."""
+  """How a run ended: the step reached, the last loss, and whether a signal ended it early.
+
+  Attributes:
+    bad_rows: rows that could not be used, by kind, since the run began (of this process' lanes).
+  """
 
   step: int
   loss: float | None
   interrupted: bool
   compilations: int
+  bad_rows: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def train(
@@ -134,7 +139,7 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
     if signals.caught and distributed.is_main():
       # Exit code 0 is not the whole story: whoever watches the run starts it again.
       (workdir / PREEMPTED).touch()
-  return Result(loss[0], loss[1], signals.caught, step_fn._cache_size())
+  return Result(loss[0], loss[1], signals.caught, step_fn._cache_size(), dict(batches.counts))
 
 
 def _stored_before(config: RunConfig, saver: store.TrainStore) -> dict[str, Any] | None:
@@ -198,6 +203,7 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
         'learning rate, look at the batch, or resume from the last checkpoint with another seed')
     if number % t.log_every == 0 or number == t.steps:
       values = jax.device_get(metrics) | meter.values(batch, step_fn._cache_size())
+      values |= {f'bad_rows/{kind}': count for kind, count in sorted(batches.counts.items())}
       writer.write(number, values, advance=number - last_logged)
       last_logged = number
     return value

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, resize_exact
+from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, to_rgb
 
 Pair = tuple[int, int]
 
@@ -122,7 +122,7 @@ def scale_grids(width: int, height: int, scales: Sequence[int], tile: int, max_t
 
 def rgb(image: Image.Image) -> Image.Image:
   """The image in RGB."""
-  return image if image.mode == 'RGB' else image.convert('RGB')
+  return to_rgb(image)
 
 
 def padded(image: Image.Image, canvas: Pair) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact
+from hrvlm_jax.core.images import resize_exact, to_rgb
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 
@@ -104,7 +104,7 @@ def view_pixels(image: Image.Image, boxes: Sequence[Box], size: int) -> np.ndarr
   Boxes of one column share the horizontal pass, which treats every row alone: half of the work,
   the same bytes.
   """
-  rgb = image if image.mode == 'RGB' else image.convert('RGB')
+  rgb = to_rgb(image)
   out = np.empty((len(boxes), size, size, 3), np.uint8)
   columns: dict[tuple[int, int], list[int]] = {}
   for number, (x0, _, x1, _) in enumerate(boxes):

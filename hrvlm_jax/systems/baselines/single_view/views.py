@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact, resize_on_canvas
+from hrvlm_jax.core.images import resize_exact, resize_on_canvas, to_rgb
 from hrvlm_jax.systems.baselines import tiles
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import Count, Views
@@ -28,7 +28,7 @@ def count(width: int, height: int, config: SingleViewConfig) -> Count:
 
 def view_pixels(image: Image.Image, config: SingleViewConfig) -> np.ndarray:
   """uint8 [size size 3]."""
-  rgb, size = image if image.mode == 'RGB' else image.convert('RGB'), config.vision.image_size
+  rgb, size = to_rgb(image), config.vision.image_size
   count(*rgb.size, config)
   if config.fit == 'pad' and rgb.width != rgb.height:
     side = max(rgb.size)
