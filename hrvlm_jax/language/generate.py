@@ -23,7 +23,9 @@ from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.language.sampling import Sampling, choose
 
-BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4608, 8192)
+# Steps of a third to a half: prompts above 64 are padded to at most 1.5 times their length, and a
+# run meets few lengths, each compiled once.
+BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4608, 6144, 8192)
 _BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled
 
 
