@@ -1,22 +1,42 @@
-"""A tiny VILA-HD on the built-in task: the question says where to look.
+"""A tiny VILA-HD: 40 pixels of the whole image, then a quarter of it at 160 as the question asks.
 
-Command:  hrvlm needle --out runs/needle   (once)
-          hrvlm train --config configs/tiny/vila_hd.py --workdir runs/tiny_vila_hd
+Command:  hrvlm tiny --config configs/tiny/vila_hd.py
+          (writes the task and the tower under runs/tiny, then trains; after that also
+          hrvlm train --config configs/tiny/vila_hd.py --workdir DIR)
 Hardware: 2 CPU cores.
+Result:   not run yet.
 """
 
-import ml_collections
+import dataclasses
 
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.vila_hd.config import tiny
+from hrvlm_jax.systems.contract import TwoPassFusion
+from hrvlm_jax.systems.vila_hd.config import tiny as vila_hd
+from hrvlm_jax.training import tiny
+from hrvlm_jax.training.glyph_scenes import SceneConfig
+
+# The tower learns to read beforehand and stays frozen; where to look is learned here, from the box
+# of the sign that the first question of a row is about.
+GROUPS = (
+  dict(pattern=r'vision/ps3/(tower|residual)/.*', frozen=True),
+  dict(pattern=r'vision/ps3/pool_head/.*', frozen=True),  # never read
+  dict(pattern=r'.*/(bias|scale)', decay=False),
+  dict(pattern=r'.*'),
+)
+BASE = vila_hd(vocab_size=tiny.VOCABULARY)
+# One look at 4 of the 25 cells at 80 pixels and at 6 of them at 160.
+MODEL = dataclasses.replace(
+  BASE, fusion=TwoPassFusion(selection_weight=1.0),
+  encoder=dataclasses.replace(BASE.encoder, select_layer=-1, budgets=(16, 96)))
 
 
 def get_config():
-  config = ml_collections.ConfigDict()
-  config.seed = 0
-  config.model = to_dict(tiny())
-  config.data = dict(train='runs/needle/train/needle.json', lengths=(192, 256))
-  config.training = dict(
-    steps=200, batch_size=16, log_every=10, checkpoint_every=100, objective='two_pass',
-    optimizer=dict(learning_rate=1e-3, schedule='cosine', warmup=0.05, weight_decay=0.01))
-  return config
+  return tiny.config(
+    'vila_hd', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
+    train_fresh=(r'(?!vision/ps3/(tower|residual)/).*',), data=dict(boxes=True),
+    objective='two_pass')
+
+
+def preparation():
+  scenes = SceneConfig(needle=tiny.Preparation().task, encoder=MODEL.encoder, steps=1000)
+  # Rows of one question: each has its box.
+  return tiny.Preparation(towers={'vision': scenes}, turns=1, train_images=8000)

@@ -1,5 +1,7 @@
 """`hrvlm compare`: see `evaluation.compare.compare`."""
 
+import pathlib
+
 from hrvlm_jax.cli.arguments import Parser
 
 
@@ -10,14 +12,23 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--only', default='', metavar='NAMES',
                       help='work on these systems only, names with commas between')
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
+  parser.add_argument('--keep', action='store_true',
+                      help='copy results and plots to results/ beside the config')
+  parser.add_argument('--document', metavar='FILE', help='also put the table between the marks '
+                      '<!-- compare:begin --> and <!-- compare:end --> of a Markdown file')
   arguments = parser.parse(argv)
 
   from hrvlm_jax.cli import run_config
+  from hrvlm_jax.evaluation import compare_report
   from hrvlm_jax.evaluation.compare import compare
   from hrvlm_jax.evaluation.compare_config import CompareConfig
 
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   only = [name for name in arguments.only.split(',') if name]
-  compare(config, arguments.out, only=only, progress=not arguments.quiet)
+  results = compare(config, arguments.out, only=only, progress=not arguments.quiet)
+  if arguments.keep:
+    print(f'kept: {compare_report.keep(results, pathlib.Path(arguments.out), arguments.config)}')
+  if arguments.document:
+    compare_report.insert(compare_report.markdown(results), pathlib.Path(arguments.document))
   print(f'table, plot and results are in {arguments.out}')
   return 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import platform
+import shutil
 from typing import Any
 
 import jax
@@ -118,3 +120,36 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
   plt.close(figure)
 
 
+NOT_RUN = 'Not run yet.'
+
+
+def section(kept: pathlib.Path) -> str:
+  """What a document says about a comparison: its table and plot, or that it was not run.
+
+  Args:
+    kept: result of `keep`; the plot lies beside it.
+  """
+  if not kept.exists():
+    return NOT_RUN
+  return markdown(json.loads(kept.read_text()))
+
+
+def keep(results: dict[str, Any], folder: pathlib.Path, config_file: str | os.PathLike
+         ) -> pathlib.Path:
+  """Copies results and pictures of a finished comparison to `results/` beside its config.
+
+  Args:
+    results: of `compare`. folder: of the comparison.
+
+  Returns:
+    `results/<name of the config>.json`.
+  """
+  config = pathlib.Path(os.fspath(config_file).partition(':')[0])
+  place = config.parent / 'results'
+  place.mkdir(exist_ok=True)
+  kept = place / f'{config.stem}.json'
+  kept.write_text(json.dumps(results, indent=2) + '\n')
+  for name in ('plot', 'claims'):
+    if (folder / f'{name}.png').exists():
+      shutil.copyfile(folder / f'{name}.png', place / f'{config.stem}_{name}.png')
+  return kept

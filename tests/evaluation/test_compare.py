@@ -24,6 +24,9 @@ VISION = ViTConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_
                    pool='map')
 TEXT = language.phi(vocab_size=384, width=16, depth=1, heads=2, mlp_width=16, max_positions=256)
 HALF = (0.5, 0.5, 0.5)
+ROW = {'accuracy': 0.5, 'accuracy_by_size': {'small': 0.25, 'medium': 0.5, 'large': 0.75},
+       'tokens': 25.0, 'views': 1.0, 'encoder_gflops': 0.01, 'latency_ms': 3.0,
+       'peak_memory_mb': 10.0, 'family': 'prefix'}
 
 
 def single(vision=VISION, text=TEXT):
@@ -55,9 +58,7 @@ def test_systems_that_cannot_be_compared_are_refused_with_all_reasons():
 
 
 def test_table_and_plot_name_machine_and_chance(tmp_path):
-  row = {'accuracy': 0.5, 'accuracy_by_size': {'small': 0.25, 'medium': 0.5, 'large': 0.75},
-         'tokens': 25.0, 'views': 1.0, 'encoder_gflops': 0.01, 'latency_ms': 3.0,
-         'peak_memory_mb': 10.0, 'family': 'prefix'}
+  row = ROW
   results = {'systems': {'a': row, 'b': row | {'family': 'cross_attention'}}, 'chance': 0.04,
              'images': {'eval': 8}, 'steps': 2, 'seconds': 120.0, 'encoder_steps': 7,
              'machine': {'device': 'cpu', 'devices': 1, 'cores': 2}}
@@ -145,3 +146,24 @@ def test_what_does_not_learn_from_scenes_is_refused():
   with pytest.raises(UserError, match='adapt: no system is called other'):
     dataclasses.replace(config(plain=single()),
                         adapt={'other': compare_config.AdaptConfig(steps=1)})
+
+
+def test_a_kept_result_gives_the_section_of_a_document(tmp_path):
+  (tmp_path / 'run').mkdir()
+  (tmp_path / 'run/plot.png').write_bytes(b'png')
+  results = {'systems': {'a': ROW}, 'chance': 0.04, 'images': {'eval': 8}, 'steps': 2,
+             'seconds': 120.0, 'encoder_steps': 7,
+             'machine': {'device': 'cpu', 'devices': 1, 'cores': 2}}
+  kept = compare_report.keep(results, tmp_path / 'run', f'{tmp_path}/some.py:smoke')
+  assert kept == tmp_path / 'results/some.json'
+  assert (tmp_path / 'results/some_plot.png').read_bytes() == b'png'
+  assert compare_report.section(kept) == compare_report.markdown(results)
+  assert compare_report.section(tmp_path / 'results/other.json') == compare_report.NOT_RUN
+
+
+def test_the_readme_says_what_was_run():
+  root = pathlib.Path(__file__).parents[2]
+  wanted = compare_report.section(root / 'configs/compare/results/needle_tiny.json')
+  document = (root / 'README.md').read_text()
+  found = document.split('<!-- compare:begin -->')[1].split('<!-- compare:end -->')[0]
+  assert found.strip() == wanted.strip(), 'run hrvlm compare --keep --document README.md'

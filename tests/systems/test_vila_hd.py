@@ -247,9 +247,10 @@ def test_the_tiny_recipe_is_a_run_config():
   path = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny' / 'vila_hd.py'
   space = runpy.run_path(str(path))
   values = space['get_config']().to_dict()
-  values['data'] |= {'boxes': True, 'background': {'side': [160, 320], 'share': 0.5}}
+  values['data'] |= {'background': {'side': [160, 320], 'share': 0.5}}
   config = from_dict(RunConfig, values)
-  assert config.model == tiny() and config.training.objective in OBJECTIVES
+  assert config.model == space['MODEL'] and config.training.objective in OBJECTIVES
+  assert config.data.boxes and config.model.fusion.selection_weight == 1
   assert config.data.background == PasteOnBackground(side=(160, 320), share=0.5)
 
 

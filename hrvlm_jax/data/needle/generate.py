@@ -127,8 +127,9 @@ def record(planned: NeedlePlan, image: str) -> dict[str, Any]:
   Format: haotian-liu/LLaVA: docs/Finetune_Custom_Data.md.
   Keys of LLaVA: `id`, `image` (path relative to the image folder), `conversations` (turns `from`
   human or gpt, the first one with `<image>` in front). Further keys: `question`, `answer`,
-  `boxes` (box of the sign of each turn, pixels), `relative_area` (of the first turn's text) and
-  `needle` (everything about all signs).
+  `boxes` (box of the sign of each turn, pixels), `box` (of the first turn, whose question steers
+  systems that learn where to look), `relative_area` (of the first turn's text) and `needle`
+  (everything about all signs).
   """
   turns = []
   for number, (question, answer) in enumerate(zip(planned.questions, planned.answers)):
@@ -144,6 +145,7 @@ def record(planned: NeedlePlan, image: str) -> dict[str, Any]:
     'question': planned.question,
     'answer': planned.answer,
     'boxes': [list(planned.signs[i].box) for i in planned.turns],
+    'box': list(planned.target.box),
     'relative_area': planned.relative_area,
     'needle': {
       'seed': planned.seed,
