@@ -74,11 +74,11 @@ def resident() -> float:
   return total / 2**20
 
 
-def run_config(folder: pathlib.Path, steps: int, workers: int) -> RunConfig:
+def run_config(folder: pathlib.Path, steps: int, workers: int, *, crops: int) -> RunConfig:
   """A tiny MC-LLaVA over the rows, four examples to a row."""
   return RunConfig(
-    model=tiny(max_crops=4, num_tokens=16),
-    data=DataConfig(train=str(folder / 'data.jsonl'), lengths=(384, 512, 768), workers=workers,
+    model=tiny(max_crops=crops, num_tokens=16),
+    data=DataConfig(train=str(folder / 'data.jsonl'), lengths=(288, 384, 512), workers=workers,
                     lanes=1, packing=Packing(rows=10, window=5)),
     training=TrainingConfig(steps=steps, batch_size=40, log_every=25, checkpoint_every=1000,
                             optimizer=OptimizerConfig(learning_rate=1e-3)))
@@ -108,11 +108,12 @@ def main() -> int:
   bad = write(arguments.folder / 'train', 5000, 0.01, images=300)
   if '2' in arguments.parts:
     work = arguments.folder / f'work-{os.getpid()}'
-    result = loop.train(run_config(arguments.folder / 'train', 125, 0), work, progress=False)
+    config = run_config(arguments.folder / 'train', 125, 0, crops=0)
+    result = loop.train(config, work, progress=False)
     report(f'training: {result.step} steps of 40 are one epoch; counted {result.bad_rows}',
            result.bad_rows == dict(Counter(bad.values())))
   if '3' in arguments.parts:
-    config = run_config(arguments.folder / 'train', 1, arguments.workers)
+    config = run_config(arguments.folder / 'train', 1, arguments.workers, crops=4)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, lanes=1))
     batches, sizes = make_batches(config), []
     for epoch in range(1, 21):

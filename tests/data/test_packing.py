@@ -42,6 +42,9 @@ def folder(tmp_path_factory):
   rows[BAD]['image'] = 'cut.png'
   rows[2]['image'] = 'none.png'
   (path / 'bad.json').write_text(json.dumps(rows))
+  (path / 'both.mixture.json').write_text(json.dumps({'parts': [
+    {'path': 'good.json', 'weight': 2, 'format': {'turns': 1, 'suffix': ' Be brief.'}},
+    {'path': 'bad.json', 'weight': 1}], 'size': 18}))
   return path
 
 
@@ -121,8 +124,9 @@ def test_hosts_make_the_same_global_batches(folder, accumulate):
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_resume_in_the_middle_of_a_window(folder, workers):
+  """With workers, shuffling, mixing, bad rows and packing on; then on two hosts."""
   options = {'run': {'batch_size': 4}, 'data': {'lanes': 2}, 'packing': {'rows': 2},
-             'file': 'bad.json'}
+             'file': 'both.mixture.json'}
   whole, reference = stream(folder, 8, **options)
   _, batches = stream(folder, 4, **options)  # windows have 3 steps
   state = json.loads(json.dumps(batches.get_state()))
