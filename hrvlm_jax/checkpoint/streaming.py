@@ -7,6 +7,7 @@ is what lets a model larger than memory be converted.
 """
 
 import asyncio
+import copy
 import itertools
 import math
 from typing import Any
@@ -51,8 +52,9 @@ class StreamingNumpyHandler(ocp.type_handlers.NumpyHandler):
 
 
 async def _write(value: np.ndarray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
+  chunk = chunking(value.shape, value.dtype.itemsize)
+  tspec = _with_chunks(tspec, chunk)
   store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-  chunk = store.chunk_layout.write_chunk.shape or ()  # None for a scalar
   todo = iter(pieces(value.shape, chunk))
 
   async def work() -> None:
@@ -77,21 +79,30 @@ def pieces(shape: tuple[int, ...], chunk: tuple[int, ...]) -> list[tuple[slice, 
   ]
 
 
-def chunking(shape: tuple[int, ...], itemsize: int) -> dict[str, Any]:
-  """Orbax's options for the chunks of a leaf (arguments of `SaveArgs`).
+def chunking(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+  """Shape of the chunks of a leaf.
 
-  A large stacked leaf is cut into its layers, the order in which a mapped file is read. Another
-  large leaf is cut along its leading axis where that axis has a divisor that fits; Orbax cuts by
-  divisors only, and a vocabulary of a prime size would end in chunks of one row.
+  A large stacked leaf is cut into its layers, the order in which a mapped file is read; another
+  large leaf along its leading axis. Orbax itself cuts by divisors only: a vocabulary of 151651
+  rows, a prime number, ended in as many chunks and a quarter of an hour.
   """
   size = math.prod(shape) * itemsize
   if not shape or size <= CHUNK_BYTES:
-    return {}
+    return shape
   row = size // shape[0]
-  if row >= CHUNK_BYTES // 64:
-    return {'shard_axes': (0,)}
-  rows = max(n for n in range(1, CHUNK_BYTES // row + 1) if shape[0] % n == 0)
-  return {'chunk_byte_size': rows * row} if rows * row >= CHUNK_BYTES // 16 else {}
+  rows = 1 if row >= CHUNK_BYTES // 64 else CHUNK_BYTES // row
+  return (min(rows, shape[0]), *shape[1:])
+
+
+def _with_chunks(tspec: dict[str, Any], chunk: tuple[int, ...]) -> dict[str, Any]:
+  """The TensorStore spec of a zarr3 array of one inner chunk per chunk, of another chunk shape."""
+  tspec = copy.deepcopy(tspec)
+  metadata = tspec['metadata']
+  metadata['chunk_grid']['configuration']['chunk_shape'] = list(chunk)
+  for codec in metadata['codecs']:
+    if codec['name'] == 'sharding_indexed':
+      codec['configuration']['chunk_shape'] = list(chunk)
+  return tspec
 
 
 def save(path: Any, name: str, tree: Any) -> None:
@@ -100,8 +111,6 @@ def save(path: Any, name: str, tree: Any) -> None:
       (np.ndarray, StreamingNumpyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
   handler = ocp.PyTreeCheckpointHandler(
       use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)
-  options = jax.tree.map(
-      lambda leaf: ocp.SaveArgs(**chunking(leaf.shape, leaf.dtype.itemsize)), tree)
-  item = ocp.args.PyTreeSave(tree, save_args=options, ocdbt_target_data_file_size=_FILE_BYTES)
+  item = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_FILE_BYTES)
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{name: handler})) as checkpointer:
     checkpointer.save(path, args=ocp.args.Composite(**{name: item}))

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from hrvlm_jax.checkpoint import layout, store, streaming
+from hrvlm_jax.checkpoint import layout, leaves, store, streaming
 from hrvlm_jax.core.errors import UserError
 
 PARAMS = {
@@ -447,12 +447,26 @@ def test_memory_mapped_parameters_are_not_held_in_memory(tmp_path):
 
 def test_chunks_of_published_shapes():
   bf16, mb = 2, 1 << 20
-  assert streaming.chunking((), 4) == streaming.chunking((4096, 4096), bf16) == {}
-  assert streaming.chunking((36, 4096, 12288), bf16) == {'shard_axes': (0,)}
-  assert streaming.chunking((151936, 4096), bf16) == {'chunk_byte_size': 4748 * 8192}
-  assert streaming.chunking((32003, 4096), bf16) == {}  # 32003 is prime: one chunk
-  assert streaming.chunking((1, 4096, 16384), bf16) == {'shard_axes': (0,)}
+  assert streaming.chunking((), 4) == ()
+  assert streaming.chunking((4096, 4096), bf16) == (4096, 4096)
+  assert streaming.chunking((36, 4096, 12288), bf16) == (1, 4096, 12288)
+  assert streaming.chunking((151936, 4096), bf16) == (8192, 4096)
+  assert streaming.chunking((151651, 3584), bf16) == (9362, 3584)  # a prime number of rows
+  assert streaming.chunking((3584, 151651), bf16) == (221, 151651)
+  assert streaming.chunking((1, 4096, 16384), bf16) == (1, 4096, 16384)
   assert 64 * mb == streaming.CHUNK_BYTES
+
+
+def test_a_prime_number_of_rows_is_few_chunks(tmp_path, monkeypatch):
+  """Ragged chunks are read whole, in parts, and straight into shards."""
+  monkeypatch.setattr(streaming, 'CHUNK_BYTES', 1 << 12)
+  values = np.arange(1009 * 8, dtype=np.float32).reshape(1009, 8)
+  store.save_params(tmp_path / 'c', {'embed': values}, {})
+  array = leaves.StoredParams(tmp_path / 'c')._array('embed')
+  assert array.chunk_layout.read_chunk.shape == (128, 8)
+  np.testing.assert_array_equal(store.load_leaf(tmp_path / 'c', 'embed'), values)
+  np.testing.assert_array_equal(store.load_params(tmp_path / 'c')['embed'], values)
+  np.testing.assert_array_equal(array[500:].read().result(), values[500:])
 
 
 def test_pieces_cover_an_array_once():
