@@ -1,6 +1,7 @@
 """`evaluation.compare`: refusals, table and plot, one tiny run that is taken up again."""
 
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
