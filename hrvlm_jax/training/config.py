@@ -110,7 +110,7 @@ class TrainingConfig:
   remat: Literal['none', 'layers', 'dots'] = 'none'
   attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
-  loss_chunk: int = 1024
+  loss_chunk: int = 512
   objective: str = 'next_token'
   contrast: ContrastiveConfig = ContrastiveConfig()
   deterministic: bool = False
