@@ -270,9 +270,18 @@ check_options() {
 }
 
 need_job() {
+  local word
   [ "${#JOB[@]}" -gt 0 ] ||
     die "$EX_USAGE" "$COMMAND needs the job's command after --, for example:" \
       '-- python -m hrvlm_jax.cli train --config configs/C.py --workdir gs://BUCKET/RUN'
+  for word in "${JOB[@]}"; do
+    case $word in
+      hf_??????????????????????????????* | *=hf_??????????????????????????????* | *_TOKEN=?* | *API_KEY=?* | *PASSWORD=?* | *SECRET=?*)
+        die "$EX_USAGE" "the job's command holds what looks like a secret (${word%%=*}...) and command" \
+          'lines can be read by others; put it into a file of mode 600 and use --env-file.'
+        ;;
+    esac
+  done
 }
 
 need_gcloud() {

@@ -2,7 +2,7 @@
 # Runs a job on one host of a run, detached from whoever started it. Used by launch.sh on TPU VMs and
 # by `launch.sh simulate` on a laptop.
 #
-#   worker_run.sh start  RUN [--slice I] [--bucket gs://b/RUN] [--env-file F] [--env K=V] [--force] -- CMD...
+#   worker_run.sh start  RUN [--slice I] [--bucket gs://b/RUN] [--env-file F] [--env K=V] [--force] [--attempt A] -- CMD...
 #   worker_run.sh status RUN [--slice I]    one line of KEY=VALUE words for launch.sh
 #   worker_run.sh logs   RUN [--slice I] [--lines N] [--follow]
 #   worker_run.sh stop   RUN [--slice I] [--grace 60]
@@ -74,6 +74,11 @@ start() {
     exec 8>"$RUNS/start.lock"
     flock 8
   fi
+  # The same request again: the answer to the first was lost with the connection.
+  if [ -n "$ATTEMPT" ] && [ "$(cat "$DIR/attempt" 2>/dev/null)" = "$ATTEMPT" ] && [ -f "$DIR/pid" ]; then
+    printf 'worker %s: started run %s, pid %s\n' "$LABEL" "$RUN" "$(cat "$DIR/pid")"
+    return 0
+  fi
   if [ "$FORCE" = 1 ]; then
     for other in "$RUNS"/*/; do
       ! alive "${other%/}" || end_job "${other%/}" "$GRACE"
@@ -86,6 +91,7 @@ start() {
   done
   settle "$DIR"
   rm -f "$DIR/pid" "$DIR/supervisor" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
+  write attempt "$ATTEMPT"
   detach=(nohup)
   ! command -v setsid >/dev/null || detach=(setsid)
   "${detach[@]}" bash "$0" supervise "$RUN" "${OPTIONS[@]}" -- "${JOB[@]}" \
@@ -297,7 +303,7 @@ stop() {
 VERB=$1 RUN=$2
 shift 2
 case $RUN in '' | .* | *[!A-Za-z0-9._-]*) die 2 "found run name '$RUN', expected letters, digits, dots, dashes." ;; esac
-SLICE='' BUCKET='' ENV_FILE='' FORCE=0 FOLLOW=0 LINES_WANTED=+1 GRACE=60
+SLICE='' BUCKET='' ENV_FILE='' ATTEMPT='' FORCE=0 FOLLOW=0 LINES_WANTED=+1 GRACE=60
 ENV=() JOB=() OPTIONS=(--grace 60)
 while [ $# -gt 0 ]; do
   case $1 in
@@ -308,7 +314,7 @@ while [ $# -gt 0 ]; do
       ;;
     --force) FORCE=1 ;;
     --follow) FOLLOW=1 ;;
-    --slice | --bucket | --env-file | --env | --lines | --grace)
+    --slice | --bucket | --env-file | --env | --lines | --grace | --attempt)
       [ $# -ge 2 ] || die 2 "$1 needs a value."
       case $1 in
         --slice) SLICE=$2 ;;
@@ -318,8 +324,9 @@ while [ $# -gt 0 ]; do
         --env) ENV+=("$2") ;;
         --lines) LINES_WANTED=$2 ;;
         --grace) GRACE=$2 ;;
+        --attempt) ATTEMPT=$2 ;;
       esac
-      [ "$1" = --lines ] || OPTIONS+=("$1" "$2")
+      case $1 in --lines | --attempt) ;; *) OPTIONS+=("$1" "$2") ;; esac
       shift
       ;;
     *) die 2 "unknown option $1." ;;

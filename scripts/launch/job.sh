@@ -149,9 +149,13 @@ worker_command() {
 
 # run_job [--force]: starts the command detached on every worker.
 run_job() {
-  local i code pair
+  local i code pair attempt
+  # A worker that started and could not say so, because the connection broke, is asked again: it
+  # knows the request by this.
+  attempt=$(date +%s).$$
   for ((i = 0; i < ${#NODES[@]}; i++)); do
     worker_command start "$i"
+    REMOTE+=(--attempt "$attempt")
     [ "${1:-}" != --force ] || REMOTE+=(--force)
     [ -z "$OPT_BUCKET" ] || REMOTE+=(--bucket "$OPT_BUCKET/$OPT_RUN_NAME")
     [ -z "$OPT_ENV_FILE" ] || REMOTE+=(--env-file .hrvlm/env)

@@ -1,6 +1,6 @@
 """The smallest real run: a tiny system on eight noise images, for two hosts of a simulation.
 
-    scripts/launch.sh simulate ... -- python -m hrvlm_jax.cli train --config tests/launch/run.py:DATA
+    scripts/launch.sh simulate -- python -m hrvlm_jax.cli train --config tests/launch/run.py:DATA
 
 DATA is a folder; what is missing there is made.
 """

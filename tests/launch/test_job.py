@@ -1,5 +1,6 @@
 """setup, sync, run, logs, status, ssh, stop, up: commands, retries, secrets, dry runs."""
 
+import re
 import tarfile
 
 import pytest
@@ -26,7 +27,8 @@ JOB = (
 def commands(result):
   """What was sent to the workers, in order."""
   words = [word for call in result.calls for word in call if word.startswith('--command=')]
-  return [word[len('--command=') :] for word in words]
+  # The number of a request to start differs every time.
+  return [re.sub(r' --attempt \S+', '', word[len('--command=') :]) for word in words]
 
 
 def launch(cloud, checkout, *args, rules):
@@ -184,6 +186,22 @@ def test_secrets_never_in_argv_or_metadata(cloud, checkout):
   assert '--env-file .hrvlm/env' in order[-1]
   uploads = [call for call in result.calls if call[0] == 'storage' and str(file) in call]
   assert not uploads
+
+
+@pytest.mark.parametrize('job', [['env', 'HF_TOKEN=x', 'python'], ['x', f'--key=hf_{"a" * 34}']])
+def test_secrets_in_the_job_are_refused(cloud, job):
+  result = cloud.launch('run', *NAME, '--', *job)
+  assert result.code == 2 and 'looks like a secret' in result.err and not result.calls
+  assert 'a' * 34 not in result.err
+
+
+def test_a_start_whose_answer_was_lost_is_asked_for_again(cloud):
+  lost = ('', 'ERROR: (gcloud...ssh) exited with return code [255].', 255)
+  rules = [HOSTS(1), ('worker_run.sh', [lost, 'worker 0: started run pod, pid 7'])]
+  result = cloud.launch('run', *NAME, *JOB, rules=rules)
+  assert result.code == 0 and 'started run pod' in result.out
+  first, second = result.lines('worker_run.sh start')
+  assert first == second and '--attempt' in first  # by which the worker knows it
 
 
 @pytest.mark.parametrize('name', ['HF_TOKEN', 'WANDB_API_KEY', 'my_password', 'CLIENT_SECRET'])

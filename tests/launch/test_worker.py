@@ -94,6 +94,18 @@ def test_a_start_waits_for_the_last_words_of_the_run_before(host):
   host('stop', 'r', '--grace', '1')
 
 
+def test_the_same_request_twice_starts_once(host):
+  job = ('--', 'sleep', '100')
+  assert host('start', 'r', '--attempt', '1.2', *job).code == 0
+  first = (host.runs / 'r' / 'pid').read_text()
+  again = host('start', 'r', '--attempt', '1.2', '--force', *job)
+  assert again.code == 0 and f'pid {first}' in again.out
+  assert (host.runs / 'r' / 'pid').read_text() == first
+  assert host('start', 'r', '--attempt', '1.3', *job).code == 9
+  assert host('start', 'r', '--attempt', '1.3', '--force', '--grace', '1', *job).code == 0
+  assert (host.runs / 'r' / 'pid').read_text() != first
+
+
 def test_of_two_starts_at_once_one_is_busy(host):
   script = str(REPO / 'scripts' / 'worker_run.sh')
   start = lambda name: f'bash {script} start {name} -- sleep 100'
