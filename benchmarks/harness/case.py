@@ -110,12 +110,14 @@ class Options:
     dtype: of activations and weights: 'float32', or 'bfloat16'.
     variant: form of the peer.
     impl: attention of our side (`core.attention`).
+    one_core: the process has one core, and its processor time counts.
   """
 
   device: str = 'cpu'
   dtype: str = 'float32'
   variant: str = 'eager'
   impl: str = 'xla'
+  one_core: bool = False
 
 
 def load(address: str) -> Any:

@@ -19,7 +19,8 @@ COVERED = 0.97  # of the operations: the rest is taken at the mean rate of these
 _COLD_BYTES = 2**28  # operands of a narrow product are spread over this much memory
 
 
-def cost(fn: Callable, arguments: tuple, *, dtype: str = 'float32') -> dict[str, Any]:
+def cost(fn: Callable, arguments: tuple, *, dtype: str = 'float32',
+         clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
   """Counts the products of `fn` and times their shapes one by one.
 
   Returns:
@@ -35,7 +36,7 @@ def cost(fn: Callable, arguments: tuple, *, dtype: str = 'float32') -> dict[str,
   for product, times in dots:
     if covered >= COVERED * of_dots:
       break
-    rate = matmul_rate(product, dtype)
+    rate = matmul_rate(product, dtype, clock=clock)
     covered += product.flops * times
     seconds += product.flops * times / rate
     rows.append([times, product.batch, product.m, product.k, product.n, round(rate / 1e9, 1)])
@@ -43,7 +44,8 @@ def cost(fn: Callable, arguments: tuple, *, dtype: str = 'float32') -> dict[str,
   return {'flops': total, 'dot_flops': of_dots, 'matmul_seconds': round(seconds, 4), 'rates': rows}
 
 
-def matmul_rate(product: Product, dtype: str = 'float32', *, seconds: float = 0.4) -> float:
+def matmul_rate(product: Product, dtype: str = 'float32', *, seconds: float = 0.4,
+                clock: Callable[[], float] = time.perf_counter) -> float:
   """Best operations per second of jnp.matmul at one shape.
 
   A product with few rows reads every weight once from memory in the program, so here several
@@ -61,12 +63,12 @@ def matmul_rate(product: Product, dtype: str = 'float32', *, seconds: float = 0.
   many = [jnp.full(right, 0.5 + i, kind) for i in range(copies)]
   multiply = jax.jit(jnp.matmul)
   jax.block_until_ready(multiply(a, many[0]))
-  best, end, calls = float('inf'), time.perf_counter() + seconds, 0
-  while calls < 2 or time.perf_counter() < end:
-    start = time.perf_counter()
+  best, end, calls = float('inf'), clock() + seconds, 0
+  while calls < 2 or clock() < end:
+    start = clock()
     for b in many:
       out = multiply(a, b)
     jax.block_until_ready(out)
-    best = min(best, (time.perf_counter() - start) / copies)
+    best = min(best, (clock() - start) / copies)
     calls += 1
   return product.flops / best

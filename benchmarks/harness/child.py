@@ -84,7 +84,8 @@ class Commands:
       return {}
     from benchmarks.harness.ceiling import cost
 
-    return cost(*self.program.trace, dtype=self.options.dtype)
+    clock = time.process_time if self.options.one_core else time.perf_counter
+    return cost(*self.program.trace, dtype=self.options.dtype, clock=clock)
 
   def after(self):
     """Facts the program collected, and the versions it ran with."""

@@ -153,7 +153,10 @@ def _row(case, result, backend: str) -> list[str]:
     if 'bound' in met and not met['bound']:
       share += ' **below**'
   worst = max(result['differences'].values())
-  return [*start, f'{result["peer"]}, {result["variant"]}', took(peer), took(ours),
+  form = f'{result["peer"]}, {result["variant"]}'
+  if result.get('clock') == 'processor':
+    form += ' (busy machine: one core, processor time)'
+  return [*start, form, took(peer), took(ours),
           f'{ratio["median"]:.2f} ({ratio["least"]:.2f} to {ratio["largest"]:.2f})',
           (', '.join(asked) or 'reported') + verdict,
           f'{_gigabytes(ours["peak"][key])} / {_gigabytes(peer["peak"][key])} = '

@@ -37,6 +37,9 @@ class Settings:
     peer_python: interpreter of the environment of scripts/peers.sh.
     ceiling: also measure the matrix-multiply rate at the case's shapes.
     alone: our side only.
+    apart: one side in memory at a time, whatever the case says.
+    one_core: for a busy machine: every side has one core and its processor time counts, which does
+      not depend on what else runs. Wall time is what counts otherwise.
   """
 
   device: str = 'cpu'
@@ -45,6 +48,8 @@ class Settings:
   peer_python: str | None = None
   ceiling: bool = True
   alone: bool = False
+  apart: bool = False
+  one_core: bool = False
   variants: tuple[str, ...] | None = None
   note: str = ''
 
@@ -57,7 +62,7 @@ class Settings:
     """Of one side."""
     if self.device == 'cuda':
       return Options(device='cuda', dtype='bfloat16', variant=variant, impl='auto')
-    return Options(variant=variant, dtype=dtype)
+    return Options(variant=variant, dtype=dtype, one_core=self.one_core)
 
 
 def scratch() -> pathlib.Path:
@@ -90,9 +95,12 @@ class Process:
     else:
       environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # both sides share the card
     environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(scratch() / 'inductor'))
+    pinned = ['taskset', '-c', str(min(os.sched_getaffinity(0)))] if options.one_core else []
+    if options.one_core:
+      environment |= {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
     self._name = f'{case}, {side}'
     self._child = subprocess.Popen(
-      [python, '-m', 'benchmarks.harness.child', side, case, str(folder),
+      [*pinned, python, '-m', 'benchmarks.harness.child', side, case, str(folder),
        json.dumps(dataclasses.asdict(options))],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
 
@@ -138,7 +146,8 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   result: dict[str, Any] = {
     'case': case.name, 'title': case.title, 'peer': case.peer_name, 'device': settings.device,
     'dtype': settings.options(dtype=case.dtype).dtype, 'settings': dict(case.settings),
-    'date': measure.today(), 'machine': measure.machine(), 'note': settings.note}
+    'date': measure.today(), 'machine': measure.machine(), 'note': settings.note,
+    'clock': 'processor' if settings.one_core else 'wall'}
   start = lambda python, side, variant='eager': Process(
     python, side, case.name, folder, settings.options(variant, case.dtype))
   ours = peer = None
@@ -150,7 +159,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
       writer.close()
       (folder / 'ready').write_text(json.dumps(parameters))
     result |= json.loads((folder / 'ready').read_text())
-    if case.apart:
+    if case.apart or settings.apart:
       _apart(case, settings, start, folder, result, say)
       return result
     ours = start(sys.executable, 'ours')
@@ -305,8 +314,10 @@ def _report(case, settings, measured: Mapping[str, Measured], result) -> None:
   result['versions'] = {}
   for name, side in measured.items():
     part = result.setdefault('peer_run' if name == 'peer' else name, {})
-    part['seconds'] = measure.spread([t['seconds'] for t in side.times])
-    part['cpu_seconds'] = measure.spread([t['cpu_seconds'] for t in side.times])
+    for key in ('seconds', 'cpu_seconds'):
+      part[key] = measure.spread([t[key] for t in side.times])
+    if settings.one_core:
+      part['wall_seconds'], part['seconds'] = part['seconds'], part['cpu_seconds']
     part['peak'] = side.peak
     after = dict(side.after)
     result['versions'] |= after.pop('versions')
@@ -316,7 +327,8 @@ def _report(case, settings, measured: Mapping[str, Measured], result) -> None:
       part['rate'] = f'{amount / part["seconds"]["median"]:.3g} {unit}'
   if 'peer' in measured:
     pairs = zip(measured['ours'].times, measured['peer'].times, strict=True)
-    result['ratio'] = measure.spread([b['seconds'] / a['seconds'] for a, b in pairs])
+    clock = 'cpu_seconds' if settings.one_core else 'seconds'
+    result['ratio'] = measure.spread([b[clock] / a[clock] for a, b in pairs])
     key = 'bytes' if settings.device == 'cpu' else 'device_bytes'
     result['memory_ratio'] = round(
       measured['ours'].peak[key] / measured['peer'].peak[key], 3)

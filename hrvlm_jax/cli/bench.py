@@ -34,6 +34,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--keep', action='store_true', help='leave the stored weights on disk')
   parser.add_argument('--dry', action='store_true', help='run once, so that everything is '
                       'compiled and cached, and keep nothing')
+  parser.add_argument('--apart', action='store_true', help='one side in memory at a time')
+  parser.add_argument('--one-core', action='store_true', help='for a busy machine: one core for '
+                      'each side, processor time instead of wall time')
   parser.add_argument('--note', default='', help='kept with the results')
   arguments = parser.parse(argv)
   if arguments.rounds is not None and arguments.rounds < 1:
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> None:
   settings = runner.Settings(
     device=arguments.device, rounds=1 if arguments.dry else arguments.rounds, keep=arguments.keep,
     peer_python=arguments.peer_python, ceiling=not arguments.dry, alone=arguments.alone,
+    apart=arguments.apart, one_core=arguments.one_core,
     variants=tuple(arguments.variant) if arguments.variant else None, note=arguments.note)
   results = []
   backend = settings.backend
