@@ -213,14 +213,14 @@ def check_names(
   Raises:
     UserError: missing, unexpected or misshapen tensors, all in one message.
   """
-  present, problems = find_problems(table, abstract, shapes, what=what)
+  present, problems = find_problems(table, abstract, shapes)
   errors.raise_all(f'tensors of the {what}', problems)
   return present
 
 
 def find_problems(
   table: Table, abstract: Mapping[str, Any], shapes: Mapping[str, Shape], *,
-  what: str = 'checkpoint', unreadable: Collection[str] = (),
+  unreadable: Collection[str] = (),
 ) -> tuple[list[Entry], list[str]]:
   """The entries whose tensors are present with the right shape, and a sentence per other one.
 
@@ -238,7 +238,7 @@ def find_problems(
       if not entry.row.optional and not lost:
         problems.append(f'missing tensor {entry.names[0]} (for {_where(entry)})')
       continue
-    bad = [f'{name}: shape {tuple(shapes[name])} in the {what}, {entry.shape} expected'
+    bad = [f'{name}: shape {tuple(shapes[name])} in the file, {entry.shape} expected'
            for name in names if tuple(shapes[name]) != entry.shape]
     problems += bad
     if not bad:
@@ -318,7 +318,7 @@ def import_tensors(
     dtype = np.dtype(dtype)
   problems = list(getattr(tensors, 'problems', ()))
   present, found = find_problems(
-    table, abstract, shapes, what=what, unreadable=getattr(tensors, 'unreadable', ()))
+    table, abstract, shapes, unreadable=getattr(tensors, 'unreadable', ()))
   problems += found
   flat, kinds = paths.flatten(abstract), leaf_dtypes(present, dtypes)
   refused = bool(problems)  # nothing is assembled any more, but the values are looked at as well

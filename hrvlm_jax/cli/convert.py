@@ -1,5 +1,7 @@
 """`hrvlm convert`: see `vlm.convert.convert`, `vlm.starts.assemble` and `verify.certificate`."""
 
+import os
+
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
 
@@ -37,6 +39,8 @@ def main(argv: list[str]) -> int:
                     '(a part may be lora=FOLDER, and owner/name@commit)')
   if arguments.source is not None and arguments.config is not None:
     raise UserError('--config belongs to --part; a whole release is recognised by its config.json')
+  if arguments.check and not os.path.isdir(arguments.check):
+    raise UserError(f'--check {arguments.check}: no such folder')
 
   import jax.numpy as jnp
 

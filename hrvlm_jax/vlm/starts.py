@@ -99,8 +99,8 @@ def assemble(
       own = paths.unflatten({path: flat[path] for path in _paths(part)})
       try:
         found |= paths.flatten(import_tensors(
-          part.tensors, part.table, own, what=str(part.source), dtype=dtype, allocate=allocate,
-          finite=True))
+          part.tensors, part.table, own, what=f'source {part.source}', dtype=dtype,
+          allocate=allocate, finite=True))
       except UserError as error:
         problems.append(str(error))
     raise_all(f'parts of a {config.system}', problems)
