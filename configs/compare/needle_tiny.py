@@ -129,14 +129,14 @@ def get_config(size='full'):
   config.task = dataclasses.asdict(task())
   config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
                         steps=3 if smoke else 1500)
-  config.language = dict(steps=3 if smoke else 1000, slots=(25,), batch_size=16)
+  config.language = dict(steps=3 if smoke else 1600, slots=(25,), batch_size=16)
   config.adapt = {'llava_hr': dict(steps=3 if smoke else 600),
                   'vila_hd': dict(steps=3 if smoke else 300)}
   config.systems = {name: to_dict(made) for name, made in systems().items()}
   config.optimizer = dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98)
   config.train_images = 16 if smoke else 4000
   config.eval_images = 6 if smoke else 500
-  config.train_steps = 3 if smoke else 700
+  config.train_steps = 3 if smoke else 500
   config.batch_size = 4 if smoke else 16
   config.lengths = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448)
   config.answer_batch = 3 if smoke else 25

@@ -13,6 +13,7 @@ from hrvlm_jax.systems.contract import TwoPassFusion
 from hrvlm_jax.systems.vila_hd.config import tiny as vila_hd
 from hrvlm_jax.training import tiny
 from hrvlm_jax.training.glyph_scenes import SceneConfig
+from hrvlm_jax.training.symbols import SymbolsConfig
 
 # The tower learns to read beforehand and stays frozen; where to look is learned here, from the box
 # of the sign that the first question of a row is about.
@@ -32,11 +33,15 @@ MODEL = dataclasses.replace(
 def get_config():
   return tiny.config(
     'vila_hd', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
-    train_fresh=(r'(?!vision/ps3/(tower|residual)/).*',), data=dict(boxes=True),
-    objective='two_pass')
+    train_fresh=(r'(?!vision/ps3/(tower|residual)/|language/).*',), data=dict(boxes=True),
+    steps=600, eval_every=600, checkpoint_every=100, objective='two_pass')
 
 
 def preparation():
-  scenes = SceneConfig(needle=tiny.Preparation().task, encoder=MODEL.encoder, steps=1000)
+  task = tiny.Preparation().task
+  scenes = SceneConfig(needle=task, encoder=MODEL.encoder, steps=500)
+  # It answers from lists of signs before it sees one, as real language models do.
+  symbols = SymbolsConfig(needle=task, text=MODEL.text, steps=1200, slots=(25,))
   # Rows of one question: each has its box.
-  return tiny.Preparation(towers={'vision': scenes}, turns=1, train_images=8000)
+  return tiny.Preparation(towers={'vision': scenes, 'language': symbols}, turns=1,
+                          train_images=8000)

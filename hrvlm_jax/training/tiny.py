@@ -30,13 +30,18 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.conversation import messages_from_llava
 from hrvlm_jax.data.needle import NeedleConfig, read_records, write
+from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.chat import get_template, render, rendered_text
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.training import glyph_scenes, glyphs
+from hrvlm_jax.training import glyph_scenes, glyphs, symbols
 from hrvlm_jax.training.glyph_scenes import SceneConfig
 from hrvlm_jax.training.glyphs import GlyphConfig
 from hrvlm_jax.training.metrics import read_metrics
+from hrvlm_jax.training.symbols import SymbolsConfig
+from hrvlm_jax.vlm.answer import text_of
+
+Pretraining = GlyphConfig | SceneConfig | SymbolsConfig
 
 FOLDER = 'runs/tiny'
 VOCABULARY = 512  # at most: bytes, special tokens, the words of the questions
@@ -82,11 +87,11 @@ class Preparation:
   Attributes:
     towers: parameter path -> the pre-training of what lies there: a ViT on crops, or the parts of
       an encoder (path 'vision') that learn from whole scenes, which start from the ViTs before
-      them; may be empty.
+      them; 'language': the decoder on symbols, in the run's own way of writing; may be empty.
     task: the built-in task of the config's data folder.
   """
 
-  towers: Mapping[str, GlyphConfig | SceneConfig] = dataclasses.field(default_factory=dict)
+  towers: Mapping[str, Pretraining] = dataclasses.field(default_factory=dict)
   task: NeedleConfig = NeedleConfig.square()
   train_images: int = 4000
   eval_images: int = 500
@@ -118,11 +123,10 @@ def prepare(
     train_bpe(texts, vocab_size=VOCABULARY, specials=SPECIALS,
               roles={'pad': '<pad>', 'eos': '<|endoftext|>', 'bos': '<s>'}).save(tokenizer)
   if p.towers and not pathlib.Path(run.training.init_from).exists():
-    _pretrain(p.towers, run.training.init_from, say)
+    _pretrain(p.towers, run, say)
 
 
-def _pretrain(towers: Mapping[str, GlyphConfig | SceneConfig], folder: str,
-              say: Callable[[str], None]) -> None:
+def _pretrain(towers: Mapping[str, Pretraining], run: Any, say: Callable[[str], None]) -> None:
   flat: dict[str, Any] = {}
   accuracy = {}
   for path, task in towers.items():
@@ -134,10 +138,14 @@ def _pretrain(towers: Mapping[str, GlyphConfig | SceneConfig], folder: str,
       start = {name.removeprefix(f'{path}/'): leaf for name, leaf in flat.items()}
       learned, accuracy[path] = glyph_scenes.pretrain(task, start, report=report)
     else:
-      tower, accuracy[path] = glyphs.pretrain(task, report=report)
-      learned = paths.flatten(tower)
+      if isinstance(task, SymbolsConfig):
+        writing = text_of(run.model, tokenizer_of(run.data.tokenizer))
+        made, accuracy[path] = symbols.pretrain(task, (writing,), report=report)
+      else:
+        made, accuracy[path] = glyphs.pretrain(task, report=report)
+      learned = paths.flatten(made)
     flat |= {f'{path}/{name}': leaf for name, leaf in learned.items()}
-  store.save_params(folder, paths.unflatten(flat), {'accuracy': accuracy})
+  store.save_params(run.training.init_from, paths.unflatten(flat), {'accuracy': accuracy})
 
 
 def result(workdir: str | os.PathLike, run: Any, *, chance: float, seconds: float, machine: str
