@@ -1,8 +1,8 @@
 """The four systems and three baselines on the built-in task, on equal terms.
 
 All see the same 240 x 240 images with three or four signs of one letter each, start from one
-pre-trained ViT that stays frozen, have the same language model and train on the same questions for
-the same number of steps. The systems with a close view show the canvas at half size (LLaVA-HR and
+pre-trained ViT that stays frozen and from one language model pre-trained on symbols in place of
+images, and train on the same questions for the same number of steps. The systems with a close view show the canvas at half size (LLaVA-HR and
 PS3, which need sides of 160 pixels, at two thirds); a single view of 40 pixels leaves 2 pixels of
 a letter's width.
 
