@@ -2,9 +2,9 @@
 
 All see the same 240 x 240 images with three or four signs of one letter each, start from one
 pre-trained ViT that stays frozen and from one language model pre-trained on symbols in place of
-images, and train on the same questions for the same number of steps. The systems with a close view show the canvas at half size (LLaVA-HR and
-PS3, which need sides of 160 pixels, at two thirds); a single view of 40 pixels leaves 2 pixels of
-a letter's width.
+images, and train on the same questions for the same number of steps. The systems with a close view
+show the canvas at half size (LLaVA-HR and PS3, which need sides of 160 pixels, at two thirds); a
+single view of 40 pixels leaves 2 pixels of a letter's width.
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
 Hardware: 2 CPU cores.
