@@ -3,6 +3,8 @@
 
     python scripts/plans.py                    all cases (libtpu: pip install 'hrvlm-jax[tpu]')
     python scripts/plans.py --only llava_hr    cases whose name contains the word
+    python scripts/plans.py --missing          cases without a report of this command, or whose
+                                               compilation took more than five minutes
     python scripts/plans.py --table            writes the page from the reports that are there
 
 Each case is one `hrvlm plan` command; its report is kept as docs/plans/NAME.json.
@@ -19,15 +21,24 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPORTS = ROOT / 'docs' / 'plans'
 GIB = 1 << 30
 
-# Name of the report -> arguments of `hrvlm plan`. A batch of 128 on 256 chips needs an axis beside
-# data and fsdp, hence tensor=2.
+# Name of the report -> arguments of `hrvlm plan`. The published number of micro-batches is that of
+# the original's GPUs; here a micro-batch has a row for every shard (data x fsdp), at least one.
+# Attention's scores of 8192 places (VILA-HD) fit 16 GiB only with heads over four chips.
 CASES = {
   'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr_7b_stage2.py --topology v5e:16x16 '
-  '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1 '
-  '--config.training.dtype=bfloat16 --config.training.remat=layers',
+  '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1',
   'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr_7b_stage2.py --topology v5p:4x4x4 '
-  '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1 '
-  '--config.training.dtype=bfloat16 --config.training.remat=layers',
+  '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1',
+  'vila_hd_8b_4k_v5e_16x16': '--config configs/vila_hd_8b_4k.py --topology v5e:16x16 '
+  '--mesh data=1,fsdp=64,tensor=4 --image 3780x3780',
+  'vila_hd_8b_4k_v5p_4x4x4': '--config configs/vila_hd_8b_4k.py --topology v5p:4x4x4 '
+  '--mesh data=1,fsdp=64 --image 3780x3780',
+  'mc_llava_3b_v5e_8x8': '--config configs/mc_llava_3b_full.py --topology v5e:8x8 '
+  '--mesh data=1,fsdp=64 --config.training.accumulate=1',
+  'pheye_x2_672_v5e_4x4': '--config configs/pheye_x2_672_stage2.py --topology v5e:4x4 '
+  '--mesh data=1,fsdp=16 --image 672x672',
+  'ps3_4k_v5e_16x16': '--config configs/ps3_4k_pretrain.py --topology v5e:16x16 '
+  '--mesh data=2,fsdp=128',
 }
 
 
@@ -45,10 +56,20 @@ def run(name: str, arguments: str) -> bool:
   return True
 
 
+def is_missing(name: str) -> bool:
+  """Whether a case has no report worth keeping."""
+  path = REPORTS / f'{name}.json'
+  if not path.exists():
+    return True
+  report = json.loads(path.read_text())
+  return report['command'] != f'hrvlm plan {CASES[name]}' or report['compile_seconds'] > 300
+
+
 def page(reports: dict[str, dict]) -> str:
   """docs/plans.md."""
   head = ['step', 'chips', 'mesh', 'batch', 'arguments', 'temporaries', 'total of HBM', 'fits',
-          'step s', 'MFU', 'MFU without overlap', 'messages GB', 'compiled in s']  # fmt: skip
+          'step s', 'MFU', 'MFU without overlap', 'messages GB', 'compiled in s',
+          'CPU s']  # fmt: skip
   rows = [head, ['---'] * len(head)]
   for name, r in reports.items():
     memory = r['memory']['bytes_per_device']
@@ -62,7 +83,7 @@ def page(reports: dict[str, dict]) -> str:
       gib(memory.get('temporaries')), total, 'yes' if r['memory']['fits'] else 'NO',
       f'{roof["step_seconds"]:.2f}' if roof else 'n/a', f'{roof["mfu"]:.0%}' if roof else 'n/a',
       f'{roof["mfu_without_overlap"]:.0%}' if roof else 'n/a', f'{sent:.1f}',
-      f'{r["compile_seconds"]:.0f}',
+      f'{r["compile_seconds"]:.0f}', str(r.get('compile_cpu_seconds', 'n/a')),
     ])  # fmt: skip
   table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
   assumed = {
@@ -74,7 +95,8 @@ def page(reports: dict[str, dict]) -> str:
 Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
 ahead of time for chips that were not there. Memory is the compiler's own, GiB per device; times are
 predicted from the program's products and messages and were not measured. Compile times are of the
-machine that ran the command, two shared CPU cores.
+machine that ran the command, two CPU cores shared with other work (up to twenty processes); the CPU
+time is what two free cores would need at most.
 
 {table}
 
@@ -91,9 +113,12 @@ Assumed by the predicted times:
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--only', default='', help='cases whose name contains this')
+  parser.add_argument('--missing', action='store_true', help='only cases without a good report')
   parser.add_argument('--table', action='store_true', help='run nothing, write the page')
   arguments = parser.parse_args()
-  chosen = [] if arguments.table else [name for name in CASES if arguments.only in name]
+  chosen = [] if arguments.table else [
+    name for name in CASES
+    if arguments.only in name and (not arguments.missing or is_missing(name))]
   failed = [name for name in chosen if not run(name, CASES[name])]
   reports = {path.stem: json.loads(path.read_text()) for path in sorted(REPORTS.glob('*.json'))}
   (ROOT / 'docs' / 'plans.md').write_text(page(reports))

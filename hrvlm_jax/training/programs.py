@@ -28,6 +28,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
+from hrvlm_jax.training.start import run_dtypes
 from hrvlm_jax.training.step import init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 
@@ -45,6 +46,8 @@ def batch_shapes(config: RunConfig, rows: int, *, length: int, image: tuple[int,
     UserError: the visual tokens alone do not fit into the bucket.
   """
   system, encoder = registry.get(config.model.system), config.model.encoder
+  if config.training.objective == 'ps3_pretrain':
+    return _pairs(encoder, rows)
   blank = [Image.new('RGB', image)] * images
   example = system.views(blank, encoder)
   count = system.count(*image, encoder)
@@ -61,6 +64,16 @@ def batch_shapes(config: RunConfig, rows: int, *, length: int, image: tuple[int,
 
   text = {key: jax.ShapeDtypeStruct((rows, length), dtype) for key, dtype in ROW_KEYS.items()}
   return text | {'views': jax.tree.map(shape, few, more)}
+
+
+def _pairs(encoder: Any, rows: int) -> dict[str, Any]:
+  """The batch of PS3's pre-training: images of the largest scale, captions, maps of the boxes."""
+  side = encoder.scales[-1]
+  shapes = {'pixels': ((side, side, 3), np.uint8), 'tokens': ((encoder.text.context,), np.int32),
+            'target': ((side, side), np.uint8), 'is_global': ((1,), np.bool_),
+            'counted': ((1,), np.bool_)}
+  return {key: jax.ShapeDtypeStruct((rows, *shape), dtype)
+          for key, (shape, dtype) in shapes.items()}
 
 
 def resolve(config: Mapping[str, Any] | RunConfig) -> RunConfig:
@@ -81,10 +94,12 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
   """
   config = resolve(config)
   t = config.training
-  length = length or max(config.data.lengths)
+  pretrains = t.objective == 'ps3_pretrain'
+  length = config.model.encoder.text.context if pretrains else length or max(config.data.lengths)
   fn = vlm.build(config.model)
   groups = groups_of(t, fn.abstract)
-  state = jax.eval_shape(lambda p: init_state(t, groups, p), fn.abstract)
+  state = jax.eval_shape(
+    lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract))
   shardings = rules.state_shardings(state, mesh)
   rows = t.batch_size // t.accumulate
   batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
@@ -97,6 +112,9 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
   plain = dataclasses.replace(wide, remat='none', attention='xla')
   model_flops = count_flops(make_train_step(fn, plain, groups, config.seed), state, batch)
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
+  side = config.model.encoder.scales[-1] if pretrains else 0
+  seen = f'images of {side} x {side}' if pretrains else (
+    f'{images} image(s) of {image[0]} x {image[1]}')
   return Program(
     fn=make_train_step(fn, wide, groups, config.seed),
     args=(_placed(state, shardings), _placed(batch, batch_sharding(mesh, leading=leading))),
@@ -105,8 +123,8 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
     tokens=t.batch_size * length,
     notes=(f'train step of {config.model.system}, {size / 1e9:.2f} billion parameters, '
            f'{frozen_summary(groups, fn.abstract)}',
-           f'batch {t.batch_size} in {t.accumulate} part(s), bucket {length}, {images} image(s) of '
-           f'{image[0]} x {image[1]}, {t.dtype}, remat {t.remat}, attention {t.attention}'))
+           f'batch {t.batch_size} in {t.accumulate} part(s), bucket {length}, {seen}, {t.dtype}, '
+           f'remat {t.remat}, attention {t.attention}'))
 
 
 def _placed(tree: Any, shardings: Any) -> Any:

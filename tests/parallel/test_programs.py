@@ -109,7 +109,8 @@ def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys
     return {
       'memory': memory, 'examples_per_second': training['batch_size'] * mesh['fsdp'], 'mesh': mesh,
       'slices': 1, 'topology': topology, 'chips': 4, 'device_kind': 'd', 'notes': [],
-      'model_flops': 1.0, 'compile_seconds': 1, 'tokens_per_second_per_chip': 1,
+      'model_flops': 1.0, 'compile_seconds': 1, 'compile_cpu_seconds': 1,
+      'tokens_per_second_per_chip': 1,
       'collectives_per_device': {},
       'roofline': {'step_seconds': 1.0, 'mfu': 0.5, 'seconds': {}, 'bound_by': 'matrix',
                    'step_seconds_without_overlap': 1.0, 'mfu_without_overlap': 0.5,
