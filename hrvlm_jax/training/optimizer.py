@@ -60,7 +60,9 @@ def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.Grad
   if o.name == 'muon':
     parts.append(muon(schedule(config), o.weight_decay, b2=o.b2, mask=decayed))
   else:
-    parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps, mu_dtype=jnp.float32))
+    # float32; float64 where JAX may use it, so that nothing there is ever cast down.
+    parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps,
+                                     mu_dtype=jnp.result_type(float)))
     if o.weight_decay:
       parts.append(optax.add_decayed_weights(o.weight_decay, mask=decayed))
     parts.append(optax.scale_by_learning_rate(schedule(config)))
