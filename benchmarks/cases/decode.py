@@ -13,7 +13,7 @@ _PHI = Case(
 CASES = [
   _PHI,
   dataclasses.replace(_PHI, name='phi_decode_bf16', title=f'{_PHI.title}, bfloat16 weights',
-                      dtype='bfloat16', target=None, tolerance=float('inf')),
+                      dtype='bfloat16', target=None, tolerance=float('inf'), backends=('cpu',)),
   Case(name='pheye_generate', title='Pheye x2-672, 64-token prompt, 50 new tokens; peer: image '
        'keys and values recomputed at every step, as the original does',
        ours='ours.decode:PheyeGenerate', peer='peers.decode:pheye',

@@ -35,6 +35,7 @@ class Case:
     group: cases of a group can be asked for together by its name.
     shown: has a row in docs/benchmarks.md.
     dtype: of weights and activations on a CPU (a GPU always runs bfloat16).
+    backends: where it can be measured ('cpu', 'gpu').
     apart: the sides do not fit into memory together: one process at a time, started anew for each
       round; only the first variant is run.
   """
@@ -57,6 +58,7 @@ class Case:
   group: str = ''
   shown: bool = True
   dtype: str = 'float32'
+  backends: tuple[str, ...] = ('cpu', 'gpu')
   apart: bool = False
 
 

@@ -90,8 +90,9 @@ def page(cases: Mapping[str, Any], results: pathlib.Path = RESULTS) -> str:
   compared = sorted((case for case in cases.values() if hasattr(case, 'peer')),
                     key=lambda case: order.get(case.group, len(order)))
   for backend, title in (('cpu', 'CPU, float32'), ('gpu', 'GPU, bfloat16')):
-    found = {case.name: _read(results, case.name, backend) for case in compared}
-    parts.append(f'## {title}\n\n{_machines(found.values())}{_table(compared, found, backend)}')
+    here = [case for case in compared if backend in case.backends]
+    found = {case.name: _read(results, case.name, backend) for case in here}
+    parts.append(f'## {title}\n\n{_machines(found.values())}{_table(here, found, backend)}')
   for case in cases.values():
     if not hasattr(case, 'peer'):
       parts.append(_alone(case, results))
