@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -98,9 +99,13 @@ def watched(argv):
   """Runs a command; returns (peak RssAnon in bytes, seconds)."""
   start, peak = time.perf_counter(), 0
   process = subprocess.Popen([sys.executable, '-m', 'hrvlm_jax.cli', *argv])
-  while process.poll() is None:
-    peak = max(peak, anonymous(process.pid))
-    time.sleep(0.02)
+  try:
+    while process.poll() is None:
+      peak = max(peak, anonymous(process.pid))
+      time.sleep(0.02)
+  finally:
+    process.kill()  # nothing happens after its end
+    process.wait()
   if process.returncode:
     raise SystemExit(f'hrvlm {argv[0]} ended with status {process.returncode}')
   return peak, time.perf_counter() - start
@@ -114,6 +119,7 @@ def main():
   parser.add_argument('--dtype', default='BF16', choices=('BF16', 'F16', 'F32'))
   parser.add_argument('--export', action='store_true', help='also measure hrvlm export')
   arguments = parser.parse_args()
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit('terminated'))  # cleans up
   os.makedirs(arguments.folder, exist_ok=True)
   work = pathlib.Path(tempfile.mkdtemp(dir=arguments.folder, prefix='convert-'))
   try:

@@ -162,11 +162,13 @@ def describe(paths: Iterable[Any], root: Any) -> dict[str, dict[str, Any]]:
   """Size and checksum of files, by their name below `root`, sorted.
 
   Args:
-    paths: local paths or `epath` ones.
+    paths: local paths or `epath` ones; one outside `root` is named by its folder and file alone.
   """
   found = {}
   for path in sorted(paths, key=str):
-    name = os.fspath(path).removeprefix(os.fspath(root)).lstrip('/')
+    inside = os.fspath(path).startswith(f'{os.fspath(root)}/')
+    name = (os.fspath(path).removeprefix(f'{os.fspath(root)}/') if inside
+            else f'{path.parent.name}/{path.name}')
     facts = path.stat()
     size = facts.st_size if hasattr(facts, 'st_size') else facts.length
     found[name] = {'bytes': size, 'sha256': sha256(path)}

@@ -103,6 +103,9 @@ def test_an_adapter_of_some_modules_on_a_base(trained, tmp_path):
                    say=said.append)
   assert config.text.lora == (LoRA(rank=2, alpha=4.0),) == model_config(tmp_path / 'out').text.lora
   assert 'start fresh' in said[0] and 'language/blocks/attn/k/lora_a' in said[0]
+  files = json.loads((tmp_path / 'out' / 'source.json').read_text())['files']
+  assert set(files) == {'config.json', 'model.safetensors', 'adapter/adapter_config.json',
+                        'adapter/adapter_model.bin'}
   out = store.flatten(store.load_params(tmp_path / 'out', shardings='host'))
   np.testing.assert_array_equal(out['language/blocks/attn/q/lora_a'][1], tensors[names[4]].T)
   assert not out['language/blocks/attn/k/lora_b'].any()
