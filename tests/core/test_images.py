@@ -1,5 +1,6 @@
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -265,3 +266,25 @@ def test_sizes_of_turned_images(tmp_path, suffix):
   assert images.image_size(path, exif='apply') == images.open_image(path).size == (20, 30)
   Image.new('RGB', (30, 20)).save(path)
   assert images.image_size(path, exif='apply') == (30, 20)
+
+
+def test_opening_does_not_disturb_other_threads():
+  """Pillow's own limit is lifted while a header is read; others crop at that very time."""
+  file = io.BytesIO()
+  noise(60, 40).save(file, 'PNG')
+  image, stop = noise(90, 90), threading.Event()
+
+  def open_many():
+    while not stop.is_set():
+      images.image_size(file.getvalue())
+
+  before = Image.MAX_IMAGE_PIXELS
+  thread = threading.Thread(target=open_many)
+  thread.start()
+  try:
+    for _ in range(2000):
+      image._crop(image.im, (1, 1, 80, 80))  # as Image.crop, which compares with the limit twice
+  finally:
+    stop.set()
+    thread.join()
+  assert before == Image.MAX_IMAGE_PIXELS
