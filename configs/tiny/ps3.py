@@ -4,7 +4,7 @@ Command:  hrvlm tiny --config configs/tiny/ps3.py
           (writes the task as region records and pre-trains the trunk under runs/tiny, trains, then
           measures recall and accuracy by budget)
 Hardware: 2 CPU cores.
-Result:   not run yet.
+Result:   recall at 44 %: top-down 96.3%, bottom-up 79.5%, random 44.1%; read 26.5%, 400 steps.
 """
 
 import dataclasses
@@ -23,9 +23,11 @@ FOLDER = 'runs/tiny'
 # One look takes 22 % of the 500 patches above the thumbnail; more looks read more.
 ENCODER = dataclasses.replace(
   tiny_encoder(vocab_size=512, max_select=110), look=LookConfig(looks=1))
-# The tower starts from letters, as the released models start from SigLIP; the rest is new.
+# The tower knows letters, as the released models start from SigLIP; the rest is new and learns.
 NEW = ('vision/(selection|residual|pool_head)/.*', 'text/.*', 'logit_.*')
+# Position residuals stay at zero with it: nothing then needs a gradient through the blocks.
 GROUPS = (
+  dict(pattern='vision/(tower|residual)/.*', frozen=True),
   dict(pattern='(.*/)?(bias|scale|weight|prior_prompt|logit_scale|logit_bias)', decay=False),
   dict(pattern='.*'),
 )
@@ -38,7 +40,7 @@ def get_config():
   config.data = dict(train=f'{FOLDER}/regions/train', tokenizer=f'{FOLDER}/regions/tokenizer',
                      regions=dict(clean=False, global_share=0.15))
   config.training = dict(
-    steps=800, batch_size=48, log_every=10, checkpoint_every=250, keep=1, eval_every=0,
+    steps=400, batch_size=48, log_every=20, checkpoint_every=1000, keep=1, eval_every=0, mfu=False,
     objective='ps3_pretrain', groups=GROUPS, init_from=f'{FOLDER}/encoders/ps3', init_allow=NEW,
     optimizer=dict(name='muon', learning_rate=2e-3, warmup=0.05, weight_decay=0.01, b2=0.98))
   return config
