@@ -1,6 +1,10 @@
 """LLaVA-HR, Table 3: the parts of mixture-of-resolution adaptation. llava_hr_table3.py:ROW
 
-Command:  hrvlm train --config configs/ablations/llava_hr_table3.py:gate_sigmoid --workdir runs/...
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table3.py --out runs/llava_hr_table3
+          hrvlm train --config configs/ablations/llava_hr_table3.py:gate_sigmoid \\
+            --workdir runs/gate_sigmoid
+Hardware: 8 x A800 80 GB (paper, Table 1, for the full model).
+Time:     18.2 hours for both stages at 768 pixels (paper, Table 1); not run here.
 Expected: `ROWS` (7B, 768 pixels; VQAv2, TextVQA, MME, POPE). `default` is the first row of every
 block; `gate_vector` and `paper` are not in the table: the paper's equation 4 has one gate per
 channel where the released code has one per image.
@@ -11,10 +15,7 @@ injects where, what the final concatenation concatenates, f_h as convolution and
 
 import dataclasses
 
-import ml_collections
-
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.llava_hr import recipes
+from hrvlm_jax.systems.llava_hr import recipes as llava_hr
 from hrvlm_jax.systems.llava_hr.config import (
   PAPER_ADAPTERS,
   VICUNA_7B,
@@ -22,6 +23,7 @@ from hrvlm_jax.systems.llava_hr.config import (
   LlavaHRConfig,
   model,
 )
+from hrvlm_jax.training import recipes
 from hrvlm_jax.vision.convnext import CONVNEXT_XXL
 from hrvlm_jax.vision.vit import CLIP_L_336
 
@@ -58,7 +60,6 @@ ROWS = {
 def get_config(row='default'):
   if row not in ROWS:
     raise ValueError(f'llava_hr_table3.py:{row} is unknown; known: {sorted(ROWS)}')
-  config = ml_collections.ConfigDict(recipes.run('stage2'))
-  config.seed = 42
-  config.model = to_dict(model(ROWS[row][0], VICUNA_7B))
-  return config
+  return recipes.config(model(ROWS[row][0], VICUNA_7B), llava_hr.run('stage2'), seed=42,
+                        init_from='weights/llava_hr_7b_start',
+                        init_allow=llava_hr.FRESH_IN_ABLATIONS)

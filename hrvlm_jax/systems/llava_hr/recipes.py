@@ -27,6 +27,8 @@ _NUMBERS = {
 
 # Never read: the ConvNeXt's classifier, CLIP's final norm.
 UNREAD = r'vision/(slow/head|fast/post_norm)/.*'
+# An ablation starts from the towers and the language model; what joins them is its own.
+FRESH_IN_ABLATIONS = (r'projector/.*', r'vision/(adapters|align|resampler)/.*', UNREAD)
 
 
 def run(stage: str) -> dict[str, Any]:

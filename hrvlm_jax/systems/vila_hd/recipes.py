@@ -37,6 +37,9 @@ _PARTS = {
 # Never read here: PS3's own pooling and final norm, the prompt of saliency-guided selection.
 UNREAD = r'vision/ps3/(pool_head/.*|tower/(post_norm|pool)/.*|selection/prior_prompt)'
 
+# Where all patches are taken nothing learns to select.
+UNREAD_WITHOUT_SELECTION = rf'{UNREAD}|{_PARTS["selection"]}'
+
 
 def model(name: str, stage: str) -> ModelConfig:
   """A released model as the stage trains it."""

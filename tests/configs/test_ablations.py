@@ -1,0 +1,54 @@
+"""Every row of every ablation table: a run config whose loss can be traced at its full size."""
+
+import pathlib
+import runpy
+
+import jax
+import pytest
+
+from hrvlm_jax.cli.sweep import entries_of
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.training.optimizer import groups_of
+from hrvlm_jax.training.programs import batch_shapes
+from hrvlm_jax.training.start import run_dtypes
+from hrvlm_jax.training.step import OBJECTIVES, init_state
+from hrvlm_jax.vlm import model as vlm
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'ablations'
+FILES = sorted(path.name for path in FOLDER.glob('*.py'))
+ROWS = [(name, row) for name in FILES for row in runpy.run_path(str(FOLDER / name))['ROWS']]
+
+
+def test_the_tables_of_the_papers_are_there():
+  assert set(FILES) >= {'llava_hr_table2.py', 'llava_hr_table3.py', 'pheye_variants.py',
+                        'vila_hd_table1.py'}
+  for name in FILES:
+    text = runpy.run_path(str(FOLDER / name))['__doc__']
+    assert f'hrvlm sweep --config configs/ablations/{name}' in text
+    assert all(word in text for word in ('Hardware:', 'Time:', 'Expected:'))
+
+
+@pytest.mark.parametrize('name', FILES)
+def test_a_sweep_takes_the_file(name):
+  entries = entries_of(str(FOLDER / name), [('seed', '3,4')])
+  rows = runpy.run_path(str(FOLDER / name))['ROWS']
+  assert [entry.name for entry in entries] == [f'{row}_seed={s}' for row in rows for s in (3, 4)]
+  assert any(entry.published for entry in entries)
+  assert len({str(entry.config.model) for entry in entries}) >= len(rows) - 1
+  with pytest.raises(UserError, match='row'):
+    entries_of(str(FOLDER / name), [], only='nothing_of_the_kind')
+
+
+@pytest.mark.parametrize('name, row', ROWS)
+def test_the_loss_of_a_row_can_be_traced(name, row):
+  """State and loss, from shapes alone: nothing is computed."""
+  config = entries_of(str(FOLDER / name), [], only=row)[0].config
+  t, fn = config.training, vlm.build(config.model)
+  groups = groups_of(t, fn.abstract)
+  wanted = run_dtypes(t, groups, fn.abstract)
+  state = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
+  batch = batch_shapes(config, 1, length=max(config.data.lengths), image=(900, 700))
+  total, count = jax.eval_shape(
+    lambda p, b: OBJECTIVES[t.objective](fn, p, b, dtype='bfloat16', remat=True),
+    state['params'], batch)
+  assert total.shape == count.shape == ()
