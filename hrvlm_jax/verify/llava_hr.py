@@ -39,6 +39,7 @@ from hrvlm_jax.systems.llava_hr.encoder import Encoder, embed_patches
 from hrvlm_jax.systems.llava_hr.weights import adapter_rows, align_rows, table, vision_table
 from hrvlm_jax.training.losses import token_cross_entropy
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.verify.training import train_step
 from hrvlm_jax.vision import convnext
 from hrvlm_jax.vision.convnext import ConvNeXt, ConvNeXtConfig
 from hrvlm_jax.vision.vit import ViTConfig
@@ -411,16 +412,9 @@ def _gradients(case, config, fn, params, batches):
   keys = {match[1] for key in case.keys if (match := re.fullmatch(r'(\w+)\.expanded_embeds', key))}
   batch = batches[keys.pop() if len(keys) == 1 else 'two_images']
 
-  @jax.jit
-  @jax.value_and_grad
-  def loss(params):
-    module = fn.bind(params)
-    total, count = token_cross_entropy(module.logits(module(batch)), batch['labels'])
-    return total / count
-
-  value, grads = loss(params)
-  grads = dict(export_tensors(jax.device_get(grads), table(config)))
-  case.expect_json(('loss',), float(value), file='grads.json', tol=1e-4)
+  step = train_step(config)(params, batch)
+  grads = dict(export_tensors(step.gradients, table(config)))
+  case.expect_json(('loss',), step.loss, file='grads.json', tol=1e-4)
   expected = case.json('grads.json')
   for name in expected['grad_norms']:
     norm = float(np.linalg.norm(grads[name].astype(np.float64)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,8 +19,8 @@ from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava import views as host
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.systems.mc_llava.weights import table, vision_from_hf
-from hrvlm_jax.training.step import loss_sum
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.verify.training import train_step
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.projector import Projector
@@ -250,12 +249,9 @@ def _train(case, config, fn, params, image_id, train, specials):
   case.exact('train/merged_position_ids', like(
     'train/merged_position_ids', default_positions(jnp.asarray(batch['valid']))))
 
-  def loss(p):
-    total, count = loss_sum(fn, p, batch)
-    return total / count
-
-  value, grads = jax.value_and_grad(loss)(params)
-  case.expect('train/loss', np.reshape(value, (1,)))
+  step = train_step(config)(params, batch)
+  grads = step.gradients
+  case.expect('train/loss', np.reshape(step.loss, (1,)))
   module = fn.bind(params)
   case.expect('train/image_features', module.encode(views).values)
   logits = np.asarray(module.logits(module(batch)))

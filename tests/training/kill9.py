@@ -1,0 +1,248 @@
+"""Kills training with signal 9 at random moments and compares with a run that nobody disturbed.
+
+A program, not a test: the suite runs it with two kills per system, `scripts/test_kill9.sh` with
+twenty.
+
+    python -m tests.training.kill9 [--kills N] [--systems A,B] [--relaxed] [--seed S] [--out FOLDER]
+
+A life of the run is a forked process; it is killed while it trains, at a random moment after some
+steps, or (every third kill) while a checkpoint is being written. The next life resumes by itself.
+With `training.deterministic=True` the losses of all steps must be those of the undisturbed run, bit
+for bit; with `--relaxed` (without it) within 1e-6 relative. The batches must be the same bits in
+both. Ends with status 1 where they are not.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+
+# Before JAX is imported: looking for accelerators takes longer than a life.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+
+import numpy as np
+import tensorboardX  # noqa: F401 - slow to import, so before the forks
+
+from hrvlm_jax.checkpoint import layout
+from hrvlm_jax.core import paths
+from hrvlm_jax.data.needle import NeedleConfig, write
+from hrvlm_jax.data.needle.regions import write_regions
+from hrvlm_jax.systems import registry
+from hrvlm_jax.training import determinism, loop
+from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+from hrvlm_jax.training.metrics import read_metrics
+
+SYSTEMS = {'mc_llava': 'next_token', 'pheye': 'next_token', 'llava_hr': 'next_token',
+           'vila_hd': 'two_pass', 'ps3': 'ps3_pretrain'}
+TASK = NeedleConfig.square()
+IMAGES = 12
+TIME_LIMIT = 600  # seconds of one life
+
+
+def write_data(folder):
+  """The task as conversations and as region records."""
+  write(TASK, folder / 'needle', IMAGES, seed=0, progress=False)
+  write_regions(TASK, folder / 'regions', IMAGES, seed=0, progress=False)
+
+
+def config(system, data, steps, *, deterministic):
+  """Its tiny size on the built-in task; a checkpoint every second step."""
+  model = registry.get(system).tiny()
+  source = 'regions' if system == 'ps3' else 'needle/needle.json'
+  return RunConfig(
+    model=model, data=DataConfig(train=str(data / source), lengths=(384,)),
+    training=TrainingConfig(
+      steps=steps, batch_size=2, log_every=1, checkpoint_every=2, keep=2, mfu=False,
+      objective=SYSTEMS[system], deterministic=deterministic,
+      optimizer=OptimizerConfig(learning_rate=1e-3, warmup=2, ema=0.9)))
+
+
+class Recorded:
+  """Batches that leave a digest of each in a file before they are used."""
+
+  def __init__(self, batches, path):
+    self._batches, self._path, self._noted = batches, path, False
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    batch = next(self._batches)
+    if not self._noted:
+      self._noted = True
+      with open(self._path.parent / 'lives.txt', 'a') as file:
+        file.write(f'{os.getpid()}\n')
+    digest = hashlib.sha256()
+    for name, leaf in sorted(paths.flatten(batch).items()):
+      digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+    with open(self._path, 'a') as file:
+      number = self._batches.get_state()['step']
+      file.write(json.dumps({'batch': number, 'sha256': digest.hexdigest()}) + '\n')
+    return batch
+
+  def __getattr__(self, name):
+    return getattr(self._batches, name)
+
+
+def live(run, workdir):
+  """One life: trains to the end unless it is killed. Never returns."""
+  log = os.open(workdir / 'log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  os.dup2(log, 1)
+  os.dup2(log, 2)
+  try:
+    if run.training.deterministic:
+      determinism.pin_threads(workdir)  # before there is a device
+    make = loop.make_batches
+    loop.make_batches = lambda *arguments, **options: Recorded(
+      make(*arguments, **options), workdir / 'batches.jsonl')
+    loop.train(run, workdir, progress=False)
+  except BaseException:  # noqa: BLE001 - a fork must not go on as its parent
+    import traceback
+
+    traceback.print_exc()
+    os._exit(1)
+  os._exit(0)
+
+
+def start(run, workdir):
+  """Forks a life; the parent has no devices, so that nothing of JAX runs yet."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  pid = os.fork()
+  if pid == 0:
+    live(run, workdir)
+  return pid
+
+
+def finish(pid, workdir):
+  """Waits for a life that nobody kills."""
+  _, status = os.waitpid(pid, 0)
+  if status != 0:
+    raise SystemExit(f'{workdir}: the run ended with status {status}:\n'
+                     + (workdir / 'log.txt').read_text()[-3000:])
+
+
+def lines(workdir):
+  """Whole lines of metrics so far."""
+  path = workdir / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
+def unfinished(workdir):
+  """Checkpoints that are begun and not whole."""
+  folder = workdir / layout.STEPS
+  entries = list(folder.iterdir()) if folder.exists() else []
+  return [entry.name for entry in entries
+          if entry.name.isdigit() and not layout.is_whole(layout.to_path(entry))]
+
+
+def wait_for(condition, pid, workdir):
+  """Polls; raises when the life ends by itself first."""
+  until = time.monotonic() + TIME_LIMIT
+  while not condition():
+    if time.monotonic() > until:
+      os.kill(pid, signal.SIGKILL)
+      raise SystemExit(f'{workdir}: a life did not get anywhere in {TIME_LIMIT} s')
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+      raise SystemExit(f'{workdir}: the run ended by itself (status {status}) before it could be '
+                       'killed:\n' + (workdir / 'log.txt').read_text()[-3000:])
+    time.sleep(0.001)
+
+
+def disturb(run, workdir, kills, rng):
+  """Kills so many lives, then lets the last one finish; returns how many died writing."""
+  writing = 0
+  for number in range(kills):
+    before = lines(workdir)
+    pid = start(run, workdir)
+    # Resuming drops lines of steps that will run again: wait until that is over.
+    wait_for(lambda pid=pid: str(pid) in started(workdir), pid, workdir)
+    before = min(before, lines(workdir))
+    if number % 3 == 1:
+      wait_for(lambda b=before: lines(workdir) > b and unfinished(workdir), pid, workdir)
+    else:
+      wanted = before + rng.randint(1, 3)
+      wait_for(lambda w=wanted: lines(workdir) >= w, pid, workdir)
+      time.sleep(rng.random() * 0.2)
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    if not os.WIFSIGNALED(status):
+      raise SystemExit(f'{workdir}: the run ended before kill {number + 1}; it needs more steps')
+    writing += bool(unfinished(workdir))
+  finish(start(run, workdir), workdir)
+  return writing
+
+
+def started(workdir):
+  """Process ids of the lives that have got to their first batch."""
+  path = workdir / 'lives.txt'
+  return path.read_text().split() if path.exists() else []
+
+
+def losses(workdir):
+  """Loss by step; every step must be there once."""
+  rows = [row for row in read_metrics(workdir) if 'loss' in row]
+  steps = [row['step'] for row in rows]
+  if steps != list(range(1, len(steps) + 1)):
+    raise SystemExit(f'{workdir}: steps in metrics.jsonl are {steps}')
+  return [row['loss'] for row in rows]
+
+
+def digests(workdir):
+  """Digest by batch number; a batch that was read twice must be the same."""
+  found = {}
+  for line in (workdir / 'batches.jsonl').read_text().splitlines():
+    row = json.loads(line)
+    if found.setdefault(row['batch'], row['sha256']) != row['sha256']:
+      raise SystemExit(f'{workdir}: batch {row["batch"]} was another one after a restart')
+  return found
+
+
+def check(system, root, kills, *, deterministic, seed):
+  """Undisturbed and disturbed run of a system; a row of the report."""
+  run = config(system, root / 'data', 4 * kills + 4, deterministic=deterministic)
+  calm, disturbed = root / system / 'calm', root / system / 'disturbed'
+  finish(start(run, calm), calm)
+  writing = disturb(run, disturbed, kills, random.Random(seed))
+  ours, theirs = np.array(losses(disturbed)), np.array(losses(calm))
+  batches, reference = digests(disturbed), digests(calm)
+  wrong = [n for n, digest in batches.items() if reference.get(n, digest) != digest]
+  difference = float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
+  good = not wrong and len(ours) == len(theirs) == run.training.steps and np.isfinite(ours).all()
+  good = good and (bool((ours == theirs).all()) if deterministic else difference <= 1e-6)
+  return {'system': system, 'deterministic': deterministic, 'kills': kills,
+          'killed_while_writing': writing, 'steps': len(ours),
+          'equal_losses': int((ours == theirs).sum()), 'largest_relative_difference': difference,
+          'batches_that_differ': wrong, 'good': bool(good)}
+
+
+def main(argv=None):
+  """See the head of the file."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--kills', type=int, default=20)
+  parser.add_argument('--systems', default=','.join(SYSTEMS))
+  parser.add_argument('--relaxed', action='store_true', help='without training.deterministic')
+  parser.add_argument('--seed', type=int, default=None, help='of the moments; default: the clock')
+  parser.add_argument('--out', type=pathlib.Path, help='keeps the runs there')
+  arguments = parser.parse_args(argv)
+  seed = int(time.time()) if arguments.seed is None else arguments.seed
+  with tempfile.TemporaryDirectory() as temporary:
+    root = arguments.out or pathlib.Path(temporary)
+    write_data(root / 'data')
+    rows = []
+    for system in arguments.systems.split(','):
+      rows.append(check(system, root, arguments.kills, deterministic=not arguments.relaxed,
+                        seed=seed))
+      print(json.dumps(rows[-1]), flush=True)
+  return 0 if all(row['good'] for row in rows) else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main())
