@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hrvlm_jax.core.module import Functional
 from hrvlm_jax.data.needle import NeedleConfig, glyph_crops
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
+from hrvlm_jax.systems.ps3.encoder import Encoder
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.training import glyph_scenes
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
@@ -63,3 +66,25 @@ def test_labels_of_letter_and_colour_mark_the_same_patches():
       found = set(letters[row][colours[row] == colour].tolist())
       assert found <= {int(crops.letters[row, colour, 0])}
   assert (letters >= 0).any()
+
+
+@pytest.mark.parametrize('context', [True, False])
+def test_looks_see_the_thumbnail_only_with_context(context):
+  tower = dataclasses.replace(vila().tower, low_context=context)
+  plan = vila().plan()
+  fn = Functional(lambda rngs: Encoder(tower, rngs=rngs))
+  params = jax.jit(fn.init)(jax.random.key(0))
+  images = jax.random.normal(jax.random.key(1), (1, 64, 64, 3))
+
+  @jax.jit
+  def high(params, shift):
+    encoder = fn.bind(params)
+    low = encoder.encode_low(images, select=False)
+    low = dataclasses.replace(low, keys=low.keys + shift)
+    probs = tuple(jnp.linspace(0, 1, rows * cols).reshape(1, rows, cols)
+                  for rows, cols in plan.grids[1:])
+    return encoder.encode_high(low, images, probs, plan).last[:, tower.grid**2:]
+
+  moved = jnp.arange(tower.vision.width // tower.vision.heads, dtype=jnp.float32)
+  difference = np.abs(high(params, moved) - high(params, 0.0)).max()
+  assert (difference > 1e-5) == context
