@@ -103,16 +103,14 @@ def _by_heads(q, k, v, mask, causal, scale):
   q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [b h t d]
   triangle = jnp.arange(s) <= jnp.arange(t)[:, None] if causal else None
 
-  pick = lambda x, i, j: jax.lax.dynamic_slice(
-    x, (i, j, 0, 0), (1, 1, *x.shape[2:])).reshape(x.shape[2:])
-  each = lambda x: x.reshape(-1, *x.shape[2:])
-
   @jax.checkpoint
-  def one(inputs):
-    number, query, *pair = inputs
+  def one(number):
     row, head = number // heads, number % heads
-    keys, values = pair or (pick(k, row, head // groups), pick(v, row, head // groups))
-    scores = scale * jnp.matmul(query, keys.T, preferred_element_type=wide_dtype(q.dtype))
+    pick = lambda x, i, j: jax.lax.dynamic_slice(
+      x, (i, j, 0, 0), (1, 1, *x.shape[2:])).reshape(x.shape[2:])
+    keys, values = pick(k, row, head // groups), pick(v, row, head // groups)
+    scores = scale * jnp.matmul(pick(q, row, head), keys.T,
+                                preferred_element_type=wide_dtype(q.dtype))
     if mask is not None:
       allowed = pick(mask, row if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0)
       scores = jnp.where(allowed, scores, _MASKED)
@@ -123,10 +121,7 @@ def _by_heads(q, k, v, mask, causal, scale):
     out = jnp.matmul(weights.astype(v.dtype), values, preferred_element_type=total.dtype)
     return (out / total).astype(v.dtype)
 
-  # Arrays of the loop, not captured ones: the gradient of a captured array is summed up whole in
-  # every round. Keys that several heads share are captured all the same, instead of repeated.
-  pair = (each(k), each(v)) if groups == 1 else ()
-  out = jax.lax.map(one, (jnp.arange(b * heads), each(q), *pair))
+  out = jax.lax.map(one, jnp.arange(b * heads))
   return jnp.swapaxes(out.reshape(b, heads, t, v.shape[-1]), 1, 2)
 
 
