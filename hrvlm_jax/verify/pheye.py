@@ -24,8 +24,8 @@ from hrvlm_jax.systems.pheye import views as host, weights
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
 from hrvlm_jax.systems.pheye.encoder import Encoder
 from hrvlm_jax.training.losses import token_cross_entropy
-from hrvlm_jax.training.step import loss_sum
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.verify.training import Step, train_step
 from hrvlm_jax.vision.vit import ViT
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.cross_attention import HEAD_WIDTH, CrossBlock
@@ -332,40 +332,32 @@ def train_loss(case: Case) -> None:
   case.waive('config.json:eos_token_id', 'stands in input_ids and labels, which are stored')
   batch = {'tokens': ids, 'valid': mask, 'labels': labels, 'views': views}
 
-  def gradient(fn, names):
-    """Gradient of the token mean with respect to the leaves `names`, and (sum, count)."""
-    flat = paths.flatten(params)
-
-    def loss(chosen):
-      total, count = loss_sum(fn, paths.unflatten(flat | chosen), batch)
-      return total / count, (total, count)
-    return jax.jit(jax.grad(loss, has_aux=True))({name: flat[name] for name in names})
-
-  grads, (total, count) = gradient(fn, paths.flatten(params))
-  _loss(case, '', total, count)
+  run = train_step(config)
+  step = run(params, batch)
+  _loss(case, '', step)
   logits = jax.jit(lambda p: fn.bind(p).logits(fn.apply(p, batch)))(params)
   case.expect('logits', logits, mask=mask[..., None])
   case.expect('nll', _nll(logits, labels))
-  names = dict(export_tensors(paths.unflatten(jax.device_get(grads)), table))
+  names = dict(export_tensors(step.gradients, table))
   for key in case.keys:
     if key.startswith('grad.'):
       case.expect(key, names[key.removeprefix('grad.')])
-  run = jax.jit(lambda p, batch: loss_sum(fn, p, batch))
   for row in range(len(ids)):
-    _loss(case, f'micro{row}.', *run(params, jax.tree.map(lambda x: x[row:row + 1], batch)))  # noqa: B023
+    one = jax.tree.map(lambda x: x[row:row + 1], batch)  # noqa: B023
+    _loss(case, f'micro{row}.', run(params, one))
   # The published classes give the first set no gradient: the switch does the same.
   switched = dataclasses.replace(config.encoder, train_first_adapter=False)
-  off = vlm.build(dataclasses.replace(config, encoder=switched))
-  first = [path for path in paths.flatten(params) if path.endswith('_first')]
-  missing = bool(first) and not any(np.any(g) for g in gradient(off, first)[0].values())
+  off = train_step(dataclasses.replace(config, encoder=switched))(params, batch)
+  first = [g for path, g in paths.flatten(off.gradients).items() if path.endswith('_first')]
+  missing = bool(first) and not any(map(np.any, first))
   key = 'first_adapter_grad_missing_in_reference'
   case.exact(key, np.full(case.input(key).shape, missing, case.input(key).dtype))
 
 
-def _loss(case: Case, prefix: str, total, count) -> None:
-  case.expect(f'{prefix}loss_sum', np.float32(total))
-  case.exact(f'{prefix}n_tokens', np.asarray(count, np.int64))
-  case.expect(f'{prefix}loss_mean_hf', np.float32(total / count))
+def _loss(case: Case, prefix: str, step: Step) -> None:
+  case.expect(f'{prefix}loss_sum', np.float32(step.loss * step.targets))
+  case.exact(f'{prefix}n_tokens', np.asarray(step.targets, np.int64))
+  case.expect(f'{prefix}loss_mean_hf', np.float32(step.loss))
 
 
 def _nll(logits, labels: Sequence) -> jax.Array:

@@ -96,6 +96,23 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(model):
     np.testing.assert_allclose(parts[2][path], grad, atol=1e-6 * largest, err_msg=path)
 
 
+@pytest.mark.parametrize('remat', ['layers', 'dots'])
+def test_recomputation_changes_no_gradient(model, remat):
+  whole = grads_of(model, training(), batch_of(4))
+  again = grads_of(model, training(remat=remat), batch_of(4))
+  largest = max(float(jnp.abs(g).max()) for g in whole[2].values())
+  for path, grad in whole[2].items():
+    np.testing.assert_allclose(again[2][path], grad, atol=1e-6 * largest, err_msg=path)
+
+
+def test_bfloat16_computes_on_float32_masters(model):
+  """Gradients arrive in float32 and near those of float32 compute."""
+  exact, rough = (grads_of(model, training(dtype=dtype), batch_of(4))
+                  for dtype in ('float32', 'bfloat16'))
+  assert all(g.dtype == jnp.float32 for g in rough[2].values())
+  assert 1e-6 < abs(float(exact[0]) - float(rough[0])) < 0.05 * float(exact[0])
+
+
 def test_micro_batch_average_is_another_number(model):
   tokens = grads_of(model, training(accumulate=2), batch_of(4, parts=2))
   means = grads_of(model, training(accumulate=2, loss_average='micro_batch'),
