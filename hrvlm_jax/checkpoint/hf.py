@@ -19,7 +19,7 @@ from hrvlm_jax.checkpoint import files
 from hrvlm_jax.checkpoint.safetensors import SafetensorsFile, Spool
 from hrvlm_jax.core.errors import UserError, raise_all
 
-MAX_SHARD_BYTES = 5_000_000_000
+MAX_SHARD_BYTES = 4_990_000_000  # of tensors: with its header a file stays below 5 GB
 MANIFEST = 'manifest.json'
 _PICKLES = ('.bin', '.pt', '.pth')
 _INDEX_LIMIT = 100_000_000  # bytes of an index file
@@ -271,7 +271,7 @@ def write_weights(
     stem: str = 'model', max_shard_bytes: int = MAX_SHARD_BYTES,
     metadata: Mapping[str, str] | None = None,
 ) -> list[str]:
-  """Writes `<stem>.safetensors`, or shards of at most `max_shard_bytes` and their index.
+  """Writes `<stem>.safetensors`, or shards of at most `max_shard_bytes` of tensors and their index.
 
   A single tensor larger than that gets a shard of its own. Memory: one tensor.
 
