@@ -34,6 +34,7 @@ from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
 from hrvlm_jax.training.losses import token_cross_entropy
 from hrvlm_jax.verify.runner import OPERATOR, WHOLE_MODEL, Case, check
+from hrvlm_jax.verify.training import train_step
 from hrvlm_jax.vision.blocks import BlockProjector, block_slots, stack_blocks
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
@@ -360,6 +361,12 @@ def _train(case: Case, name: str, spec, config, params, text: Text) -> None:
   total, number = token_cross_entropy(jnp.asarray(scores), jnp.asarray(labels))
   case.expect(f'{name}.loss_text', np.reshape(total / number, (1,)))
   case.expect(f'{name}.loss_selection', np.reshape(loss, (1,)))
+  # The train step adds the two with its weight; 1 here, the case has none.
+  weighed = dataclasses.replace(config, fusion=TwoPassFusion(selection_weight=1.0))
+  step = train_step(weighed, objective='two_pass')(params, batch)
+  wanted = sum(float(case.input(f'{name}.loss_{kind}').item()) for kind in ('text', 'selection'))
+  assert abs(step.loss - wanted) <= 1e-4 * max(1, abs(wanted)), (
+    f'{name}: the train step has {step.loss}, the two losses make {wanted}')
   assert int(count) == sum(per_row)
   for prefix, (maps, probs) in ((name, (info['maps'], info['probs'])),
                                 (f'{name}.gt_guided', by_target)):

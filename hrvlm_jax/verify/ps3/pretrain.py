@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import data, model, weights
 from hrvlm_jax.systems.ps3.selection import maps_of
 from hrvlm_jax.training.contrastive import ContrastiveConfig, pretrain_losses
@@ -24,6 +24,7 @@ from hrvlm_jax.verify.ps3.common import (
   waive_notes,
 )
 from hrvlm_jax.verify.runner import OPERATOR, Case, check
+from hrvlm_jax.verify.training import train_step
 
 
 @check('ps3', 'pretrain_loss')
@@ -46,7 +47,7 @@ def pretrain_loss(case: Case) -> None:
     case.expect('gt_selection_maps', np.stack(made))
   program = functools.cache(lambda use_target: _program(fn, use_target))
   for name in cfg['runs']:
-    _pretrain_run(case, name, fn, program, params, table, images, jnp.asarray(target))
+    _pretrain_run(case, name, config, program, params, table, images, jnp.asarray(target))
   if 'lr_schedule' in cfg:
     rates = cfg['lr_schedule']
     rate = learning_rate('cosine', peak=rates['base'], total_steps=rates['total'],
@@ -82,7 +83,7 @@ def _losses(use_target: bool, prior, posterior) -> ContrastiveConfig:
                            select_target=use_target, pool_target=use_target)
 
 
-def _pretrain_run(case, name, fn, program, params, table, images, target):
+def _pretrain_run(case, name, config, program, params, table, images, target):
   cfg = case.config['runs'][name]
   prior, posterior = cfg['weights'].plain()
   ids = jnp.asarray(case.input('input_ids').astype(np.int32))
@@ -105,7 +106,7 @@ def _pretrain_run(case, name, fn, program, params, table, images, target):
   run = _PretrainBoundary(case, name, images)
   boundaries(run, out.used, out.plan)
   if any(key.startswith(f'{name}.grad') for key in case.keys):
-    _gradients(case, name, fn, params, table, batch, _losses(use_target, prior, posterior))
+    _gradients(case, name, config, params, table, batch, _losses(use_target, prior, posterior))
 
 
 def _uses_target(name: str) -> bool:
@@ -121,9 +122,13 @@ class _PretrainBoundary(Run):
     self.spec = case.config['runs'][name]
 
 
-def _gradients(case, name, fn, params, table, batch, losses):
-  total = compiled(jax.grad(lambda p, b: pretrain_losses(fn, p, b, losses)['total']))
-  names = dict(export_tensors(total(params, batch), table))
+def _gradients(case, name, config, params, table, batch, losses):
+  whole = ModelConfig(system='ps3', encoder=config, text=None, image_token=None)
+  step = train_step(whole, objective='ps3_pretrain', contrast=losses,
+                    compile=compiled)(params, batch)
+  case.expect(f'{name}.loss.total', np.reshape(step.loss, case.input(f'{name}.loss.total').shape),
+              tol=OPERATOR)
+  names = dict(export_tensors(step.gradients, table))
   for key in case.keys:
     if key.startswith(f'{name}.grad.'):
       case.expect(key, names[key.removeprefix(f'{name}.grad.')])
