@@ -30,6 +30,22 @@ import pytest  # noqa: E402
 SKIP_MARKS = ('gpu', 'tpu', 'peers', 'gcloud')
 
 
+MEMORY = 3 << 30  # of one worker, in bytes, before compiled programs are dropped
+
+
+@pytest.fixture(autouse=True, scope='module')
+def bounded_memory():
+  """A worker compiles thousands of programs and JAX keeps them all: they go when they are many."""
+  yield
+  statm = pathlib.Path('/proc/self/statm')
+  if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > MEMORY:
+    import gc
+
+    import jax
+    jax.clear_caches()
+    gc.collect()
+
+
 def _missing(mark: str) -> str | None:
   """Why tests with `mark` cannot run here, or None when they can."""
   if mark in ('gpu', 'tpu'):
