@@ -8,7 +8,8 @@ AnyRes. What is scaled down, so that training fits one GPU of 80 GB, is the lang
 Command:  hrvlm compare --config configs/compare/needle_4k.py --out runs/compare_4k
 Hardware: one GPU with 80 GB.
 Expected: table.txt, plot.png and results.json in the folder. Not run so far: no such machine was at
-          hand; a test builds every model abstractly and counts what a training step holds.
+          hand, and that every model fits 80 GB is not shown; a test builds them abstractly and
+          bounds their parameters.
 """
 
 import dataclasses
