@@ -71,7 +71,8 @@ def _score(benchmark, arguments) -> int:
   """Answers that exist: no model is loaded, nothing about one can be set."""
   from hrvlm_jax.evaluation.runner import score_predictions
 
-  given = [name for name in ('limit', 'max_new_tokens', 'prompt') if getattr(arguments, name) is not None]
+  given = [name for name in ('limit', 'max_new_tokens', 'prompt')
+           if getattr(arguments, name) is not None]
   if given:
     options = ', '.join('--' + name.replace('_', '-') for name in given)
     raise UserError(f'{options}: decides how a model answers; --predictions scores answers that '

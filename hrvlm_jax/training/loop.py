@@ -104,7 +104,8 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
   groups = groups_of(t, fn.abstract)
   batches = make_batches(config, layout)
   evaluate = evaluation_of(config, workdir)
-  with store.TrainStore(place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
+  with store.TrainStore(
+      place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
     notes: list[str] = [frozen_summary(groups, fn.abstract)]
     if params is None:
       stored = _stored_before(config, saver)

@@ -1,7 +1,8 @@
 """Language model and vision towers of a checkpoint beside the classes of transformers.
 
 The classes get the original's tensors under the names that transformers gives them; only names are
-paired with the help of our tables, values never pass through them. Needs the torch extra.
+paired with the help of our tables, values never pass through them. Needs the torch extra, imported
+where it is used so that this module can always be imported.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.checkpoint.rows import Table, entries
@@ -75,8 +74,10 @@ def _loose(config: ModelConfig) -> bool:
 
 
 def _state(release: Release, names: Mapping[tuple[str, int | None], str], table: Table,
-           abstract: Any, ours: str) -> dict[str, torch.Tensor]:
+           abstract: Any, ours: str) -> dict[str, Any]:
   """A state dict of transformers from the release: names paired by path, values untouched."""
+  import torch
+
   found = {}
   for entry in entries(table, abstract):
     key = (f'{ours}{entry.row.our_paths[0]}', entry.layer)
@@ -93,6 +94,9 @@ def _bound(fn: Functional, stored: StoredParams, prefix: str) -> Any:
 
 def _language(config: ModelConfig, stored: StoredParams, release: Release,
               names: Mapping[tuple[str, int | None], str]) -> tuple[str, str, Outputs]:
+  import torch
+  import transformers
+
   values = config_to_hf(config.text)
   kind = getattr(transformers, values['architectures'][0])
   reference = kind(kind.config_class(**values)).eval().float()
@@ -111,8 +115,10 @@ def _language(config: ModelConfig, stored: StoredParams, release: Release,
     'logits': _difference(run(jnp.asarray(ids)), expected)}
 
 
-def _add_adapter(state: dict[str, torch.Tensor], release: Release, scale: float) -> None:
+def _add_adapter(state: dict[str, Any], release: Release, scale: float) -> None:
   """weight + scale * B @ A of every module of an adapter folder, in PyTorch."""
+  import torch
+
   prefix = f'{adapters.FOLDER}/base_model.model.'
   for name in release.tensors:
     if not name.startswith(prefix) or '.lora_A.' not in name:
@@ -127,6 +133,9 @@ def _add_adapter(state: dict[str, torch.Tensor], release: Release, scale: float)
 
 def _tower(path: str, tower: ViTConfig, stored: StoredParams, release: Release,
            names: Mapping[tuple[str, int | None], str]) -> tuple[str, str, Outputs]:
+  import torch
+  import transformers
+
   clip = tower.class_token
   kind = transformers.CLIPVisionModel if clip else transformers.SiglipVisionModel
   reference = kind(kind.config_class(
@@ -156,7 +165,7 @@ def _tower(path: str, tower: ViTConfig, stored: StoredParams, release: Release,
   return path, f'transformers.{kind.__name__}', outputs
 
 
-def _load(reference: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+def _load(reference: Any, state: Mapping[str, Any]) -> None:
   """Loads all parameters; buffers keep their values, a tied output layer follows by itself."""
   missing, unexpected = reference.load_state_dict(state, strict=False)
   own = {name for name, _ in reference.named_parameters()}
