@@ -1,0 +1,61 @@
+"""The tiny configs: their headers say what their kept runs reached, and the runs learned."""
+
+import json
+import pathlib
+import runpy
+
+import pytest
+
+from hrvlm_jax.training import tiny
+
+FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny'
+NAMES = ('llava_hr', 'mc_llava', 'pheye', 'ps3', 'vila_hd')  # fixed
+
+
+KEPT = sorted(path.stem for path in (FOLDER / 'results').glob('*.json'))
+
+
+def test_the_names():
+  assert sorted(path.stem for path in FOLDER.glob('*.py')) == list(NAMES)
+  assert {'pheye', 'ps3'} <= set(KEPT) <= set(NAMES)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_header(name):
+  text = runpy.run_path(str(FOLDER / f'{name}.py'))['__doc__']
+  assert all(word in text for word in ('Command:', 'Hardware:', f'configs/tiny/{name}.py'))
+
+
+def test_headers_and_kept_results_agree():
+  assert tiny.headers(FOLDER / f'{name}.py' for name in KEPT) == []
+  for name in set(NAMES) - set(KEPT):  # no claim without a run
+    assert 'Result:   not run yet.' in (FOLDER / f'{name}.py').read_text()
+
+
+def test_headers_that_differ_are_found(tmp_path):
+  config = tmp_path / 'x.py'
+  config.write_text('"""X.\n\nResult:   not run yet.\n"""\n')
+  assert 'missing' in tiny.headers([config])[0]
+  values = {'loss': 0.12345, 'accuracy': 0.876, 'chance': 0.043, 'steps': 10}
+  tiny.keep(values, config)
+  assert tiny.headers([config]) == [] and 'loss 0.123, accuracy 87.6%' in config.read_text()
+  kept = tmp_path / 'results' / 'x.json'
+  kept.write_text(kept.read_text().replace('0.876', '0.976'))
+  assert '97.6%' in tiny.headers([config])[0]
+
+
+@pytest.mark.parametrize('name', KEPT)
+def test_the_run_learned(name):
+  kept = json.loads((FOLDER / 'results' / f'{name}.json').read_text())
+  # A third is what a guess among the letters in the picture would get.
+  assert kept['accuracy'] > max(1 / 3, 5 * kept['chance'])
+
+
+def test_ps3_finds_what_the_prompt_names_and_reads_more_with_more_tokens():
+  scores = json.loads((FOLDER / 'results' / 'ps3.json').read_text())['scores']
+  at = {(s['way'], s['share']): s for s in scores}
+  recall = [at[way, 0.44]['recall'] for way in ('top_down', 'bottom_up', 'random')]
+  assert recall == sorted(recall, reverse=True)
+  for way, upto in (('random', 1), ('bottom_up', 1), ('top_down', 0.12)):
+    read = [s['accuracy'] for s in scores if s['way'] == way and s['share'] <= upto]
+    assert len(read) > 3 and read == sorted(read)
