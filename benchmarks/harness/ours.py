@@ -6,6 +6,7 @@ name table as `hrvlm convert`.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 import json
 import math
@@ -26,28 +27,28 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.module import Functional, Params
 
 
-class Side:
+class Side(abc.ABC):
   """A case's own part: subclasses say what the model, its inputs and its program are."""
 
   def __init__(self, settings: Mapping[str, Any], folder: pathlib.Path, options: Options):
     self.settings, self.folder, self.options = settings, pathlib.Path(folder), options
     self.dtype = jnp.dtype(options.dtype)
 
+  @abc.abstractmethod
   def config(self) -> Any:
     """The sizes, a dataclass; the peer reads them as config.json."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def model(self) -> tuple[Functional, Table]:
     """The module and the names of its tensors in the original's layout."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def inputs(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Random inputs, the same for both sides."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def program(self, fn: Functional, params: Params, inputs: Mapping[str, np.ndarray]) -> Program:
     """What is measured."""
-    raise NotImplementedError
 
   def prepare(self) -> dict[str, int]:
     """Writes weights and inputs into the folder; returns how many parameters there are."""
