@@ -14,7 +14,10 @@ from typing import Any
 
 
 class Journal:
-  """A folder with JSON files and `times.json`: the seconds of every part that is done."""
+  """A folder with JSON files and `times.json`: the seconds of every part that is done.
+
+  The seconds of a part that was interrupted count too (`interrupted.json`), unless it was killed.
+  """
 
   def __init__(self, folder: str | os.PathLike):
     self.folder = pathlib.Path(folder)
@@ -28,10 +31,17 @@ class Journal:
       print(f'[{name}] done before ({self.times[name]:.0f} s)', flush=True)
       return
     print(f'[{name}] {title}'.rstrip(), flush=True)
-    wall, cpu = time.perf_counter(), time.process_time()
-    fn()
-    self.times[name] = time.perf_counter() - wall
-    self.cpu_times[name] = time.process_time() - cpu
+    interrupted = self.read('interrupted.json', {})
+    before = interrupted.get(name, [0.0, 0.0])
+    clocks = time.perf_counter(), time.process_time()
+    spent = lambda: [old + clock() - start for old, clock, start in
+                     zip(before, (time.perf_counter, time.process_time), clocks, strict=True)]
+    try:
+      fn()
+    except BaseException:
+      self.write('interrupted.json', interrupted | {name: spent()})
+      raise
+    self.times[name], self.cpu_times[name] = spent()
     self.write('cpu_times.json', self.cpu_times)
     self.write('times.json', self.times)
 

@@ -1,0 +1,36 @@
+"""Parts that are done are not repeated; the seconds of interrupted lives count."""
+
+import time
+
+import pytest
+
+from hrvlm_jax.evaluation.journal import Journal
+
+
+def test_done_parts_are_not_repeated(tmp_path, capsys):
+  calls = []
+  Journal(tmp_path).part('a', lambda: calls.append(1))
+  again = Journal(tmp_path)
+  again.part('a', lambda: calls.append(2))
+  assert calls == [1] and 'done before' in capsys.readouterr().out
+  assert set(again.times) == set(again.cpu_times) == {'a'}
+
+
+def test_seconds_of_an_interrupted_life_count(tmp_path, monkeypatch):
+  clock = [0.0]
+  monkeypatch.setattr(time, 'perf_counter', lambda: clock[0])
+
+  def stopped():
+    clock[0] += 30
+    raise KeyboardInterrupt
+
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      Journal(tmp_path).part('a', stopped)
+  assert Journal(tmp_path).times == {}
+
+  def ends():
+    clock[0] += 5
+
+  Journal(tmp_path).part('a', ends)
+  assert Journal(tmp_path).times == {'a': 65.0}
