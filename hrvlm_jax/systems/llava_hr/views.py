@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import MAX_PIXELS, resize_on_canvas, resize_part, to_rgb
+from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.llava_hr.config import CLIP_MEAN, LlavaHRConfig
 
@@ -100,48 +101,19 @@ def views(images: Sequence[Image.Image], config: LlavaHRConfig) -> Views:
 
 def batch(examples: Sequence[Views], config: LlavaHRConfig, *, slots: int | None = None,
           tokens: int | None = None) -> Views:
-  """Packs the images of several examples into shared slots; rows without images use none.
+  """Packs a batch: pixels uint8 [slots s s 3] and indices, see `systems.images.pack`.
 
-  The original encodes a blank image for such a row and discards it; here its places are invalid.
-
-  Args:
-    slots: image slots of the whole batch; default: rows times the largest number of images of a
-      row (at least one).
-    tokens: places per row; default: those of the largest number of images of a row.
-
-  Returns:
-    pixels uint8 [slots s s 3] (zeros when empty), index int32 [b t] into the flattened
-    (slots x tokens) of the encoder, valid bool [b t].
-
-  Raises:
-    UserError: the images or tokens do not fit.
+  The original encodes a blank image for a row without images and discards it; here such a row uses
+  no slot and its places are invalid.
   """
-  size, each = config.image_size, config.tokens
-  counts = [len(example['pixels']) for example in examples]
-  most = max([1, *counts])
-  slots = len(examples) * most if slots is None else slots
-  tokens = most * each if tokens is None else tokens
-  longest = max(counts, default=0) * each
-  if sum(counts) > slots or longest > tokens:
-    raise UserError(f'a batch of {sum(counts)} images and {longest} tokens in one row does not fit '
-                    f'{slots} image slots and {tokens} places')
-  out = {
-    'pixels': np.zeros((slots, size, size, 3), np.uint8),
-    'index': np.zeros((len(examples), tokens), np.int32),
-    'valid': np.zeros((len(examples), tokens), bool),
-  }
-  start = 0
-  for row, (example, n) in enumerate(zip(examples, counts, strict=True)):
-    out['pixels'][start:start + n] = example['pixels']
-    out['index'][row, :n * each] = start * each + np.arange(n * each)
-    out['valid'][row, :n * each] = True
-    start += n
-  return out
+  shape = (config.image_size, config.image_size, 3)
+  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, each=config.tokens, slots=slots,
+                          tokens=tokens)
 
 
 def shift(views_: Views, config: LlavaHRConfig, slots: int) -> Views:
   """A batch's views whose indices count `slots` more image slots before them."""
-  return views_ | {'index': views_['index'] + np.int32(slots * config.tokens)}
+  return image_slots.shift(views_, slots, each=config.tokens)
 
 
 def overlay(image: Image.Image, config: LlavaHRConfig, info: Mapping[str, object]) -> Image.Image:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.plan import make_plan
@@ -53,46 +54,19 @@ def views(images: Sequence[Image.Image], config: PS3Config) -> Views:
 
 def batch(examples: Sequence[Views], config: PS3Config, *, slots: int | None = None,
           tokens: int | None = None) -> Views:
-  """Packs the images of several examples into `slots` places.
+  """Packs a batch: pixels uint8 [slots side side 3] and indices, see `systems.images.pack`.
 
-  Args:
-    slots: images of the whole batch; default: rows times the largest number of images of a row.
-    tokens: places per row; default: enough for that number of images.
-
-  Returns:
-    pixels uint8 [slots side side 3] (zeros when empty), index int32 [b t] into the flattened
-    (slots x tokens), valid bool [b t].
-
-  Raises:
-    UserError: the images or tokens do not fit.
+  The tokens of an image are those its example counts.
   """
-  total = sum(len(e['pixels']) for e in examples)
-  most = max((len(e['pixels']) for e in examples), default=0)
+  shape = (config.scales[-1], config.scales[-1], 3)
   each = int(next((e['tokens'][0] for e in examples if len(e['tokens'])), 0))
-  slots = len(examples) * max(most, 1) if slots is None else slots
-  tokens = each * max(most, 1) if tokens is None else tokens
-  if total > slots or each * most > tokens:
-    raise UserError(f'a batch of {total} images and {each * most} tokens in one row does not fit '
-                    f'{slots} image slots and {tokens} places')
-  side = config.scales[-1]
-  out = {
-    'pixels': np.zeros((slots, side, side, 3), np.uint8),
-    'index': np.zeros((len(examples), tokens), np.int32),
-    'valid': np.zeros((len(examples), tokens), bool),
-  }
-  start = 0
-  for row, example in enumerate(examples):
-    n = len(example['pixels'])
-    out['pixels'][start:start + n] = example['pixels']
-    out['index'][row, :n * each] = start * each + np.arange(n * each)
-    out['valid'][row, :n * each] = True
-    start += n
-  return out
+  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, each=each, slots=slots,
+                          tokens=tokens)
 
 
 def shift(views_: Views, config: PS3Config, slots: int) -> Views:
   """A batch's views whose indices count `slots` more image slots before them."""
-  return views_ | {'index': views_['index'] + np.int32(slots * tokens(config))}
+  return image_slots.shift(views_, slots, each=tokens(config))
 
 
 def overlay(image: Image.Image, config: PS3Config, info: Mapping[str, object], *,

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.ps3 import views as ps3_views
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
@@ -124,50 +125,18 @@ def views(images: Sequence[Image.Image], config: VilaHDConfig, *,
 
 def batch(examples: Sequence[Views], config: VilaHDConfig, *, slots: int | None = None,
           tokens: int | None = None) -> Views:
-  """Packs the images of several examples into `slots` places.
-
-  Args:
-    slots: images of the whole batch; default: rows times the largest number of images of a row.
-    tokens: places per row; default: enough for that number of images.
-
-  Returns:
-    pixels uint8 [slots S S 3], boxes int32 [slots 4], first int32 [slots] (zeros when empty),
-    index int32 [b t] into the flattened (slots x tokens), valid bool [b t].
-
-  Raises:
-    UserError: the images or tokens do not fit.
+  """Packs a batch: pixels uint8 [slots S S 3], boxes int32 [slots 4], first int32 [slots] and
+  indices, see `systems.images.pack`.
   """
-  total = sum(len(e['pixels']) for e in examples)
-  most = max((len(e['pixels']) for e in examples), default=0)
-  each = config.low_tokens + config.high_tokens
-  slots = len(examples) * max(most, 1) if slots is None else slots
-  tokens = each * max(most, 1) if tokens is None else tokens
-  if total > slots or each * most > tokens:
-    raise UserError(f'a batch of {total} images and {each * most} tokens in one row does not fit '
-                    f'{slots} image slots and {tokens} places')
-  side = config.side
-  out = {
-    'pixels': np.zeros((slots, side, side, 3), np.uint8),
-    'boxes': np.zeros((slots, 4), np.int32),
-    'first': np.zeros(slots, np.int32),
-    'index': np.zeros((len(examples), tokens), np.int32),
-    'valid': np.zeros((len(examples), tokens), bool),
-  }
-  start = 0
-  for row, example in enumerate(examples):
-    n = len(example['pixels'])
-    for key in ('pixels', 'boxes', 'first'):
-      out[key][start:start + n] = example[key]
-    out['index'][row, :n * each] = start * each + np.arange(n * each)
-    out['valid'][row, :n * each] = True
-    start += n
-  return out
+  arrays = {'pixels': ((config.side, config.side, 3), np.uint8), 'boxes': ((4,), np.int32),
+            'first': ((), np.int32)}
+  return image_slots.pack(examples, arrays, each=config.low_tokens + config.high_tokens,
+                          slots=slots, tokens=tokens)
 
 
 def shift(views_: Views, config: VilaHDConfig, slots: int) -> Views:
   """A batch's views whose indices count `slots` more image slots before them."""
-  each = config.low_tokens + config.high_tokens
-  return views_ | {'index': views_['index'] + np.int32(slots * each)}
+  return image_slots.shift(views_, slots, each=config.low_tokens + config.high_tokens)
 
 
 def overlay(image: Image.Image, config: VilaHDConfig, info: Mapping[str, Any]) -> Image.Image:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_on_canvas, resize_part
+from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.baselines import tiles
 from hrvlm_jax.systems.baselines.s2.config import S2Config
 from hrvlm_jax.systems.contract import Count, Views
@@ -62,33 +62,16 @@ def views(images: Sequence[Image.Image], config: S2Config) -> Views:
 
 def batch(examples: Sequence[Views], config: S2Config, *, slots: int | None = None) -> Views:
   """Packs a batch: pixels [slots h w 3], index int32 [b m] (slot of each image of a row), valid
-  bool [b m]. A slot is an image, not a sub-image.
-
-  Raises:
-    UserError: more images than slots.
+  bool [b m]; see `systems.images.pack`. A slot is an image, not a sub-image.
   """
-  total = sum(len(e['pixels']) for e in examples)
-  most = max((len(e['pixels']) for e in examples), default=1) or 1
-  slots = max(len(examples) * most, 1) if slots is None else slots
-  if total > slots:
-    raise UserError(f'a batch of {total} images does not fit {slots} slots')
-  out = {'pixels': np.zeros((slots, config.side, config.side, 3), np.uint8),
-         'index': np.zeros((len(examples), most), np.int32),
-         'valid': np.zeros((len(examples), most), bool)}
-  start = 0
-  for row, example in enumerate(examples):
-    n = len(example['pixels'])
-    out['pixels'][start:start + n] = example['pixels']
-    out['index'][row, :n] = start + np.arange(n)
-    out['valid'][row, :n] = True
-    start += n
-  return out
+  shape = (config.side, config.side, 3)
+  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, slots=slots)
 
 
 def shift(views_: Views, config: S2Config, slots: int) -> Views:
   """A batch's views whose indices count `slots` more view slots before them."""
   del config
-  return views_ | {'index': views_['index'] + np.int32(slots)}
+  return image_slots.shift(views_, slots)
 
 
 def overlay(image: Image.Image, config: S2Config, info: Mapping[str, object]) -> Image.Image:

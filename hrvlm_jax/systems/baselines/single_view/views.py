@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, resize_on_canvas, to_rgb
+from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.baselines import tiles
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import Count, Views
@@ -51,34 +51,16 @@ def views(images: Sequence[Image.Image], config: SingleViewConfig) -> Views:
 def batch(examples: Sequence[Views], config: SingleViewConfig, *,
           slots: int | None = None) -> Views:
   """Packs a batch: pixels [slots h w 3], index int32 [b m] (view slot of each image of a row),
-  valid bool [b m].
-
-  Raises:
-    UserError: more views than slots.
+  valid bool [b m]; see `systems.images.pack`.
   """
-  total = sum(len(e['pixels']) for e in examples)
-  most = max((len(e['pixels']) for e in examples), default=1) or 1
-  slots = max(len(examples) * most, 1) if slots is None else slots
-  if total > slots:
-    raise UserError(f'a batch of {total} views does not fit {slots} slots')
-  size = config.vision.image_size
-  out = {'pixels': np.zeros((slots, size, size, 3), np.uint8),
-         'index': np.zeros((len(examples), most), np.int32),
-         'valid': np.zeros((len(examples), most), bool)}
-  start = 0
-  for row, example in enumerate(examples):
-    n = len(example['pixels'])
-    out['pixels'][start:start + n] = example['pixels']
-    out['index'][row, :n] = start + np.arange(n)
-    out['valid'][row, :n] = True
-    start += n
-  return out
+  shape = (config.vision.image_size, config.vision.image_size, 3)
+  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, slots=slots)
 
 
 def shift(views_: Views, config: SingleViewConfig, slots: int) -> Views:
   """A batch's views whose indices count `slots` more view slots before them."""
   del config
-  return views_ | {'index': views_['index'] + np.int32(slots)}
+  return image_slots.shift(views_, slots)
 
 
 def overlay(image: Image.Image, config: SingleViewConfig,
