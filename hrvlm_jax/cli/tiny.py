@@ -2,10 +2,13 @@
 
 import os
 import runpy
-import time
 
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
+
+
+class _Interrupted(Exception):
+  """The run was asked to stop, and saved what it had."""
 
 
 def main(argv: list[str]) -> int:
@@ -20,6 +23,7 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.cli import run_config
+  from hrvlm_jax.evaluation.journal import Journal
   from hrvlm_jax.training import tiny
   from hrvlm_jax.training.config import RunConfig
   from hrvlm_jax.training.loop import train
@@ -35,18 +39,28 @@ def main(argv: list[str]) -> int:
   preparation = space['preparation']()
   name = os.path.splitext(os.path.basename(path))[0]
   workdir = arguments.workdir or f'{tiny.FOLDER}/{name}'
-  clock = time.perf_counter()
   options = dict(say=lambda text: print(text, flush=True), progress=not arguments.quiet)
   own = not isinstance(preparation, tiny.Preparation)  # a system with a task of its own (PS3)
-  if own:
-    preparation.prepare(run, **options)
-  else:
-    tiny.prepare(preparation, run, **options)
-  ended = train(run, workdir, progress=not arguments.quiet)
-  if ended.interrupted:
-    print(f'interrupted at step {ended.step}; run the same command again to go on')
+  journal = Journal(workdir)
+
+  def prepare() -> None:
+    if own:
+      preparation.prepare(run, **options)
+    else:
+      tiny.prepare(preparation, run, **options)
+
+  def learn() -> None:
+    ended = train(run, workdir, progress=not arguments.quiet)
+    if ended.interrupted:
+      raise _Interrupted(f'interrupted at step {ended.step}; run the same command again to go on')
+
+  try:
+    journal.part('preparation', prepare)
+    journal.part('training', learn)
+  except _Interrupted as interrupted:
+    print(interrupted)
     return 0
-  took = dict(seconds=time.perf_counter() - clock, machine=arguments.machine)
+  took = dict(seconds=sum(journal.times.values()), machine=arguments.machine)
   values = (preparation.result(workdir, run, **took) if own
             else tiny.result(workdir, run, chance=preparation.task.chance, **took))
   print(tiny.result_line(values))

@@ -56,8 +56,6 @@ def test_ps3_finds_what_the_prompt_names():
   at = {(s['way'], s['share']): s for s in scores}
   recall = [at[way, 0.44]['recall'] for way in ('top_down', 'bottom_up', 'random')]
   assert recall == sorted(recall, reverse=True)
-  # Every way reads more with its largest budget than with its smallest; in between the top-down
-  # curve has a peak (configs/tiny/results/ps3.png), so no more than that is asserted.
-  for way in ('random', 'bottom_up', 'top_down'):
+  for way in ('random', 'bottom_up', 'top_down'):  # budgets rise
     read = [s['accuracy'] for s in scores if s['way'] == way]
-    assert read[-1] > 3 * read[0]
+    assert read == sorted(read) and read[-1] > 3 * read[0], way
