@@ -59,7 +59,7 @@ def cost(answerer: Answerer, items: Sequence[tuple[str, str]], *, answers: int,
 
   def first_token(params, batch):
     embeds, valid, extras = held.fn.apply(params, batch, method='prompt')
-    slots = embeds.shape[1] + max_new_tokens
+    slots = valid.shape[1] + max_new_tokens  # two passes embed only what the second adds
     return held.fn.apply(params, embeds, valid, slots=slots, method='prefill', **extras)[0]
 
   memory = _memory(first_token, held.params, batch)

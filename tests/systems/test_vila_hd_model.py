@@ -17,6 +17,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.expansion import pad_batch
 from hrvlm_jax.data.rows import ImageRef, Row
 from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.evaluation.compare_parts import cost
 from hrvlm_jax.language.chat import Message
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.vila_hd import views as host, weights
@@ -243,3 +244,12 @@ def test_budgets_tokens_and_smoothing(params):
   for probs in (low, high):
     assert len(np.unique(np.asarray(probs))) <= 36  # 6 x 6 areas
   assert len(np.unique(np.asarray(looked(params)['probs'][1]))) > 20
+
+
+def test_what_an_answer_costs_is_measured(answerer, tmp_path):
+  """Two passes embed less in the second than the cache holds."""
+  path = tmp_path / 'a.png'
+  image(50, 40).save(path)
+  found = cost(answerer, [(str(path), 'What?')] * 2, answers=1, max_new_tokens=4)
+  assert found['tokens'] == CONFIG.encoder.low_tokens + CONFIG.encoder.high_tokens
+  assert found['encoder_gflops'] > 0 and found['peak_memory_mb'] > 0
