@@ -11,7 +11,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 
-from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_shards
+from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 
 
 def activation_constraints(mesh: Mesh) -> dict[str, Callable[[jax.Array], jax.Array]]:
@@ -19,6 +19,8 @@ def activation_constraints(mesh: Mesh) -> dict[str, Callable[[jax.Array], jax.Ar
 
   hidden [b t d], [b h w c]: the residual stream, cut over examples and, if [b t d], over sequence.
   logits [b t v]: the same, and the vocabulary over tensor, where the head's columns lie.
+  low_rank [i r], [r o]: whole. Left in parts, a narrow matrix draws the partitioner into moving the
+  activations beside it, hundreds of times its own size.
 
   A dimension that does not divide stays whole: an evaluation batch of one example is no error.
   """
@@ -39,4 +41,5 @@ def activation_constraints(mesh: Mesh) -> dict[str, Callable[[jax.Array], jax.Ar
   return {
     'hidden': lambda x: pin(x, vocabulary=False),
     'logits': lambda x: pin(x, vocabulary=True),
+    'low_rank': lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)),
   }

@@ -90,6 +90,9 @@ class Module:
   def collectives(self, slice_of: Sequence[int] | None = None) -> list[Collective]:
     """All messages; copies of one message in several fusions count once.
 
+    A message that runs beside other work is written into every fusion it runs beside, also into
+    those of a loop in between: it happens as often as its copy outside of that loop.
+
     Args:
       slice_of: slice number of every partition, to tell messages that leave a slice.
     """
@@ -113,7 +116,7 @@ class Module:
         key = channel.group(1) if channel else f'{name}/{inst.name}'
         entry = Collective(kind, payload, _wire(kind, payload, size), size, self.times[name],
                            crosses)
-        if key not in found or found[key].times < entry.times:
+        if key not in found or found[key].times > entry.times:
           found[key] = entry
     return list(found.values())
 
@@ -259,24 +262,46 @@ def _callees(attributes: str) -> list[tuple[str, str]]:
 
 
 def _trip_count(loop: Instruction, computations) -> int | None:
-  """From the annotation if there is one, else from `i < constant` in the condition (i from 0)."""
+  """From the annotation if there is one, else from `i < constant` in the condition.
+
+  i starts at 0 and grows by what the body adds to it: products that are computed in pieces while
+  the other pieces travel take two pieces a turn.
+  """
   known = re.search(r'"known_trip_count":\s*\{"n":\s*"?(\d+)', loop.attributes)
   if known:
     return int(known.group(1))
   condition = re.search(r'\bcondition=%?([\w.\-]+)', loop.attributes)
   if not condition:
     return None
-  pending, constants, directions = [condition.group(1)], [], []
+  pending, constants, directions, places = [condition.group(1)], [], [], []
   while pending:
     for inst in computations.get(pending.pop(), ()):
       if inst.opcode == 'constant' and inst.type.startswith(('s32[]', 'u32[]', 's64[]')):
         constants.append(inst.operands)
       if inst.opcode == 'compare':
         directions += re.findall(r'direction=(\w+)', inst.attributes)
+      if inst.opcode == 'get-tuple-element':
+        places += re.findall(r'\bindex=(\d+)', inst.attributes)
       pending += [name for _, name in _callees(inst.attributes)]
-  if directions == ['LT'] and len(constants) == 1 and constants[0].isdigit():
-    return int(constants[0])
-  return None
+  if directions != ['LT'] or len(constants) != 1 or not constants[0].isdigit():
+    return None
+  step = _step(loop, computations, int(places[0])) if len(places) == 1 else 1
+  return -(-int(constants[0]) // step)
+
+
+def _step(loop: Instruction, computations, place: int) -> int:
+  """What the body adds to the counter at that place of its tuple; 1 where it cannot be read."""
+  name = re.search(r'\bbody=%?([\w.\-]+)', loop.attributes)
+  body = computations.get(name.group(1), ()) if name else ()
+  by_name = {inst.name: inst for inst in body}
+  root = next((inst for inst in body if inst.root and inst.opcode == 'tuple'), None)
+  operands = _operands(root) if root else []
+  new = by_name.get(operands[place]) if place < len(operands) else None
+  if new is None or new.opcode != 'add':
+    return 1
+  terms = [by_name.get(operand) for operand in _operands(new)]
+  added = [term.operands for term in terms if term is not None and term.opcode == 'constant']
+  return int(added[0]) if len(added) == 1 and added[0].isdigit() and int(added[0]) else 1
 
 
 # --- messages ------------------------------------------------------------------------------------
@@ -328,10 +353,13 @@ def _groups(attributes: str, devices: int | None) -> list[list[int]] | tuple[int
 # --- arithmetic ----------------------------------------------------------------------------------
 
 
-def _operand_types(inst: Instruction, types: dict[str, str]) -> list[str]:
-  names = re.findall(r'%([\w.\-]+)', inst.operands) or [
+def _operands(inst: Instruction) -> list[str]:
+  return re.findall(r'%([\w.\-]+)', inst.operands) or [
     word.strip() for word in inst.operands.split(',')]
-  return [types.get(name, '') for name in names]
+
+
+def _operand_types(inst: Instruction, types: dict[str, str]) -> list[str]:
+  return [types.get(name, '') for name in _operands(inst)]
 
 
 def _dims(text: str) -> tuple[int, ...]:

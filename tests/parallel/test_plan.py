@@ -48,6 +48,52 @@ def test_a_tpu_program():
   assert module.matrix_flops() == 6 * 2 * 512 * 512 * 1024
 
 
+def test_a_product_in_pieces_while_a_message_runs_beside_it():
+  """libtpu: two of eight pieces a turn, and a gather that starts before and ends after the loop."""
+  gather = lambda n: (f'%g.{n} = bf16[64,8] all-gather(%p.{n}), channel_id=6, '
+                      'replica_groups={{0,1,2,3,4,5,6,7}}, frontend_attributes={chain_id="1"}')
+  beside = lambda n: f"""
+%async_collective_fusion.{n} (p.{n}: bf16[8,8]) -> bf16[64,8] {{
+  %p.{n} = bf16[8,8] parameter(0)
+  ROOT {gather(n)}
+}}
+"""
+  text = beside(1) + beside(2) + beside(3) + """
+%pieces (arg: (u32[], bf16[8,8])) -> (u32[], bf16[8,8]) {
+  %arg = (u32[]{:T(128)}, bf16[8,8]) parameter(0)
+  %two = u32[] constant(2)
+  %i = u32[] get-tuple-element(%arg), index=0
+  %x = bf16[8,8] get-tuple-element(%arg), index=1
+  %f2 = bf16[64,8] fusion(%x), kind=kCustom, calls=%async_collective_fusion.2
+  %y = bf16[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %moved = bf16[8,8] collective-permute(%y), channel_id=7, source_target_pairs={{0,1},{1,0}}
+  %next = u32[] add(%i, %two)
+  ROOT %out = (u32[], bf16[8,8]) tuple(%next, %moved)
+}
+
+%more (arg.1: (u32[], bf16[8,8])) -> pred[] {
+  %eight = u32[] constant(8)
+  %arg.1 = (u32[], bf16[8,8]) parameter(0)
+  %j = u32[] get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[] compare(%j, %eight), direction=LT
+}
+
+ENTRY %main (a: bf16[8,8]) -> bf16[64,8] {
+  %a = bf16[8,8] parameter(0)
+  %zero = u32[] constant(0)
+  %f1 = bf16[64,8] fusion(%a), kind=kCustom, calls=%async_collective_fusion.1
+  %init = (u32[], bf16[8,8]) tuple(%zero, %a)
+  %loop = (u32[], bf16[8,8]) while(%init), condition=%more, body=%pieces
+  ROOT %f3 = bf16[64,8] fusion(%a), kind=kCustom, calls=%async_collective_fusion.3
+}
+"""
+  module = hlo.Module.parse(text)
+  assert module.unknown_loops == 0 and module.times['pieces'] == 4
+  assert {m.kind: m.times for m in module.collectives()} == {
+    'all-gather': 1, 'collective-permute': 4}
+  assert module.matrix_flops() == 4 * 2 * 8 * 8 * 8
+
+
 def test_messages_between_slices():
   module = hlo.Module.parse(TPU_TEXT)
   slice_of = [0] * 8 + [1] * 8
