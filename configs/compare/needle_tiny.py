@@ -3,8 +3,9 @@
 All see the same 240 x 240 images with three or four signs of one letter each, start from one
 pre-trained ViT that stays frozen and from one language model pre-trained on symbols in place of
 images, and train on the same questions for the same number of steps. The systems with a close view
-show the canvas at half size (LLaVA-HR and PS3, which need sides of 160 pixels, at two thirds); a
-single view of 40 pixels leaves 2 pixels of a letter's width.
+show the canvas at half size, PS3 at two thirds (160 pixels), LLaVA-HR at four thirds (320 pixels: it
+averages the cells of its ConvNeXt into those of the ViT); a single view of 40 pixels leaves 2
+pixels of a letter's width.
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
 Hardware: 2 CPU cores.
@@ -83,7 +84,7 @@ def pheye(level=SIDE // WINDOW):
 
 def llava_hr(**changes):
   slow = ConvNeXtConfig(depths=(1, 1, 2, 1), widths=(24, 48, 96, 192))
-  options = dict(image_size=160, fast=VISION, slow=slow, fast_size=VIEW, adapters=AdapterConfig(),
+  options = dict(image_size=320, fast=VISION, slow=slow, fast_size=VIEW, adapters=AdapterConfig(),
                  mean=HALF, std=HALF) | changes
   encoder = LlavaHRConfig(**options)
   return model('llava_hr', encoder, encoder.width)
@@ -130,7 +131,7 @@ def get_config(size='full'):
   config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
                         steps=3 if smoke else 1500)
   config.language = dict(steps=3 if smoke else 1600, slots=(25,), batch_size=16)
-  config.adapt = {'llava_hr': dict(steps=3 if smoke else 600),
+  config.adapt = {'llava_hr': dict(steps=3 if smoke else 1200, window=48, batch_size=64),
                   'vila_hd': dict(steps=3 if smoke else 300)}
   config.systems = {name: to_dict(made) for name, made in systems().items()}
   config.optimizer = dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98)

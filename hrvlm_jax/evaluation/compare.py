@@ -182,7 +182,7 @@ class Comparison(Journal):
     c, a, model = self.config, self.config.adapt[name], self.config.systems[name]
     config = glyph_scenes.SceneConfig(
       needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
-      learning_rate=a.learning_rate, seed=c.seed)
+      learning_rate=a.learning_rate, window=a.window, seed=c.seed)
     start = {path.removeprefix('vision/'): leaf for path, leaf in self.given(model).items()}
     with tqdm(total=a.steps, unit='step', disable=not self.progress) as bar:
       learned, accuracy = glyph_scenes.pretrain(config, start, report=_shown(bar))

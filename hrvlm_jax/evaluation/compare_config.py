@@ -50,14 +50,16 @@ class LanguageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-  """Pre-training of a part of one system on whole scenes (`training.glyph_scenes`).
+  """Pre-training of a part of one system on scenes (`training.glyph_scenes`).
 
   Attributes:
     like: use what another system of `adapt` learned instead; its parts must be the same.
+    window: learn from crops of so many canvas pixels (`SceneConfig`); None: from whole scenes.
   """
 
   steps: int = 0
   like: str | None = None
+  window: int | None = None
   batch_size: int = 32
   learning_rate: float = 2e-3
 

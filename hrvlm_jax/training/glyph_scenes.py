@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import concurrent.futures
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -44,6 +45,8 @@ class SceneConfig:
 
   Attributes:
     encoder: of a system that has something to learn from scenes (`part`).
+    window: for a ConvNeXt, which reads crops as it reads whole images: side in canvas pixels of
+      crops to learn from, which show more letters per pixel than scenes do. None: whole scenes.
   """
 
   needle: NeedleConfig
@@ -53,16 +56,30 @@ class SceneConfig:
   learning_rate: float = 2e-3
   warmup: int = 50
   weight_decay: float = 0.01
+  window: int | None = None
   seed: int = 0
 
   def __post_init__(self):
     part(self.encoder)
+    if self.window is None:
+      return
+    if isinstance(self.encoder, VilaHDConfig):
+      raise UserError('SceneConfig: window is for a ConvNeXt; VILA-HD learns from whole scenes')
+    if self.size % self.encoder.slow.stride:
+      raise UserError(f'SceneConfig: a window of {self.window} canvas pixels is {self.size} pixels '
+                      f'for the encoder, expected a multiple of {self.encoder.slow.stride}')
+
+  @property
+  def canvas(self) -> int:
+    """Side in canvas pixels of what a picture shows."""
+    return self.window or min(self.needle.width, self.needle.height)
 
   @property
   def size(self) -> int:
-    """Side in pixels of the square a scene is squashed to."""
+    """Side in pixels of the square a scene, or a crop of it, is squashed to."""
     vila = isinstance(self.encoder, VilaHDConfig)
-    return self.encoder.side if vila else self.encoder.image_size
+    whole = self.encoder.side if vila else self.encoder.image_size
+    return whole * self.canvas // min(self.needle.width, self.needle.height)
 
 
 def part(encoder: Any) -> tuple[str, ...]:
@@ -164,11 +181,31 @@ def _grids(config: SceneConfig) -> list[int]:
 def _draw(config: SceneConfig, step: int):
   """The scenes of a step, a function of (seed, step)."""
   rng = np.random.default_rng(np.random.SeedSequence([config.seed, step]))
-  window = min(config.needle.width, config.needle.height)
-  scenes = glyph_crops(config.needle, rng, config.batch_size, window=window, size=config.size,
-                       whole=1.0)
+  scenes = glyph_crops(config.needle, rng, config.batch_size, window=config.canvas,
+                       size=config.size, whole=float(config.window is None))
   labels = {g: (scenes.patch_letters(g), scenes.patch_colours(g)) for g in _grids(config)}
   return scenes.pixels, labels
+
+
+def quick_start(flat: dict[str, Any]) -> dict[str, Any]:
+  """A drawn ConvNeXt made ready for hundreds of steps; other leaves as they are.
+
+  Its published start (kernels of 0.02, layer scales of 1e-6) is for deep trunks and long runs: the
+  blocks of a small one would add nothing until a short run is over. Here kernels keep the size of
+  what they read, and blocks count from the first step.
+  """
+  def ready(path: str, leaf: Any) -> Any:
+    if not path.startswith('slow/'):
+      return leaf
+    if path.endswith('/layer_scale'):
+      return jnp.ones_like(leaf)
+    if path.endswith('/kernel'):
+      # Stacked blocks have an axis in front: [layers] in out, [layers] r s in out.
+      fan_in = math.prod(leaf.shape[-2:-1] if '/mlp/' in path else leaf.shape[-4:-1])
+      return leaf / (leaf.std() * math.sqrt(fan_in))
+    return leaf
+
+  return {path: ready(path, leaf) for path, leaf in flat.items()}
 
 
 def pretrain(
@@ -184,7 +221,7 @@ def pretrain(
     report: called with (step, loss, accuracy) every step.
   """
   fn = Functional(lambda rngs: SceneReader(config, rngs=rngs))
-  flat = paths.flatten(jax.jit(fn.init)(jax.random.key(config.seed)))
+  flat = quick_start(paths.flatten(jax.jit(fn.init)(jax.random.key(config.seed))))
   flat |= {path: jnp.asarray(leaf) for path, leaf in (start or {}).items() if path in flat}
   rate = learning_rate('cosine', peak=config.learning_rate, total_steps=config.steps,
                        warmup_steps=min(config.warmup, config.steps))

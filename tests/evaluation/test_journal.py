@@ -34,3 +34,10 @@ def test_seconds_of_an_interrupted_life_count(tmp_path, monkeypatch):
 
   Journal(tmp_path).part('a', ends)
   assert Journal(tmp_path).times == {'a': 65.0}
+
+
+def test_two_processes_share_a_folder(tmp_path):
+  one, two = Journal(tmp_path), Journal(tmp_path)
+  one.part('a', lambda: two.part('b', lambda: None))
+  assert set(Journal(tmp_path).times) == set(one.times) == {'a', 'b'}
+  assert set(Journal(tmp_path).cpu_times) == {'a', 'b'}
