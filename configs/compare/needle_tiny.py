@@ -3,9 +3,9 @@
 All see the same 240 x 240 images with three or four signs of one letter each, start from one
 pre-trained ViT that stays frozen and from one language model pre-trained on symbols in place of
 images, and train on the same questions for the same number of steps. The systems with a close view
-show the canvas at half size, PS3 at two thirds (160 pixels), LLaVA-HR at four thirds (320 pixels: it
-averages the cells of its ConvNeXt into those of the ViT); a single view of 40 pixels leaves 2
-pixels of a letter's width.
+show the canvas at half size, PS3 at two thirds (160 pixels), LLaVA-HR at four thirds (320 pixels,
+because it averages the cells of its ConvNeXt into those of the ViT); a single view of 40 pixels
+leaves 2 pixels of a letter's width.
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
 Hardware: 2 CPU cores.
