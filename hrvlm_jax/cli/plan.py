@@ -29,6 +29,9 @@ def main(argv: list[str]) -> int:
                       help='try meshes (for training also recomputation and batch), keep the best')
   parser.add_argument('--batches', type=numbers, default=(),
                       help='with --search: global batches to try, such as 128,256')
+  parser.add_argument('--effort', choices=('quick', 'full'), default='quick',
+                      help='of the compiler for TPUs: quick gives an upper bound of the memory in '
+                      'a fifth of the time, full compiles as a run on the chips would')
   parser.add_argument('--json', type=pathlib.Path, help='write the report there')
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
@@ -50,7 +53,7 @@ def main(argv: list[str]) -> int:
   else:
     mesh = arguments.mesh or config.mesh
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
-                       timeout=arguments.timeout)
+                       effort=arguments.effort, timeout=arguments.timeout)
   print(plan.describe(report))
   if arguments.json is not None:
     arguments.json.write_text(json.dumps(report, indent=2) + '\n')
@@ -59,35 +62,67 @@ def main(argv: list[str]) -> int:
 
 
 def _search(arguments, target, options):
-  """The best of several meshes, and for training of recomputation and batch."""
+  """The best of several meshes, and for training of recomputation and batch.
+
+  A mesh cuts a micro-batch into data x fsdp parts. Where the config's has too few rows for them,
+  fewer micro-batches are taken, the global batch staying what it is.
+  """
   from hrvlm_jax.parallel import plan
   from hrvlm_jax.parallel.topology import parse
 
   topology = parse(arguments.topology, slices=arguments.slices)
   meshes = [arguments.mesh] if arguments.mesh else plan.mesh_candidates(topology)
-  variants = [options]
-  if arguments.step == 'train':
+  trains = arguments.step == 'train'
+  candidates = [(options, mesh) for mesh in meshes]
+  if trains:
     training = options['config']['training']
-    batches = arguments.batches or (training['batch_size'],)
-    variants = [
-      options | {'config': options['config'] | {
-        'training': training | {'remat': remat, 'batch_size': batch}}}
-      for remat in ('dots', 'layers') for batch in batches]
-  candidates = [(variant, mesh) for variant in variants for mesh in meshes]
+    change = lambda values: options | {'config': options['config'] | {'training': training | values}}
+    # What needs less memory comes first: what does not fit then need not be tried with more.
+    candidates = [
+      (change({'remat': remat, 'batch_size': batch,
+               'accumulate': _micro_batches(batch, training['accumulate'], mesh)}), mesh)
+      for remat in ('layers', 'dots') for batch in arguments.batches or (training['batch_size'],)
+      for mesh in meshes]
   print(f'{len(candidates)} candidates', file=sys.stderr)
   best, _ = plan.search(target, candidates, arguments.topology, slices=arguments.slices,
-                        timeout=arguments.timeout,
+                        effort=arguments.effort, timeout=arguments.timeout,
                         report=lambda text: print(text, file=sys.stderr, flush=True),
-                        label=_label if arguments.step == 'train' else None)
+                        label=_label if trains else None, hopeless=_hopeless if trains else None)
   if best is None:
     raise UserError(f'none of {len(candidates)} candidates fits {arguments.topology}; try more '
                     'chips, a smaller batch (--batches), or training.accumulate')
-  return {key: value for key, value in best.items() if key != 'options'}
+  return {key: value for key, value in best.items() if key not in ('options', 'asked')}
+
+
+def _shards(mesh) -> int:
+  return mesh.get('data', 1) * mesh.get('fsdp', 1) * mesh.get('dcn_data', 1)
+
+
+def _micro_batches(batch: int, most: int, mesh) -> int:
+  """The largest number of micro-batches, at most `most`, that the mesh can cut; else `most`."""
+  return next((n for n in range(most, 0, -1)
+               if batch % n == 0 and batch // n % _shards(mesh) == 0), most)
+
+
+def _hopeless(options, mesh, reports) -> str | None:
+  """Why a candidate need not be compiled."""
+  training = options['config']['training']
+  rows = training['batch_size'] // training['accumulate']
+  # A free axis (-1) is left to the compilation, which knows the devices.
+  if min(mesh.values()) > 0 and rows % _shards(mesh):
+    return f'{rows} rows cannot be cut over {_shards(mesh)} shards (data x fsdp)'
+  for report in reports:
+    tried = report['options']['config']['training']
+    same = report['asked'] == dict(mesh) and tried | {'remat': ''} == training | {'remat': ''}
+    if same and 'error' not in report and not report['memory']['fits']:
+      return f'does not fit with remat={tried["remat"]} either'
+  return None
 
 
 def _label(options) -> str:
   training = options['config']['training']
-  return f'remat={training["remat"]} batch={training["batch_size"]}'
+  return (f'remat={training["remat"]} batch={training["batch_size"]} in '
+          f'{training["accumulate"]} part(s)')
 
 
 def axes(text: str) -> dict[str, int]:

@@ -26,6 +26,10 @@ from hrvlm_jax.parallel.topology import GIB, Topology, parse
 # memory system. Stated in every report.
 MATRIX_EFFICIENCY = 0.75
 TIMEOUT = 1800
+# How hard the compiler for TPUs tries. Nine tenths of its usual time go into kernels, which a plan
+# never runs; with little effort it partitions the same step, but keeps fewer values in the chip's
+# fast memory, so that temporaries come out larger, never smaller (docs/plans.md compares).
+EFFORTS = {'quick': 'O1', 'full': None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,11 @@ def compile_program(program: Program, topology: Topology, mesh) -> dict[str, Any
     lowered = jax.jit(program.fn, donate_argnums=program.donate, **options).lower(*program.args)
   traced = time.monotonic() - started
   argument_bytes = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(program.args))
+  if argument_bytes > topology.chip.hbm_bytes:
+    # Minutes of compilation would say the same.
+    memory = {'total': argument_bytes, 'arguments': argument_bytes, 'temporaries': None}
+    return _report(program, topology, mesh, memory=memory, seconds=time.monotonic() - started,
+                   traced=traced, cpu=time.process_time() - worked)
   try:
     compiled = lowered.compile()
   except RuntimeError as error:
@@ -224,7 +233,7 @@ def roofline(topology: Topology, *, executed: float, model: float, memory: Mappi
 
 
 def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mapping[str, int],
-         slices: int = 1, timeout: float = TIMEOUT) -> dict[str, Any]:
+         slices: int = 1, effort: str = 'quick', timeout: float = TIMEOUT) -> dict[str, Any]:
   """Compiles a step for a topology in a child process and reports what it would cost there.
 
   Args:
@@ -232,6 +241,7 @@ def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mappin
     options: JSON values for it.
     topology: such as `v5e:16x16` or `gpu:8`.
     mesh: sizes of the mesh axes (`mesh.MeshConfig`).
+    effort: a key of `EFFORTS`; 'full' compiles as a run on the chips would.
 
   Returns:
     JSON values: memory (bytes per device, fits or not), model_flops,
@@ -244,12 +254,12 @@ def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mappin
   found = parse(topology, slices=slices)
   check_compiler(found)
   request = {'target': target, 'options': dict(options), 'topology': topology, 'slices': slices,
-             'mesh': dict(mesh)}
+             'mesh': dict(mesh), 'effort': effort}
   with tempfile.TemporaryDirectory() as folder:
     answer = pathlib.Path(folder) / 'answer.json'
     command = [sys.executable, '-m', 'hrvlm_jax.parallel.plan', json.dumps(request), str(answer)]
     try:
-      done = subprocess.run(command, env=_environment(found), capture_output=True, text=True,
+      done = subprocess.run(command, env=_environment(found, effort), capture_output=True, text=True,
                             timeout=timeout)
     except subprocess.TimeoutExpired:
       raise UserError(f'plan: compiling for {topology} took more than {timeout:g} s') from None
@@ -275,9 +285,10 @@ def check_compiler(topology: Topology) -> None:
                     "install it with: pip install 'hrvlm-jax[tpu]' (no TPU is needed)")
 
 
-def _environment(topology: Topology) -> dict[str, str]:
+def _environment(topology: Topology, effort: str) -> dict[str, str]:
   env = dict(os.environ)
-  for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_COMPILATION_CACHE_DIR'):
+  for name in ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_COMPILATION_CACHE_DIR',
+               'JAX_OPTIMIZATION_LEVEL'):
     env.pop(name, None)
   env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TF_CPP_MIN_LOG_LEVEL': '3',
           'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
@@ -286,29 +297,36 @@ def _environment(topology: Topology) -> dict[str, str]:
           'TPU_ACCELERATOR_TYPE': topology.accelerator_type or ''}
   if topology.chip.platform == 'gpu':
     env['JAX_NUM_CPU_DEVICES'] = str(topology.devices)
+  elif EFFORTS[effort]:
+    env['JAX_OPTIMIZATION_LEVEL'] = EFFORTS[effort]
   return env
 
 
 def search(target: str, candidates: Sequence[tuple[Mapping[str, Any], Mapping[str, int]]],
-           topology: str, *, slices: int = 1, timeout: float = TIMEOUT,
+           topology: str, *, slices: int = 1, effort: str = 'quick', timeout: float = TIMEOUT,
            report: Callable[[str], None] = print,
            label: Callable[[Mapping[str, Any]], str] | None = None,
+           hopeless: Callable[..., str | None] | None = None,
            ) -> tuple[dict[str, Any] | None, list[dict]]:
   """Plans every (options, mesh) candidate; the best that fits has the most examples per second.
 
   Args:
     report: gets a line per candidate; `label(options)` says what is special about it.
+    hopeless: `hopeless(options, mesh, reports so far)` -> why a candidate need not be compiled.
 
   Returns:
-    (best report or None, all reports; a candidate that cannot run has the key `error`).
+    (best report or None, all reports; a candidate that cannot run, or need not, has the key
+    `error`).
   """
   reports = []
   for number, (options, mesh) in enumerate(candidates, start=1):
+    why = None if hopeless is None else hopeless(options, mesh, reports)
     try:
-      found = plan(target, options, topology, mesh=mesh, slices=slices, timeout=timeout)
+      found = {'error': why, 'mesh': dict(mesh)} if why else plan(
+        target, options, topology, mesh=mesh, slices=slices, effort=effort, timeout=timeout)
     except UserError as error:
       found = {'error': str(error), 'mesh': dict(mesh)}
-    reports.append(found | {'options': dict(options)})
+    reports.append(found | {'options': dict(options), 'asked': dict(mesh)})
     name = ' '.join(filter(None, (_axes(mesh), label(options) if label else '')))
     report(f'{number}/{len(candidates)} {name}: {_verdict(found)}')
   good = [r for r in reports if 'error' not in r and r['memory']['fits']]
@@ -380,7 +398,7 @@ def describe(report: Mapping[str, Any]) -> str:
       'assumed:', *(f'  {text}' for text in roof['assumptions']),
     ]
   lines.append(f'compiled in {report["compile_seconds"]} s, {report["compile_cpu_seconds"]} s of '
-               'CPU time')
+               f'CPU time, effort {report["effort"]}')
   return '\n'.join(lines)
 
 
@@ -398,7 +416,7 @@ def _child(request: Mapping[str, Any]) -> dict[str, Any]:
   platform = 'tpu' if topology.chip.platform == 'tpu' else 'cpu'
   with compiling_for(platform, max(topology.devices, 2)):
     program = getattr(importlib.import_module(module), function)(mesh, **request['options'])
-    return compile_program(program, topology, mesh)
+    return compile_program(program, topology, mesh) | {'effort': request['effort']}
 
 
 def main(arguments: Sequence[str]) -> int:

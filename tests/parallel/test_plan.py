@@ -252,6 +252,20 @@ def test_out_of_memory_is_an_answer():
   assert plan._out_of_memory('something else', topology.parse('v5e:2x2')) is None
 
 
+def test_arguments_beyond_the_memory_are_not_compiled(monkeypatch):
+  from hrvlm_jax.parallel.mesh import single_device_mesh
+  from tests.parallel.programs import transformer
+
+  monkeypatch.setattr(jax.stages.Lowered, 'compile', None)  # calling it would fail
+  mesh = single_device_mesh()
+  program = transformer(mesh, depth=8, width=2**15)
+  report = plan.compile_program(program, topology.parse('gpu:1'), mesh)
+  assert not report['memory']['fits'] and 'roofline' not in report
+  state = 12 * 8 * 2**30 * 4  # twelve kernels' worth of 2^15 x 2^15 a layer, float32
+  assert report['memory']['bytes_per_device']['total'] == state + 16 * 128 * 2**15 * 4
+  assert 'DOES NOT FIT' in plan.describe(report | {'effort': 'quick'})
+
+
 @pytest.mark.parametrize(
   'target, options, topo, mesh, sentence',
   [
@@ -271,7 +285,7 @@ def test_faults_show_the_end_of_the_log():
 
 
 def test_search_takes_the_fastest_that_fits(monkeypatch):
-  def fake(target, options, topology, *, mesh, slices, timeout):
+  def fake(target, options, topology, *, mesh, slices, effort, timeout):
     if mesh['fsdp'] == 1:
       raise UserError('cannot shard')
     rate = {2: 10.0, 4: 20.0, 8: 30.0}[mesh['fsdp']]

@@ -101,7 +101,7 @@ def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys
 
   tried = []
 
-  def fake(target, options, topology, *, mesh, slices, timeout):
+  def fake(target, options, topology, *, mesh, slices, effort, timeout):
     training = options['config']['training']
     tried.append((training['remat'], training['batch_size'], mesh['fsdp']))
     memory = {'kind': 'k', 'fits': training['remat'] == 'layers', 'usable_bytes': 1,
@@ -109,7 +109,7 @@ def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys
     return {
       'memory': memory, 'examples_per_second': training['batch_size'] * mesh['fsdp'], 'mesh': mesh,
       'slices': 1, 'topology': topology, 'chips': 4, 'device_kind': 'd', 'notes': [],
-      'model_flops': 1.0, 'compile_seconds': 1, 'compile_cpu_seconds': 1,
+      'model_flops': 1.0, 'compile_seconds': 1, 'compile_cpu_seconds': 1, 'effort': effort,
       'tokens_per_second_per_chip': 1,
       'collectives_per_device': {},
       'roofline': {'step_seconds': 1.0, 'mfu': 0.5, 'seconds': {}, 'bound_by': 'matrix',
@@ -123,6 +123,29 @@ def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys
   assert {(r, b) for r, b, _ in tried} == {(r, b) for r in ('dots', 'layers') for b in (8, 16)}
   captured = capsys.readouterr()
   assert 'mesh fsdp=4' in captured.out and 'remat=layers batch=16' in captured.err
+
+
+def test_search_compiles_nothing_that_cannot_fit(file, monkeypatch, capsys):
+  from hrvlm_jax.parallel import plan
+
+  tried = []
+
+  def fake(target, options, topology, *, mesh, slices, effort, timeout):
+    training = options['config']['training']
+    tried.append((training['remat'], training['accumulate'], mesh['data'] * mesh['fsdp']))
+    memory = {'fits': False, 'usable_bytes': 1, 'bytes_per_device': {'total': 2}}
+    return {'memory': memory, 'mesh': mesh}
+
+  monkeypatch.setattr(plan, 'plan', fake)
+  command = ['plan', '--config', file, '--topology', 'gpu:8', '--search',
+             '--config.training.batch_size=12', '--config.training.accumulate=6']  # fmt: skip
+  with pytest.raises(UserError, match='none of .* candidates fits'):
+    plan_verb.main(command[1:])
+  # Twelve rows: no eight shards; on four the largest number of micro-batches with four rows each.
+  assert set(tried) == {('layers', 3, 4), ('layers', 6, 2)}
+  printed = capsys.readouterr().err
+  assert '2 rows cannot be cut over 8 shards' in printed
+  assert 'does not fit with remat=layers either' in printed
 
 
 @pytest.mark.parametrize('name', ['mc_llava', 'llava_hr', 'pheye', 'single_view'])
