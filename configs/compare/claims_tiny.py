@@ -31,9 +31,8 @@ def systems():
   blind = vila_hd()
   tower = dataclasses.replace(blind.encoder.tower, low_context=False)
   return {
-    'llava_hr_no_high': llava_hr(slow=None, adapters=None, image_size=VIEW, fast_size=None,
+    'llava_hr_no_high': llava_hr(slow=None, adapters=None, image_size=2 * VIEW, fast_size=None,
                                  select_layer=-1),
-    # The ConvNeXt alone hands over its own 100 cells; both other models have the ViT's 25.
     'llava_hr_no_low': llava_hr(fast=None, adapters=None, fast_size=None),
     # 24 tokens as at 160 pixels: nearly all of the 100 patches.
     'vila_hd_80': vila_hd(scales=(VIEW, 2 * VIEW), cells=24),

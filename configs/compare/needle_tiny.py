@@ -3,8 +3,8 @@
 All see the same 240 x 240 images with three or four signs of one letter each, start from one
 pre-trained ViT that stays frozen and from one language model pre-trained on symbols in place of
 images, and train on the same questions for the same number of steps. The systems with a close view
-show the canvas at half size, PS3 at two thirds (160 pixels), LLaVA-HR at four thirds (320 pixels,
-because it averages the cells of its ConvNeXt into those of the ViT); a single view of 40 pixels
+show the canvas at half size, PS3 at two thirds (160 pixels), LLaVA-HR at four thirds (320
+pixels, whose 10 x 10 cells meet as many patches of its ViT at 80); a single view of 40 pixels
 leaves 2 pixels of a letter's width.
 
 Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compare_tiny
@@ -84,8 +84,8 @@ def pheye(level=SIDE // WINDOW):
 
 def llava_hr(**changes):
   slow = ConvNeXtConfig(depths=(1, 1, 2, 1), widths=(24, 48, 96, 192))
-  options = dict(image_size=320, fast=VISION, slow=slow, fast_size=VIEW, adapters=AdapterConfig(),
-                 mean=HALF, std=HALF) | changes
+  options = dict(image_size=320, fast=VISION, slow=slow, fast_size=2 * VIEW,
+                 adapters=AdapterConfig(), mean=HALF, std=HALF) | changes
   encoder = LlavaHRConfig(**options)
   return model('llava_hr', encoder, encoder.width)
 
