@@ -87,6 +87,15 @@ class Comparison(Journal):
             self.part(f'answer {point.key}', lambda p=point: self.answer(p.system, p))
     return self.report()
 
+  def parts(self) -> set[str]:
+    """Names of all parts of this comparison; the folder may hold those of others beside it."""
+    c = self.config
+    found = {'data', 'tokenizer', 'encoder', 'language'}
+    for name in c.systems:
+      found |= {f'train {name}', f'answer {name}', f'measure {name}'}
+    found |= {f'adapt {a.like or name}' for name, a in c.adapt.items()}
+    return found | {f'answer {point.key}' for claim in c.claims.values() for point in claim.points}
+
   def _same_config(self) -> None:
     """Refuses to mix two comparisons in one folder; more systems may join."""
     now = json.loads(json.dumps(to_dict(self.config)))
@@ -257,6 +266,8 @@ class Comparison(Journal):
   def report(self) -> dict[str, Any]:
     """results.json, table.txt, plot.png from what is there."""
     rows, c = {}, self.config
+    own = lambda times: {part: spent for part, spent in times.items() if part in self.parts()}
+    times, cpu_times = own(self.times), own(self.cpu_times)
     for name, model in c.systems.items():
       if f'measure {name}' not in self.times:
         continue
@@ -274,8 +285,8 @@ class Comparison(Journal):
         rows[name]['adapted'] = {'steps': c.adapt[learned].steps, **store.load_config(source),
                                  'seconds': self.times[f'adapt {learned}']}
     results = {
-      'systems': rows, 'chance': c.task.chance, 'seconds': sum(self.times.values()),
-      'seconds_by_part': dict(self.times), 'cpu_seconds_by_part': dict(self.cpu_times),
+      'systems': rows, 'chance': c.task.chance, 'seconds': sum(times.values()),
+      'seconds_by_part': times, 'cpu_seconds_by_part': cpu_times,
       'images': {'train': c.train_images, 'eval': c.eval_images, 'questions': c.turns},
       'steps': c.train_steps, 'batch_size': c.batch_size, 'encoder_steps': c.encoder.steps,
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
