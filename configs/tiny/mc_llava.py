@@ -7,11 +7,19 @@ Hardware: 2 CPU cores.
 Result:   not run yet.
 """
 
+import dataclasses
+
 from hrvlm_jax.cli import quickstart
 from hrvlm_jax.training import tiny
 from hrvlm_jax.training.glyphs import GlyphConfig
+from hrvlm_jax.training.symbols import SymbolsConfig
 
-# The tower was pre-trained; the quickstart trains the same model.
+# The model of the quickstart, with rows for the tokenizer that the tiny configs share.
+_QUICKSTART = quickstart.model(quickstart.RUNS['multi_crop'])
+MODEL = dataclasses.replace(
+  _QUICKSTART, text=dataclasses.replace(_QUICKSTART.text, vocab_size=tiny.VOCABULARY))
+# The tower was pre-trained, and the language model to answer from lists of signs; only the tower
+# stays as it is.
 GROUPS = (
   dict(pattern='vision/tower/.*', frozen=True),
   dict(pattern='.*/(bias|scale)', decay=False),
@@ -20,11 +28,16 @@ GROUPS = (
 
 
 def get_config():
-  return tiny.config('mc_llava', quickstart.model(quickstart.RUNS['multi_crop']), task='panorama',
-                     lengths=(128, 192), groups=GROUPS, train_fresh=('(?!vision/tower/).*',))
+  return tiny.config(
+    'mc_llava', MODEL, task='panorama', lengths=(128, 192), groups=GROUPS,
+    train_fresh=('(?!vision/tower/|language/).*',), steps=300, batch_size=16, eval_every=300,
+    checkpoint_every=100)
 
 
 def preparation():
-  tower = GlyphConfig(needle=quickstart.task(), vision=quickstart.VISION, window=quickstart.WINDOW,
+  task = quickstart.task()
+  tower = GlyphConfig(needle=task, vision=quickstart.VISION, window=quickstart.WINDOW,
                       last_tokens=quickstart.LAST_TOKENS, steps=1500)
-  return tiny.Preparation(task=quickstart.task(), towers={'vision/tower': tower})
+  symbols = SymbolsConfig(needle=quickstart.task(turns=3), text=MODEL.text, steps=1000,
+                          slots=(MODEL.encoder.num_tokens,), batch_size=16)
+  return tiny.Preparation(task=task, towers={'vision/tower': tower, 'language': symbols})

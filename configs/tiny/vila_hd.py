@@ -13,6 +13,7 @@ from hrvlm_jax.systems.contract import TwoPassFusion
 from hrvlm_jax.systems.vila_hd.config import tiny as vila_hd
 from hrvlm_jax.training import tiny
 from hrvlm_jax.training.glyph_scenes import SceneConfig
+from hrvlm_jax.training.glyphs import GlyphConfig
 from hrvlm_jax.training.symbols import SymbolsConfig
 
 # The tower learns to read beforehand and stays frozen; where to look is learned here, from the box
@@ -34,14 +35,18 @@ def get_config():
   return tiny.config(
     'vila_hd', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
     train_fresh=(r'(?!vision/ps3/(tower|residual)/|language/).*',), data=dict(boxes=True),
-    steps=600, eval_every=600, checkpoint_every=100, objective='two_pass')
+    steps=500, batch_size=16, eval_every=500, checkpoint_every=100, objective='two_pass')
 
 
 def preparation():
-  task = tiny.Preparation().task
-  scenes = SceneConfig(needle=task, encoder=MODEL.encoder, steps=500)
+  encoder, task = MODEL.encoder, tiny.Preparation().task
+  # The tower reads crops at half size first, then selected patches at both scales.
+  tower = GlyphConfig(needle=task, vision=encoder.tower.vision, window=80, last_tokens=25,
+                      colour_weight=1.0, steps=800, mean=encoder.tower.mean, std=encoder.tower.std)
+  scenes = SceneConfig(needle=task, encoder=encoder, steps=300)
   # It answers from lists of signs before it sees one, as real language models do.
-  symbols = SymbolsConfig(needle=task, text=MODEL.text, steps=1200, slots=(25,))
+  symbols = SymbolsConfig(needle=task, text=MODEL.text, steps=1200, slots=(25,), batch_size=16)
   # Rows of one question: each has its box.
-  return tiny.Preparation(towers={'vision': scenes, 'language': symbols}, turns=1,
-                          train_images=8000)
+  return tiny.Preparation(
+    towers={'vision/ps3/tower': tower, 'vision': scenes, 'language': symbols}, turns=1,
+    train_images=8000)

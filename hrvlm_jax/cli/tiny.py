@@ -63,6 +63,8 @@ def main(argv: list[str]) -> int:
   took = dict(seconds=sum(journal.times.values()), machine=arguments.machine)
   values = (preparation.result(workdir, run, **took) if own
             else tiny.result(workdir, run, chance=preparation.task.chance, **took))
+  # Beside other work the seconds of the clock say little.
+  values |= {'cpu_seconds': round(sum(journal.cpu_times.values()))}
   print(tiny.result_line(values))
   if arguments.keep:
     kept = tiny.keep(values, path)

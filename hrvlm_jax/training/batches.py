@@ -43,7 +43,11 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int =
   if data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
     raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
                     'remove it')
-  text = text_of(config.model, tokenizer_of(data.tokenizer))
+  tokenizer, rows = tokenizer_of(data.tokenizer), config.model.text.vocab_size
+  if tokenizer.vocab_size > rows:  # a lookup beyond the table would give NaN
+    raise UserError(f'data.tokenizer: {data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, '
+                    f'model.text.vocab_size is {rows}; use the tokenizer that belongs to the model')
+  text = text_of(config.model, tokenizer)
   example = ToExample(text=text, views=system.views, count=system.count,
                       encoder=config.model.encoder, exif=data.exif, inexact=data.inexact_decode,
                       max_length=max(data.lengths),

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import ml_collections
@@ -127,25 +128,40 @@ def prepare(
 
 
 def _pretrain(towers: Mapping[str, Pretraining], run: Any, say: Callable[[str], None]) -> None:
+  """Learns one part after the other; what an interrupted preparation has learned is kept."""
   flat: dict[str, Any] = {}
   accuracy = {}
+  folder = pathlib.Path(f'{run.training.init_from}.parts')
   for path, task in towers.items():
-    def report(step: int, loss: float, read: float, *, path=path, steps=task.steps) -> None:
-      if step % 100 == 0 or step == steps:
-        say(f'{path}: step {step} of {steps}, loss {loss:.3f}, letters read {read:.0%}')
-
-    if isinstance(task, SceneConfig):
-      start = {name.removeprefix(f'{path}/'): leaf for name, leaf in flat.items()}
-      learned, accuracy[path] = glyph_scenes.pretrain(task, start, report=report)
-    else:
-      if isinstance(task, SymbolsConfig):
-        writing = text_of(run.model, tokenizer_of(run.data.tokenizer))
-        made, accuracy[path] = symbols.pretrain(task, (writing,), report=report)
-      else:
-        made, accuracy[path] = glyphs.pretrain(task, report=report)
-      learned = paths.flatten(made)
-    flat |= {f'{path}/{name}': leaf for name, leaf in learned.items()}
+    part = folder / path.replace('/', '_')
+    made_by = repr(task)
+    if not (store.is_whole(part) and store.load_config(part)['made_by'] == made_by):
+      learned, read = _learn(path, task, flat, run, say)
+      store.save_params(part, paths.unflatten(learned), {'accuracy': read, 'made_by': made_by},
+                        overwrite=True)
+    names = [name.removeprefix('params/') for name in store.describe(part)]
+    flat |= {f'{path}/{name}': store.load_leaf(part, name) for name in names}
+    accuracy[path] = store.load_config(part)['accuracy']
   store.save_params(run.training.init_from, paths.unflatten(flat), {'accuracy': accuracy})
+  shutil.rmtree(folder)
+
+
+def _learn(path: str, task: Pretraining, before: Mapping[str, Any], run: Any,
+           say: Callable[[str], None]) -> tuple[dict[str, Any], float]:
+  """(flat parameters below `path`, accuracy); `before`: what was learned before, by whole path."""
+  def report(step: int, loss: float, read: float) -> None:
+    if step % 100 == 0 or step == task.steps:
+      say(f'{path}: step {step} of {task.steps}, loss {loss:.3f}, letters read {read:.0%}')
+
+  if isinstance(task, SceneConfig):
+    start = {name.removeprefix(f'{path}/'): leaf for name, leaf in before.items()}
+    return glyph_scenes.pretrain(task, start, report=report)
+  if isinstance(task, SymbolsConfig):
+    writing = text_of(run.model, tokenizer_of(run.data.tokenizer))
+    made, read = symbols.pretrain(task, (writing,), report=report)
+  else:
+    made, read = glyphs.pretrain(task, report=report)
+  return paths.flatten(made), read
 
 
 def result(workdir: str | os.PathLike, run: Any, *, chance: float, seconds: float, machine: str

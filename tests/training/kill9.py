@@ -4,21 +4,27 @@ A program, not a test: the suite runs it with two kills per system, `scripts/tes
 twenty.
 
     python -m tests.training.kill9 [--kills N] [--systems A,B] [--relaxed] [--seed S] [--out FOLDER]
+                                   [--keep FOLDER --machine WORDS]
 
 A life of the run is a forked process; it is killed while it trains, at a random moment after some
 steps, or (every third kill) while a checkpoint is being written. The next life resumes by itself.
 With `training.deterministic=True` the losses of all steps must be those of the undisturbed run, bit
 for bit; with `--relaxed` (without it) within 1e-6 relative. The batches must be the same bits in
 both. Ends with status 1 where they are not.
+
+`--keep docs/kill9` writes a file per system and mode there, and beside the folder a page,
+docs/kill9.md, from all files in it.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
 import pathlib
 import random
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -27,6 +33,7 @@ import time
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 
+import jax
 import numpy as np
 import tensorboardX  # noqa: F401 - slow to import, so before the forks
 
@@ -84,7 +91,8 @@ class Recorded:
       digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
     with open(self._path, 'a') as file:
       number = self._batches.get_state()['step']
-      file.write(json.dumps({'batch': number, 'sha256': digest.hexdigest()}) + '\n')
+      row = {'batch': number, 'sha256': digest.hexdigest(), 'cpu': time.process_time()}
+      file.write(json.dumps(row) + '\n')
     return batch
 
   def __getattr__(self, name):
@@ -205,6 +213,17 @@ def digests(workdir):
   return found
 
 
+def cpu_per_step(workdir):
+  """CPU seconds of a step of an undisturbed run: half the median of two steps, one of which saves.
+
+  Other work on the machine lengthens the time of a step, but not this.
+  """
+  lines = (workdir / 'batches.jsonl').read_text().splitlines()
+  seconds = [json.loads(line)['cpu'] for line in lines]
+  # The first steps trace and compile.
+  return statistics.median(b - a for a, b in zip(seconds[3:], seconds[5:], strict=False)) / 2
+
+
 def check(system, root, kills, *, deterministic, seed):
   """Undisturbed and disturbed run of a system; a row of the report."""
   run = config(system, root / 'data', 4 * kills + 4, deterministic=deterministic)
@@ -220,7 +239,49 @@ def check(system, root, kills, *, deterministic, seed):
   return {'system': system, 'deterministic': deterministic, 'kills': kills,
           'killed_while_writing': writing, 'steps': len(ours),
           'equal_losses': int((ours == theirs).sum()), 'largest_relative_difference': difference,
-          'batches_that_differ': wrong, 'good': bool(good)}
+          'batches_that_differ': wrong, 'cpu_seconds_per_step': round(cpu_per_step(calm), 4),
+          'good': bool(good)}
+
+
+def keep(row, folder, machine, seed):
+  """Writes a row as a file of the folder, and the page of all its rows."""
+  folder.mkdir(parents=True, exist_ok=True)
+  mode = 'deterministic' if row['deterministic'] else 'relaxed'
+  values = row | {'seed': seed, 'machine': machine, 'jax': jax.__version__,
+                  'date': datetime.date.today().isoformat()}
+  path = folder / f'{row["system"]}_{mode}.json'
+  path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
+  kept = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+  folder.with_suffix('.md').write_text(page(kept), encoding='utf-8')
+
+
+def page(rows):
+  """The kept rows as Markdown."""
+  rows = sorted(rows, key=lambda r: (list(SYSTEMS).index(r['system']), not r['deterministic']))
+  lines = [
+    '# Killed with signal 9', '',
+    'Written by `scripts/test_kill9.sh --keep docs/kill9` from the files there. A tiny training',
+    'run of each system was killed at random moments, about every third time while a checkpoint',
+    'was being written, and resumed by itself. Compared with an undisturbed run on the same',
+    'machine: losses of all steps, and the bits of all batches.', '',
+    '| system | mode | kills | while writing | steps | losses of equal bits | largest relative '
+    'difference | batches that differ | CPU s per step | machine | date |',
+    '|---' * 11 + '|']
+  for r in rows:
+    lines.append('| ' + ' | '.join(map(str, (
+      r['system'], 'deterministic' if r['deterministic'] else 'relaxed', r['kills'],
+      r['killed_while_writing'], r['steps'], r['equal_losses'],
+      f'{r["largest_relative_difference"]:.1e}', len(r['batches_that_differ']),
+      f'{r["cpu_seconds_per_step"]:.3f}', r['machine'], r['date']))) + ' |')
+  costs = {}
+  for r in rows:
+    costs.setdefault(r['system'], {})[r['deterministic']] = r['cpu_seconds_per_step']
+  ratios = [f'{system} {cost[True] / cost[False]:.2f}' for system, cost in costs.items()
+            if len(cost) == 2]
+  if ratios:
+    lines += ['', 'What `training.deterministic=True` costs here: CPU seconds of a step with it '
+              f'over those without: {", ".join(ratios)}.']
+  return '\n'.join(lines) + '\n'
 
 
 def main(argv=None):
@@ -231,6 +292,8 @@ def main(argv=None):
   parser.add_argument('--relaxed', action='store_true', help='without training.deterministic')
   parser.add_argument('--seed', type=int, default=None, help='of the moments; default: the clock')
   parser.add_argument('--out', type=pathlib.Path, help='keeps the runs there')
+  parser.add_argument('--keep', type=pathlib.Path, help='writes the rows and a page of them there')
+  parser.add_argument('--machine', default=f'{os.cpu_count()} CPU cores', help='words for the page')
   arguments = parser.parse_args(argv)
   seed = int(time.time()) if arguments.seed is None else arguments.seed
   with tempfile.TemporaryDirectory() as temporary:
@@ -241,6 +304,8 @@ def main(argv=None):
       rows.append(check(system, root, arguments.kills, deterministic=not arguments.relaxed,
                         seed=seed))
       print(json.dumps(rows[-1]), flush=True)
+      if arguments.keep is not None:
+        keep(rows[-1], arguments.keep, arguments.machine, seed)
   return 0 if all(row['good'] for row in rows) else 1
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.data.needle import NeedleConfig, glyph_crops
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
@@ -44,6 +45,22 @@ def test_the_part_that_learns_learns(encoder):
   learned, accuracy = glyph_scenes.pretrain(config, report=lambda _, loss, __: losses.append(loss))
   assert all(path.startswith(tuple(glyph_scenes.part(encoder))) for path in learned)
   assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5]) and 0 <= accuracy <= 1
+
+
+def test_a_convnext_learns_from_crops_and_from_a_start_that_is_alive():
+  config = glyph_scenes.SceneConfig(needle=TASK, encoder=llava(), steps=1, batch_size=3, window=32,
+                                    learning_rate=0.0)
+  pixels, labels = glyph_scenes._draw(config, 0)
+  assert pixels.shape == (3, 32, 32, 3)  # at the scale of the whole image, 64 pixels for 64
+  assert sorted(labels) == [1, 2] and labels[1][0].shape == (3, 1)
+  learned, _ = glyph_scenes.pretrain(config)
+  np.testing.assert_array_equal(learned['slow/stages/1/blocks/layer_scale'], 1.0)
+  kernel = learned['slow/stages/2/downsample/conv/kernel']
+  np.testing.assert_allclose(kernel.std() * np.sqrt(2 * 2 * 8), 1.0, rtol=1e-5)
+  with pytest.raises(UserError, match='48 canvas pixels is 48 pixels .* multiple of 32'):
+    dataclasses.replace(config, window=48)
+  with pytest.raises(UserError, match='VILA-HD learns from whole scenes'):
+    dataclasses.replace(config, encoder=vila())
 
 
 def test_it_starts_from_the_parameters_given():

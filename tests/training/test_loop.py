@@ -21,6 +21,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training import determinism, loop, saving
+from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.metrics import MetricsWriter, read_metrics
 from hrvlm_jax.vision.vit import ViTConfig
@@ -118,6 +119,12 @@ def test_resumed_losses_are_the_same_bits(data, finished, tmp_path):
   result = loop.train(c, tmp_path, progress=False)
   assert not result.interrupted and not (tmp_path / loop.PREEMPTED).exists()
   assert losses(tmp_path) == losses(finished)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(data):
+  small = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, vocab_size=200))
+  with pytest.raises(UserError, match='byte has ids up to .* model.text.vocab_size is 200; use'):
+    make_batches(config(data, model=small))
 
 
 def test_a_deterministic_run_refuses_what_would_change_its_bits(data, finished):
