@@ -131,7 +131,7 @@ def get_config(size='full'):
   config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
                         steps=3 if smoke else 1500)
   config.language = dict(steps=3 if smoke else 1600, slots=(25,), batch_size=16)
-  config.adapt = {'llava_hr': dict(steps=3 if smoke else 1200, window=48, batch_size=64),
+  config.adapt = {'llava_hr': dict(steps=3 if smoke else 1100, window=72, batch_size=48),
                   'vila_hd': dict(steps=3 if smoke else 300)}
   config.systems = {name: to_dict(made) for name, made in systems().items()}
   config.optimizer = dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98)

@@ -192,15 +192,19 @@ def quick_start(flat: dict[str, Any]) -> dict[str, Any]:
 
   Its published start (kernels of 0.02, layer scales of 1e-6) is for deep trunks and long runs: the
   blocks of a small one would add nothing until a short run is over. Here kernels keep the size of
-  what they read, and blocks count from the first step.
+  what they read, and blocks count from the first step. Depthwise kernels start with their middle
+  3 x 3: on crops of a few cells the rest would stay as drawn, and speak up in a whole image.
   """
   def ready(path: str, leaf: Any) -> Any:
     if not path.startswith('slow/'):
       return leaf
     if path.endswith('/layer_scale'):
       return jnp.ones_like(leaf)
+    if path.endswith('/conv_dw/kernel'):  # layers r s 1 channels
+      near = jnp.abs(jnp.arange(leaf.shape[-4]) - leaf.shape[-4] // 2) <= 1
+      return jnp.where((near[:, None] & near)[..., None, None], leaf / (leaf.std() * 3), 0)
     if path.endswith('/kernel'):
-      # Stacked blocks have an axis in front: [layers] in out, [layers] r s in out.
+      # Stacked blocks have an axis in front: [layers] in out; r s in out.
       fan_in = math.prod(leaf.shape[-2:-1] if '/mlp/' in path else leaf.shape[-4:-1])
       return leaf / (leaf.std() * math.sqrt(fan_in))
     return leaf
@@ -214,7 +218,8 @@ def pretrain(
 ) -> tuple[dict[str, Any], float]:
   """Trains `part(config.encoder)`; returns (flat parameters below the encoder, accuracy).
 
-  The accuracy is that of the last 20 fresh batches, over tokens on a letter.
+  The accuracy is over tokens on a letter: of the last 20 fresh batches, and for crops of fresh
+  whole scenes after training.
 
   Args:
     start: flat parameters below the encoder to begin with (the shared tower's).
@@ -247,4 +252,15 @@ def pretrain(
         report(step + 1, float(loss), history[-1])
   kept = {path: leaf for path, leaf in flat.items()
           if any(path.startswith(prefix + '/') for prefix in part(config.encoder))}
+  if config.window is not None:
+    history = _whole_scenes(fn, config, flat)
   return kept, float(np.mean(history[-20:]))
+
+
+def _whole_scenes(fn: Functional, config: SceneConfig, flat: dict[str, Any]) -> list[float]:
+  """Accuracy of fresh batches of whole scenes, for what learned from crops."""
+  config = dataclasses.replace(config, window=None, batch_size=min(config.batch_size, 16))
+  read = jax.jit(lambda flat, key, *batch: scene_loss(
+    fn, config, paths.unflatten(flat), batch[0], key, batch[1])[1])
+  key = jax.random.key(config.seed)
+  return [float(read(flat, key, *_draw(config, config.steps + number))) for number in range(8)]

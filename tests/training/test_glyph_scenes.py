@@ -57,6 +57,8 @@ def test_a_convnext_learns_from_crops_and_from_a_start_that_is_alive():
   np.testing.assert_array_equal(learned['slow/stages/1/blocks/layer_scale'], 1.0)
   kernel = learned['slow/stages/2/downsample/conv/kernel']
   np.testing.assert_allclose(kernel.std() * np.sqrt(2 * 2 * 8), 1.0, rtol=1e-5)
+  depthwise = np.abs(learned['slow/stages/1/blocks/conv_dw/kernel'])[0, :, :, 0].sum(axis=-1)
+  assert (depthwise[2:5, 2:5] > 0).all() and depthwise.sum() == depthwise[2:5, 2:5].sum()
   with pytest.raises(UserError, match='48 canvas pixels is 48 pixels .* multiple of 32'):
     dataclasses.replace(config, window=48)
   with pytest.raises(UserError, match='VILA-HD learns from whole scenes'):
