@@ -43,8 +43,8 @@ def get_config():
 
 def preparation():
   task = tiny.Preparation().task
-  # Crops of 64 pixels at the scale of the whole image.
-  scenes = SceneConfig(needle=task, encoder=MODEL.encoder, steps=900, batch_size=64, window=40)
+  # Crops of 96 pixels at the scale of the whole image.
+  scenes = SceneConfig(needle=task, encoder=MODEL.encoder, steps=1000, batch_size=40, window=60)
   # It answers from lists of signs before it sees one, as real language models do.
   symbols = SymbolsConfig(needle=dataclasses.replace(task, turns=3), text=MODEL.text, steps=1000,
                           slots=(MODEL.encoder.tokens,), batch_size=16)
