@@ -13,12 +13,12 @@ def _case(system: str, size: str, picture: int, rows: int, text: int) -> Case:
     ours='ours.train:TrainStep', peer='peers.train:step', peer_name=_PEERS[system],
     variants=('eager',) if system == 'ps3' else ('eager', 'compile'),
     settings={'system': system, 'size': size, 'rows': rows, 'text': text, 'picture': picture},
-    target=1.0, rounds=5, group='train_step', bound=size != 'tiny')
+    target=1.0, rounds=15 if size == 'tiny' else 7, group='train_step', bound=size != 'tiny')
 
 
 CASES = [
   _case('mc_llava', 'tiny', 120, 8, 48), _case('mc_llava', '100m', 448, 2, 128),
   _case('pheye', 'tiny', 120, 8, 48), _case('pheye', '100m', 448, 2, 128),
   _case('llava_hr', 'tiny', 256, 8, 48), _case('llava_hr', '100m', 512, 2, 128),
-  _case('ps3', 'tiny', 160, 4, 0),
+  _case('ps3', 'tiny', 160, 4, 0), _case('ps3', '100m', 896, 2, 0),
 ]

@@ -67,8 +67,12 @@ class Side(abc.ABC):
     flat = paths.flatten(host)
     params = {}
     for path in list(flat):
-      params[path] = jax.device_put(flat.pop(path)).astype(self.dtype)
+      params |= self.place(path, flat.pop(path))
     return self.program(fn, paths.unflatten(params), read_inputs(self.folder))
+
+  def place(self, path: str, leaf: np.ndarray) -> dict[str, jax.Array]:
+    """A stored leaf as device arrays by path; more than one where layers are held apart."""
+    return {path: jax.device_put(leaf).astype(self.dtype)}
 
   def abstract_program(self) -> tuple[Callable, tuple]:
     """The traced function and the shapes of its arguments: no weight is made, nothing computed."""

@@ -117,10 +117,18 @@ class PheyeGenerate(Side):
     shape = (1, config.encoder.tokens, config.fusion.width)
     return {'ids': ids.astype(np.int32), 'visual': rng.standard_normal(shape, np.float32)}
 
+  def place(self, path, leaf):
+    """Layer by layer: a stacked and a separate copy of all weights would not fit into memory."""
+    before, blocks, after = path.partition('blocks/')
+    if not blocks:
+      return super().place(path, leaf)
+    return {f'{before}{blocks}{number}/{after}': jnp.array(layer, self.dtype)
+            for number, layer in enumerate(leaf)}
+
   def program(self, fn, params, inputs):
     config = self.config()
     apart = Functional(lambda rngs: Reader(config, rngs=rngs))
-    generator = Generator(apart, vlm.hold_apart(params), dtype=self.dtype)
+    generator = Generator(apart, params, dtype=self.dtype)
     media = jax.jit(lambda params, x: apart.apply(params, x, method='media_of'))
     ids, valid = pad_to_bucket(inputs['ids'], np.ones(inputs['ids'].shape, bool))
     visual = jnp.asarray(inputs['visual'], self.dtype)

@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.harness.ours import Side
 from benchmarks.harness.program import Program
 from benchmarks.ours.vision import images
+from hrvlm_jax.core import heap
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, ProjectorConfig
@@ -37,18 +38,27 @@ def _without_dropout(encoder: pheye.PheyeConfig) -> pheye.PheyeConfig:
   return dataclasses.replace(encoder, **plain)
 
 
-def _tiny_ps3() -> ModelConfig:
+def _ps3(tiny: bool) -> ModelConfig:
+  """Budgets of whole cells; the published code squashes to 1512 pixels whatever the model."""
   config = ps3.tiny()
-  encoder = dataclasses.replace(
-    config.encoder, budgets=(12, 16), saliency=ps3.SaliencyConfig(width=32, out=32, depth=2))
+  if tiny:
+    encoder = dataclasses.replace(
+      config.encoder, budgets=(12, 16), saliency=ps3.SaliencyConfig(width=32, out=32, depth=2))
+  else:
+    vision = dataclasses.replace(ps3.SO400M, image_size=224, **_SMALL)
+    encoder = ps3.PS3Config(
+      vision=vision, scales=(224, 448, 896), select_layers=(0, 3, 7), budgets=(128, 256),
+      max_select=384, saliency=ps3.SaliencyConfig(width=256, out=256, depth=3),
+      pool=ps3.PoolConfig(width=512, heads=8, mlp_width=2048),
+      text=ps3.TextConfig(vocab_size=16000, out=512, prompt_width=512, **_SMALL))
   return dataclasses.replace(config, encoder=encoder)
 
 
 def model_config(system: str, size: str) -> ModelConfig:
   """The tiny model of a system, or one of about 100 million parameters."""
   tiny = size == 'tiny'
-  if system == 'ps3' and tiny:
-    return _tiny_ps3()
+  if system == 'ps3':
+    return _ps3(tiny)
   if system == 'mc_llava':
     if tiny:
       return mc_llava.tiny()
@@ -85,6 +95,12 @@ class TrainStep(Side):
   def config(self) -> ModelConfig:
     """See `model_config`."""
     return model_config(self.settings['system'], self.settings['size'])
+
+  def load(self):
+    """As `hrvlm train` on a CPU (`training.keep_heap`)."""
+    if self.options.device == 'cpu':
+      heap.keep_freed()
+    return super().load()
 
   def model(self):
     config = self.config()
@@ -125,6 +141,7 @@ class TrainStep(Side):
     """(settings of the run, parameter groups, train step)."""
     training = TrainingConfig(
       steps=10**6, batch_size=self.settings['rows'], loss_chunk=8192,
+      layers=self.settings.get('layers', 'loop'),
       objective='ps3_pretrain' if self.config().text is None else 'next_token',
       attention=self.options.impl, dtype=self.options.dtype,
       optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule='constant', clip_norm=1.0))

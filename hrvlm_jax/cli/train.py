@@ -19,12 +19,18 @@ def main(argv: list[str]) -> int:
 
   distributed.initialize(arguments.distributed, coordinator=arguments.coordinator,
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
+  import jax
+
   from hrvlm_jax.cli import run_config
+  from hrvlm_jax.core import heap
   from hrvlm_jax.training import determinism, loop
   from hrvlm_jax.training.config import RunConfig
 
   try:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+    keep = config.training.keep_heap
+    if keep or (keep is None and jax.config.jax_platforms == 'cpu'):
+      heap.keep_freed()  # before anything asks for devices
     if config.training.deterministic:
       determinism.pin_threads(arguments.workdir)  # before anything asks for devices
     main_process = distributed.is_main()

@@ -7,7 +7,9 @@ dicts of arrays; transforms come from jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import contextvars
 from typing import Any
 
 from flax import nnx
@@ -78,6 +80,31 @@ def unrolled(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> List:
   return List([make(Rngs(params=rngs.params())) for _ in range(depth)])
 
 
+_gradients: contextvars.ContextVar[str | None] = contextvars.ContextVar('gradients', default=None)
+
+
+@contextlib.contextmanager
+def layers_for_gradients(form: str) -> Iterator[None]:
+  """Programs traced inside are differentiated; a train step says so. Results do not depend on it.
+
+  Args:
+    form: 'loop', or 'in_line': stacked layers run one after the other instead of as a loop. The
+      program grows with the depth, and so does the time its compilation takes; in exchange no
+      layer's weights are cut out of the stack, and what the backward pass needs of a layer is
+      neither put into an array of all layers nor taken out of it again.
+
+  Raises:
+    ValueError: another form.
+  """
+  if form not in ('loop', 'in_line'):
+    raise ValueError(f"layers_for_gradients: form must be 'loop' or 'in_line', got {form!r}")
+  token = _gradients.set(form)
+  try:
+    yield
+  finally:
+    _gradients.reset(token)
+
+
 def scan_layers(
   layers: Module | List,
   x,
@@ -120,12 +147,20 @@ def scan_layers(
     return x, ys
   graphdef, state = nnx.split(layers)
   depth = jax.tree.leaves(state)[0].shape[0]
-  if start or (stop is not None and stop != depth):
-    cut = lambda tree: jax.tree.map(lambda leaf: leaf[start:stop], tree)
-    state, xs = cut(state), cut(xs)
   step = wrap(lambda x, leaves: body(
     nnx.merge(graphdef, leaves[0]), constrain('hidden', x), leaves[1]))
-  return jax.lax.scan(step, x, (state, xs))
+  form = _gradients.get()
+  if start or (stop is not None and stop != depth):
+    chosen = range(depth)[start:stop]
+    if form is None:
+      # A part of the stack would be a copy of its weights: read them where they are. The gradient
+      # of this form is a sum over whole stacks, hence the other one where gradients are taken.
+      at = lambda number: jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), (state, xs))
+      numbers = jnp.arange(chosen.start, chosen.stop)
+      return jax.lax.scan(lambda x, number: step(x, at(number)), x, numbers)
+    state, xs = jax.tree.map(lambda leaf: leaf[chosen.start:chosen.stop], (state, xs))
+  return jax.lax.scan(step, x, (state, xs), unroll=form == 'in_line' or 1)
 
 
 def layer_at(layers: Module | List, index: int) -> Module:

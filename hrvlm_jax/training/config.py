@@ -81,6 +81,9 @@ class TrainingConfig:
     groups: first match wins; every parameter must be covered.
     dtype: of activations; parameters and optimizer state are float32 masters, frozen groups keep
       `frozen_dtype` (None: as loaded).
+    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'in_line' (as many
+      copies of the program as layers: slower to compile, faster where memory traffic counts, as
+      on a CPU; benchmarks/findings.md has both measured).
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
       'micro_batch' averages the means of micro-batches (the LLaVA trainer).
@@ -88,6 +91,9 @@ class TrainingConfig:
       `chunk`.
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
       `training.determinism` for what that is and costs.
+    keep_heap: memory that a step frees stays with the process (`core.heap`; a CPU step is then
+      about a fifth faster). None: where JAX_PLATFORMS is cpu. Acts in `hrvlm train`, before JAX
+      is asked for a device.
     profile: first and last step of a window that is traced into `<workdir>/profile`.
     mfu: count the operations of a step (its tracing costs seconds at the first log of a shape).
     wandb: project of Weights & Biases; None: not used.
@@ -107,6 +113,7 @@ class TrainingConfig:
   accumulate: int = 1
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   frozen_dtype: Literal['float32', 'bfloat16'] | None = None
+  layers: Literal['loop', 'in_line'] = 'loop'
   remat: Literal['none', 'layers', 'dots'] = 'none'
   attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
@@ -114,6 +121,7 @@ class TrainingConfig:
   objective: str = 'next_token'
   contrast: ContrastiveConfig = ContrastiveConfig()
   deterministic: bool = False
+  keep_heap: bool | None = None
   profile: tuple[int, int] | None = None
   mfu: bool = True
   wandb: str | None = None

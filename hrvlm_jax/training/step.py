@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.module import Functional, Params
+from hrvlm_jax.core.module import Functional, Params, layers_for_gradients
 from hrvlm_jax.training import contrastive
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
@@ -72,9 +72,10 @@ def value_and_grad(
 
   def sums(trained, micro, key):
     merged = paths.unflatten(frozen | trained)
-    total, count = objective(
-      fn, merged, micro, dtype=dtype, remat=_REMAT[config.remat], impl=config.attention, key=key,
-      chunk=config.loss_chunk)
+    with layers_for_gradients(config.layers):
+      total, count = objective(
+        fn, merged, micro, dtype=dtype, remat=_REMAT[config.remat], impl=config.attention, key=key,
+        chunk=config.loss_chunk)
     if config.loss_average == 'micro_batch':
       total, count = total / jnp.maximum(count, 1), jnp.ones_like(count)
     return total, count

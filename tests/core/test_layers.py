@@ -1,5 +1,7 @@
 """Layers against their definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,15 +43,73 @@ def test_adapter_segments_equal_separate_calls():
   params = with_random_b(params)
   x = random(2, 4, 3, 4)
   mixed = fn.apply(params, x, adapter=(('first', 1), ('second', 3)))
-  np.testing.assert_allclose(mixed[:, :1], fn.apply(params, x[:, :1], adapter='first'), rtol=1e-5)
-  np.testing.assert_allclose(mixed[:, 1:], fn.apply(params, x[:, 1:], adapter='second'), rtol=1e-5)
+  np.testing.assert_allclose(mixed[:, :1], fn.apply(params, x[:, :1], adapter='first'), rtol=1e-5,
+                             atol=1e-6)
+  np.testing.assert_allclose(mixed[:, 1:], fn.apply(params, x[:, 1:], adapter='second'), rtol=1e-5,
+                             atol=1e-6)
   off = fn.apply(params, x, adapter=(('none', 1), ('second', 3)))
-  np.testing.assert_allclose(off[:, :1], fn.apply(params, x[:, :1]), rtol=1e-5)
+  np.testing.assert_allclose(off[:, :1], fn.apply(params, x[:, :1]), rtol=1e-5, atol=1e-6)
   expected = x @ params['kernel'] + params['bias'] + 2.0 * (
     x @ params['lora_a_second'] @ params['lora_b_second'])
   np.testing.assert_allclose(fn.apply(params, x, adapter='second'), expected, rtol=1e-4, atol=1e-5)
   with pytest.raises(ValueError, match='do not cover axis 1'):
     fn.apply(params, x, adapter=(('first', 1), ('second', 2)))
+
+
+def test_segments_have_gradients_and_dropout_of_their_own_set():
+  sets = tuple(dataclasses.replace(one, dropout=rate)
+               for one, rate in zip(SETS, (0.0, 0.5), strict=True))
+  fn, params = make(lambda r: layers.Linear(4, 5, lora=sets, rngs=r))
+  params, x = with_random_b(params), random(2, 4, 3, 4)
+  weight = random(2, 4, 3, 5, seed=1)
+  mixed = lambda p: (fn.apply(p, x, adapter=(('first', 1), ('second', 3))) * weight).sum()
+  apart = lambda p: sum((fn.apply(p, x[:, cut], adapter=name) * weight[:, cut]).sum()
+                        for name, cut in (('first', slice(1)), ('second', slice(1, None))))
+  found, expected = jax.grad(mixed)(params), jax.grad(apart)(params)
+  for name, grad in expected.items():
+    np.testing.assert_allclose(found[name], grad, rtol=1e-4, atol=1e-5, err_msg=name)
+  call = lambda key: fn.apply(params, x, adapter=(('first', 1), ('second', 3)), key=key)
+  plain, dropped = call(None), call(jax.random.key(3))
+  np.testing.assert_allclose(dropped[:, :1], plain[:, :1], rtol=1e-5, atol=1e-6)
+  assert not np.allclose(dropped[:, 1:], plain[:, 1:])
+
+
+FORMULAS = {
+  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x), 'silu': jax.nn.silu}
+
+
+@pytest.mark.parametrize('name', FORMULAS)
+def test_slopes_are_those_of_the_formulas(name):
+  x = jnp.linspace(-12, 12, 201)
+  value, slope = jax.vmap(jax.value_and_grad(layers.activation(name)))(x)
+  expected, derived = jax.vmap(jax.value_and_grad(FORMULAS[name]))(x)
+  np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-6)
+  np.testing.assert_allclose(slope, derived, rtol=2e-5, atol=5e-6)
+  rough = jax.vmap(jax.grad(layers.activation(name)))(x.astype(jnp.bfloat16))
+  assert rough.dtype == jnp.bfloat16
+  np.testing.assert_allclose(rough.astype(jnp.float32), derived, atol=0.02)
+
+
+@pytest.mark.parametrize('kind', ['layer', 'layer without bias', 'rms'])
+def test_gradients_of_norms_are_those_of_the_formulas(kind):
+  build = {'layer': lambda r: layers.LayerNorm(6, eps=1e-3, rngs=r),
+           'layer without bias': lambda r: layers.LayerNorm(6, eps=1e-3, bias=False, rngs=r),
+           'rms': lambda r: layers.RMSNorm(6, eps=1e-3, rngs=r)}[kind]
+  fn, params = make(build)
+  params = {name: random(6, seed=hash(name) % 97) for name in params}
+  x, weight = 3 + random(2, 5, 6), random(2, 5, 6, seed=1)
+
+  def formula(params, x):
+    centred = x if kind == 'rms' else x - x.mean(-1, keepdims=True)
+    y = centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-3)
+    return y * params['scale'] + params.get('bias', 0)
+
+  grads = lambda call: jax.grad(lambda p, x: (call(p, x) * weight).sum(), (0, 1))(params, x)
+  found, expected = grads(fn.apply), grads(formula)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+               found, expected)
 
 
 def test_unnamed_lora_is_always_on_and_dropout_needs_a_key():

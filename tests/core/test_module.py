@@ -11,6 +11,7 @@ from hrvlm_jax.core.module import (
   List,
   Module,
   layer_at,
+  layers_for_gradients,
   restack,
   scan_layers,
   stacked,
@@ -78,6 +79,34 @@ def test_remat_changes_no_gradient(tower):
   loss = lambda p, remat: fn.apply(p, x, remat=remat)[0].sum()
   plain, again = (jax.grad(loss)(params, r)['blocks']['kernel'] for r in (False, True))
   np.testing.assert_allclose(plain, again, rtol=1e-6)
+
+
+@pytest.mark.parametrize('form', ['loop', 'in_line'])
+@pytest.mark.parametrize('start, stop', [(0, None), (1, 3)])
+def test_form_of_the_layers_changes_no_gradient(tower, form, start, stop):
+  fn, params, x = tower
+  run = jax.jit(jax.value_and_grad(lambda p: fn.apply(p, x, start=start, stop=stop)[0].sum()))
+  value, expected = run(params)
+  with layers_for_gradients(form):
+    found, again = jax.jit(lambda p: run.__wrapped__(p))(params)
+  np.testing.assert_allclose(found, value, rtol=1e-6)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), again, expected)
+
+
+def test_form_of_the_layers_is_in_the_program(tower):
+  """In line: no loop. Part of a stack without gradients: none of it is copied."""
+  fn, params, x = tower
+  trace = lambda: str(jax.make_jaxpr(lambda p: fn.apply(p, x, start=1)[0])(params))
+  assert 'slice[' not in trace().replace('dynamic_slice[', '')
+  with layers_for_gradients('loop'):
+    assert 'slice[' in trace().replace('dynamic_slice[', '')
+  lowered = lambda: jax.jit(lambda p: fn.apply(p, x)[0]).lower(params).as_text()
+  with layers_for_gradients('in_line'):
+    assert 'stablehlo.while' not in lowered()
+  assert 'stablehlo.while' in lowered()
+  with pytest.raises(ValueError, match="'loop' or 'in_line', got 'spiral'"), \
+      layers_for_gradients('spiral'):
+    pass
 
 
 def test_methods_can_be_named(tower):

@@ -96,10 +96,10 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(model):
     np.testing.assert_allclose(parts[2][path], grad, atol=1e-6 * largest, err_msg=path)
 
 
-@pytest.mark.parametrize('remat', ['layers', 'dots'])
-def test_recomputation_changes_no_gradient(model, remat):
+@pytest.mark.parametrize('form', [{'remat': 'layers'}, {'remat': 'dots'}, {'layers': 'in_line'}])
+def test_form_of_the_program_changes_no_gradient(model, form):
   whole = grads_of(model, training(), batch_of(4))
-  again = grads_of(model, training(remat=remat), batch_of(4))
+  again = grads_of(model, training(**form), batch_of(4))
   largest = max(float(jnp.abs(g).max()) for g in whole[2].values())
   for path, grad in whole[2].items():
     np.testing.assert_allclose(again[2][path], grad, atol=1e-6 * largest, err_msg=path)
