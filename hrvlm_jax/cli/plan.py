@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--batches', type=numbers, default=(),
                       help='with --search: global batches to try, such as 128,256')
   parser.add_argument('--effort', choices=('quick', 'full'), default='quick',
-                      help='of the compiler for TPUs: quick gives an upper bound of the memory in '
-                      'a fifth of the time, full compiles as a run on the chips would')
+                      help='of the compiler for TPUs: full compiles as a run on the chips would, '
+                      'quick is a few per cent off in a quarter of the time')
   parser.add_argument('--json', type=pathlib.Path, help='write the report there')
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
@@ -76,7 +76,8 @@ def _search(arguments, target, options):
   candidates = [(options, mesh) for mesh in meshes]
   if trains:
     training = options['config']['training']
-    change = lambda values: options | {'config': options['config'] | {'training': training | values}}
+    change = lambda values: options | {
+      'config': options['config'] | {'training': training | values}}
     # What needs less memory comes first: what does not fit then need not be tried with more.
     candidates = [
       (change({'remat': remat, 'batch_size': batch,

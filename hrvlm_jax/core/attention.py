@@ -17,9 +17,11 @@ from jaxtyping import Array, Bool, Float
 from hrvlm_jax.core.layers import wide_dtype
 from hrvlm_jax.core.target import target
 
-IMPLEMENTATIONS = ('xla', 'heads', 'cudnn', 'splash', 'auto')
+IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'auto')
 # Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32).
 _HEADS_FROM = 2**22
+# Scores of one device that the 'xla' path makes at a time (512 MB in float32); more go by queries.
+_AT_A_TIME = 2**27
 # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
 _MASKED = float(jnp.finfo(jnp.float32).min)
 
@@ -41,9 +43,10 @@ def attention(
     causal: adds `key index <= query index` (t == s expected).
     scale: default d ** -0.5.
     impl: 'xla', 'heads' (one head at a time: memory of one head's scores; what 'xla' becomes on a
-      CPU for large inputs, where it is some seven times faster), 'cudnn' (NVIDIA GPU, half
-      precision), 'splash' (TPU), or 'auto' (the fused kernel of the default backend where the
-      arguments allow it, else 'xla').
+      CPU for large inputs, where it is some seven times faster), 'queries' (blocks of queries, one
+      after the other: what 'xla' becomes elsewhere where the scores would fill a device's memory),
+      'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), or 'auto' (the fused kernel of the
+      default backend where the arguments allow it, else 'xla').
 
   Raises:
     ValueError: unknown `impl`, or one that this backend or these arguments do not support.
@@ -61,6 +64,14 @@ def attention(
   # One head after the other would gather everything on every device of a mesh.
   if impl == 'heads' or (scores > _HEADS_FROM and target() == ('cpu', 1)):
     return _by_heads(q, k, v, mask, causal, scale)
+  # What a device of a mesh holds: batch and heads are spread over all of them.
+  pieces = -(-scores // (_AT_A_TIME * target().devices))
+  if impl == 'queries' or pieces > 1:
+    return _by_queries(q, k, v, mask, causal, scale, pieces=max(pieces, 2))
+  return _at_once(q, k, v, mask, causal, scale)
+
+
+def _at_once(q, k, v, mask, causal, scale):
   weights = attention_weights(q, k, mask=mask, causal=causal, scale=scale).astype(v.dtype)
   groups = q.shape[2] // k.shape[2]
   weights = weights.reshape(weights.shape[0], k.shape[2], groups, *weights.shape[2:])
@@ -123,6 +134,34 @@ def _by_heads(q, k, v, mask, causal, scale):
 
   out = jax.lax.map(one, jnp.arange(b * heads))
   return jnp.swapaxes(out.reshape(b, heads, t, v.shape[-1]), 1, 2)
+
+
+def _by_queries(q, k, v, mask, causal, scale, *, pieces: int):
+  """Equal blocks of queries in turn; the backward pass makes each block's scores again.
+
+  Queries, unlike rows and heads, are not spread over devices, so that every device walks through
+  its own. The last block is filled up with queries whose results are dropped.
+  """
+  t, s = q.shape[1], k.shape[1]
+  block = -(-t // pieces)
+  block = min(-(-block // 128) * 128, t) if t >= 128 else block  # the matrix unit's side
+  pieces = -(-t // block)
+  extra = pieces * block - t
+  if causal:
+    triangle = (jnp.arange(s) <= jnp.arange(t)[:, None])[None, None]
+    mask = triangle if mask is None else mask & triangle
+
+  def cut(x, axis):
+    x = jnp.pad(x, [(0, extra if i == axis else 0) for i in range(x.ndim)])
+    x = x.reshape(*x.shape[:axis], pieces, block, *x.shape[axis + 1:])
+    return jnp.moveaxis(x, axis, 0)
+
+  whole = mask is None or mask.shape[2] == 1
+  parts = (cut(q, 1), None if whole else cut(mask, 2))
+  one = jax.checkpoint(
+    lambda part: _at_once(part[0], k, v, mask if whole else part[1], False, scale))
+  out = jnp.moveaxis(jax.lax.map(one, parts), 0, 1)
+  return out.reshape(q.shape[0], pieces * block, *out.shape[3:])[:, :t]
 
 
 def _choose(q, mask) -> str:

@@ -13,7 +13,7 @@ import contextvars
 
 import jax
 
-PLACES = ('hidden', 'logits', 'low_rank')
+PLACES = ('hidden', 'logits', 'small')
 
 Constraint = Callable[[jax.Array], jax.Array]
 _active: contextvars.ContextVar[Mapping[str, Constraint]] = contextvars.ContextVar(

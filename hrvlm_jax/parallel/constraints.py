@@ -19,8 +19,8 @@ def activation_constraints(mesh: Mesh) -> dict[str, Callable[[jax.Array], jax.Ar
 
   hidden [b t d], [b h w c]: the residual stream, cut over examples and, if [b t d], over sequence.
   logits [b t v]: the same, and the vocabulary over tensor, where the head's columns lie.
-  low_rank [i r], [r o]: whole. Left in parts, a narrow matrix draws the partitioner into moving the
-  activations beside it, hundreds of times its own size.
+  small: low-rank matrices and position tables, whole. Left in parts, a small matrix draws the
+  partitioner into moving the activations beside it, hundreds of times its own size.
 
   A dimension that does not divide stays whole: an evaluation batch of one example is no error.
   """
@@ -41,5 +41,5 @@ def activation_constraints(mesh: Mesh) -> dict[str, Callable[[jax.Array], jax.Ar
   return {
     'hidden': lambda x: pin(x, vocabulary=False),
     'logits': lambda x: pin(x, vocabulary=True),
-    'low_rank': lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)),
+    'small': lambda x: jax.lax.with_sharding_constraint(x, replicated(mesh)),
   }

@@ -27,8 +27,8 @@ from hrvlm_jax.parallel.topology import GIB, Topology, parse
 MATRIX_EFFICIENCY = 0.75
 TIMEOUT = 1800
 # How hard the compiler for TPUs tries. Nine tenths of its usual time go into kernels, which a plan
-# never runs; with little effort it partitions the same step, but keeps fewer values in the chip's
-# fast memory, so that temporaries come out larger, never smaller (docs/plans.md compares).
+# never runs; with little effort it partitions the same step, but schedules it more simply: memory
+# and messages come out a few per cent off (docs/plans.md compares).
 EFFORTS = {'quick': 'O1', 'full': None}
 
 
@@ -119,6 +119,8 @@ def compile_program(program: Program, topology: Topology, mesh) -> dict[str, Any
     memory = _out_of_memory(str(error), topology)
     if memory is None:
       raise
+    # The second message leaves the arguments out.
+    memory['total'] += argument_bytes if memory['temporaries'] else 0
     return _report(program, topology, mesh, memory=memory | {'arguments': argument_bytes},
                    seconds=time.monotonic() - started, traced=traced,
                    cpu=time.process_time() - worked)
@@ -143,15 +145,23 @@ def _local_bytes(leaf) -> int:
 
 
 def _out_of_memory(text: str, topology: Topology) -> dict[str, Any] | None:
-  """What libtpu says when a program does not fit: `Used 20.1G of 15.75G hbm`."""
+  """What libtpu says when a program does not fit.
+
+  `Used 20.1G of 15.75G hbm` counts all, `required for HLO temporaries (118.15G) exceeds available
+  HBM (15.75G)` the temporaries alone.
+  """
   import re
 
-  found = re.search(r'[Uu]sed ([\d.]+)([GMK]) of ([\d.]+)([GMK]) hbm', text)
-  if not found:
-    return None
+  size = r'([\d.]+)([GMK])'
   unit = {'G': GIB, 'M': 1 << 20, 'K': 1 << 10}
-  return {'total': int(float(found.group(1)) * unit[found.group(2)]), 'temporaries': None,
-          'usable': int(float(found.group(3)) * unit[found.group(4)])}
+  scale = lambda number, letter: int(float(number) * unit[letter])
+  if found := re.search(rf'[Uu]sed {size} of {size} hbm', text):
+    return {'total': scale(*found.groups()[:2]), 'temporaries': None,
+            'usable': scale(*found.groups()[2:])}
+  if found := re.search(rf'temporaries \({size}\) exceeds available HBM \({size}\)', text):
+    temporaries = scale(*found.groups()[:2])
+    return {'total': temporaries, 'temporaries': temporaries, 'usable': scale(*found.groups()[2:])}
+  return None
 
 
 def _report(program, topology, mesh, *, memory, seconds, traced, cpu, module=None, slice_of=None):
@@ -259,8 +269,8 @@ def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mappin
     answer = pathlib.Path(folder) / 'answer.json'
     command = [sys.executable, '-m', 'hrvlm_jax.parallel.plan', json.dumps(request), str(answer)]
     try:
-      done = subprocess.run(command, env=_environment(found, effort), capture_output=True, text=True,
-                            timeout=timeout)
+      done = subprocess.run(command, env=_environment(found, effort), capture_output=True,
+                            text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
       raise UserError(f'plan: compiling for {topology} took more than {timeout:g} s') from None
     if not answer.exists():
@@ -269,7 +279,29 @@ def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mappin
     reply = json.loads(answer.read_text())
   if 'error' in reply:
     raise UserError(reply['error'])
-  return reply
+  return _as_allocated(reply, done.stderr)
+
+
+def _as_allocated(report: dict[str, Any], log: str) -> dict[str, Any]:
+  """The memory that libtpu says it gave the program, where its log says so.
+
+  `memory_analysis` counts the gaps between temporaries twice: once within their extent, once as
+  fragmentation.
+  """
+  import re
+
+  size = r'([\d.]+)([GMK])'
+  found = re.findall(rf'program HBM usage: {size} / {size}', log)
+  memory = report['memory']
+  if not found or memory['kind'] != 'compiled':
+    return report
+  unit = {'G': GIB, 'M': 1 << 20, 'K': 1 << 10}
+  used, usable = (int(float(found[-1][i]) * unit[found[-1][i + 1]]) for i in (0, 2))
+  parts = memory['bytes_per_device']
+  parts = parts | {'temporaries': used - parts['program']}
+  parts['total'] = parts['arguments'] + parts['outputs_not_donated'] + used
+  return report | {'memory': memory | {
+    'bytes_per_device': parts, 'usable_bytes': usable, 'fits': parts['total'] <= usable}}
 
 
 def check_compiler(topology: Topology) -> None:
@@ -292,6 +324,8 @@ def _environment(topology: Topology, effort: str) -> dict[str, str]:
     env.pop(name, None)
   env |= {'JAX_PLATFORMS': 'cpu', 'TPU_SKIP_MDS_QUERY': '1', 'TF_CPP_MIN_LOG_LEVEL': '3',
           'TPU_WORKER_HOSTNAMES': 'localhost', 'TPU_WORKER_ID': '0',
+          # The log says how much memory the program was given (`_as_allocated`).
+          'TPU_STDERR_LOG_LEVEL': '0', 'TPU_MIN_LOG_LEVEL': '0',
           # There is no chip that two programs could quarrel about.
           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
           'TPU_ACCELERATOR_TYPE': topology.accelerator_type or ''}

@@ -280,7 +280,8 @@ class ViT(Module):
     dropout_keys = None if key is None else jax.random.split(key, depth)
 
     # One scan for all blocks: cutting it at the taps would copy the stacked weights of every piece.
-    # Tapped outputs go to a buffer that travels along; its last slot takes the others.
+    # Tapped outputs go to a buffer [n slots ...] that travels along; its last slot takes the
+    # others. Rows stand first in it, as in x, so that it lies over devices as x does.
     inner = [tap for tap in sorted(set(taps)) if start <= tap < stop - 1]
     slots = jnp.full(depth, len(inner), jnp.int32)
     for slot, tap in enumerate(inner):
@@ -291,13 +292,13 @@ class ViT(Module):
       sub, before, slot = extra
       x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
       if inner:
-        buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+        buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 1)
       return (x, buffer), ((k, v) if return_kv else None)
 
-    buffer = jnp.zeros((len(inner) + 1, *x.shape), x.dtype) if inner else None
+    buffer = jnp.zeros((x.shape[0], len(inner) + 1, *x.shape[1:]), x.dtype) if inner else None
     (x, buffer), kv = scan_layers(self.blocks, (x, buffer), body, xs=(dropout_keys, prefix, slots),
                                   start=start, stop=stop, remat=remat)
-    found = {tap: buffer[slot] for slot, tap in enumerate(inner)}
+    found = {tap: buffer[:, slot] for slot, tap in enumerate(inner)}
     if stop - 1 in taps:
       found[stop - 1] = x
     return BlocksOutput(x, found, *(kv if return_kv else (None, None)))

@@ -95,6 +95,32 @@ def test_head_by_head_is_the_same_function():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
 
 
+@pytest.mark.parametrize('t', [7, 130])
+def test_blocks_of_queries_are_the_same_function(t):
+  q, k, v = inputs(t=t, s=t)
+  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, t, t)) < 0.7)
+  keys = jnp.asarray(np.random.default_rng(1).random((2, 1, 1, t)) < 0.7)
+  for options in ({}, {'mask': keys}, {'mask': mask, 'causal': True}):
+    total = lambda q, k, v, impl, o=options: jnp.square(
+      lib.attention(q, k, v, impl=impl, **o)).sum()
+    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v, impl)
+            for impl in ('xla', 'queries')]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
+
+
+def test_scores_beyond_a_devices_share_go_by_queries(monkeypatch):
+  from hrvlm_jax.core.target import compiling_for
+
+  q, k, v = inputs(t=64, s=64)
+  monkeypatch.setattr(lib, '_AT_A_TIME', 64 * 64)  # of 2 x 4 x 64 x 64 scores
+  # A new function each time: traces are cached by function, and do not know the target.
+  trace = lambda: jax.make_jaxpr(lambda q, k, v: lib.attention(q, k, v))(q, k, v)
+  with compiling_for('tpu', 2):
+    assert 'scan' in str(trace()) and 'f32[2,4,64,64]' not in str(trace())
+  with compiling_for('tpu', 8):
+    assert 'scan' not in str(trace()) and 'f32[2,4,64,64]' in str(trace())
+
+
 def test_large_inputs_on_a_cpu_keep_one_head_of_scores(monkeypatch):
   monkeypatch.setattr(lib, '_HEADS_FROM', 10)
   q, k, v = inputs(dtype=jnp.bfloat16)

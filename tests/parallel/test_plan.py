@@ -238,6 +238,8 @@ def test_plan_for_a_tpu_without_one():
     return
   report = plan.plan(TARGET, SIZE | {'length': 32}, 'v5e:2x2', mesh=mesh)
   assert report['memory']['kind'] == 'compiled' and report['memory']['fits']
+  # A v5e keeps 0.25 GiB of its 16 for itself: the number comes from the compiler's log.
+  assert report['memory']['usable_bytes'] == 15.75 * 2**30
   assert report['device_kind'] == 'TPU v5 lite' and report['loops_of_unknown_length'] == 0
   per_device = report['model_flops'] / 4
   # Recomputation adds up to a third; nothing is counted twice.
@@ -249,7 +251,24 @@ def test_out_of_memory_is_an_answer():
   text = 'RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.12G of 15.75G hbm.'
   found = plan._out_of_memory(text, topology.parse('v5e:2x2'))
   assert found['total'] == int(20.12 * 2**30) and found['usable'] == int(15.75 * 2**30)
+  text = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
+          'temporaries (118.15G) exceeds available HBM (15.75G).')  # fmt: skip
+  found = plan._out_of_memory(text, topology.parse('v5e:2x2'))
+  assert found['temporaries'] == int(118.15 * 2**30) and found['usable'] == int(15.75 * 2**30)
   assert plan._out_of_memory('something else', topology.parse('v5e:2x2')) is None
+
+
+def test_memory_is_what_the_compiler_gave_the_program():
+  parts = {'arguments': 100 << 20, 'outputs_not_donated': 0, 'temporaries': 999 << 20,
+           'program': 10 << 20, 'total': 1109 << 20}  # fmt: skip
+  report = {'memory': {'kind': 'compiled', 'bytes_per_device': parts, 'usable_bytes': 1 << 30,
+                       'fits': False}}  # fmt: skip
+  log = 'I1 a.cc:1] XLA::TPU program HBM usage: 190.50M / 15.75G\n'
+  memory = plan._as_allocated(report, log)['memory']
+  assert memory['bytes_per_device'] == parts | {
+    'temporaries': int(180.5 * 2**20), 'total': int(290.5 * 2**20)}
+  assert memory['fits'] and memory['usable_bytes'] == int(15.75 * 2**30)
+  assert plan._as_allocated(report, 'nothing') == report
 
 
 def test_arguments_beyond_the_memory_are_not_compiled(monkeypatch):

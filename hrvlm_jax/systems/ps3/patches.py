@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from hrvlm_jax.core import resample
+from hrvlm_jax.core.constraints import constrain
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.systems.ps3.plan import Plan, Size
 from hrvlm_jax.vision.vit import ViT
@@ -30,14 +31,16 @@ def gather_patches(
   images: Float[Array, 'b H W c'], rows: Int[Array, 'b k'], cols: Int[Array, 'b k'], patch: int
 ) -> Float[Array, 'b k ppc']:
   """Pixels of the patches at (row, column) of the grid, flattened as (row, column, channel)."""
-  channels = images.shape[-1]
+  # Columns and channels as one axis: a last axis of three is stored as 128 on a TPU, and a 4K image
+  # would take 7 GB.
+  wide_patch = patch * images.shape[-1]
+  flat = images.reshape(*images.shape[:2], -1)
 
   def one(image, row, col):
-    zero = jnp.zeros((), row.dtype)
-    block = jax.lax.dynamic_slice(image, (row * patch, col * patch, zero), (patch, patch, channels))
+    block = jax.lax.dynamic_slice(image, (row * patch, col * wide_patch), (patch, wide_patch))
     return block.reshape(-1)
 
-  return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(images, rows, cols)
+  return jax.vmap(jax.vmap(one, in_axes=(None, 0, 0)))(flat, rows, cols)
 
 
 def positions_at(
@@ -49,14 +52,16 @@ def positions_at(
   two short vectors.
   """
   side, width = tower.config.table_grid, tower.pos_embed.shape[-1]
-  table = wide(tower.pos_embed[...])
+  table = constrain('small', wide(tower.pos_embed[...]))
   target = max(grid)
   if tower.config.position == 'crop' or target == side:
     return jnp.take(table, rows * side + cols, axis=0)
   weights = jnp.asarray(resample.bicubic_antialias_matrix(side, target), table.dtype)
   down, across = jnp.take(weights, rows, axis=0), jnp.take(weights, cols, axis=0)
   both = (down[..., :, None] * across[..., None, :]).reshape(*rows.shape, side * side)
-  return jnp.matmul(both, table.reshape(side * side, width), precision='highest')
+  both = constrain('hidden', both)
+  return constrain('hidden', jnp.matmul(both, table.reshape(side * side, width),
+                                        precision='highest'))
 
 
 def embed_cells(
