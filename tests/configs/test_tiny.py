@@ -17,7 +17,7 @@ KEPT = sorted(path.stem for path in (FOLDER / 'results').glob('*.json'))
 
 def test_the_names():
   assert sorted(path.stem for path in FOLDER.glob('*.py')) == list(NAMES)
-  assert {'pheye', 'ps3'} <= set(KEPT) <= set(NAMES)
+  assert {'mc_llava', 'pheye', 'ps3'} <= set(KEPT) <= set(NAMES)
 
 
 @pytest.mark.parametrize('name', NAMES)
