@@ -16,7 +16,7 @@ from hrvlm_jax.training import contrastive
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import optimizer, schedule, split
-from hrvlm_jax.training.two_pass import two_pass_loss
+from hrvlm_jax.training.two_pass import micro_batches, two_pass_loss
 
 State = dict[str, Any]  # params (nested), opt, step, and ema (flat dict of trained leaves) if kept
 Objective = Callable[..., tuple[jax.Array, jax.Array]]
@@ -84,6 +84,9 @@ def value_and_grad(
   if config.accumulate == 1:
     (total, count), grads = grad(trained, batch, key)
   else:
+    if config.objective == 'two_pass' and config.loss_average != 'micro_batch':
+      batch = micro_batches(batch)
+
     def body(carry, inputs):
       micro, number = inputs
       (total, count), grads = grad(trained, micro, jax.random.fold_in(key, number))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.training.losses import chunked_cross_entropy
+from hrvlm_jax.training.losses import IGNORED, chunked_cross_entropy
 
 
 def two_pass_loss(
@@ -29,5 +29,19 @@ def two_pass_loss(
   weight = module.config.fusion.selection_weight
   if weight and info['probs']:
     loss, _ = module.vision.selection_loss(batch['views'], info)
-    total = total + weight * loss * count
+    total = total + weight * loss * count * batch.get('selection_share', 1.0)
   return total, count
+
+
+def micro_batches(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """Micro-batches [a ...] with what makes them add up to the large batch: `selection_share` [a].
+
+  The text loss is a mean over targets, the selection loss one over images with a box, and a
+  micro-batch can have many of the ones and few of the others. Its selection loss counts by its
+  share of the boxes instead of its share of the targets.
+  """
+  labels, boxes = jnp.asarray(batch['labels']), jnp.asarray(batch['views']['boxes'])
+  targets = jnp.maximum((labels[:, :, 1:] != IGNORED).sum(axis=(1, 2)), 1)
+  found = ((boxes[..., 1] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 2])).sum(axis=1)
+  share = found / jnp.maximum(found.sum(), 1) * targets.sum() / targets
+  return {**batch, 'selection_share': share.astype(jnp.float32)}
