@@ -15,7 +15,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--keep', action='store_true',
                       help='copy results and plots to results/ beside the config')
   parser.add_argument('--document', metavar='FILE', help='also put the table between the marks '
-                      '<!-- compare:begin --> and <!-- compare:end --> of a Markdown file')
+                      '<!-- compare:begin --> and <!-- compare:end --> of a Markdown file, and '
+                      'claims between those called claims')
   arguments = parser.parse(argv)
 
   from hrvlm_jax.cli import run_config
@@ -29,6 +30,6 @@ def main(argv: list[str]) -> int:
   if arguments.keep:
     print(f'kept: {compare_report.keep(results, pathlib.Path(arguments.out), arguments.config)}')
   if arguments.document:
-    compare_report.insert(compare_report.markdown(results), pathlib.Path(arguments.document))
+    compare_report.fill(results, pathlib.Path(arguments.document))
   print(f'table, plot and results are in {arguments.out}')
   return 0

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.evaluation import claims
 
 # Title and form of the columns behind the accuracies.
 _COLUMNS = {'tokens': ('tokens', '{:.0f}'), 'views': ('views', '{:.0f}'),
@@ -89,6 +90,21 @@ def insert(text: str, document: pathlib.Path, *, name: str = 'compare') -> None:
   document.write_text(f'{before}{begin}\n{text.rstrip()}\n{end}{rest.split(end)[1]}')
 
 
+def fill(results: dict[str, Any], document: pathlib.Path) -> None:
+  """Puts the table, and the claims where there are any, between their marks in a Markdown file.
+
+  Raises:
+    UserError: see `insert`; the file has none of the marks that these results could fill.
+  """
+  texts = {'compare': markdown(results)}
+  if results.get('claims'):
+    texts['claims'] = claims.markdown(results['claims'])
+  text = document.read_text()
+  marked = [name for name in texts if f'<!-- {name}:begin -->' in text] or ['compare']
+  for name in marked:
+    insert(texts[name], document, name=name)
+
+
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
   """Accuracy by target size, and accuracy against the encoder's work, as PNG."""
   import matplotlib
@@ -149,7 +165,7 @@ def keep(results: dict[str, Any], folder: pathlib.Path, config_file: str | os.Pa
   place.mkdir(exist_ok=True)
   kept = place / f'{config.stem}.json'
   kept.write_text(json.dumps(results, indent=2) + '\n')
-  for name in ('plot', 'claims'):
+  for name in ('plot', *(['claims'] if results.get('claims') else [])):
     if (folder / f'{name}.png').exists():
       shutil.copyfile(folder / f'{name}.png', place / f'{config.stem}_{name}.png')
   return kept
