@@ -63,8 +63,9 @@ class Side(abc.ABC):
     """Reads them back, on the device, and builds the program."""
     fn, table = self.model()
     # Cast on the device: the folder holds float32.
-    host = import_tensors(hf.TensorFolder(self.folder), table, fn.abstract, what='benchmark')
-    flat = paths.flatten(host)
+    # No name for the tree itself: it would keep every leaf in memory beside its device copy.
+    flat = paths.flatten(import_tensors(
+      hf.TensorFolder(self.folder), table, fn.abstract, what='benchmark'))
     params = {}
     for path in list(flat):
       params |= self.place(path, flat.pop(path))
