@@ -111,9 +111,11 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
 
   matplotlib.use('Agg')
   import matplotlib.pyplot as plt
+  from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
   rows = results['systems']
-  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+  figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
+  by_work = sorted(rows, key=lambda name: rows[name]['encoder_gflops'])
   sizes = [*next(iter(rows.values()))['accuracy_by_size'], 'all']
   width = 0.8 / len(rows)
   for number, (name, row) in enumerate(rows.items()):
@@ -122,14 +124,22 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
     bars = left.bar(places, values, width=0.9 * width, label=name.replace('_', ' '))
     right.scatter(row['encoder_gflops'], 100 * row['accuracy'], color=bars[0].get_facecolor(),
                   s=20 + row['tokens'] / 2)
+    # Neighbours are written above and below by turns.
+    below = by_work.index(name) % 2
     right.annotate(name.replace('_', ' '), (row['encoder_gflops'], 100 * row['accuracy']),
-                   textcoords='offset points', xytext=(6, 4), fontsize=8)
+                   textcoords='offset points', xytext=(0, -18 if below else 11), ha='center',
+                   fontsize=8)
   left.axhline(100 * results['chance'], color='grey', linestyle=':', label='chance')
   left.set_xticks(np.arange(len(sizes)), [size.replace('_', ' ') for size in sizes])
   left.set(ylabel='answers right (%)', ylim=(0, 105), title='By size of the text asked for')
-  left.legend(frameon=False, fontsize=8)
+  figure.legend(*left.get_legend_handles_labels(), loc='outside lower center', ncols=8,
+                frameon=False, fontsize=8)
   right.set(xlabel='encoder GFLOP per image', ylabel='answers right (%)', xscale='log',
             ylim=(0, 105), title='Against work (area: tokens)')
+  right.margins(x=0.15)
+  right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+  right.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
+  right.xaxis.set_minor_formatter(NullFormatter())
   for axes in (left, right):
     axes.spines[['top', 'right']].set_visible(False)
   figure.savefig(path, dpi=150)
