@@ -111,9 +111,10 @@ schedule is simpler. `--effort full` compiles as a run on the chips would. LLaVA
 compiled both ways, some small changes of the step lying between: 7.64 GB a chip, 23.0 GB of
 messages, 333 s with full effort; 7.35 GB, 25.2 GB, 93 s (72 s of CPU time) with quick.
 
-`hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18 meshes,
-recomputation of layers or of all but products), less those that cannot be cut or that did not fit
-with less memory. Each takes what a row below says; a tiny model on v5e:2x2 took 11 s of CPU time.
+`hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18
+meshes, recomputation of layers or of all but products), less those that cannot be cut or that did
+not fit with less memory. Each takes what a row below says; a tiny model on v5e:2x2 took 11 s of CPU
+time.
 
 A total with `<=` is an upper bound: gaps between temporaries are counted twice in it.
 
