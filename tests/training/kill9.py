@@ -59,6 +59,20 @@ def write_data(folder):
   write_regions(TASK, folder / 'regions', IMAGES, seed=0, progress=False)
 
 
+def write_data_apart(folder):
+  """`write_data` in a fork: the threads of the ArrayRecord writer would not survive later forks."""
+  pid = os.fork()
+  if pid == 0:
+    status = 1
+    try:
+      write_data(folder)
+      status = 0
+    finally:
+      os._exit(status)
+  if os.waitpid(pid, 0)[1]:
+    sys.exit(f'{folder}: writing the task failed')
+
+
 def config(system, data, steps, *, deterministic):
   """Its tiny size on the built-in task; a checkpoint every second step."""
   model = registry.get(system).tiny()
@@ -298,7 +312,7 @@ def main(argv=None):
   seed = int(time.time()) if arguments.seed is None else arguments.seed
   with tempfile.TemporaryDirectory() as temporary:
     root = arguments.out or pathlib.Path(temporary)
-    write_data(root / 'data')
+    write_data_apart(root / 'data')
     rows = []
     for system in arguments.systems.split(','):
       rows.append(check(system, root, arguments.kills, deterministic=not arguments.relaxed,
