@@ -49,4 +49,4 @@ def test_rows_are_run_configs(file, row):
 
 def test_tiny_config():
   config = run_config.load(RunConfig, str(CONFIGS / 'tiny/llava_hr.py'))
-  assert config.model.system == 'llava_hr' and config.model.encoder.tokens == 100
+  assert config.model.system == 'llava_hr' and config.model.encoder.tokens == 64
