@@ -4,7 +4,7 @@ Command:  hrvlm tiny --config configs/tiny/vila_hd.py
           (writes the task and the tower under runs/tiny, then trains; after that also
           hrvlm train --config configs/tiny/vila_hd.py --workdir DIR)
 Hardware: 2 CPU cores.
-Result:   not run yet.
+Result:   loss 1.585, accuracy 53.2% (chance 4.3%), 500 steps.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ def get_config():
   return tiny.config(
     'vila_hd', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
     train_fresh=(r'(?!vision/ps3/(tower|residual)/|language/).*',), data=dict(boxes=True),
-    steps=500, batch_size=16, eval_every=500, checkpoint_every=100, objective='two_pass')
+    steps=500, batch_size=32, eval_every=500, checkpoint_every=100, objective='two_pass')
 
 
 def preparation():
   encoder, task = MODEL.encoder, tiny.Preparation().task
-  # The tower reads crops at half size first, then selected patches at both scales.
-  tower = GlyphConfig(needle=task, vision=encoder.tower.vision, window=80, last_tokens=25,
-                      colour_weight=1.0, steps=800, mean=encoder.tower.mean, std=encoder.tower.std)
-  scenes = SceneConfig(needle=task, encoder=encoder, steps=300)
+  # The tower reads crops at full size first, then selected patches at both scales.
+  tower = GlyphConfig(needle=task, vision=encoder.tower.vision, window=40, last_tokens=25,
+                      colour_weight=1.0, steps=1200, mean=encoder.tower.mean, std=encoder.tower.std)
+  scenes = SceneConfig(needle=task, encoder=encoder, steps=500)
   # It answers from lists of signs before it sees one, as real language models do.
   symbols = SymbolsConfig(needle=task, text=MODEL.text, steps=1200, slots=(25,), batch_size=16)
   # Rows of one question: each has its box.
