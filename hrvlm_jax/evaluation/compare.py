@@ -266,8 +266,9 @@ class Comparison(Journal):
   def report(self) -> dict[str, Any]:
     """results.json, table.txt, plot.png from what is there."""
     rows, c = {}, self.config
-    own = lambda times: {part: spent for part, spent in times.items() if part in self.parts()}
-    times, cpu_times = own(self.times), own(self.cpu_times)
+    own = self.parts()
+    times, cpu_times = ({part: spent for part, spent in noted.items() if part in own}
+                        for noted in (self.times, self.cpu_times))
     for name, model in c.systems.items():
       if f'measure {name}' not in self.times:
         continue

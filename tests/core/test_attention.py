@@ -84,28 +84,27 @@ def test_choices_that_cannot_work_are_refused():
     np.testing.assert_allclose(lib.attention(q, k, v, impl='auto'), reference(q, k, v), atol=1e-5)
 
 
-def test_head_by_head_is_the_same_function():
-  q, k, v = inputs(t=7)
-  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7)
-  for options in ({}, {'causal': True}, {'mask': mask, 'causal': True}):
+def assert_same_as_xla(impl, qkv, cases):
+  """Values and gradients, for every set of options."""
+  for options in cases:
     total = lambda q, k, v, impl, o=options: jnp.square(
       lib.attention(q, k, v, impl=impl, **o)).sum()
-    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v, impl)
-            for impl in ('xla', 'heads')]
+    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(*qkv, form) for form in ('xla', impl)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
+
+
+def test_head_by_head_is_the_same_function():
+  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7)
+  assert_same_as_xla('heads', inputs(t=7),
+                     ({}, {'causal': True}, {'mask': mask, 'causal': True}))
 
 
 @pytest.mark.parametrize('t', [7, 130])
 def test_blocks_of_queries_are_the_same_function(t):
-  q, k, v = inputs(t=t, s=t)
   mask = jnp.asarray(np.random.default_rng(0).random((2, 1, t, t)) < 0.7)
   keys = jnp.asarray(np.random.default_rng(1).random((2, 1, 1, t)) < 0.7)
-  for options in ({}, {'mask': keys}, {'mask': mask, 'causal': True}):
-    total = lambda q, k, v, impl, o=options: jnp.square(
-      lib.attention(q, k, v, impl=impl, **o)).sum()
-    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(q, k, v, impl)
-            for impl in ('xla', 'queries')]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
+  assert_same_as_xla('queries', inputs(t=t, s=t),
+                     ({}, {'mask': keys}, {'mask': mask, 'causal': True}))
 
 
 def test_scores_beyond_a_devices_share_go_by_queries(monkeypatch):
