@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hrvlm_jax.core.constraints import constrain
 from hrvlm_jax.core.layers import wide, wide_dtype
 
 IGNORED = -100
@@ -42,26 +43,45 @@ def token_cross_entropy(
 
 def chunked_cross_entropy(
   hidden: Float[Array, 'b t d'], labels: Int[Array, 'b t'],
-  logits_of: Callable[[Float[Array, 'n d']], Float[Array, 'n v']], *, chunk: int = 1024,
+  logits_of: Callable[[Float[Array, 'b c d']], Float[Array, 'b c v']], *, chunk: int = 1024,
 ) -> tuple[Float[Array, ''], Int[Array, '']]:
-  """The same from final-normed states, `chunk` places at a time.
+  """The same from final-normed states, at most `chunk` places at a time (at least one per row).
 
   No [b t v] array exists, forward or backward: each chunk's logits are made, reduced and made
-  again for the gradient.
+  again for the gradient. A chunk takes places of every row, spread over its length, so that it lies
+  on the devices as the batch does, whether rows or lengths are cut. Chunks of whole rows would lie
+  on few devices; the partitioner then keeps the head in parts and adds up all logits (measured on
+  MC-LLaVA-3B: 94 of 112 GB of messages).
   """
-  targets = shifted_targets(jnp.asarray(labels)).reshape(-1)
+  targets = shifted_targets(jnp.asarray(labels))
   count = (targets != IGNORED).sum()
-  flat = hidden.reshape(-1, hidden.shape[-1])
-  chunk = min(chunk, flat.shape[0])
-  extra = -flat.shape[0] % chunk
-  flat = jnp.pad(flat, ((0, extra), (0, 0))).reshape(-1, chunk, flat.shape[-1])
-  parts = jnp.pad(targets, (0, extra), constant_values=IGNORED).reshape(-1, chunk)
+  length = hidden.shape[1]
+  places, parts = _cut(length, chunk // hidden.shape[0])
+  extra = ((0, 0), (0, places * parts - length))
+
+  def pieces(x):  # [b t ...] -> [parts b places ...]
+    return jnp.moveaxis(x.reshape(x.shape[0], places, parts, *x.shape[2:]), 2, 0)
 
   @jax.checkpoint
   def body(total, piece):
     states, wanted = piece
-    return total + _nll(logits_of(states), wanted).sum(), None
+    logits = constrain('logits', logits_of(constrain('hidden', states)))
+    return total + _nll(logits, wanted).sum(), None
 
   zero = jnp.zeros((), wide_dtype(hidden.dtype))
-  total, _ = jax.lax.scan(body, zero, (flat, parts))
+  total, _ = jax.lax.scan(body, zero, (
+    pieces(jnp.pad(hidden, (*extra, (0, 0)))),
+    pieces(jnp.pad(targets, extra, constant_values=IGNORED))))
   return total, count
+
+
+def _cut(length: int, most: int) -> tuple[int, int]:
+  """(places, parts) that hold `length`: parts of equal size, at most `most` but at least 1.
+
+  From 8 on a multiple of 8, that devices and tiles of memory can divide.
+  """
+  if most >= length:
+    return length, 1
+  unit = 8 if most >= 8 else 1
+  parts = -(-length // max(most // unit * unit, 1))
+  return -(-length // (parts * unit)) * unit, parts
