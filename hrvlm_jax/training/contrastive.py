@@ -6,7 +6,7 @@ pairs, o feature width, g all pairs of all devices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -124,6 +124,64 @@ def selection_loss(
   return total, is_local.sum().astype(total.dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Features:
+  """What the losses need of the towers; micro-batches of it are stacked or added up.
+
+  Attributes:
+    image, text: [b o], of unit length.
+    prior, posterior: sums of the selection losses over local rows.
+    local: number of local rows; 0 without targets.
+  """
+
+  image: jax.Array
+  text: jax.Array
+  prior: jax.Array
+  posterior: jax.Array
+  local: jax.Array
+
+
+def features(
+  fn: Functional, params, batch: Mapping[str, Any], config: ContrastiveConfig, *,
+  dtype=jnp.float32, remat=False, impl: str = 'xla',
+) -> Features:
+  """The towers' part of `pretrain_losses`, with the same arguments."""
+  image, text, out = fn.bind(params)(
+    dict(batch), select_target=config.select_target, pool_target=config.pool_target, dtype=dtype,
+    remat=remat, impl=impl)
+  if batch.get('target') is None:
+    return Features(image, text, *(jnp.zeros((), jnp.float32),) * 3)
+  targets = whole = target_maps(batch['target'], out.plan)
+  if batch.get('prior_target') is not None:
+    whole = target_maps(batch['prior_target'], out.plan)
+  is_local = _counted(batch, image.shape[0])
+  if batch.get('is_global') is not None:
+    is_local = is_local & ~batch['is_global'][:, 0]
+  prior, local = selection_loss(out.prior, whole, is_local)
+  posterior, _ = selection_loss(out.posterior, targets, is_local)
+  return Features(image, text, prior, posterior, local)
+
+
+def _counted(batch: Mapping[str, Any], rows: int) -> Bool[Array, 'b']:
+  return jnp.ones(rows, bool) if batch.get('counted') is None else batch['counted'][:, 0]
+
+
+def losses_of(found: Features, params, batch: Mapping[str, Any],
+              config: ContrastiveConfig) -> dict[str, jax.Array]:
+  """The losses of a batch from its features: contrastive, prior, posterior, total."""
+  group = None
+  if batch.get('image') is not None and not config.intra_image:
+    group = batch['image'][:, 0]
+  total, rows = sigmoid_loss(
+    found.image, found.text, params['logit_scale'], params['logit_bias'], chunk=config.chunk,
+    counted=_counted(batch, found.image.shape[0]), group=group)
+  contrastive = total / jnp.maximum(rows, 1)
+  prior, posterior = (x / jnp.maximum(found.local, 1) for x in (found.prior, found.posterior))
+  weighted = contrastive + config.prior_weight * prior + config.posterior_weight * posterior
+  return {'prior': prior, 'posterior': posterior, 'contrastive': contrastive, 'total': weighted}
+
+
 def pretrain_losses(
   fn: Functional, params, batch: Mapping[str, Any], config: ContrastiveConfig, *,
   dtype=jnp.float32, remat=False, impl: str = 'xla',
@@ -137,34 +195,15 @@ def pretrain_losses(
       `image` int [b 1], rows of equal number show the same image; `prior_target` [b h w], what the
       bottom-up selection learns where it is not `target`.
   """
-  module = fn.bind(params)
-  image, text, out = module(
-    dict(batch), select_target=config.select_target, pool_target=config.pool_target, dtype=dtype,
-    remat=remat, impl=impl)
-  counted = jnp.ones(image.shape[0], bool)
-  if batch.get('counted') is not None:
-    counted = batch['counted'][:, 0]
-  group = None
-  if batch.get('image') is not None and not config.intra_image:
-    group = batch['image'][:, 0]
-  total, rows = sigmoid_loss(image, text, module.logit_scale[...], module.logit_bias[...],
-                             chunk=config.chunk, counted=counted, group=group)
-  contrastive = total / jnp.maximum(rows, 1)
-  losses = {name: jnp.zeros((), contrastive.dtype) for name in ('prior', 'posterior')}
-  if batch.get('target') is not None:
-    targets = target_maps(batch['target'], out.plan)
-    is_local = counted
-    if batch.get('is_global') is not None:
-      is_local = is_local & ~batch['is_global'][:, 0]
-    whole = targets
-    if batch.get('prior_target') is not None:
-      whole = target_maps(batch['prior_target'], out.plan)
-    for name, probs, maps in (('prior', out.prior, whole), ('posterior', out.posterior, targets)):
-      loss, number = selection_loss(probs, maps, is_local)
-      losses[name] = loss / jnp.maximum(number, 1)
-  weighted = (contrastive + config.prior_weight * losses['prior']
-              + config.posterior_weight * losses['posterior'])
-  return losses | {'contrastive': contrastive, 'total': weighted}
+  found = features(fn, params, batch, config, dtype=dtype, remat=remat, impl=impl)
+  return losses_of(found, params, batch, config)
+
+
+def _summed(losses: Mapping[str, jax.Array], batch) -> tuple[jax.Array, jax.Array]:
+  """(total loss times rows, rows)."""
+  counted = batch.get('counted')
+  rows = jnp.asarray(batch['tokens'].shape[0] if counted is None else counted.sum(), jnp.int32)
+  return losses['total'] * rows, rows
 
 
 def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = ContrastiveConfig(),
@@ -172,14 +211,55 @@ def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = Cont
               chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
   """(total loss times rows, rows), in the form of `training.step`'s objectives.
 
-  Contrast is over the rows at hand: with gradient accumulation, over a micro-batch.
+  Contrast is over the rows at hand.
   """
   del key
-  losses = pretrain_losses(fn, params, batch, dataclasses.replace(config, chunk=chunk), dtype=dtype,
-                           remat=remat, impl=impl)
-  counted = batch.get('counted')
-  rows = jnp.asarray(batch['tokens'].shape[0] if counted is None else counted.sum(), jnp.int32)
-  return losses['total'] * rows, rows
+  config = dataclasses.replace(config, chunk=chunk)
+  return _summed(pretrain_losses(fn, params, batch, config, dtype=dtype, remat=remat, impl=impl),
+                 batch)
+
+
+def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
+                config: ContrastiveConfig = ContrastiveConfig(), chunk: int = 1024, **options):
+  """Value and gradient of `objective` for the large batch, one micro-batch in memory at a time.
+
+  Contrast joins all rows, so that losses of micro-batches do not add up. The features of all rows
+  are computed first and kept without what made them; their gradients are then carried through each
+  micro-batch's towers, which run a second time (Gao et al., 2101.06983; open_clip's `accum_freq`
+  does the same for its loss).
+
+  Args:
+    merge: trained leaves -> parameters.
+    batch: micro-batches [a b ...].
+
+  Returns:
+    ((total loss times rows, rows), its gradient by trained leaf).
+  """
+  config = dataclasses.replace(config, chunk=chunk)
+  encode = lambda trained, micro: features(fn, merge(trained), micro, config, **options)
+  _, found = jax.lax.scan(lambda _, micro: (None, encode(trained, micro)), None, batch)
+  names = ('tokens', 'counted', 'image')
+  rows = {name: _joined(batch[name]) for name in names if batch.get(name) is not None}
+
+  def loss(trained, found):
+    whole = Features(_joined(found.image), _joined(found.text), found.prior.sum(),
+                     found.posterior.sum(), found.local.sum())
+    return _summed(losses_of(whole, merge(trained), rows, config), rows)
+
+  value, (grads, wanted) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, found)
+
+  def carry_on(grads, piece):
+    micro, wanted = piece
+    _, pull = jax.vjp(lambda trained: encode(trained, micro), trained)
+    return jax.tree.map(jnp.add, grads, pull(wanted)[0]), None
+
+  return value, jax.lax.scan(carry_on, grads, (batch, wanted))[0]
+
+
+def _joined(x):
+  """[a b ...] -> [b*a ...]: rows stay on the devices that they lie on."""
+  x = jnp.moveaxis(jnp.asarray(x), 0, 1)
+  return x.reshape(-1, *x.shape[2:])
 
 
 def clamp_logit_scale(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:

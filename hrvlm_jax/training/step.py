@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import functools
 from typing import Any
 
 import jax
@@ -43,6 +42,9 @@ OBJECTIVES: dict[str, Objective] = {
   'next_token': loss_sum, 'two_pass': two_pass_loss, 'ps3_pretrain': contrastive.objective}
 
 
+# Objectives that join all rows of a step: their micro-batches cannot be summed one by one.
+JOINED = {'ps3_pretrain': contrastive.accumulated}
+
 # What an objective does to the trained leaves (a flat dict) after every update.
 AFTER_UPDATE = {'ps3_pretrain': contrastive.clamp_logit_scale}
 
@@ -66,16 +68,15 @@ def value_and_grad(
   """
   trained, frozen = split(paths.flatten(params), groups)
   objective = OBJECTIVES[config.objective]
+  options = dict(dtype=jnp.dtype(config.dtype), remat=_REMAT[config.remat], impl=config.attention,
+                 chunk=config.loss_chunk)
   if config.objective == 'ps3_pretrain':
-    objective = functools.partial(objective, config=config.contrast)
-  dtype = jnp.dtype(config.dtype)
+    options['config'] = config.contrast
+  merge = lambda trained: paths.unflatten(frozen | trained)
 
   def sums(trained, micro, key):
-    merged = paths.unflatten(frozen | trained)
     with layers_for_gradients(config.layers):
-      total, count = objective(
-        fn, merged, micro, dtype=dtype, remat=_REMAT[config.remat], impl=config.attention, key=key,
-        chunk=config.loss_chunk)
+      total, count = objective(fn, merge(trained), micro, key=key, **options)
     if config.loss_average == 'micro_batch':
       total, count = total / jnp.maximum(count, 1), jnp.ones_like(count)
     return total, count
@@ -83,6 +84,9 @@ def value_and_grad(
   grad = jax.value_and_grad(sums, has_aux=True)
   if config.accumulate == 1:
     (total, count), grads = grad(trained, batch, key)
+  elif config.objective in JOINED and config.loss_average != 'micro_batch':
+    with layers_for_gradients(config.layers):
+      (total, count), grads = JOINED[config.objective](fn, merge, trained, batch, **options)
   else:
     if config.objective == 'two_pass' and config.loss_average != 'micro_batch':
       batch = micro_batches(batch)

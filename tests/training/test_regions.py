@@ -27,7 +27,7 @@ from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, Tr
 from hrvlm_jax.training.contrastive import ContrastiveConfig, objective, pretrain_losses
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import init_state, make_train_step, value_and_grad
 
 SMALL = dataclasses.replace(
   tiny_encoder(max_select=40), saliency=SaliencyConfig(width=8, out=8, depth=1, kernel=16,
@@ -117,6 +117,31 @@ def test_intra_image_contrast_and_the_target_of_all_boxes_are_options(folder):
   drawn = losses(params, {k: v for k, v in batch.items() if k != 'prior_target'}, False)
   assert abs(float(drawn['prior'] - out['prior'])) > 1e-4
   np.testing.assert_allclose(drawn['posterior'], out['posterior'], rtol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_large_batch(folder):
+  """Contrast joins the rows of all micro-batches, also rows of one image and unusable ones."""
+  options = SampleConfig(clean=False, rows_per_image=2, prior_target='all')
+  fn = model.build(SMALL)
+  params = fn.init(jax.random.key(0))
+
+  def gradients(parts, **training):
+    config = run_config(folder, accumulate=parts, remat='layers', **training)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, regions=options))
+    batch = next(make_batches(config))
+    assert batch['tokens'].shape[:-1] == ((8,) if parts == 1 else (2, 4))
+    groups = groups_of(config.training, fn.abstract)
+    return jax.jit(lambda p, b: value_and_grad(
+      fn, config.training, groups, p, b, jax.random.key(0)))(params, batch)
+
+  (total, rows, whole), (sums, counted, parts) = gradients(1), gradients(2)
+  assert int(rows) == int(counted)
+  np.testing.assert_allclose(total, sums, rtol=1e-5)
+  largest = max(float(jnp.abs(g).max()) for g in whole.values())
+  for path, grad in whole.items():
+    np.testing.assert_allclose(parts[path], grad, atol=1e-6 * largest, err_msg=path)
+  alone = gradients(2, loss_average='micro_batch')  # contrast within micro-batches: another loss
+  assert abs(float(alone[0] / alone[1] - total / rows)) > 1e-3
 
 
 def test_the_step_keeps_the_logit_scale_in_its_bounds():
