@@ -20,7 +20,7 @@ from hrvlm_jax.training.symbols import SymbolsConfig
 # of the sign that the first question of a row is about.
 GROUPS = (
   dict(pattern=r'vision/ps3/(tower|residual)/.*', frozen=True),
-  dict(pattern=r'vision/ps3/pool_head/.*', frozen=True),  # never read
+  dict(pattern=r'vision/ps3/(pool_head/.*|selection/prior_prompt)', frozen=True),  # never read
   dict(pattern=r'.*/(bias|scale)', decay=False),
   dict(pattern=r'.*'),
 )

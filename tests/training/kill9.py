@@ -275,9 +275,10 @@ def page(rows):
   lines = [
     '# Killed with signal 9', '',
     'Written by `scripts/test_kill9.sh --keep docs/kill9` from the files there. A tiny training',
-    'run of each system was killed at random moments, about every third time while a checkpoint',
-    'was being written, and resumed by itself. Compared with an undisturbed run on the same',
-    'machine: losses of all steps, and the bits of all batches.', '',
+    'run of each system was killed at random moments and resumed by itself. Every third kill',
+    'waits until a checkpoint is being written; of the others many meet one too, because every',
+    'second step saves. Compared with an undisturbed run on the same machine: losses of all',
+    'steps, and the bits of all batches.', '',
     '| system | mode | kills | while writing | steps | losses of equal bits | largest relative '
     'difference | batches that differ | CPU s per step | machine | date |',
     '|---' * 11 + '|']
