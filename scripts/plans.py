@@ -23,15 +23,14 @@ GIB = 1 << 30
 
 # Name of the report -> arguments of `hrvlm plan`. The global batch is the published one; the
 # published number of micro-batches is that of the original's GPUs. Every micro-batch gathers all
-# parameters anew, so that here there are as few as the memory allows. VILA-HD on v5e keeps its
-# sixteen: on data=2 fsdp=128 with four of them it needs 25 GiB.
+# parameters anew, so that here there are as few as the memory allows.
 CASES = {
   'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr_7b_stage2.py --topology v5e:16x16 '
   '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1',
   'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr_7b_stage2.py --topology v5p:4x4x4 '
   '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1',
   'vila_hd_8b_4k_v5e_16x16': '--config configs/vila_hd_8b_4k.py --topology v5e:16x16 '
-  '--mesh data=1,fsdp=64,tensor=4 --image 3780x3780',
+  '--mesh data=1,fsdp=64,tensor=4 --image 3780x3780 --config.training.accumulate=8',
   'vila_hd_8b_4k_v5p_4x4x4': '--config configs/vila_hd_8b_4k.py --topology v5p:4x4x4 '
   '--mesh data=1,fsdp=64 --image 3780x3780 --config.training.accumulate=4',
   'mc_llava_3b_v5e_8x8': '--config configs/mc_llava_3b_full.py --topology v5e:8x8 '
@@ -102,13 +101,13 @@ def page(reports: dict[str, dict]) -> str:
 Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
 ahead of time for chips that were not there. Memory is the compiler's own, GiB per device; times are
 predicted from the program's products and messages and were not measured. Compile times are of the
-machine that ran the command, two CPU cores shared with other work; the CPU time is what free cores
-would need at most.
+machine that ran the command, two CPU cores with nothing else to do; on a busy one the CPU time is the
+better measure.
 
 Effort: nine tenths of the compiler's usual time go into kernels, which a plan never runs. `quick`
 (the default of `hrvlm plan`) spares most of it: the step and its sharding are the same, the
-schedule is simpler. `--effort full` compiles as a run on the chips would. LLaVA-HR on v5e:16x16 was
-compiled both ways, some small changes of the step lying between: 7.64 GB a chip, 23.0 GB of
+schedule is simpler. `--effort full` compiles as a run on the chips would. An earlier form of LLaVA-HR's
+step was compiled both ways on v5e:16x16, on a busy machine: 7.64 GB a chip, 23.0 GB of
 messages, 333 s with full effort; 7.35 GB, 25.2 GB, 93 s (72 s of CPU time) with quick.
 
 `hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18
