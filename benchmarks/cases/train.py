@@ -7,13 +7,16 @@ _PEERS = {'mc_llava': 'transformers SigLIP + Phi', 'pheye': 'transformers CLIP +
 
 
 def _case(system: str, size: str, picture: int, rows: int, text: int) -> Case:
+  tiny = size == 'tiny'
   return Case(
     name=f'train_step_{system}_{size}',
-    title=f'train step, {system}, {size}, {rows} rows, {picture} pixels',
+    title=f'train step, {system}, {size}, {rows} rows, {picture} pixels'
+    + (', 10 steps in a row' if tiny else ''),
     ours='ours.train:TrainStep', peer='peers.train:step', peer_name=_PEERS[system],
     variants=('eager',) if system == 'ps3' else ('eager', 'compile'),
     settings={'system': system, 'size': size, 'rows': rows, 'text': text, 'picture': picture},
-    target=1.0, rounds=15 if size == 'tiny' else 7, group='train_step', bound=size != 'tiny')
+    target=1.0, rounds=15 if tiny else 7, calls=10 if tiny else 1, group='train_step',
+    bound=not tiny)
 
 
 CASES = [

@@ -29,7 +29,9 @@ class Case:
     gpu_target: the same on a GPU.
     memory_target: our peak memory / the peer's that was asked for.
     tolerance: largest difference of any output relative to max(1, largest value).
-    rounds: measured calls of each side, alternating.
+    rounds: measured turns of each side, alternating.
+    calls: calls in a row that make a turn. With several, one more goes before them and the mean
+      counts: a call of 0.1 s alone would be measured with the caches that the other side left.
     work: (number, unit) done by one call, for a rate such as tokens per second.
     bound: hold our time against 1.5 x (FLOPs / our matrix-multiply rate at these shapes).
     group: cases of a group can be asked for together by its name.
@@ -53,6 +55,7 @@ class Case:
   memory_target: float | None = None
   tolerance: float = 1e-3
   rounds: int = 3
+  calls: int = 1
   work: tuple[float, str] | None = None
   bound: bool = True
   group: str = ''

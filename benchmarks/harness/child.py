@@ -40,13 +40,16 @@ class Commands:
       self.program = load(self.case.peer)(self.case.settings, self.folder, self.options)
     return {'seconds': time.perf_counter() - start}
 
-  def run(self):
-    """One call: wall seconds and processor seconds."""
-    self.result = None  # the last result's memory is free before the next call
+  def run(self, calls: int = 1):
+    """A turn: wall seconds and processor seconds of a call; of several, see `Case.calls`."""
+    if calls > 1:
+      self.result = self.program.run()
     cpu, start = measure.cpu_seconds(), time.perf_counter()
-    self.result = self.program.run()
+    for _ in range(calls):
+      self.result = None  # the last result's memory is free before the next call
+      self.result = self.program.run()
     seconds = time.perf_counter() - start
-    return {'seconds': seconds, 'cpu_seconds': measure.cpu_seconds() - cpu}
+    return {'seconds': seconds / calls, 'cpu_seconds': (measure.cpu_seconds() - cpu) / calls}
 
   def outputs(self, path: str):
     """Writes the last result."""

@@ -306,7 +306,7 @@ def _rounds(case, settings, ours, peer, result) -> None:
   for _ in range(settings.rounds or case.rounds):
     for name, side in sides.items():
       time.sleep(_REST)
-      measured[name].add(side('run'), {})
+      measured[name].add(side('run', calls=case.calls), {})
   for name, side in sides.items():
     measured[name].peak, measured[name].after = side('peak'), side('after')
   if settings.ceiling:
