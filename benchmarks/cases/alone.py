@@ -19,7 +19,7 @@ CASES = [
   *(Alone(name=f'growth_{system}', title=f'Encoder against resolution: {system}',
           run='ours.alone:growth', group='scaling', columns=_GROWTH,
           picture='growth' if system == SYSTEMS[-1] else '',
-          settings={'sizes': SIZES, 'systems': (system,), 'time_below': 2.3e12, 'rounds': 1})
+          settings={'sizes': SIZES, 'systems': (system,), 'time_below': 1.2e13, 'rounds': 1})
     for system in SYSTEMS),
   Alone(name='gpu_train', title='Utilisation of a train step (bfloat16; asked for: >= 45 % MFU)',
         run='ours.gpu:train', group='gpu', backends=('gpu',),
