@@ -105,6 +105,11 @@ def layers_for_gradients(form: str) -> Iterator[None]:
     _gradients.reset(token)
 
 
+def taking_gradients() -> bool:
+  """Whether the program being traced is differentiated, as far as `layers_for_gradients` said."""
+  return _gradients.get() is not None
+
+
 def scan_layers(
   layers: Module | List,
   x,

@@ -30,6 +30,11 @@ def target() -> Target:
   return _target.get() or Target(jax.default_backend(), jax.device_count())
 
 
+def on_one_cpu() -> bool:
+  """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
+  return target() == Target('cpu', 1)
+
+
 @contextlib.contextmanager
 def compiling_for(platform: str, devices: int) -> Iterator[None]:
   """Programs traced inside are meant for that machine."""

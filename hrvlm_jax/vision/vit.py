@@ -26,7 +26,16 @@ from hrvlm_jax.core.layers import (
   activation,
   normal,
 )
-from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
+from hrvlm_jax.core.module import (
+  Module,
+  Param,
+  Rngs,
+  depth_of,
+  scan_layers,
+  stacked,
+  taking_gradients,
+)
+from hrvlm_jax.core.target import on_one_cpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,6 +218,26 @@ class AttentionPool(Module):
     return (y + self.mlp(self.norm(y)))[:, 0]
 
 
+# Rows of a matrix product that a CPU's caches hold well: with the 9477 rows of 13 views at once
+# products of these widths ran at 300 GFLOP/s, with up to 2200 rows at 500 (benchmarks/findings.md).
+ROWS_AT_ONCE = 2304
+
+
+def _images_at_once(x: Float[Array, 'n t d']) -> int:
+  """How many images go through a block together: all, but few on a CPU, where none is trained."""
+  n, tokens = x.shape[:2]
+  if x.ndim != 3 or taking_gradients() or not on_one_cpu():
+    return n
+  return max(min(n, ROWS_AT_ONCE // tokens), 1)
+
+
+def _in_parts(fn, x: Float[Array, 'n t d'], size: int) -> Float[Array, 'n t d']:
+  """fn on `size` images after the other; the last part may be smaller."""
+  whole = x.shape[0] // size * size
+  y = jax.lax.map(fn, x[:whole].reshape(-1, size, *x.shape[1:])).reshape(whole, *x.shape[1:])
+  return y if whole == x.shape[0] else jnp.concatenate([y, fn(x[whole:])])
+
+
 class ViT(Module):
   """Patch embedding, learned positions, scanned pre-norm blocks; norms and pool kept apart."""
 
@@ -277,6 +306,8 @@ class ViT(Module):
     """
     depth = depth_of(self.blocks)
     stop = depth if stop is None else stop
+    alone = adapter is None and prefix is None and key is None and not return_kv
+    at_once = _images_at_once(x) if alone else x.shape[0]
     dropout_keys = None if key is None else jax.random.split(key, depth)
 
     # One scan for all blocks: cutting it at the taps would copy the stacked weights of every piece.
@@ -290,7 +321,10 @@ class ViT(Module):
     def body(block, carry, extra):
       x, buffer = carry
       sub, before, slot = extra
-      x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
+      if at_once < x.shape[0]:
+        x, k, v = _in_parts(lambda part: block(part, impl=impl)[0], x, at_once), None, None
+      else:
+        x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
       if inner:
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 1)
       return (x, buffer), ((k, v) if return_kv else None)
