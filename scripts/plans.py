@@ -101,13 +101,13 @@ def page(reports: dict[str, dict]) -> str:
 Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
 ahead of time for chips that were not there. Memory is the compiler's own, GiB per device; times are
 predicted from the program's products and messages and were not measured. Compile times are of the
-machine that ran the command, two CPU cores with nothing else to do; on a busy one the CPU time is the
-better measure.
+machine that ran the command, two CPU cores with nothing else to do; on a busy one the CPU time is
+the better measure.
 
 Effort: nine tenths of the compiler's usual time go into kernels, which a plan never runs. `quick`
 (the default of `hrvlm plan`) spares most of it: the step and its sharding are the same, the
-schedule is simpler. `--effort full` compiles as a run on the chips would. An earlier form of LLaVA-HR's
-step was compiled both ways on v5e:16x16, on a busy machine: 7.64 GB a chip, 23.0 GB of
+schedule is simpler. `--effort full` compiles as a run on the chips would. An earlier form of
+LLaVA-HR's step was compiled both ways on v5e:16x16, on a busy machine: 7.64 GB a chip, 23.0 GB of
 messages, 333 s with full effort; 7.35 GB, 25.2 GB, 93 s (72 s of CPU time) with quick.
 
 `hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18
