@@ -86,7 +86,8 @@ class TrainingConfig:
       on a CPU; benchmarks/findings.md has both measured).
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
-      'micro_batch' averages the means of micro-batches (the LLaVA trainer).
+      'micro_batch' averages the means of micro-batches (the LLaVA trainer), and the contrast of
+      ps3_pretrain stays within them.
     contrast: objective ps3_pretrain: weights and switches of its losses; `loss_chunk` replaces its
       `chunk`.
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
