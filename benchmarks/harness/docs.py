@@ -128,7 +128,15 @@ def _table(cases, found, backend: str) -> str:
   for case in cases:
     rows.append('| ' + ' | '.join(_row(case, found[case.name], backend)) + ' |')
   command = 'hrvlm bench CASE' + (' --device cuda' if backend == 'gpu' else '')
-  return '\n'.join(rows) + f'\n\nEach row: `{command}`.'
+  others = [f'`{command.replace("CASE", case.name)} --variant {" ".join(forms)}`'
+            for case in cases if (forms := _forms(found[case.name])) and forms != case.variants]
+  return '\n'.join(rows) + f'\n\nEach row: `{command}`' + (
+    f'; but {", ".join(others)}.' if others else '.')
+
+
+def _forms(result) -> tuple[str, ...]:
+  """Forms of the peer that were tried for a row."""
+  return tuple((result or {}).get('peer_forms', ()))
 
 
 def _row(case, result, backend: str) -> list[str]:

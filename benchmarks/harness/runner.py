@@ -206,7 +206,7 @@ def _apart(case, settings, start, folder, result, say) -> None:
       try:
         first = _first(process, folder / f'{name}.npz')
         process('reset_peak')
-        measured[name].add(process('run'), process('peak'))
+        measured[name].add(process('run', calls=case.calls), process('peak'))
         if number == rounds - 1:
           measured[name].after = first | process('after')
           if name == 'ours' and settings.ceiling:
@@ -241,7 +241,7 @@ def _first(process: Process, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _best_peer(case, settings, start, folder, result, say) -> Process:
-  """Tries the peer's forms and leaves the fastest running."""
+  """Tries the peer's forms, one in memory at a time, and starts the fastest again."""
   best, tried = None, {}
   forms = settings.variants or case.variants
   for variant in forms:
@@ -260,19 +260,20 @@ def _best_peer(case, settings, start, folder, result, say) -> Process:
       continue
     tried[variant] = {**facts, 'once_s': round(second, 4)}
     say(f'{case.name}: {case.peer_name} {variant}: {second:.3f} s')
-    if best is None or second < tried[best[0]]['once_s']:
-      if best is not None:
-        best[1].close()
-      best = (variant, process)
-    else:
+    if best is None or second < tried[best]['once_s']:
+      best = variant
+    if len(forms) > 1:
       process.close()
   if best is None:
     raise UserError(f'{case.name}: no form of {case.peer_name} ran: {tried}')
-  result['peer_forms'], result['variant'] = tried, best[0]
-  result['differences'] = tried[best[0]].pop('differences')
+  if len(forms) > 1:
+    process = start(best)
+    _first(process, folder / 'peer.npz')
+  result['peer_forms'], result['variant'] = tried, best
+  result['differences'] = tried[best].pop('differences')
   for other in tried.values():
     other.pop('differences', None)
-  return best[1]
+  return process
 
 
 def compare(ours: pathlib.Path, peer: pathlib.Path, case: Case) -> dict[str, float]:

@@ -66,6 +66,7 @@ class HrvlmJax(lmms):
     return results
 
   def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
+    """The base class demands it. An answerer takes one question about its images, no dialogue."""
     raise NotImplementedError('tasks of several rounds are not supported')
 
   def clean(self) -> None:
