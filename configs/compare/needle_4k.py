@@ -18,7 +18,7 @@ import ml_collections
 
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.layers import LoRA
-from hrvlm_jax.data.needle import NeedleConfig
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.s2.config import S2Config

@@ -9,11 +9,11 @@ Result:   loss 0.390, accuracy 45.6% (chance 4.3%), 500 steps.
 
 import dataclasses
 
+from hrvlm_jax.lab import tiny
+from hrvlm_jax.lab.glyph_scenes import SceneConfig
+from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig, model
-from hrvlm_jax.training import tiny
-from hrvlm_jax.training.glyph_scenes import SceneConfig
-from hrvlm_jax.training.symbols import SymbolsConfig
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from hrvlm_jax.vision.vit import ViTConfig
 

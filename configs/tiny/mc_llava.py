@@ -11,9 +11,9 @@ Result:   loss 0.007, accuracy 99.4% (chance 4.3%), 300 steps.
 import dataclasses
 
 from hrvlm_jax.cli import quickstart
-from hrvlm_jax.training import tiny
-from hrvlm_jax.training.glyphs import GlyphConfig
-from hrvlm_jax.training.symbols import SymbolsConfig
+from hrvlm_jax.lab import tiny
+from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.symbols import SymbolsConfig
 
 # The model of the quickstart, with rows for the tokenizer that the tiny configs share.
 _QUICKSTART = quickstart.model(quickstart.RUNS['multi_crop'])

@@ -8,11 +8,11 @@ Result:   loss 0.048, accuracy 90.6% (chance 4.3%), 800 steps.
 """
 
 from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.lab import tiny
+from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.systems.pheye.config import PheyeConfig
-from hrvlm_jax.training import tiny
-from hrvlm_jax.training.glyphs import GlyphConfig
 from hrvlm_jax.vision.vit import ViTConfig
 
 # As the released models: the tower is frozen but for its LoRA sets. The language model has no

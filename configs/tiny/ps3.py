@@ -11,12 +11,12 @@ import dataclasses
 
 import ml_collections
 
-from hrvlm_jax.cli import tiny_regions
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.data.needle import NeedleConfig
+from hrvlm_jax.lab import tiny_regions
+from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.config import LookConfig, tiny_encoder
-from hrvlm_jax.training.glyphs import GlyphConfig
 
 TASK = NeedleConfig.square(signs=(5, 6))
 FOLDER = 'runs/tiny'

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
   if arguments.part:
     return _parts(arguments, dtype)
-  from hrvlm_jax.vlm.convert import convert
+  from hrvlm_jax.interop.convert import convert
 
   config = convert(arguments.source, arguments.to, dtype=dtype, revision=arguments.revision,
                    adapter=arguments.adapter, say=print)
@@ -57,9 +57,9 @@ def main(argv: list[str]) -> int:
 
 def _parts(arguments, dtype) -> int:
   from hrvlm_jax.cli import run_config
+  from hrvlm_jax.interop.convert import few
+  from hrvlm_jax.interop.starts import assemble
   from hrvlm_jax.training.config import RunConfig
-  from hrvlm_jax.vlm.convert import few
-  from hrvlm_jax.vlm.starts import assemble
 
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   fresh = assemble(config.model, arguments.part, arguments.to, dtype=dtype, say=print)
@@ -73,7 +73,7 @@ def _parts(arguments, dtype) -> int:
 def _check(arguments) -> int:
   import jax
 
-  from hrvlm_jax.verify.certificate import FILE, certify
+  from hrvlm_jax.interop.certificate import FILE, certify
 
   jax.config.update('jax_default_matmul_precision', 'highest')
   result = certify(arguments.to, source=arguments.source, against=arguments.check or None,

@@ -34,10 +34,10 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.core.config import from_dict, to_dict
-  from hrvlm_jax.data import curate
   from hrvlm_jax.data.build import build_records
-  from hrvlm_jax.data.regions import RegionCheck
   from hrvlm_jax.data.sources import open_source
+  from hrvlm_jax.systems.ps3 import curate
+  from hrvlm_jax.systems.ps3.records import RegionCheck
 
   config = curate.CurateConfig()
   if arguments.config is not None:

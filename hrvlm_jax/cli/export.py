@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
 
   import jax.numpy as jnp
 
-  from hrvlm_jax.vlm.export import export
+  from hrvlm_jax.interop.export import export
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
   export(arguments.checkpoint, arguments.to, dtype=dtype, merge_lora=arguments.merge_lora)

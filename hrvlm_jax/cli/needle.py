@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--seed', type=int, default=0)
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.data.needle import NeedleConfig, write
+  from hrvlm_jax.lab.needle import NeedleConfig, write
 
   if arguments.photographs and not pathlib.Path(arguments.photographs).is_dir():
     raise UserError(f'--photographs {arguments.photographs}: no such folder')

@@ -38,15 +38,15 @@ def main(argv: list[str]) -> int:
 
   from hrvlm_jax.cli import run_config
   from hrvlm_jax.core.config import to_dict
-  from hrvlm_jax.parallel import plan
+  from hrvlm_jax.planning import plan
   from hrvlm_jax.training.config import RunConfig
 
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   options = {'config': to_dict(config), 'length': arguments.length, 'image': arguments.image,
              'images': arguments.images}
-  target = 'hrvlm_jax.training.programs:train_program'
+  target = 'hrvlm_jax.planning.programs:train_program'
   if arguments.step != 'train':
-    target = 'hrvlm_jax.training.programs:serve_program'
+    target = 'hrvlm_jax.planning.programs:serve_program'
     options['what'] = arguments.step
   if arguments.search:
     report = _search(arguments, target, options)
@@ -67,8 +67,8 @@ def _search(arguments, target, options):
   A mesh cuts a micro-batch into data x fsdp parts. Where the config's has too few rows for them,
   fewer micro-batches are taken, the global batch staying what it is.
   """
-  from hrvlm_jax.parallel import plan
   from hrvlm_jax.parallel.topology import parse
+  from hrvlm_jax.planning import plan
 
   topology = parse(arguments.topology, slices=arguments.slices)
   meshes = [arguments.mesh] if arguments.mesh else plan.mesh_candidates(topology)

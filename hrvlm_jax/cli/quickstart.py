@@ -23,22 +23,22 @@ from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import messages_from_llava
-from hrvlm_jax.data.needle import NeedleConfig, accuracy_by_size, read_records, write
 from hrvlm_jax.data.transforms import tokenizer_of
-from hrvlm_jax.evaluation.compare_parts import answer_records
-from hrvlm_jax.evaluation.journal import Journal
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.lab.compare_parts import answer_records
+from hrvlm_jax.lab.glyphs import GlyphConfig, pretrain
+from hrvlm_jax.lab.journal import Journal
+from hrvlm_jax.lab.needle import NeedleConfig, accuracy_by_size, read_records, write
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.chat import get_template, render, rendered_text
+from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
-from hrvlm_jax.training.glyphs import GlyphConfig, pretrain
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm.answer import Answerer
-from hrvlm_jax.vlm.export import export
 
 WINDOW = 80  # canvas pixels of a crop; the panorama's height, so that crops make one row
 VIEW = 40  # pixels of a view

@@ -16,7 +16,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.training import sweep
+  from hrvlm_jax.lab import sweep
 
   entries = entries_of(arguments.config, arguments.overrides, only=arguments.only)
   if arguments.list:
@@ -39,8 +39,8 @@ def entries_of(spec: str, overrides, *, only: str | None = None) -> list:
     UserError: an unknown row, no row and no list of values, or what a config refuses.
   """
   from hrvlm_jax.cli import run_config
+  from hrvlm_jax.lab.sweep import Entry
   from hrvlm_jax.training.config import RunConfig
-  from hrvlm_jax.training.sweep import Entry
 
   path, colon, _ = spec.partition(':')
   rows = {} if colon or not path.endswith('.py') else _rows(path)

@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.cli import run_config
-  from hrvlm_jax.evaluation.journal import Journal
-  from hrvlm_jax.training import tiny
+  from hrvlm_jax.lab import tiny
+  from hrvlm_jax.lab.journal import Journal
   from hrvlm_jax.training.config import RunConfig
   from hrvlm_jax.training.loop import train
 

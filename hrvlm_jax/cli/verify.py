@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 
   import jax
 
-  from hrvlm_jax.verify.runner import find_cases, run_case
+  from tests.parity.cases.runner import find_cases, run_case
 
   jax.config.update('jax_default_matmul_precision', 'highest')
   reports = []

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.expansion import IGNORE, TEXT, pad_batch
 from hrvlm_jax.data.plan import Planner, Size, StepPlan
 from hrvlm_jax.data.rows import BadRow, Row
+from hrvlm_jax.language.expansion import IGNORE, TEXT, pad_batch
 
 Views = dict[str, np.ndarray]
 Fault = tuple[str, str]

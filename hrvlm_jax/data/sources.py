@@ -17,9 +17,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import messages_from_llava
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row, image_refs, inside
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from hrvlm_jax.language.conversation import messages_from_llava
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import messages_from_llava
 from hrvlm_jax.data.rows import BadRow, Fields, Row, decode_record, image_refs, question_answers
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from hrvlm_jax.language.conversation import messages_from_llava
 
 _CACHED_GROUPS = 2  # row groups of a parquet file held decoded, per process
 

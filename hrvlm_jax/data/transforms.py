@@ -13,12 +13,18 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import Encoded, encode_prompt, encode_training, prepare, prompt_end
-from hrvlm_jax.data.expansion import choose_bucket, expand, pad_batch
 from hrvlm_jax.data.plan import Size
 from hrvlm_jax.data.planned import join_texts
 from hrvlm_jax.data.rows import BadRow, Row, image_sizes, open_images
 from hrvlm_jax.language.chat import Message, get_template, question
+from hrvlm_jax.language.conversation import (
+  Encoded,
+  encode_prompt,
+  encode_training,
+  prepare,
+  prompt_end,
+)
+from hrvlm_jax.language.expansion import choose_bucket, expand, pad_batch
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 TooLong = Literal['cut_text', 'cut_row', 'refuse']

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding
 
 from hrvlm_jax.core import constraints
 from hrvlm_jax.parallel import distributed, rules
+from hrvlm_jax.parallel.compiler import compiler_options
 from hrvlm_jax.parallel.constraints import activation_constraints
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_shards, check_batch, make_mesh, replicated
-from hrvlm_jax.parallel.plan import compiler_options
 
 
 class Layout:

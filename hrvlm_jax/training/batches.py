@@ -16,7 +16,7 @@ from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample, tokenizer_o
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion
-from hrvlm_jax.training import regions
+from hrvlm_jax.systems.ps3 import pretrain as regions
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm.answer import text_of
 

@@ -15,7 +15,7 @@ from hrvlm_jax.data.plan import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.data import SampleConfig
-from hrvlm_jax.training.contrastive import ContrastiveConfig
+from hrvlm_jax.systems.ps3.losses import ContrastiveConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import optax
 
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional, Params, layers_for_gradients
-from hrvlm_jax.training import contrastive
+from hrvlm_jax.systems.ps3 import losses as contrastive
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import optimizer, schedule, split

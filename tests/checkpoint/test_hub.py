@@ -6,8 +6,9 @@ import sys
 import numpy as np
 import pytest
 
-from hrvlm_jax.checkpoint import hf, hub
+from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.interop import hub
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 NAME = 'someone/model-1.5'

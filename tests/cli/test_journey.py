@@ -14,7 +14,7 @@ import pytest
 
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.cli.main import main
-from hrvlm_jax.data.needle import NeedleConfig, write
+from hrvlm_jax.lab.needle import NeedleConfig, write
 
 CONFIG = textwrap.dedent("""
     import ml_collections

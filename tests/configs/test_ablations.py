@@ -8,8 +8,8 @@ import pytest
 
 from hrvlm_jax.cli.sweep import entries_of
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.programs import batch_shapes
 from hrvlm_jax.training.start import run_dtypes
 from hrvlm_jax.training.step import OBJECTIVES, init_state
 from hrvlm_jax.vlm import model as vlm

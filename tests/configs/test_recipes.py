@@ -20,10 +20,10 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
+from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.programs import batch_shapes
 from hrvlm_jax.training.start import run_dtypes
 from hrvlm_jax.training.step import init_state, value_and_grad
 from hrvlm_jax.vlm import model as vlm

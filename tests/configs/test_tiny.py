@@ -6,7 +6,7 @@ import runpy
 
 import pytest
 
-from hrvlm_jax.training import tiny
+from hrvlm_jax.lab import tiny
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny'
 NAMES = ('llava_hr', 'mc_llava', 'pheye', 'ps3', 'vila_hd')  # fixed

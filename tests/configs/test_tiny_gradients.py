@@ -9,8 +9,8 @@ import pytest
 
 from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
-from hrvlm_jax.data.needle import NeedleConfig, write
-from hrvlm_jax.data.needle.regions import write_regions
+from hrvlm_jax.lab.needle import NeedleConfig, write
+from hrvlm_jax.lab.needle.regions import write_regions
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig

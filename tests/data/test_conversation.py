@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.conversation import (
+from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message, get_template
+from hrvlm_jax.language.conversation import (
   SENTINEL,
   encode_conversation,
   encode_llava,
@@ -16,7 +17,6 @@ from hrvlm_jax.data.conversation import (
   prepare,
   prompt_end,
 )
-from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message, get_template
 from hrvlm_jax.language.tokenizer import ByteTokenizer, load_tokenizer
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'

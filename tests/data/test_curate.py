@@ -9,7 +9,9 @@ import pytest
 
 from hrvlm_jax.cli import curate as verb
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.curate import (
+from hrvlm_jax.data.rows import BadRow
+from hrvlm_jax.data.sources import ImageFolder
+from hrvlm_jax.systems.ps3.curate import (
   CurateConfig,
   Curated,
   MaskConfig,
@@ -19,10 +21,8 @@ from hrvlm_jax.data.curate import (
   plain_caption,
   windows,
 )
-from hrvlm_jax.data.regions import regions_of
-from hrvlm_jax.data.rows import BadRow
-from hrvlm_jax.data.sources import ImageFolder
-from hrvlm_jax.data.webdataset import open_regions
+from hrvlm_jax.systems.ps3.records import regions_of
+from hrvlm_jax.systems.ps3.shards import open_regions
 
 SMALL = CurateConfig(min_side=100, boxes=2, box_area=1600, stride=5)
 

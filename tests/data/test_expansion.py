@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.expansion import choose_bucket, expand, merge_rows, pad_batch
+from hrvlm_jax.language.expansion import choose_bucket, expand, merge_rows, pad_batch
 
 
 def test_expand():

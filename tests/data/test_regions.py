@@ -10,11 +10,11 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.build import build_records
-from hrvlm_jax.data.needle import NeedleConfig
-from hrvlm_jax.data.needle.regions import NeedleRegions, describe, write_regions
-from hrvlm_jax.data.regions import RegionCheck, Regions, region_row, regions_of
 from hrvlm_jax.data.rows import BadRow, ImageRef, decode_record, encode_record, open_images
-from hrvlm_jax.data.webdataset import RegionShards, expand, open_regions, write_shard
+from hrvlm_jax.lab.needle import NeedleConfig
+from hrvlm_jax.lab.needle.regions import NeedleRegions, describe, write_regions
+from hrvlm_jax.systems.ps3.records import RegionCheck, Regions, region_row, regions_of
+from hrvlm_jax.systems.ps3.shards import RegionShards, expand, open_regions, write_shard
 
 
 def picture(seed=0, size=(40, 30)):
@@ -147,5 +147,5 @@ def test_the_built_in_task_as_region_records(tmp_path):
   assert 3 <= len(regions.boxes) <= 4 and all(c in regions.global_caption
                                              for c in regions.captions)
   assert regions.captions[0].split()[1] == 'sign'
-  from hrvlm_jax.data.needle import plan
+  from hrvlm_jax.lab.needle import plan
   assert describe(plan(task, 4, 2).signs[0], '').endswith('sign')

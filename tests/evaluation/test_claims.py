@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.cli import run_config
-from hrvlm_jax.evaluation import claims
-from hrvlm_jax.evaluation.compare_config import CompareConfig
+from hrvlm_jax.lab import claims
+from hrvlm_jax.lab.compare_config import CompareConfig
 
 
 def rows(*right):

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hrvlm_jax.evaluation.journal import Journal
+from hrvlm_jax.lab.journal import Journal
 
 
 def test_done_parts_are_not_repeated(tmp_path, capsys):

@@ -110,7 +110,7 @@ def test_scoring_refuses_what_it_cannot_use(tmp_path, capsys):
 
 
 def test_generated_needle_task(tmp_path):
-  from hrvlm_jax.data.needle import NeedleConfig, write
+  from hrvlm_jax.lab.needle import NeedleConfig, write
   write(NeedleConfig.tiny(turns=2), tmp_path / 'task', 3, seed=5, progress=False)
   samples = benchmarks.get('needle').load(tmp_path / 'task')
   assert len(samples) == 6 and len({s.meta['relative_area'] for s in samples}) > 1

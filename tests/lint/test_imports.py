@@ -8,16 +8,10 @@ PACKAGE = pathlib.Path(__file__).parents[2] / 'hrvlm_jax'
 NNX_NAMES = {'Module', 'Param', 'Rngs', 'initializers', 'split', 'merge', 'eval_shape',
              'to_pure_dict', 'List', 'Variable'}
 # A room may import rooms below it (imports point down only).
-BELOW = {
-  'core': set(),
-  'checkpoint': {'core'},
-  'parallel': {'core'},
-  'vision': {'core', 'checkpoint'},
-  'language': {'core', 'checkpoint'},
-  'systems': {'core', 'checkpoint', 'vision', 'language'},
-  'data': {'core', 'language'},
-  'vlm': {'core', 'checkpoint', 'parallel', 'vision', 'language', 'systems', 'data'},
-}
+FLOORS = ('core', 'checkpoint', 'parallel', 'vision', 'language', 'data', 'systems', 'vlm',
+          'training', 'interop', 'planning', 'evaluation', 'lab', 'cli')
+# Rooms side by side: neither imports the other.
+BESIDE = (('checkpoint', 'parallel'), ('vision', 'language'), ('interop', 'planning'))
 
 
 def modules():
@@ -55,16 +49,24 @@ def test_imports_point_down():
   problems = []
   for path, tree in modules():
     room = path.relative_to(PACKAGE).parts[0]
-    if room not in BELOW:
+    if room not in FLOORS:
       continue
-    for module, _ in imported(tree):
+    for module, names in imported(tree):
       parts = module.split('.')
-      if parts[0] == 'hrvlm_jax' and len(parts) > 1:
-        other = parts[1]
-        is_room = (PACKAGE / other).is_dir()
-        if is_room and other != room and other not in BELOW[room]:
+      if parts[0] != 'hrvlm_jax':
+        continue
+      for other in parts[1:2] or names:
+        if other not in FLOORS or other == room:
+          continue
+        beside = any(room in pair and other in pair for pair in BESIDE)
+        if beside or FLOORS.index(other) > FLOORS.index(room):
           problems.append(f'{path.relative_to(PACKAGE)}: imports {module}')
   assert not problems, '\n'.join(problems)
+
+
+def test_every_room_has_a_floor():
+  rooms = {path.name for path in PACKAGE.iterdir() if (path / '__init__.py').exists()}
+  assert rooms == set(FLOORS)
 
 
 def test_systems_do_not_import_each_other():

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.parallel import hlo, plan, topology
+from hrvlm_jax.parallel import topology
+from hrvlm_jax.parallel.compiler import compiler_options
 from hrvlm_jax.parallel.flops import count_flops
+from hrvlm_jax.planning import hlo, plan
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 TARGET = 'tests.parallel.programs:transformer'
@@ -211,7 +213,7 @@ def test_report_for_people(gpu_report):
 def test_compiler_options_are_known_to_the_compiler():
   # Any backend refuses names and values that XLA does not know.
   for platform in ('cpu', 'gpu', 'tpu'):
-    options = plan.compiler_options(platform)
+    options = compiler_options(platform)
     assert jax.jit(lambda x: x + 1, compiler_options=options or None)(1) == 2
 
 

@@ -10,8 +10,8 @@ from hrvlm_jax.cli import main as cli, plan as plan_verb
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.mesh import make_mesh
+from hrvlm_jax.planning import programs
 from hrvlm_jax.systems import registry
-from hrvlm_jax.training import programs
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 CONFIG = """
@@ -97,7 +97,7 @@ def test_mistakes(file, arguments, sentence):
 
 
 def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys):
-  from hrvlm_jax.parallel import plan
+  from hrvlm_jax.planning import plan
 
   tried = []
 
@@ -126,7 +126,7 @@ def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys
 
 
 def test_search_compiles_nothing_that_cannot_fit(file, monkeypatch, capsys):
-  from hrvlm_jax.parallel import plan
+  from hrvlm_jax.planning import plan
 
   tried = []
 

@@ -47,7 +47,7 @@ def test_side_by_side_with_a_folder_of_weights(name, parts, tmp_path, capsys):
 
 
 def test_a_changed_checkpoint_fails_and_recorded_cases_count(tmp_path, capsys, monkeypatch):
-  from hrvlm_jax.verify.certificate import certify
+  from hrvlm_jax.interop.certificate import certify
 
   source = small_release(tmp_path / 'original', 'single_view')
   assert main(['convert', '--from', str(source), '--to', str(tmp_path / 'c')]) == 0
@@ -70,7 +70,7 @@ def test_a_changed_checkpoint_fails_and_recorded_cases_count(tmp_path, capsys, m
 
 
 def test_the_recorded_cases_of_a_system_are_found(monkeypatch):
-  from hrvlm_jax.verify import certificate
+  from hrvlm_jax.interop import certificate
 
   monkeypatch.setenv('HRVLM_GOLDENS', str(TESTS / 'goldens'))
   found = certificate._cases(registry.get('mc_llava').tiny(), None)

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from hrvlm_jax.verify import runner
+from tests.parity.cases import runner
 
 ROOT = pathlib.Path(os.environ.get('HRVLM_GOLDENS', pathlib.Path(__file__).parents[1] / 'goldens'))
 CASES = runner.find_cases(ROOT)

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.verify import runner
+from tests.parity.cases import runner
 
 
 @pytest.fixture

@@ -17,16 +17,16 @@ from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.ps3 import model, selection
 from hrvlm_jax.systems.ps3.config import LookConfig, tiny_encoder
 from hrvlm_jax.systems.ps3.encoder import Encoder, feature_maps
-from hrvlm_jax.systems.ps3.patches import scaled
-from hrvlm_jax.systems.ps3.plan import make_plan
-from hrvlm_jax.systems.ps3.views import batch as batch_views
-from hrvlm_jax.training.contrastive import (
+from hrvlm_jax.systems.ps3.losses import (
   ContrastiveConfig,
   clamp_logit_scale,
   pretrain_losses,
   selection_loss,
   sigmoid_loss,
 )
+from hrvlm_jax.systems.ps3.patches import scaled
+from hrvlm_jax.systems.ps3.plan import make_plan
+from hrvlm_jax.systems.ps3.views import batch as batch_views
 from hrvlm_jax.training.step import OBJECTIVES
 
 CONFIG = tiny_encoder(max_select=40)
@@ -216,7 +216,7 @@ SHARDED = """
 import re
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from hrvlm_jax.training.contrastive import sigmoid_loss
+from hrvlm_jax.systems.ps3.losses import sigmoid_loss
 
 ROWS, CHUNK = 2048, 256
 mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
@@ -273,7 +273,7 @@ def test_the_objective_of_the_training_loop_is_the_sum_over_rows():
     return {'total': jnp.float32(0.5)}
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr('hrvlm_jax.training.contrastive.pretrain_losses', losses)
+    patch.setattr('hrvlm_jax.systems.ps3.losses.pretrain_losses', losses)
     total, rows = OBJECTIVES['ps3_pretrain'](
       None, {}, {'tokens': np.zeros((6, 3))}, dtype=jnp.bfloat16, remat=True, key=None, chunk=7)
   assert float(total) == 3 and int(rows) == 6

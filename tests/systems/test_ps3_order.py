@@ -9,7 +9,7 @@ import torch
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.ps3.selection import NARROW, ChannelNorm, in_order
-from hrvlm_jax.verify.ps3.common import compiled
+from tests.parity.cases.ps3.common import compiled
 
 
 @pytest.mark.parametrize('size, target', [((32, 32), (120, 120)), ((100, 70), (37, 91)),

@@ -14,12 +14,12 @@ import pytest
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.interop.export import export
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import model
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig, TextConfig
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.vision.vit import ViTConfig
-from hrvlm_jax.vlm.export import export
 
 SCRIPT = pathlib.Path(__file__).with_name('ps3_peer.py')
 # Every budget is three whole cells of the thumbnail's 4 x 4: neither the remainder that 0.1.3 loses

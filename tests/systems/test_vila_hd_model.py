@@ -14,19 +14,19 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.expansion import pad_batch
 from hrvlm_jax.data.rows import ImageRef, Row
 from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
-from hrvlm_jax.evaluation.compare_parts import cost
+from hrvlm_jax.interop.convert import convert
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.lab.compare_parts import cost
 from hrvlm_jax.language.chat import Message
+from hrvlm_jax.language.expansion import pad_batch
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.vila_hd import views as host, weights
 from hrvlm_jax.systems.vila_hd.config import tiny
 from hrvlm_jax.training.two_pass import two_pass_loss
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
-from hrvlm_jax.vlm.convert import convert
-from hrvlm_jax.vlm.export import export
 
 CONFIG = tiny()
 TOKENIZER = tokenizer_of('byte')

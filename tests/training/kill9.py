@@ -39,8 +39,8 @@ import tensorboardX  # noqa: F401 - slow to import, so before the forks
 
 from hrvlm_jax.checkpoint import layout
 from hrvlm_jax.core import paths
-from hrvlm_jax.data.needle import NeedleConfig, write
-from hrvlm_jax.data.needle.regions import write_regions
+from hrvlm_jax.lab.needle import NeedleConfig, write
+from hrvlm_jax.lab.needle.regions import write_regions
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training import determinism, loop
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig

@@ -17,8 +17,8 @@ from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import value_and_grad
-from hrvlm_jax.verify.training import without_dropout
 from hrvlm_jax.vlm import model as vlm
+from tests.parity.cases.training import without_dropout
 
 
 @pytest.fixture(scope='module')

@@ -9,12 +9,12 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.data.needle import NeedleConfig, glyph_crops
+from hrvlm_jax.lab import glyph_scenes
+from hrvlm_jax.lab.needle import NeedleConfig, glyph_crops
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
 from hrvlm_jax.systems.ps3.encoder import Encoder
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.training import glyph_scenes
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from hrvlm_jax.vision.vit import ViTConfig
 

@@ -11,20 +11,19 @@ import pytest
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.build import build_records
-from hrvlm_jax.data.needle import NeedleConfig
-from hrvlm_jax.data.needle.regions import NeedleRegions
 from hrvlm_jax.data.rows import ImageRef
 from hrvlm_jax.data.transforms import tokenizer_of
-from hrvlm_jax.evaluation.regions import WAYS, measure, needle_probes
+from hrvlm_jax.lab.needle import NeedleConfig
+from hrvlm_jax.lab.needle.regions import NeedleRegions
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.ps3 import model
+from hrvlm_jax.systems.ps3 import model, pretrain as regions
 from hrvlm_jax.systems.ps3.config import SaliencyConfig, TextConfig, tiny_encoder
 from hrvlm_jax.systems.ps3.data import SampleConfig
+from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, objective, pretrain_losses
+from hrvlm_jax.systems.ps3.recall import WAYS, measure, needle_probes
 from hrvlm_jax.systems.ps3.text import tokenizer
-from hrvlm_jax.training import regions
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
-from hrvlm_jax.training.contrastive import ContrastiveConfig, objective, pretrain_losses
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import init_state, make_train_step, value_and_grad

@@ -11,7 +11,7 @@ import pytest
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.cli.sweep import entries_of
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.training import sweep
+from hrvlm_jax.lab import sweep
 
 ABLATIONS = pathlib.Path(__file__).parents[2] / 'configs' / 'ablations'
 

@@ -8,9 +8,9 @@ import pytest
 
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.interop.convert import convert, recognise
+from hrvlm_jax.interop.export import export
 from hrvlm_jax.systems import registry
-from hrvlm_jax.vlm.convert import convert, recognise
-from hrvlm_jax.vlm.export import export
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from releases import KINDS, layout, random_tensors, read_release, write_release

@@ -19,13 +19,13 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.core.module import Functional
+from hrvlm_jax.interop.starts import assemble
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vision import convnext
 from hrvlm_jax.vision.vit import ViT
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.starts import assemble
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from releases import KINDS, layout, random_tensors, write_release

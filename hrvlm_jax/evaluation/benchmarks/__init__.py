@@ -4,17 +4,9 @@
 """
 
 from hrvlm_jax.core.errors import UserError, unknown
-from hrvlm_jax.evaluation.benchmarks import (
-  captions,
-  choice,
-  documents,
-  judged,
-  needle,
-  tsv,
-  vqa,
-  yesno,
-)
+from hrvlm_jax.evaluation.benchmarks import captions, choice, documents, judged, tsv, vqa, yesno
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, ImageSource, Sample, Scores, Submission
+from hrvlm_jax.lab.needle import benchmark as needle
 
 _MODULES = (vqa, documents, yesno, choice, tsv, captions, judged, needle)
 

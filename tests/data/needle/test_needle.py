@@ -12,9 +12,9 @@ import pytest
 
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data import needle
-from hrvlm_jax.data.needle import NeedleConfig, font
-from hrvlm_jax.data.needle.signs import overlap
+from hrvlm_jax.lab import needle
+from hrvlm_jax.lab.needle import NeedleConfig, font
+from hrvlm_jax.lab.needle.signs import overlap
 
 TINY = NeedleConfig.tiny()
 PRESETS = {'tiny': TINY, 'panorama': NeedleConfig.panorama(),

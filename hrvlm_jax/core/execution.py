@@ -1,0 +1,134 @@
+"""What a program is traced for: one frozen, hashable value that callers hand down as an argument.
+
+Where the best form of an operation depends on the machine, on the mesh or on whether gradients
+follow, a layer asks the `Execution` it was given and nothing else: no context variable, no global.
+Being hashable it can be a static argument of `jax.jit`, so that the same function under two
+executions is two programs. A program that is compiled ahead of time for another machine
+(`planning`) gets the form of that machine.
+
+Axis letters: b batch, t places of a row, d width, v vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+# Axes of a mesh, outermost first; `parallel.mesh` says what each is for.
+AXES = ('data', 'fsdp', 'sequence', 'tensor')
+# The axes over which the examples of a batch are cut.
+BATCH_AXES = ('data', 'fsdp')
+
+PLACES = ('hidden', 'logits', 'small')
+REMAT = {
+  'none': False,
+  'layers': True,
+  'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+  """The circumstances of a program. Results do not depend on them beyond rounding.
+
+  Attributes:
+    mesh: devices the program is spread over; None: one device.
+    platform: 'cpu', 'gpu' or 'tpu'; None: the mesh's, or else the default backend's.
+    dtype: of activations.
+    remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
+    attention: form of attention, see `core.attention`.
+    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'in_line': one after
+      the other. The program grows with the depth, and so does its compilation; in exchange no
+      layer's weights are cut out of the stack, and what the backward pass needs of a layer is
+      neither put into an array of all layers nor taken out of it again.
+    gradients: the program is differentiated.
+    deterministic: forms whose sums do not depend on timing are chosen.
+  """
+
+  mesh: Mesh | None = None
+  platform: str | None = None
+  dtype: str = 'float32'
+  remat: Literal['none', 'layers', 'dots'] = 'none'
+  attention: str = 'xla'
+  layers: Literal['loop', 'in_line'] = 'loop'
+  gradients: bool = False
+  deterministic: bool = False
+
+  def __post_init__(self):
+    object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
+    problems = []
+    if self.remat not in REMAT:
+      problems.append(f'remat must be one of {sorted(REMAT)}, got {self.remat!r}')
+    if self.layers not in ('loop', 'in_line'):
+      problems.append(f"layers must be 'loop' or 'in_line', got {self.layers!r}")
+    if self.platform not in (None, 'cpu', 'gpu', 'tpu'):
+      problems.append(f"platform must be 'cpu', 'gpu' or 'tpu', got {self.platform!r}")
+    if problems:
+      raise ValueError('Execution: ' + '; '.join(problems))
+
+  @property
+  def on(self) -> str:
+    """The platform: 'cpu', 'gpu' or 'tpu'."""
+    if self.platform is not None:
+      return self.platform
+    if self.mesh is not None:
+      return self.mesh.devices.flat[0].platform
+    return jax.default_backend()
+
+  @property
+  def devices(self) -> int:
+    """Number of devices the program is spread over."""
+    return 1 if self.mesh is None else self.mesh.size
+
+  @property
+  def one_cpu(self) -> bool:
+    """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
+    return self.devices == 1 and self.on == 'cpu'
+
+  def replace(self, **changes) -> Execution:
+    """The same circumstances but for `changes`."""
+    return dataclasses.replace(self, **changes)
+
+  def constrain(self, place: str, x):
+    """`x` (an array or a tree of arrays) laid over the mesh as that place wants it.
+
+    Without this the partitioner is free to keep a weight in parts and to add up partial activations
+    instead, which moves far more bytes than gathering the weight. On one device nothing happens. A
+    dimension that does not divide stays whole: an evaluation batch of one example is no error.
+
+    Args:
+      place: 'hidden' ([b t d], [b h w c]: the residual stream, cut over examples and, if [b t d],
+        over sequence); 'logits' ([b t v]: the same, and the vocabulary over tensor, where the
+        head's columns lie); 'small' (low-rank matrices and position tables, whole: left in parts,
+        a small matrix draws the partitioner into moving the activations beside it, hundreds of
+        times its own size).
+
+    Raises:
+      ValueError: another place.
+    """
+    if place not in PLACES:
+      raise ValueError(f'constrain: unknown place {place!r}; known: {list(PLACES)}')
+    if self.devices == 1:
+      return x
+    return jax.tree.map(lambda leaf: self._pin(place, leaf), x)
+
+  def _pin(self, place: str, x: jax.Array) -> jax.Array:
+    sizes = self.mesh.shape
+    if place == 'small':
+      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
+    if x.ndim < 3:
+      return x
+    shards = sizes['data'] * sizes['fsdp']
+    spec = [BATCH_AXES if x.shape[0] % shards == 0 else None, *(None,) * (x.ndim - 1)]
+    if x.ndim == 3 and sizes['sequence'] > 1 and x.shape[1] % sizes['sequence'] == 0:
+      spec[1] = 'sequence'
+    if place == 'logits' and sizes['tensor'] > 1 and x.shape[-1] % sizes['tensor'] == 0:
+      spec[-1] = 'tensor'
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+
+
+HERE = Execution()

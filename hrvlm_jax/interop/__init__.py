@@ -1,0 +1,1 @@
+"""Everything that exchanges weights: convert, export, starts, adapters, hub, card, certificate."""

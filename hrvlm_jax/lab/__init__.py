@@ -1,0 +1,1 @@
+"""The needle task and the miniature experiments."""

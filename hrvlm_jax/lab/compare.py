@@ -1,0 +1,336 @@
+"""Several systems on the built-in task with the same data, language model and steps: one table.
+
+Every part leaves a file when it is done, so that a comparison that was stopped goes on where it
+was. What is shared: the written task, the tokenizer, one vision encoder pre-trained on the task's
+letters, from which the ViT of every system starts, one language model pre-trained on the task's
+text with symbols in place of images, and all training settings. What differs is what the systems
+are: views, tokens, joining. Two of them need more than that encoder: LLaVA-HR has a
+ConvNeXt besides, PS3 reads patches of a large grid one by one. Both get a pre-training of their own
+on the task's scenes (`adapt`), whose steps and seconds are part of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.evaluation.provenance import versions
+from hrvlm_jax.lab import claims, glyph_scenes, glyphs, symbols
+from hrvlm_jax.lab.claims import Point
+from hrvlm_jax.lab.compare_config import CompareConfig, plain, systems_of, tower_path, towers
+from hrvlm_jax.lab.compare_parts import answer_records, cost
+from hrvlm_jax.lab.compare_report import machine, plot, table
+from hrvlm_jax.lab.journal import Journal
+from hrvlm_jax.lab.needle import accuracy_by_size, read_records, single_turns, write
+from hrvlm_jax.language import chat
+from hrvlm_jax.language.bpe import train_bpe
+from hrvlm_jax.language.conversation import messages_from_llava
+from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
+from hrvlm_jax.training.config import DataConfig, Group, RunConfig, TrainingConfig
+from hrvlm_jax.training.loop import train
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import Answerer, text_of
+
+TOWER = 'vision/tower/'  # where the shared encoder stands in its own checkpoint
+SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
+
+
+class Comparison(Journal):
+  """The parts of a comparison in one folder."""
+
+  def __init__(self, config: CompareConfig, folder: str | os.PathLike, *, progress: bool = True):
+    super().__init__(folder)
+    self.config, self.progress = config, progress
+    self._same_config()
+
+  def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that is not done yet; returns the content of results.json.
+
+    Args:
+      only: names of the systems to work on now; () for all. The results tell of all systems that
+        are done.
+    """
+    if wrong := sorted(set(only) - set(self.config.systems)):
+      raise UserError(f'no system is called {", ".join(wrong)}; there are '
+                      f'{", ".join(self.config.systems)}')
+    self.part('data', self.write_data)
+    self.part('tokenizer', self.tokenizer)
+    self.part('encoder', self.pretrain)
+    if self.config.language is not None:
+      self.part('language', self.pretrain_language)
+    for name in only or self.config.systems:
+      if name in self.config.adapt:
+        source = self.config.adapt[name].like or name
+        self.part(f'adapt {source}', lambda n=source: self.adapt(n))
+      self.part(f'train {name}', lambda n=name: self.train(n))
+      self.part(f'answer {name}', lambda n=name: self.answer(n))
+      self.part(f'measure {name}', lambda n=name: self.measure(n))
+    for claim in self.config.claims.values():
+      if not only or systems_of(claim) <= set(only):
+        for point in claim.points:
+          if point.encoder:
+            self.part(f'answer {point.key}', lambda p=point: self.answer(p.system, p))
+    return self.report()
+
+  def parts(self) -> set[str]:
+    """Names of all parts of this comparison; the folder may hold those of others beside it."""
+    c = self.config
+    found = {'data', 'tokenizer', 'encoder', 'language'}
+    for name in c.systems:
+      found |= {f'train {name}', f'answer {name}', f'measure {name}'}
+    found |= {f'adapt {a.like or name}' for name, a in c.adapt.items()}
+    return found | {f'answer {point.key}' for claim in c.claims.values() for point in claim.points}
+
+  def _same_config(self) -> None:
+    """Refuses to mix two comparisons in one folder; more systems may join."""
+    now = json.loads(json.dumps(to_dict(self.config)))
+    before = self.read('config.json') or dict(now)
+    joining = {}
+    changed = []
+    for key in ('systems', 'adapt', 'claims'):
+      old, new = before.pop(key, {}), now.pop(key)
+      joining[key] = {**old, **new}
+      if key == 'claims':  # they are only read
+        continue
+      changed += sorted(f'{key}.{name}' for name in old.keys() & new.keys()
+                        if old[name] != new[name])
+    changed += sorted(key for key in before.keys() | now.keys()
+                      if before.get(key) != now.get(key))
+    if changed:
+      raise UserError(f'{self.folder}: holds another comparison ({", ".join(changed)} differ); '
+                      'choose another --out')
+    self.write('config.json', now | joining)
+
+  def write_data(self) -> None:
+    """Training and evaluation images."""
+    c = self.config
+    training = dataclasses.replace(c.task, turns=c.turns)
+    write(training, self.folder / 'data/train', c.train_images, seed=c.seed,
+          progress=self.progress)
+    rows = single_turns(read_records(self.folder / 'data/train'))
+    (self.folder / 'data/train/rows.json').write_text(json.dumps(rows))
+    write(c.task, self.folder / 'data/eval', c.eval_images, seed=c.seed + 1,
+          progress=self.progress)
+
+  def tokenizer(self) -> None:
+    """A byte-level BPE tokenizer: words of the questions and of all templates are single tokens."""
+    templates = [chat.get_template(name)
+                 for name in sorted({model.chat for model in self.config.systems.values()})]
+    records = read_records(self.folder / 'data/train')[:1000]
+    rows = [messages_from_llava(record['conversations']) for record in single_turns(records)]
+    texts = [chat.rendered_text(chat.render(template, messages))
+             for template in templates for messages in rows]
+    folder = self.folder / 'tokenizer'
+    folder.mkdir(exist_ok=True)
+    size = next(iter(self.config.systems.values())).text.vocab_size
+    train_bpe(texts, vocab_size=size, specials=SPECIALS,
+              roles={'pad': '<pad>', 'eos': '<|im_end|>'}).save(folder)
+
+  def pretrain(self) -> None:
+    """The shared encoder, as a checkpoint of `vision/tower`."""
+    e = self.config.encoder
+    config = glyphs.GlyphConfig(
+      needle=self.config.task, vision=plain(e.vision), window=e.window,
+      last_tokens=e.last_tokens, colour_weight=e.colour_weight, steps=e.steps,
+      seed=self.config.seed)
+    with tqdm(total=e.steps, unit='step', disable=not self.progress) as bar:
+      tower, accuracy = glyphs.pretrain(config, report=_shown(bar))
+    shutil.rmtree(self.folder / 'encoder', ignore_errors=True)
+    store.save_params(self.folder / 'encoder', {'vision': {'tower': tower}},
+                      {'vision': to_dict(e.vision), 'accuracy': accuracy})
+
+  def pretrain_language(self) -> None:
+    """The shared language model, as a checkpoint of `language`."""
+    c = self.config
+    models = {model.chat: model for model in c.systems.values()
+              if isinstance(model.fusion, PrefixFusion)}
+    tokenizer = tokenizer_of(str(self.folder / 'tokenizer'))
+    config = symbols.SymbolsConfig(
+      needle=dataclasses.replace(c.task, turns=c.turns), text=next(iter(models.values())).text,
+      steps=c.language.steps, slots=c.language.slots, batch_size=c.language.batch_size,
+      learning_rate=c.language.learning_rate, lengths=c.lengths, seed=c.seed)
+    with tqdm(total=c.language.steps, unit='step', disable=not self.progress) as bar:
+      language, accuracy = symbols.pretrain(
+        config, tuple(text_of(models[name], tokenizer) for name in sorted(models)),
+        report=_shown(bar))
+    shutil.rmtree(self.folder / 'language', ignore_errors=True)
+    store.save_params(self.folder / 'language', {'language': language}, {'accuracy': accuracy})
+
+  def shared(self) -> dict[str, np.ndarray]:
+    """Flat parameters of the shared tower."""
+    source = self.folder / 'encoder'
+    names = [path.removeprefix('params/') for path in store.describe(source)]
+    return {name.removeprefix(TOWER): np.asarray(store.load_leaf(source, name))
+            for name in names if name.startswith(TOWER)}
+
+  def given(self, model: ModelConfig) -> dict[str, np.ndarray]:
+    """The shared tower's parameters by their paths in a model; {} for one without a ViT."""
+    if not any(towers(model.encoder)):
+      return {}
+    shared = self.shared()
+    place = tower_path(model, shared)
+    return {place + path: leaf for path, leaf in shared.items()}
+
+  def adapt(self, name: str) -> None:
+    """Pre-trains what one system needs beside the shared tower, starting from that tower."""
+    c, a, model = self.config, self.config.adapt[name], self.config.systems[name]
+    config = glyph_scenes.SceneConfig(
+      needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
+      learning_rate=a.learning_rate, window=a.window, seed=c.seed)
+    start = {path.removeprefix('vision/'): leaf for path, leaf in self.given(model).items()}
+    with tqdm(total=a.steps, unit='step', disable=not self.progress) as bar:
+      learned, accuracy = glyph_scenes.pretrain(config, start, report=_shown(bar))
+    folder = self.folder / 'adapted' / name
+    shutil.rmtree(folder, ignore_errors=True)
+    store.save_params(folder, paths.unflatten(learned), {'accuracy': accuracy})
+
+  def start(self, name: str) -> tuple[pathlib.Path, list[str], list[str]]:
+    """(checkpoint of all pre-trained parameters of a system, their paths, those of the encoder)."""
+    model = self.config.systems[name]
+    wanted = paths.flatten(vlm.build(model).abstract)
+    leaves = {path: leaf for path, leaf in self.given(model).items() if path in wanted}
+    if name in self.config.adapt:
+      source = self.folder / 'adapted' / (self.config.adapt[name].like or name)
+      for path in store.describe(source):
+        path = path.removeprefix('params/')
+        if f'vision/{path}' in wanted:  # all of it, unless it is like another system
+          leaves[f'vision/{path}'] = np.asarray(store.load_leaf(source, path))
+    seen = sorted(leaves)
+    if self.config.language is not None:
+      source = self.folder / 'language'
+      names = [path.removeprefix('params/') for path in store.describe(source)]
+      leaves |= {name: np.asarray(store.load_leaf(source, name)) for name in names}
+    folder = self.folder / 'start' / name
+    shutil.rmtree(folder, ignore_errors=True)
+    store.save_params(folder, paths.unflatten(leaves), {'system': model.system})
+    return folder, sorted(leaves), seen
+
+  def run_config(self, name: str) -> RunConfig:
+    """The training run of one system: all equal but the model."""
+    c, model = self.config, self.config.systems[name]
+    folder, given, seen = self.start(name)
+    exactly, frozen = ('|'.join(re.escape(path) for path in names) for names in (given, seen))
+    two_pass = isinstance(model.fusion, TwoPassFusion)
+    return RunConfig(
+      model=model, seed=c.seed,
+      data=DataConfig(
+        train=str(self.folder / 'data/train' / ('rows.json' if two_pass else 'needle.json')),
+        lengths=c.lengths, boxes=two_pass, tokenizer=str(self.folder / 'tokenizer')),
+      training=TrainingConfig(
+        steps=c.train_steps, batch_size=c.batch_size * (c.turns if two_pass else 1), log_every=10,
+        checkpoint_every=200, keep=1, objective='two_pass' if two_pass else 'next_token',
+        init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
+        groups=(Group(pattern=frozen, frozen=True),
+                Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
+        optimizer=c.optimizer, dtype=c.dtype, remat=c.remat, accumulate=c.accumulate))
+
+  def train(self, name: str) -> None:
+    """Resumes by itself when it was interrupted."""
+    result = train(self.run_config(name), self.folder / 'runs' / name, progress=self.progress)
+    if result.interrupted:
+      raise UserError(f'interrupted at step {result.step}; run the same command again to go on')
+
+  def answer(self, name: str, point: Point | None = None) -> None:
+    """Answers to the evaluation set, kept one by one; `point`: with its encoder settings."""
+    c = self.config
+    options = None if point is None else point.encoder
+    answerer = Answerer.load(self.folder / 'runs' / name, encoder_options=options)
+    rows = answer_records(answerer, self.folder / 'data/eval', batch_size=c.answer_batch,
+                          max_new_tokens=c.max_new_tokens, progress=self.progress)
+    self.write(f'answers_{name if point is None else point.key}.json', rows)
+
+  def measure(self, name: str) -> None:
+    """Tokens, operations, memory and time of one system."""
+    records = read_records(self.folder / 'data/eval')
+    items = [(str(self.folder / 'data/eval' / r['image']), r['question']) for r in records]
+    answerer = Answerer.load(self.folder / 'runs' / name)
+    self.write(f'cost_{name}.json', cost(
+      answerer, items, answers=self.config.latency_answers,
+      max_new_tokens=self.config.max_new_tokens))
+
+  def report(self) -> dict[str, Any]:
+    """results.json, table.txt, plot.png from what is there."""
+    rows, c = {}, self.config
+    own = self.parts()
+    times, cpu_times = ({part: spent for part, spent in noted.items() if part in own}
+                        for noted in (self.times, self.cpu_times))
+    for name, model in c.systems.items():
+      if f'measure {name}' not in self.times:
+        continue
+      answers, costs = self.read(f'answers_{name}.json'), self.read(f'cost_{name}.json')
+      correct = [row['correct'] for row in answers]
+      rows[name] = {
+        'system': model.system, 'accuracy': float(np.mean(correct)),
+        'accuracy_by_size': accuracy_by_size([row['area'] for row in answers], correct),
+        # Two-pass models put their visual tokens into the prompt too.
+        'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind),
+        **costs, 'train_seconds': self.times[f'train {name}']}
+      if name in c.adapt:
+        learned = c.adapt[name].like or name
+        source = self.folder / 'adapted' / learned
+        rows[name]['adapted'] = {'steps': c.adapt[learned].steps, **store.load_config(source),
+                                 'seconds': self.times[f'adapt {learned}']}
+    results = {
+      'systems': rows, 'chance': c.task.chance, 'seconds': sum(times.values()),
+      'seconds_by_part': times, 'cpu_seconds_by_part': cpu_times,
+      'images': {'train': c.train_images, 'eval': c.eval_images, 'questions': c.turns},
+      'steps': c.train_steps, 'batch_size': c.batch_size, 'encoder_steps': c.encoder.steps,
+      'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
+      'language_steps': None if c.language is None else c.language.steps,
+      'machine': machine(), 'versions': versions()}
+    (self.folder / 'table.txt').write_text(table(results))
+    plot(results, self.folder / 'plot.png')
+    self.write('results.json', results)
+    print('\n' + table(results), flush=True)
+    if c.claims:
+      results['claims'] = self.judge()
+      self.write('results.json', results)
+    return results
+
+  def judge(self) -> dict[str, Any]:
+    """claims.json, claims.md, claims.png of the claims whose answers are there."""
+    found = {}
+    for name, claim in self.config.claims.items():
+      keys = {point.key for point in claim.points} | ({claim.minus} - {None})
+      if all(f'answer {key}' in self.times for key in keys):
+        found[name] = claims.judge(
+          claim, {key: self.read(f'answers_{key}.json') for key in keys})
+    self.write('claims.json', {'claims': found, 'machine': machine(), 'versions': versions()})
+    if found:
+      (self.folder / 'claims.md').write_text(claims.markdown(found))
+      claims.plot(found, self.folder / 'claims.png')
+    return found
+
+
+def _shown(bar: tqdm) -> Callable[[int, float, float], None]:
+  """Moves a bar on and says how well letters are read."""
+  def report(step: int, loss: float, accuracy: float) -> None:
+    bar.update()
+    if step % 10 == 0:
+      bar.set_postfix_str(f'loss {loss:.3f}, letters read {accuracy:.0%}')
+
+  return report
+
+
+def compare(config: CompareConfig, folder: str | os.PathLike, *, only: Sequence[str] = (),
+            progress: bool = True) -> dict[str, Any]:
+  """Runs a comparison or what is left of it; see `Comparison`.
+
+  Raises:
+    UserError: systems that cannot be compared, a folder of another comparison, an interruption.
+  """
+  return Comparison(config, folder, progress=progress).run(only)

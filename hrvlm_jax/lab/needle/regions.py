@@ -1,0 +1,61 @@
+"""The built-in task as region records: a box and a caption per sign, a caption of all of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+
+from hrvlm_jax.data.build import build_records
+from hrvlm_jax.data.rows import ImageRef, Row
+from hrvlm_jax.lab.needle.config import NeedleConfig
+from hrvlm_jax.lab.needle.generate import NeedlePlan, paint, plan
+from hrvlm_jax.lab.needle.signs import Sign
+from hrvlm_jax.systems.ps3.records import RegionCheck, Regions, region_row
+
+
+def describe(sign: Sign, text: str | None = None) -> str:
+  """The caption of a sign: 'red sign K'.
+
+  Args:
+    text: another reading of the same sign; '' leaves it out.
+  """
+  return f'{sign.colour} sign {sign.text if text is None else text}'.strip()
+
+
+def regions(planned: NeedlePlan) -> Regions:
+  """The annotations of an example."""
+  captions = tuple(map(describe, planned.signs))
+  return Regions(boxes=planned.boxes, captions=captions, kind='needle',
+                 global_caption=' '.join(sorted(captions)))
+
+
+class NeedleRegions:
+  """Region records of examples start .. start + n - 1 of a task, painted when they are read.
+
+  Args:
+    config: the task; its questions are not used.
+  """
+
+  def __init__(self, config: NeedleConfig, n: int, *, seed: int, start: int = 0):
+    self.config, self.n, self.seed, self.start = config, n, seed, start
+
+  def __len__(self):
+    return self.n
+
+  def __getitem__(self, index: int) -> Row:
+    if not 0 <= index < self.n:
+      raise IndexError(index)
+    planned = plan(self.config, self.seed, self.start + index)
+    buffer = io.BytesIO()
+    paint(self.config, planned).save(buffer, 'PNG', compress_level=3)
+    name = f'needle-{self.seed}-{planned.index}'
+    return region_row(name, ImageRef(f'{name}.png', data=buffer.getvalue()), regions(planned),
+                      name)
+
+
+def write_regions(config: NeedleConfig, folder: str | os.PathLike, n: int, *, seed: int,
+                  progress: bool = True) -> pathlib.Path:
+  """Writes n examples as ArrayRecord; returns the manifest. A finished folder is left as it is."""
+  return build_records(NeedleRegions(config, n, seed=seed), folder, name='regions',
+                       check=RegionCheck(), progress=progress)

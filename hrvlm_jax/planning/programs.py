@@ -1,0 +1,205 @@
+"""The real steps as `parallel.plan` compiles them: training, prefill, decoding; shapes only.
+
+Nothing is computed and no weight is made. The shapes of a batch come from the system's own `views`
+and `batch` functions, run on two and on four blank images and continued to any number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.parallel import rules
+from hrvlm_jax.parallel.constraints import activation_constraints
+from hrvlm_jax.parallel.flops import count_flops
+from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
+from hrvlm_jax.planning.plan import Program
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import CrossAttentionFusion
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.optimizer import frozen_summary, groups_of
+from hrvlm_jax.training.start import run_dtypes
+from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.vlm import model as vlm
+
+ROW_KEYS = {'tokens': np.int32, 'visual_index': np.int32, 'valid': np.bool_, 'labels': np.int32}
+
+
+def batch_shapes(config: RunConfig, rows: int, *, length: int, image: tuple[int, int],
+                 images: int = 1) -> dict[str, Any]:
+  """ShapeDtypeStructs of one batch of `rows` examples with `images` images of that size each.
+
+  Args:
+    length: bucket length of a row (text and visual places).
+
+  Raises:
+    UserError: the visual tokens alone do not fit into the bucket.
+  """
+  system, encoder = registry.get(config.model.system), config.model.encoder
+  if config.training.objective == 'ps3_pretrain':
+    return _pairs(encoder, rows)
+  blank = [Image.new('RGB', image)] * images
+  example = system.views(blank, encoder)
+  count = system.count(*image, encoder)
+  if not isinstance(config.model.fusion, CrossAttentionFusion) and count.tokens * images > length:
+    raise UserError(f'bucket of {length} places: {images} image(s) of {image[0]} x {image[1]} '
+                    f'alone take {count.tokens * images} tokens')
+  few, more = (system.batch([example] * n, encoder, slots=n * images * max(count.slots, 1))
+               for n in (2, 4))
+
+  def shape(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    sizes = tuple(x + (y - x) // 2 * (rows - 2) for x, y in zip(a.shape, b.shape))
+    return jax.ShapeDtypeStruct(sizes, a.dtype)
+
+  text = {key: jax.ShapeDtypeStruct((rows, length), dtype) for key, dtype in ROW_KEYS.items()}
+  return text | {'views': jax.tree.map(shape, few, more)}
+
+
+def _pairs(encoder: Any, rows: int) -> dict[str, Any]:
+  """The batch of PS3's pre-training: images of the largest scale, captions, maps of the boxes."""
+  side = encoder.scales[-1]
+  shapes = {'pixels': ((side, side, 3), np.uint8), 'tokens': ((encoder.text.context,), np.int32),
+            'target': ((side, side), np.uint8), 'is_global': ((1,), np.bool_),
+            'counted': ((1,), np.bool_)}
+  return {key: jax.ShapeDtypeStruct((rows, *shape), dtype)
+          for key, (shape, dtype) in shapes.items()}
+
+
+def resolve(config: Mapping[str, Any] | RunConfig) -> RunConfig:
+  """A run config from its plain values."""
+  return config if isinstance(config, RunConfig) else from_dict(RunConfig, config)
+
+
+def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: int | None = None,
+                  image: tuple[int, int] = (1024, 768), images: int = 1) -> Program:
+  """The train step of a run config on a mesh: state and batch in their places, state donated.
+
+  Args:
+    length: bucket; default: the longest of `data.lengths`.
+    image: width and height of the images that the batch's shapes are taken for.
+
+  Raises:
+    UserError: leaves or batch arrays that cannot be cut over the mesh (all listed).
+  """
+  config = resolve(config)
+  t = config.training
+  pretrains = t.objective == 'ps3_pretrain'
+  length = config.model.encoder.text.context if pretrains else length or max(config.data.lengths)
+  fn = vlm.build(config.model)
+  groups = groups_of(t, fn.abstract)
+  state = jax.eval_shape(
+    lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract))
+  shardings = rules.state_shardings(state, mesh)
+  rows = t.batch_size // t.accumulate
+  batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
+  check_batch(batch, mesh)
+  leading = int(t.accumulate > 1)
+  if leading:
+    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((t.accumulate, *s.shape), s.dtype), batch)
+  # Chunks of the loss are counted on one device; the step sees the whole batch.
+  wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * batch_shards(mesh))
+  plain = dataclasses.replace(wide, remat='none', attention='xla')
+  model_flops = count_flops(make_train_step(fn, plain, groups, config.seed), state, batch)
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
+  side = config.model.encoder.scales[-1] if pretrains else 0
+  seen = f'images of {side} x {side}' if pretrains else (
+    f'{images} image(s) of {image[0]} x {image[1]}')
+  return Program(
+    fn=make_train_step(fn, wide, groups, config.seed),
+    args=(_placed(state, shardings), _placed(batch, batch_sharding(mesh, leading=leading))),
+    donate=(0,), out_shardings=(shardings, NamedSharding(mesh, P())),
+    constraints=activation_constraints(mesh), model_flops=model_flops, examples=t.batch_size,
+    tokens=t.batch_size * length,
+    notes=(f'train step of {config.model.system}, {size / 1e9:.2f} billion parameters, '
+           f'{frozen_summary(groups, fn.abstract)}',
+           f'batch {t.batch_size} in {t.accumulate} part(s), bucket {length}, {seen}, {t.dtype}, '
+           f'remat {t.remat}, attention {t.attention}'))
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+  """Shapes with their shardings; one sharding may serve a whole tree."""
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(
+    lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, shardings)
+
+
+def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: str,
+                  rows: int | None = None, length: int | None = None, new_tokens: int = 128,
+                  image: tuple[int, int] = (1024, 768), images: int = 1) -> Program:
+  """The prefill (views encoded, prompt read) or the one-token decode step of a model.
+
+  Layers are held apart and parameters stored in the compute dtype, as in generation.
+
+  Args:
+    what: 'prefill' or 'decode'.
+    rows: prompts at a time; default: one per shard of the batch axes.
+    length: places of a prompt; default: the longest of `data.lengths`.
+
+  Raises:
+    UserError: leaves or batch arrays that cannot be cut over the mesh (all listed).
+  """
+  if what not in ('prefill', 'decode'):
+    raise UserError(f"serving step: found '{what}', expected prefill or decode")
+  config = resolve(config)
+  rows, length = rows or batch_shards(mesh), length or max(config.data.lengths)
+  dtype = jnp.dtype(config.training.dtype)
+  slots = length + new_tokens
+  fn = vlm.build(config.model, hold_apart=True)
+  cast = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
+  params = _placed(cast, rules.param_shardings(fn.abstract, mesh))
+  batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
+  del batch['labels']
+  check_batch(batch, mesh)
+  batch = _placed(batch, batch_sharding(mesh))
+
+  def prefill(params, batch):
+    embeds, valid, extras = fn.apply(params, batch, method='prompt', dtype=dtype)
+    logits, _, cache = fn.apply(params, embeds, valid, slots=slots, method='prefill', **extras)
+    return logits, cache, extras
+
+  def decode(params, tokens, valid, cache, slot, extras):
+    return fn.apply(params, tokens, valid, cache, slot, method='step', dtype=dtype, **extras)
+
+  _, cache, extras = jax.eval_shape(prefill, params, batch)
+  place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(
+    s.shape, s.dtype, sharding=_serving_sharding(s, mesh, rows)), tree)
+  if what == 'prefill':
+    step, args, donate = prefill, (params, batch), ()
+    out = (None, jax.tree.map(lambda s: s.sharding, place(cache)), None)
+  else:
+    row = lambda *shape, dtype: place(jax.ShapeDtypeStruct((rows, *shape), dtype))
+    slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    step, donate = decode, (3,)
+    args = (params, row(dtype=jnp.int32), row(slots, dtype=jnp.bool_), place(cache), slot,
+            place(extras))
+    out = (None, jax.tree.map(lambda s: s.sharding, args[3]))
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
+  return Program(
+    fn=step, args=args, donate=donate, out_shardings=out,
+    constraints=activation_constraints(mesh), model_flops=count_flops(step, *args), examples=rows,
+    tokens=rows * (length if what == 'prefill' else 1),
+    notes=(f'{what} of {config.model.system}, {size / 1e9:.2f} billion parameters in {dtype.name}',
+           f'{rows} prompts of {length} places, cache of {slots}, {images} image(s) of '
+           f'{image[0]} x {image[1]}'))
+
+
+def _serving_sharding(leaf, mesh: Mesh, rows: int) -> NamedSharding:
+  """Caches [b s heads d] and other values of a row: rows over data and fsdp, heads over tensor."""
+  spec: list[Any] = [None] * len(leaf.shape)
+  if spec and leaf.shape[0] == rows and rows % batch_shards(mesh) == 0:
+    spec[0] = BATCH_AXES
+  if len(spec) == 4 and leaf.shape[2] % mesh.shape['tensor'] == 0:
+    spec[2] = 'tensor'
+  return NamedSharding(mesh, P(*spec))
