@@ -1,8 +1,8 @@
-"""Prompt templates as files: one per benchmark, with a system's own version where it has one.
+"""Prompt templates: one per benchmark, with a system's own version where it has one.
 
-`prompts/<system>/<benchmark>.txt` wins over `prompts/default/<benchmark>.txt`. Placeholders:
-`{question}`, `{options}` (lines `A. text`), `{hint}`, `{ocr}`. The chat wrapper of a language model
-is not part of a template; it belongs to the system.
+They are texts in `prompts.toml`: `[<system>] <benchmark>` wins over `[default] <benchmark>`.
+Placeholders: `{question}`, `{options}` (lines `A. text`), `{hint}`, `{ocr}`. The chat wrapper of a
+language model is not part of a template; it belongs to the system.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import hashlib
 from importlib import resources
 from pathlib import Path
 import re
+import tomllib
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.benchmarks.base import Sample
@@ -71,9 +72,8 @@ def load(name: str, system: str = DEFAULT, *, path: str | Path | None = None) ->
       return Template(Path(path).read_text('utf-8'), str(path))
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: cannot be read as a prompt template ({error})') from error
-  root = resources.files(__name__)
-  for folder in (system, DEFAULT):
-    file = root / folder / f'{name}.txt'
-    if file.is_file():
-      return Template(file.read_text('utf-8'), f'{folder}/{name}.txt')
+  tables = tomllib.loads((resources.files(__package__) / 'prompts.toml').read_text('utf-8'))
+  for table in (system, DEFAULT):
+    if name in tables.get(table, {}):
+      return Template(tables[table][name], f'{table}/{name}')
   raise UserError(f'no prompt template for {name}; give one as a file')
