@@ -9,49 +9,11 @@ from collections.abc import Mapping, Sequence
 import random
 import re
 
-LETTERS = 'ABCDEFGHIJKLMNOPQRSTUVWXYZ'
+from hrvlm_jax.evaluation.metrics.letter import letters, mcq_letter, mcq_simple, only_text
+
+__all__ = ['letters', 'mcq_letter', 'mcq_simple', 'only_text']
+
 SCIENCEQA_LETTERS = 'ABCDE'
-
-
-def letters(count: int) -> str:
-  """The first `count` capital letters."""
-  if not 1 <= count <= len(LETTERS):
-    raise ValueError(f'expected 1 to {len(LETTERS)} choices, got {count}')
-  return LETTERS[:count]
-
-
-def mcq_letter(text: str, choices: Sequence[str]) -> str | None:
-  """The letter that an answer names, by the first rule that applies.
-
-  1. The text is a letter, or begins with one followed by `.`, `)`, `:` or `,`.
-  2. `(X)` anywhere: the last one.
-  3. The first stand-alone letter after `answer is`, `answer:`, `option` or `choice`.
-  4. A stand-alone letter, when it is the only one; an `A` in more than three words is an article.
-  5. Exactly one choice's text is contained in the answer (lower case).
-
-  Args:
-    text: the model's answer.
-    choices: texts of the choices in order; choice i has the i-th letter.
-
-  Returns:
-    A letter of the choices, or None.
-  """
-  known = letters(len(choices))
-  text = text.strip()
-  if match := re.match(rf'([{known}])(?:[.):,]|$)', text):
-    return match.group(1)
-  if found := re.findall(rf'\(([{known}])\)', text):
-    return found[-1]
-  alone = rf'(?<![A-Za-z0-9\'])([{known}])(?![A-Za-z0-9\'])'
-  for marker in re.finditer(r'answer is|answer:|option|choice', text, re.IGNORECASE):
-    if match := re.search(alone, text[marker.end():]):
-      return match.group(1)
-  found = re.findall(alone, text)
-  if len(text.split()) > 3:
-    found = [letter for letter in found if letter != 'A']
-  if len(found) == 1:
-    return found[0]
-  return _only_text(text, choices)
 
 
 def sqa_llava(text: str) -> str | None:
@@ -131,7 +93,7 @@ def mmbench_prefetch(text: str, choices: Sequence[str]) -> str | None:
     found = [letter for letter in 'ABCDE' if dress.format(letter) in words]
     if len(found) == 1:
       return found[0]
-  return _only_text(text, choices)
+  return only_text(text, choices)
 
 
 def random_letter(letter: str | None, choices: int, rng: random.Random) -> str:
@@ -173,10 +135,3 @@ def shares(values: Sequence[float], groups: Sequence[str]) -> Mapping[str, float
   for value, group in zip(values, groups):
     sums.setdefault(group, []).append(value)
   return {group: 100 * sum(part) / len(part) for group, part in sums.items()}
-
-
-def _only_text(text: str, choices: Sequence[str]) -> str | None:
-  lower = text.lower()
-  found = [letter for letter, choice in zip(letters(len(choices)), choices)
-           if choice and choice.lower() in lower]
-  return found[0] if len(found) == 1 else None
