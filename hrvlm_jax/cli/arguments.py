@@ -1,6 +1,6 @@
 """Command-line arguments whose mistakes are one sentence, and the `--config` options.
 
-Nothing here imports JAX or reads a config; see `run_config.py` for the latter.
+Nothing here imports JAX or reads a config; see `training.run_config` for the latter.
 """
 
 import argparse
@@ -15,9 +15,9 @@ _PREFIX = '--config.'
 class Parser(argparse.ArgumentParser):
   """An argparse parser whose mistakes are `UserError`s and which never guesses abbreviations.
 
-  With `config=True` it also takes `--config FILE.py[:arg]` and `--config.a.b=value`: `parse(argv)`
-  then has `config` (the text after `--config`, or None) and `overrides` (pairs of key and text),
-  for `run_config.load`.
+  With `config=True` it also takes `--config FILE.py[:arg]` (or a recipe's name) and
+  `--config.a.b=value`: `parse(argv)` then has `config` (the text after `--config`, or None) and
+  `overrides` (pairs of key and text), for `training.run_config.load`.
   """
 
   def __init__(self, verb: str, description: str, *, config: bool = False,
@@ -27,7 +27,8 @@ class Parser(argparse.ArgumentParser):
     if config:
       self.add_argument(
           '--config', metavar='FILE.py[:ARG]', required=config_required,
-          help='run config: a Python file with get_config(); --config.KEY=VALUE changes a key')
+          help='run config: a Python file with get_config(), or the name of a recipe '
+               '(pheye:x2_448,stage1); --config.KEY=VALUE changes a key')
 
   def parse(self, argv: Sequence[str]) -> argparse.Namespace:
     """Parses `argv`.

@@ -19,10 +19,10 @@ def main(argv: list[str]) -> int:
                       'claims between those called claims')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.lab import compare_report
   from hrvlm_jax.lab.compare import compare
   from hrvlm_jax.lab.compare_config import CompareConfig
+  from hrvlm_jax.training import run_config
 
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   only = [name for name in arguments.only.split(',') if name]

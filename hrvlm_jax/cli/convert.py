@@ -56,9 +56,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parts(arguments, dtype) -> int:
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.interop.convert import few
   from hrvlm_jax.interop.starts import assemble
+  from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
 
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)

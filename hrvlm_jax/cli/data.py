@@ -42,8 +42,8 @@ def _show(argv: list[str]) -> int:
     if out.suffix.lower() not in ('.png', '.jpg', '.webp') or not out.parent.is_dir():
       raise UserError(f'--out {out}: expected a name that ends in .png in an existing folder')
 
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.data import show
+  from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
   from hrvlm_jax.training.look import look
 

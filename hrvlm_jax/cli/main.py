@@ -54,7 +54,8 @@ def usage() -> str:
   return '\n'.join([
       'usage: hrvlm VERB [options]        (hrvlm VERB --help lists the options)', '',
       *lines, '',
-      '--config takes a Python file with get_config(); --config.a.b=VALUE changes one key of it.',
+      '--config takes a Python file with get_config(), or the name of a recipe such as',
+      'pheye:x2_448,stage1; --config.a.b=VALUE changes one key of it.',
   ])
 
 

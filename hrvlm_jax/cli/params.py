@@ -28,9 +28,8 @@ def main(argv: list[str]) -> int:
 
 
 def _of_config(arguments) -> tuple[dict[str, Any], dict[str, str]]:
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.core import paths
-  from hrvlm_jax.training import optimizer
+  from hrvlm_jax.training import optimizer, run_config
   from hrvlm_jax.training.config import RunConfig
   from hrvlm_jax.vlm import model
 

@@ -36,11 +36,13 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.parallel.mesh import mesh_config
   from hrvlm_jax.planning import plan
+  from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
 
+  mesh_config(arguments.mesh)  # a wrong axis is a sentence before anything is compiled
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   options = {'config': to_dict(config), 'length': arguments.length, 'image': arguments.image,
              'images': arguments.images}
@@ -51,7 +53,7 @@ def main(argv: list[str]) -> int:
   if arguments.search:
     report = _search(arguments, target, options)
   else:
-    mesh = arguments.mesh or config.mesh
+    mesh = arguments.mesh or to_dict(config.mesh)
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
                        effort=arguments.effort, timeout=arguments.timeout)
   print(plan.describe(report))

@@ -38,12 +38,13 @@ def entries_of(spec: str, overrides, *, only: str | None = None) -> list:
   Raises:
     UserError: an unknown row, no row and no list of values, or what a config refuses.
   """
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.lab.sweep import Entry
+  from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
+  from hrvlm_jax.training.recipe import find
 
-  path, colon, _ = spec.partition(':')
-  rows = {} if colon or not path.endswith('.py') else _rows(path)
+  path, argument = find(spec)
+  rows = _rows(path) if argument is None else {}
   if only and not rows:
     raise UserError(f'--only: {spec} has no ROWS to choose from')
   chosen = list(rows) if only is None else only.split(',')
@@ -65,10 +66,7 @@ def entries_of(spec: str, overrides, *, only: str | None = None) -> list:
 
 def _rows(path: str) -> dict:
   """Row -> the paper's numbers, where the file has `ROWS`."""
-  try:
-    rows = runpy.run_path(path).get('ROWS', {})
-  except OSError:
-    return {}  # the loader of configs says it better
+  rows = runpy.run_path(path).get('ROWS', {})
   return {name: value[1] if isinstance(value, tuple) and len(value) == 2 else None
           for name, value in rows.items()}
 

@@ -22,17 +22,18 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.lab import tiny
   from hrvlm_jax.lab.journal import Journal
+  from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
   from hrvlm_jax.training.loop import train
+  from hrvlm_jax.training.recipe import find
 
   run = run_config.load(RunConfig, arguments.config, arguments.overrides)
   if arguments.keep and arguments.overrides:
     raise UserError('--keep: a kept result is that of the config as it is; leave out the '
                     '--config.KEY options')
-  path = arguments.config.partition(':')[0]
+  path, _ = find(arguments.config)
   space = runpy.run_path(path)
   if 'preparation' not in space:
     raise UserError(f'{path}: has no function preparation(); use `hrvlm train`')

@@ -21,9 +21,8 @@ def main(argv: list[str]) -> int:
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
   import jax
 
-  from hrvlm_jax.cli import run_config
   from hrvlm_jax.core import heap
-  from hrvlm_jax.training import determinism, loop
+  from hrvlm_jax.training import determinism, loop, run_config
   from hrvlm_jax.training.config import RunConfig
 
   try:

@@ -13,6 +13,7 @@ from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
 from hrvlm_jax.data.plan import Packing
 from hrvlm_jax.data.transforms import TooLong
+from hrvlm_jax.parallel.mesh import MeshConfig
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.data import SampleConfig
 from hrvlm_jax.systems.ps3.losses import ContrastiveConfig
@@ -217,5 +218,5 @@ class RunConfig:
   data: DataConfig
   training: TrainingConfig
   seed: int = 0
-  mesh: dict[str, int] = dataclasses.field(default_factory=dict)
+  mesh: MeshConfig = MeshConfig()
   system_options: dict[str, Any] = dataclasses.field(default_factory=dict)

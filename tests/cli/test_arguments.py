@@ -5,8 +5,9 @@ import textwrap
 
 import pytest
 
-from hrvlm_jax.cli import arguments, run_config
+from hrvlm_jax.cli import arguments
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.training import run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,3 +134,29 @@ def test_parser_mistakes_are_user_errors():
       (['--config.a=1'], 'needs a run config')):
     with pytest.raises(UserError, match=message):
       parser.parse(argv)
+
+
+def test_a_config_without_a_mesh_takes_one(tmp_path):
+  """The mesh is typed: its axes can be set where the file names none, and only they."""
+  from hrvlm_jax.parallel.mesh import MeshConfig
+  from hrvlm_jax.training.config import RunConfig
+
+  path = tmp_path / 'run.py'
+  path.write_text(textwrap.dedent("""
+      from hrvlm_jax.core.config import to_dict
+      from hrvlm_jax.systems.mc_llava.config import tiny
+      import ml_collections
+      def get_config():
+        return ml_collections.ConfigDict(dict(
+          model=to_dict(tiny()), data=dict(train='x.json'),
+          training=dict(steps=1, batch_size=8, optimizer=dict(learning_rate=0.1))))
+  """))
+  load = lambda *overrides: run_config.load(RunConfig, str(path), overrides).mesh
+  assert load() == MeshConfig(data=-1)
+  assert load(('mesh.fsdp', '8')) == MeshConfig(data=-1, fsdp=8)
+  assert load(('mesh.fsdp', '4'), ('mesh.dcn_data', '2'), ('seed', '3')).resolve(16) == MeshConfig(
+    data=2, fsdp=4, dcn_data=2)
+  with pytest.raises(UserError, match='config.mesh.fdsp .nearest known: config.mesh.fsdp'):
+    load(('mesh.fdsp', '8'))
+  with pytest.raises(UserError, match=r'config.mesh: at most one of .* may be -1'):
+    load(('mesh.tensor', '-1'))

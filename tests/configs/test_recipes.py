@@ -15,13 +15,13 @@ from jax.sharding import AbstractMesh
 import numpy as np
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
 from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.lab.needle import NeedleConfig, write
 from hrvlm_jax.lab.needle.regions import write_regions
 from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of

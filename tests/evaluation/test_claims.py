@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.lab import claims
 from hrvlm_jax.lab.compare_config import CompareConfig
+from hrvlm_jax.training import run_config
 
 
 def rows(*right):

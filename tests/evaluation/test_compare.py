@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import claims, compare, compare_config, compare_report, glyph_scenes
@@ -17,6 +16,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm

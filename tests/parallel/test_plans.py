@@ -10,10 +10,10 @@ import shlex
 import jax
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES, MeshConfig, batch_shards
 from hrvlm_jax.parallel.topology import parse
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes

@@ -6,11 +6,11 @@ import re
 import jax.numpy as jnp
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.llava_hr.encoder import Encoder
 from hrvlm_jax.systems.llava_hr.recipes import UNREAD
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'

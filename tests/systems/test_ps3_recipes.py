@@ -9,11 +9,11 @@ from jax.sharding import AbstractMesh
 import numpy as np
 import pytest
 
-from hrvlm_jax.cli import run_config
 from hrvlm_jax.core import paths
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
 from hrvlm_jax.systems.ps3 import recipes, weights
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of, schedule
 from hrvlm_jax.training.step import AFTER_UPDATE, init_state

@@ -1,4 +1,4 @@
-"""Run configs: `FILE.py[:ARG]` with `get_config()`, and overrides `a.b=value` on top.
+"""A run config as a dataclass: what a file or a name gives, and overrides `a.b=value` on top.
 
 Overrides are parsed here and not by a flag library because mistakes must be one sentence: the key
 path, what was found, what was expected and the nearest known key; and because a value keeps the
@@ -8,10 +8,7 @@ type it has in the config. Keys that the file leaves at their default can be ove
 import ast
 from collections.abc import Iterable, Sequence
 import dataclasses
-import importlib.util
 import itertools
-import os
-import sys
 import typing
 from typing import Any, NoReturn, TypeVar
 
@@ -19,6 +16,7 @@ import ml_collections
 
 from hrvlm_jax.core.config import field_types, from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
+from hrvlm_jax.training.recipe import evaluate, find
 
 T = TypeVar('T')
 Overrides = Sequence[tuple[str, str]]
@@ -29,7 +27,8 @@ def load(schema: type[T], spec: str, overrides: Overrides = ()) -> T:
 
   Args:
     schema: dataclass of the whole run config.
-    spec: `FILE.py` or `FILE.py:ARG`; ARG is handed to `get_config` as a string.
+    spec: `FILE.py[:ARGUMENT]` or `NAME[:ARGUMENT]` (see `training.recipe`); the argument is handed
+      to `get_config` as a string.
     overrides: (key path, text) pairs, later ones win.
 
   Raises:
@@ -56,7 +55,9 @@ def grid(
   Raises:
     UserError: as `load`.
   """
-  template = _complete(schema, _evaluate(spec))
+  path, argument = find(spec)
+  spec = path if argument is None else f'{path}:{argument}'
+  template = _complete(schema, evaluate(spec))
   problems: list[str] = []
   choices: list[list[tuple[str, str]]] = []
   for key, text in overrides:
@@ -83,7 +84,7 @@ def grid(
 
 def _resolve(schema: type[T], spec: str, overrides: Iterable[tuple[str, str]]) -> T:
   overrides = list(overrides)
-  config = _evaluate(spec)
+  config = evaluate(spec)
   # Keys of the file first: other values of the file may be computed from them.
   for key, text in overrides:
     if _known(config, key):
@@ -101,31 +102,6 @@ def _complete(schema: type, config: ml_collections.ConfigDict) -> ml_collections
     return ml_collections.ConfigDict(to_dict(from_dict(schema, config)))
   except UserError:
     return config
-
-
-def _evaluate(spec: str) -> ml_collections.ConfigDict:
-  path, colon, argument = spec.partition(':')
-  if not os.path.isfile(path):
-    raise UserError(f'run config {path}: no such file; expected a Python file with get_config()')
-  if not path.endswith('.py'):
-    raise UserError(f'run config {path}: expected a Python file (.py) with get_config()')
-  found = importlib.util.spec_from_file_location('_hrvlm_run_config', path)
-  module = importlib.util.module_from_spec(found)
-  # Config files may import their neighbours, as scripts do.
-  sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-  try:
-    found.loader.exec_module(module)
-  except SyntaxError as error:
-    raise UserError(f'run config {path}: line {error.lineno}: {error.msg}') from error
-  finally:
-    sys.path.pop(0)
-  if not callable(getattr(module, 'get_config', None)):
-    raise UserError(f'run config {path}: has no function get_config()')
-  config = module.get_config(argument) if colon else module.get_config()
-  if not isinstance(config, ml_collections.ConfigDict):
-    raise UserError(f'run config {path}: get_config() returned {type(config).__name__}, '
-                    f'expected ml_collections.ConfigDict')
-  return config
 
 
 def _parent(config: ml_collections.ConfigDict, key: str) -> tuple[Any, str]:
