@@ -11,7 +11,7 @@ import re
 
 from hrvlm_jax.evaluation.metrics.letter import letters, mcq_letter, mcq_simple, only_text
 
-__all__ = ['letters', 'mcq_letter', 'mcq_simple', 'only_text']
+__all__ = ['LETTERS', 'letters', 'mcq_letter', 'mcq_simple', 'only_text']
 
 SCIENCEQA_LETTERS = 'ABCDE'
 
