@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import random
 import re
 
-from hrvlm_jax.evaluation.metrics.letter import letters, mcq_letter, mcq_simple, only_text
+from hrvlm_jax.evaluation.metrics.letter import LETTERS, letters, mcq_letter, mcq_simple, only_text
 
 __all__ = ['LETTERS', 'letters', 'mcq_letter', 'mcq_simple', 'only_text']
 
