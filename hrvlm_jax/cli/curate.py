@@ -1,4 +1,4 @@
-"""`hrvlm curate`: see `data.curate`."""
+"""`hrvlm curate`: see `systems.ps3.curate`."""
 
 import json
 import pathlib
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.core.config import from_dict, to_dict
+  from hrvlm_jax.core.registry import load_callable
   from hrvlm_jax.data.build import build_records
   from hrvlm_jax.data.sources import open_source
   from hrvlm_jax.systems.ps3 import curate
@@ -51,7 +52,7 @@ def main(argv: list[str]) -> int:
   functions = {}
   for field, option in (('segmenter', 'segmenter'), ('captioner', 'captioner'), ('reader', 'ocr')):
     if spec := getattr(arguments, option):
-      functions[field] = curate.load_callable(spec, f'--{option}')
+      functions[field] = load_callable(spec, f'--{option}')
   if arguments.kind == 'documents' and (arguments.segmenter or arguments.captioner):
     raise UserError('--kind documents: captions are lines of text; --segmenter and --captioner are '
                     'for photographs')

@@ -15,10 +15,10 @@ from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab import glyphs
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.needle import NeedleConfig, plan
-from hrvlm_jax.lab.needle.regions import regions, write_regions
+from hrvlm_jax.lab.needle.regions import probes, regions, write_regions
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.captions import canonicalize
-from hrvlm_jax.systems.ps3.recall import measure, needle_probes
+from hrvlm_jax.systems.ps3.recall import measure
 from hrvlm_jax.systems.ps3.text import tokenizer
 from hrvlm_jax.training.metrics import read_metrics
 from hrvlm_jax.vlm import model as vlm
@@ -76,8 +76,7 @@ class Preparation:
     fn = vlm.build(run.model)
     params = store.load_params(workdir, fn.abstract)
     tokenize = tokenizer(tokenizer_of(run.data.tokenizer), encoder.text)
-    scores = measure(fn, params, needle_probes(self.task, encoder, tokenize, seed=1,
-                                               images=self.held_out),
+    scores = measure(fn, params, probes(self.task, encoder, tokenize, seed=1, images=self.held_out),
                      encoder=encoder, shares=SHARES)
     losses = [row['loss'] for row in read_metrics(workdir)
               if 'loss' in row and row['step'] > run.training.steps - 50]

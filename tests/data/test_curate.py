@@ -9,6 +9,7 @@ import pytest
 
 from hrvlm_jax.cli import curate as verb
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.registry import load_callable
 from hrvlm_jax.data.rows import BadRow
 from hrvlm_jax.data.sources import ImageFolder
 from hrvlm_jax.systems.ps3.curate import (
@@ -16,7 +17,6 @@ from hrvlm_jax.systems.ps3.curate import (
   Curated,
   MaskConfig,
   edge_density,
-  load_callable,
   mask_density,
   plain_caption,
   windows,
@@ -144,7 +144,7 @@ def test_images_of_the_wrong_size_and_empty_ones_are_bad_rows(tmp_path):
 
 
 @pytest.mark.parametrize('spec, words', [
-  ('json', 'expected module:function'), ('no_such_module:f', 'cannot be imported'),
+  ('json', 'expected module:name'), ('no_such_module:f', 'cannot be imported'),
   ('json:no_such', 'has no no_such'), ('json:__name__', 'is str, expected a function')])
 def test_callables_that_are_none(spec, words):
   with pytest.raises(UserError, match=words):

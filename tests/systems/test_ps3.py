@@ -17,6 +17,7 @@ from hrvlm_jax.language.tokenizer import ByteTokenizer
 from hrvlm_jax.systems.ps3 import data, model, views, weights
 from hrvlm_jax.systems.ps3.config import RELEASED, PS3Config, tiny_encoder
 from hrvlm_jax.systems.ps3.plan import make_plan, scale_sizes
+from hrvlm_jax.systems.ps3.records import Regions, from_published
 from hrvlm_jax.systems.ps3.text import tokenizer
 
 KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'
@@ -171,29 +172,31 @@ def test_boxes_follow_the_crop():
 
 def test_samples_are_drawn_from_one_generator():
   image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8))
-  record = data.record_from_json(
+  record = from_published(
     {'text': ['A sign. It says STOP. It is red.', 'A dog.'],
-     'box': [[10, 10, 30, 40], [50, 5, 80, 30]], 'global_text': 'A street.'}, image)
+     'box': [[10, 10, 30, 40], [50, 5, 80, 30]], 'global_text': 'A street.'})
   config = data.SampleConfig()
-  draws = [data.sample(record, config, np.random.default_rng(seed), side=32) for seed in range(40)]
+  draws = [data.sample(image, record, config, np.random.default_rng(seed), side=32)
+           for seed in range(40)]
   assert 2 <= sum(bool(d['is_global'][0]) for d in draws) <= 20
   for d in draws:
     assert d['pixels'].shape == (32, 32, 3) and d['target'].shape == (1, 32, 32)
     assert not d['is_global'][0] or d['target'].all()
-  same = data.sample(record, config, np.random.default_rng(3), side=32)
+  same = data.sample(image, record, config, np.random.default_rng(3), side=32)
   assert same['captions'] == draws[3]['captions']
   tokenize = tokenizer(ByteTokenizer({}), tiny_encoder().text)
   batch = data.collate(draws[:4], tokenize)
   assert batch['tokens'].shape == (4, 32) and batch['target'].dtype == np.uint8
   with pytest.raises(UserError, match='2 boxes and 1 captions'):
-    data.Record(image=image, boxes=((0, 0, 1, 1),) * 2, captions=('a',))
+    Regions(boxes=((0, 0, 1, 1),) * 2, captions=('a',))
 
 
 def test_several_rows_of_an_image_and_the_target_of_all_boxes():
   image = Image.fromarray(np.full((60, 90, 3), 7, np.uint8))
-  record = data.Record(image=image, boxes=((10, 10, 30, 40), (50, 5, 80, 30)), captions=('a', 'b'))
+  record = Regions(boxes=((10, 10, 30, 40), (50, 5, 80, 30)), captions=('a', 'b'))
   config = data.SampleConfig(rows_per_image=3, prior_target='all', clean=False)
-  drawn = [data.sample(record, config, np.random.default_rng(seed), side=32) for seed in range(8)]
+  drawn = [data.sample(image, record, config, np.random.default_rng(seed), side=32)
+           for seed in range(8)]
   assert {text for d in drawn for text in d['captions']} == {'a', 'b'}
   for d in drawn:
     assert d['target'].shape == d['prior_target'].shape == (3, 32, 32) and len(d['captions']) == 3

@@ -21,6 +21,7 @@ from hrvlm_jax.data.background import BACKGROUNDS, PasteOnBackground
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import config as ps3
+from hrvlm_jax.systems.ps3.data import box_range, target_map
 from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import RELEASED, VilaHDConfig, tiny
 from hrvlm_jax.training.config import RunConfig
@@ -99,10 +100,10 @@ def test_boxes_follow_the_image():
   """Whole numbers stay whole and are cut off, floats are scaled; maps include both ends."""
   assert host.resize_box([3, 60, 20, 90], 33, 120, 56).tolist() == [5, 28, 33, 42]
   np.testing.assert_allclose(host.resize_box([3.0, 60, 20, 90], 33, 120, 56)[2], 33.94, atol=0.01)
-  ends = host.box_range(np.array([5.2, 28, 33, 41.5]), 56)
+  ends = box_range(np.array([5.2, 28, 33, 41.5]), 56, 56)
   assert ends.tolist() == [28, 43, 5, 34]
   np.testing.assert_array_equal(form.target_maps(jnp.asarray(ends)[None], 56)[0],
-                                host.target_map(ends, 56))
+                                target_map([[5.2, 28, 33, 41.5]], 56, 56))
   config = tiny().encoder
   views = host.views([image(64, 48), image(50, 50, 1)], config, boxes=[[1, 2, 30, 40], None])
   assert views['boxes'][0].any() and not views['boxes'][1].any()

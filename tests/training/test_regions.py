@@ -14,13 +14,13 @@ from hrvlm_jax.data.build import build_records
 from hrvlm_jax.data.rows import ImageRef
 from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab.needle import NeedleConfig
-from hrvlm_jax.lab.needle.regions import NeedleRegions
+from hrvlm_jax.lab.needle.regions import NeedleRegions, probes
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import model, pretrain as regions
 from hrvlm_jax.systems.ps3.config import SaliencyConfig, TextConfig, tiny_encoder
 from hrvlm_jax.systems.ps3.data import SampleConfig
 from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, objective, pretrain_losses
-from hrvlm_jax.systems.ps3.recall import WAYS, measure, needle_probes
+from hrvlm_jax.systems.ps3.recall import WAYS, measure
 from hrvlm_jax.systems.ps3.text import tokenizer
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
@@ -168,7 +168,7 @@ def test_the_loop_trains_resumes_and_is_measured(folder, tmp_path):
   fn = model.build(SMALL)
   params = store.load_params(tmp_path, fn.abstract)
   tokenize = tokenizer(tokenizer_of('byte'), SMALL.text)
-  batches = needle_probes(NeedleConfig.square(), SMALL, tokenize, seed=1, images=4, batch_size=2)
+  batches = probes(NeedleConfig.square(), SMALL, tokenize, seed=1, images=4, batch_size=2)
   scores = measure(fn, params, batches, encoder=SMALL, shares=(0.1, 1.0))
   assert [(s.way, s.tokens) for s in scores] == [(w, n) for w in WAYS for n in (50, 500)]
   whole = [s for s in scores if s.share == 1]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 import io
 import os
 import pathlib
+from typing import Any
+
+import numpy as np
 
 from hrvlm_jax.data.build import build_records
 from hrvlm_jax.data.rows import ImageRef, Row
 from hrvlm_jax.lab.needle.config import NeedleConfig
 from hrvlm_jax.lab.needle.generate import NeedlePlan, paint, plan
 from hrvlm_jax.lab.needle.signs import Sign
+from hrvlm_jax.systems.ps3.config import PS3Config
+from hrvlm_jax.systems.ps3.data import target_map
 from hrvlm_jax.systems.ps3.records import RegionCheck, Regions, region_row
+from hrvlm_jax.systems.ps3.views import squash
 
 
 def describe(sign: Sign, text: str | None = None) -> str:
@@ -52,6 +59,33 @@ class NeedleRegions:
     name = f'needle-{self.seed}-{planned.index}'
     return region_row(name, ImageRef(f'{name}.png', data=buffer.getvalue()), regions(planned),
                       name)
+
+
+def probes(
+  config: NeedleConfig, encoder: PS3Config, tokenize: Callable[[Sequence[str]], np.ndarray], *,
+  seed: int, images: int, batch_size: int = 20,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of regions for `systems.ps3.recall`: one sign of every image, in full view.
+
+  Yields:
+    pixels uint8 [b S S 3], target uint8 [b S S], prompt int32 [b t] (the sign without its text),
+    candidates int32 [b k t] (the sign with every text of the alphabet), answer int32 [b].
+  """
+  side = encoder.scales[-1]
+  rows: list[dict[str, Any]] = []
+  for index in range(images):
+    planned = plan(config, seed, index)
+    sign = planned.target
+    scale = np.array([side / config.width, side / config.height] * 2)
+    texts = [describe(sign, letter) for letter in config.alphabet]
+    rows.append({
+      'pixels': squash(paint(config, planned), side),
+      'target': target_map([np.asarray(sign.box) * scale], side, side).astype(np.uint8),
+      'prompt': tokenize([describe(sign, '')])[0], 'candidates': tokenize(texts),
+      'answer': np.int32(config.alphabet.index(sign.text))})
+    if len(rows) == batch_size:
+      yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+      rows = []
 
 
 def write_regions(config: NeedleConfig, folder: str | os.PathLike, n: int, *, seed: int,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import importlib
 import json
 import pathlib
 from typing import Any, Literal
@@ -26,9 +25,17 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import to_rgb
 from hrvlm_jax.data.rows import BadRow, Row, open_images
 from hrvlm_jax.data.sources import Source
-from hrvlm_jax.lab.needle.config import COLOURS, PLACES
 from hrvlm_jax.systems.ps3.records import Regions, region_row
 
+# What a caption without a model can say of a window: the colour nearest to its pixels, its ninth.
+COLOURS = {
+  'red': (200, 30, 35), 'green': (25, 140, 60), 'blue': (30, 75, 200), 'yellow': (245, 210, 45),
+  'purple': (130, 50, 165), 'white': (242, 242, 242), 'black': (22, 22, 22),
+  'orange': (240, 130, 25), 'pink': (246, 150, 190), 'turquoise': (40, 190, 190),
+  'brown': (115, 70, 35),
+}
+NINTHS = ('at the top left', 'at the top', 'at the top right', 'on the left', 'in the centre',
+          'on the right', 'at the bottom left', 'at the bottom', 'at the bottom right')
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels
 Segmenter = Callable[[Image.Image, 'MaskConfig'], Sequence[Any]]
 Captioner = Callable[[Image.Image, Window | None], str]
@@ -198,7 +205,7 @@ def plain_caption(image: Image.Image, window: Window | None) -> str:
     return f'An image with {colours}. It has {busy}.'
   x, y = (window[0] + window[2]) / 2, (window[1] + window[3]) / 2
   column, row = (min(2, int(3 * c // n)) for c, n in ((x, rgb.width), (y, rgb.height)))
-  return f'A {colours} part {list(PLACES.values())[3 * row + column]}. It has {busy}.'
+  return f'A {colours} part {NINTHS[3 * row + column]}. It has {busy}.'
 
 
 def sidecar_lines(image: Image.Image, row: Row) -> list[tuple[Sequence[float], str]]:
@@ -300,23 +307,3 @@ def _inside(box: Sequence[float], image: Image.Image) -> tuple[float, ...] | Non
   x1, x2 = (min(max(v, 0.0), image.width) for v in (x1, x2))
   y1, y2 = (min(max(v, 0.0), image.height) for v in (y1, y2))
   return (x1, y1, x2, y2) if x2 > x1 and y2 > y1 else None
-
-
-def load_callable(spec: str, what: str) -> Callable[..., Any]:
-  """The function of `module:function`.
-
-  Raises:
-    UserError: not of that form, or not there.
-  """
-  module, colon, name = spec.partition(':')
-  if not colon or not module or not name:
-    raise UserError(f'{what} {spec!r}: expected module:function')
-  try:
-    found = getattr(importlib.import_module(module), name)
-  except ImportError as error:
-    raise UserError(f'{what} {spec!r}: {module} cannot be imported ({error})') from error
-  except AttributeError as error:
-    raise UserError(f'{what} {spec!r}: module {module} has no {name}') from error
-  if not callable(found):
-    raise UserError(f'{what} {spec!r}: {name} is {type(found).__name__}, expected a function')
-  return found

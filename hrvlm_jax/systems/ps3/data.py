@@ -17,8 +17,8 @@ from jaxtyping import Float
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import crop as cut, resize_exact, to_rgb
+from hrvlm_jax.systems.ps3.records import Regions
 
 Box = Sequence[float]
 # Left-overs of the captioning model, which saw the whole image first and the crop second.
@@ -116,50 +116,26 @@ def crop_boxes(boxes: Sequence[Box], window: Crop, side: int) -> np.ndarray:
   return (array * factor.astype(np.float32)).astype(np.float32)
 
 
+def box_range(box: Box, height: int, width: int) -> np.ndarray:
+  """int32 [4] (first row, last row + 1, first column, last column + 1) of the map of a box.
+
+  Rows floor(y1) up to and including ceil(y2), columns likewise, inside the image.
+  """
+  x1, y1, x2, y2 = (float(v) for v in box)
+  ends = (math.floor(y1), math.ceil(y2) + 1, math.floor(x1), math.ceil(x2) + 1)
+  return np.clip(ends, 0, (height, height, width, width)).astype(np.int32)
+
+
 def target_map(boxes: Sequence[Box], height: int, width: int) -> Float[np.ndarray, 'h w']:
-  """Ones inside the boxes: rows floor(y1)..ceil(y2) and columns floor(x1)..ceil(x2), both included.
+  """Ones inside the `box_range` of every box.
 
   A box that clipping moved to the far edge leaves nothing, one at the near edge a strip of a pixel.
   """
   out = np.zeros((height, width), np.float32)
-  for x1, y1, x2, y2 in np.asarray(boxes, np.float64).reshape(-1, 4):
-    out[math.floor(y1):math.ceil(y2) + 1, math.floor(x1):math.ceil(x2) + 1] = 1
+  for box in boxes:
+    top, bottom, left, right = box_range(box, height, width)
+    out[top:bottom, left:right] = 1
   return out
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Record:
-  """What one training image comes with.
-
-  Raises:
-    UserError: numbers of boxes and captions that differ, malformed boxes, no caption at all.
-  """
-
-  image: Image.Image
-  boxes: tuple[tuple[float, float, float, float], ...] = ()
-  captions: tuple[str, ...] = ()
-  global_caption: str | None = None
-  name: str = 'record'
-
-  def __post_init__(self):
-    if len(self.boxes) != len(self.captions):
-      raise UserError(f'{self.name}: {len(self.boxes)} boxes and {len(self.captions)} captions; '
-                      'each box needs one')
-    if wrong := [box for box in self.boxes if len(box) != 4]:
-      raise UserError(f'{self.name}: box {wrong[0]} has no four numbers (x1, y1, x2, y2)')
-    if not self.boxes and self.global_caption is None:
-      raise UserError(f'{self.name}: neither boxes nor a global caption')
-
-
-def record_from_json(values: Mapping[str, Any], image: Image.Image, *, name: str = 'record'):
-  """A record of the original's JSON: text [k], box [k 4], global_text.
-
-  Raises:
-    UserError: as `Record`.
-  """
-  boxes = tuple(tuple(box) for box in values.get('box') or ())
-  return Record(image=image, boxes=boxes, captions=tuple(values.get('text') or ()),
-                global_caption=values.get('global_text'), name=name)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +147,7 @@ class SampleConfig:
       the option's own default is 0.5).
     boxes_per_sample: boxes drawn for a row of a local sample.
     rows_per_image: rows that a record gives, of one crop; more than one makes pairs within an image
-      (see `training.contrastive`). The original draws one.
+      (see `losses.ContrastiveConfig`). The original draws one.
     prior_target: what the bottom-up selection learns: the drawn boxes, as the original, or all
       boxes of the image, as the paper says.
     clean: `clean_caption` and `mask_sentences`; off for captions that are no sentences.
@@ -186,9 +162,9 @@ class SampleConfig:
   clean: bool = True
 
 
-def sample(record: Record, config: SampleConfig, rng: np.random.Generator, *,
+def sample(image: Image.Image, regions: Regions, config: SampleConfig, rng: np.random.Generator, *,
            side: int) -> dict[str, Any]:
-  """The training rows of one record, all of one crop.
+  """The training rows of one image and its annotations, all of one crop.
 
   Args:
     side: the largest scale, in pixels.
@@ -197,34 +173,35 @@ def sample(record: Record, config: SampleConfig, rng: np.random.Generator, *,
     pixels uint8 [side side 3], and per row r: captions (list of str), target uint8 [r side side],
     is_global bool [r]; with `prior_target` 'all' also prior_target uint8 [r side side].
   """
-  rows = [_draw(record, config, rng) for _ in range(config.rows_per_image)]
-  window = sample_crop(*record.image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
+  rows = [_draw(regions, image.size, config, rng) for _ in range(config.rows_per_image)]
+  window = sample_crop(*image.size, rng, area=config.crop_area, ratio=config.crop_ratio)
   covered = lambda boxes: target_map(crop_boxes(boxes, window, side), side, side).astype(np.uint8)
   out = {
-    'pixels': crop_image(record.image, window, side),
+    'pixels': crop_image(image, window, side),
     'captions': [join_captions(captions, rng) for _, captions, _ in rows],
     'target': np.stack([covered(boxes) for boxes, _, _ in rows]),
     'is_global': np.array([not local for _, _, local in rows]),
   }
   if config.prior_target == 'all':
-    whole = covered(record.boxes) if record.boxes else out['target'][0]
+    whole = covered(regions.boxes) if regions.boxes else out['target'][0]
     out['prior_target'] = np.stack([whole] * len(rows))
   return out
 
 
-def _draw(record: Record, config: SampleConfig, rng: np.random.Generator):
+def _draw(regions: Regions, size: tuple[int, int], config: SampleConfig,
+          rng: np.random.Generator):
   """(boxes, captions, whether they are local) of one row."""
-  local = bool(record.boxes)
-  if record.global_caption is not None and local:
+  local = bool(regions.boxes)
+  if regions.global_caption is not None and local:
     local = rng.random() >= config.global_share
   if local:
-    number = min(config.boxes_per_sample, len(record.boxes))
-    picked = sorted(rng.choice(len(record.boxes), number, replace=False).tolist())
-    boxes = [record.boxes[i] for i in picked]
-    captions = [record.captions[i] for i in picked]
+    number = min(config.boxes_per_sample, len(regions.boxes))
+    picked = sorted(rng.choice(len(regions.boxes), number, replace=False).tolist())
+    boxes = [regions.boxes[i] for i in picked]
+    captions = [regions.captions[i] for i in picked]
   else:
-    boxes = [(0, 0, record.image.width, record.image.height)]
-    captions = [record.global_caption]
+    boxes = [(0, 0, *size)]
+    captions = [regions.global_caption]
   if config.clean:
     draw = lambda low, high: int(rng.integers(low, high + 1))
     captions = [mask_sentences(clean_caption(text), draw) for text in captions]

@@ -101,14 +101,26 @@ def sigmoid_loss(
   return total, own_counts.sum().astype(image.dtype)
 
 
+def cell_entropy(probs: Float[Array, 'b _ _'], target: Float[Array, 'b _ _']) -> Float[Array, 'b']:
+  """Binary cross entropy of a selection map, the mean over its cells.
+
+  A cell is positive where the target covers any of it.
+  """
+  p = wide(probs)
+  # torch bounds the logarithms at -100. Where a box forced p to 1 the gradient must stay finite.
+  bounded = lambda x, log, safe: jnp.where(
+    x > 0, jnp.maximum(log(jnp.where(x > 0, p, safe)), -100.0), -100.0)
+  hit, miss = bounded(p, jnp.log, 1.0), bounded(1 - p, lambda p: jnp.log1p(-p), 0.0)
+  return -jnp.where(target > 0, hit, miss).mean(axis=(1, 2))
+
+
 def selection_loss(
   probs: Sequence[Float[Array, 'b _ _']], targets: Sequence[Float[Array, 'b _ _']],
   is_local: Bool[Array, 'b'],
 ) -> tuple[Float[Array, ''], Float[Array, '']]:
-  """(sum over local rows, number of them) of the binary cross entropy of selection maps.
+  """(sum over local rows, number of them) of the `cell_entropy` of selection maps.
 
-  A cell is positive where the target covers any of it; the mean is over cells, then over scales
-  with equal weight. Without a local row both are 0.
+  The mean is over cells, then over scales with equal weight. Without a local row both are 0.
 
   Args:
     probs: per high scale, before the ground-truth override.
@@ -116,11 +128,7 @@ def selection_loss(
   """
   total = jnp.zeros((), jnp.float32)
   for p, target in zip(probs, targets, strict=True):
-    p = wide(p)
-    # torch bounds the logarithms at -100; probabilities of the selection never get there.
-    hit, miss = (jnp.maximum(x, -100.0) for x in (jnp.log(p), jnp.log1p(-p)))
-    nll = -jnp.where(target > 0, hit, miss)
-    total = total + jnp.where(is_local, nll.mean(axis=(1, 2)), 0.0).sum() / len(probs)
+    total = total + jnp.where(is_local, cell_entropy(p, target), 0.0).sum() / len(probs)
   return total, is_local.sum().astype(total.dtype)
 
 

@@ -21,7 +21,6 @@ from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.records import regions_of
 from hrvlm_jax.systems.ps3.shards import open_regions
 from hrvlm_jax.systems.ps3.text import tokenizer
-from hrvlm_jax.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +33,9 @@ class ToSample:
   def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, Any]:
     regions = regions_of(row)
     # Boxes count the pixels as they are stored, so EXIF turns nothing here.
-    record = data.Record(image=open_images(row, exif='ignore')[0], boxes=regions.boxes,
-                         captions=regions.captions, global_caption=regions.global_caption,
-                         name=row.where or row.id or 'record')
-    return data.sample(record, self.config, rng, side=self.side) | {'counted': np.array([True])}
+    image = open_images(row, exif='ignore')[0]
+    made = data.sample(image, regions, self.config, rng, side=self.side)
+    return made | {'counted': np.array([True])}
 
 
 def blank(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +59,7 @@ class ToBatch:
     return {key: x.reshape(self.parts, -1, *x.shape[1:]) for key, x in batch.items()}
 
 
-def make_batches(config: RunConfig, *, host: int = 0, hosts: int = 1) -> pipeline.Batches:
+def make_batches(config: Any, *, host: int = 0, hosts: int = 1) -> pipeline.Batches:
   """The checkpointable iterator over pre-training batches.
 
   Args:

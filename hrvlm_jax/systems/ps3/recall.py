@@ -13,9 +13,8 @@ Axis letters: b regions, h w pixels, t text places, k candidate captions, o feat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,15 +22,10 @@ import numpy as np
 
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise
-from hrvlm_jax.lab.needle import NeedleConfig
-from hrvlm_jax.lab.needle.generate import paint, plan as plan_needle
-from hrvlm_jax.lab.needle.regions import describe
 from hrvlm_jax.systems.ps3.config import PS3Config
-from hrvlm_jax.systems.ps3.data import target_map
 from hrvlm_jax.systems.ps3.model import covered, target_maps
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.systems.ps3.text import unit
-from hrvlm_jax.systems.ps3.views import squash
 
 WAYS = ('random', 'bottom_up', 'top_down')
 
@@ -47,40 +41,15 @@ class Score:
   accuracy: float
 
 
-def needle_probes(
-  config: NeedleConfig, encoder: PS3Config, tokenize: Callable[[Sequence[str]], np.ndarray], *,
-  seed: int, images: int, batch_size: int = 20,
-) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of regions of the built-in task: one sign of every image, in full view.
-
-  Yields:
-    pixels uint8 [b S S 3], target uint8 [b S S], prompt int32 [b t] (the sign without its text),
-    candidates int32 [b k t] (the sign with every text of the alphabet), answer int32 [b].
-  """
-  side = encoder.scales[-1]
-  rows: list[dict[str, Any]] = []
-  for index in range(images):
-    planned = plan_needle(config, seed, index)
-    sign = planned.target
-    scale = np.array([side / config.width, side / config.height] * 2)
-    texts = [describe(sign, letter) for letter in config.alphabet]
-    rows.append({
-      'pixels': squash(paint(config, planned), side),
-      'target': target_map([np.asarray(sign.box) * scale], side, side).astype(np.uint8),
-      'prompt': tokenize([describe(sign, '')])[0], 'candidates': tokenize(texts),
-      'answer': np.int32(config.alphabet.index(sign.text))})
-    if len(rows) == batch_size:
-      yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-      rows = []
-
-
 def probe(
   fn: Functional, params: Mapping[str, Any], batch: Mapping[str, jax.Array], key: jax.Array, *,
   encoder: PS3Config, budgets: Sequence[int],
 ) -> dict[str, jax.Array]:
-  """Recall [b ways budgets] and correctness [b ways budgets] of one batch of `needle_probes`.
+  """Recall [b ways budgets] and correctness [b ways budgets] of one batch.
 
   Args:
+    batch: regions: pixels uint8 [b S S 3], target uint8 [b S S], prompt int32 [b t] (what to look
+      for, without what is to be read there), candidates int32 [b k t], answer int32 [b].
     fn, params: of `systems.ps3.model.build(encoder)`.
     budgets: numbers of high-resolution tokens.
   """

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.compact import first_true
+from hrvlm_jax.systems.ps3.losses import cell_entropy
 from hrvlm_jax.vision.blocks import BlockProjector
 
 
@@ -110,9 +111,7 @@ def selection_loss(
   for p in probs:
     p = p.astype(jnp.float32)
     g = (resample.area(target, *p.shape[1:]) > 0).astype(jnp.float32)
-    # torch bounds the logarithms at -100. Where a box forced p to 1 the gradient must stay finite.
-    log = lambda x: jnp.where(x > 0, jnp.maximum(jnp.log(jnp.where(x > 0, x, 1.0)), -100.0), -100.0)
-    entropy = -jnp.where(g > 0, log(p), log(1 - p)).mean(axis=(1, 2))
+    entropy = cell_entropy(p, g)
     sums = lambda x: x.sum(axis=(1, 2)) / 100
     dice = 1 - (2 * sums(p * g) + 1e-6) / (sums(p) + sums(g) + 1e-6)
     total = total + (share * (entropy + dice)).sum()

@@ -7,7 +7,6 @@ happens on the device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from hrvlm_jax.core.images import resize_exact, to_rgb
 from hrvlm_jax.systems import images as image_slots
 from hrvlm_jax.systems.contract import Count, Views
 from hrvlm_jax.systems.ps3 import views as ps3_views
+from hrvlm_jax.systems.ps3.data import box_range
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 
 Box = Sequence[float]
@@ -48,23 +48,6 @@ def resize_box(box: Box, width: int, height: int, side: int) -> np.ndarray:
   if array.dtype.kind in 'iu':
     return np.array([int(v * f) for v, f in zip(array.tolist(), factor, strict=True)], np.int64)
   return array.astype(np.float32) * np.array(factor, np.float32)
-
-
-def box_range(box: np.ndarray, side: int) -> np.ndarray:
-  """int32 [4] (first row, last row + 1, first column, last column + 1) of the map of a box.
-
-  Rows floor(y0) up to and including ceil(y1), columns likewise, inside the image.
-  """
-  x0, y0, x1, y1 = (float(v) for v in box)
-  ends = (math.floor(y0), math.ceil(y1) + 1, math.floor(x0), math.ceil(x1) + 1)
-  return np.clip(np.array(ends, np.int32), 0, side)
-
-
-def target_map(ends: np.ndarray, side: int) -> np.ndarray:
-  """float32 [side side]: ones inside a range of `box_range`."""
-  out = np.zeros((side, side), np.float32)
-  out[ends[0]:ends[1], ends[2]:ends[3]] = 1
-  return out
 
 
 def first_scales(width: int, height: int, config: VilaHDConfig) -> int:
@@ -110,7 +93,7 @@ def views(images: Sequence[Image.Image], config: VilaHDConfig, *,
   if len(boxes) != len(images):
     raise UserError(f'{len(boxes)} boxes for {len(images)} images; give one (or None) per image')
   ends = [np.zeros(4, np.int32) if box is None else
-          box_range(resize_box(box, *image.size, side), side)
+          box_range(resize_box(box, *image.size, side), side, side)
           for image, box in zip(images, boxes, strict=True)]
   pixels = [squash(image, side, grounded=box is not None)
             for image, box in zip(images, boxes, strict=True)]

@@ -29,6 +29,7 @@ from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import load_tokenizer
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
+from hrvlm_jax.systems.ps3.data import box_range, target_map
 from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
@@ -148,8 +149,8 @@ def preprocess(case: Case) -> None:
     box = host.resize_box(spec['box_xyxy'].plain(), *image.size, side)
     case.expect(f'{name}.box_resized', box.astype(np.float32), tol=1e-6)
     case.expect_json(('images', number, 'box_resized'), box.astype(float).tolist(), tol=1e-5)
-    case.exact(f'{name}.gt_map', host.target_map(host.box_range(box, side), side))
-    ends = jnp.asarray(host.box_range(box, side))[None]
+    case.exact(f'{name}.gt_map', target_map([box], side, side))
+    ends = jnp.asarray(box_range(box, side, side))[None]
     case.exact(f'{name}.gt_map', form.target_maps(ends, side)[0])
     grounded = values_of(host.squash(image, side, grounded=True))
     case.expect(f'{name}.pixel_values_with_box', grounded, tol=1e-6)
@@ -326,8 +327,8 @@ def _train(case: Case, name: str, spec, config, params, text: Text) -> None:
   each = encoder.low_tokens + encoder.high_tokens
   rows = [text.conversation(m, [each] * n) for m, n in zip(messages, per_row, strict=True)]
   box = np.asarray(spec['gt_box_xyxy_pixels'].plain(), np.float64)
-  ends = host.box_range(box, encoder.side)
-  target = host.target_map(ends, encoder.side)[None]
+  ends = box_range(box, encoder.side, encoder.side)
+  target = target_map([box], encoder.side, encoder.side)[None]
   case.exact(f'{name}.gt_map', target)
   views = _views(encoder, per_row, _pixels(case, spec['images'].plain()),
                  np.repeat(ends[None], sum(per_row), axis=0))
