@@ -25,7 +25,7 @@ from PIL import Image
 import psutil
 
 from hrvlm_jax.data.checks import RowCheck, check_source
-from hrvlm_jax.data.plan import Packing
+from hrvlm_jax.data.packing import Packing
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.training import loop

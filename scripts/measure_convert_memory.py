@@ -25,7 +25,7 @@ import time
 
 from hrvlm_jax.checkpoint import hf, safetensors, store
 from hrvlm_jax.checkpoint.rows import entries
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 

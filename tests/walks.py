@@ -23,8 +23,8 @@ from PIL import Image
 import hrvlm_jax
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core.config import from_dict, to_dict
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.interop.export import export
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems import registry

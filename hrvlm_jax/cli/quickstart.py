@@ -23,7 +23,6 @@ from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.lab.compare_parts import answer_records
 from hrvlm_jax.lab.glyphs import GlyphConfig, pretrain
@@ -33,6 +32,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.chat import get_template, render, rendered_text
 from hrvlm_jax.language.conversation import messages_from_llava
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig

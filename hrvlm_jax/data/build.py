@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.checks import RowCheck
-from hrvlm_jax.data.rows import BadRow, encode_record
-from hrvlm_jax.data.sources import Source
+from hrvlm_jax.data.rows import BadRow, Source, encode_record
 from hrvlm_jax.data.tables import write_records
 
 VERSION = 1

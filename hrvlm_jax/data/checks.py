@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row, inside
-from hrvlm_jax.data.sources import Source
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, inside
 from hrvlm_jax.language.chat import IMAGE, Template, check_messages
 from hrvlm_jax.language.conversation import prepare
 

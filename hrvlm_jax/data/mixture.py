@@ -12,9 +12,8 @@ import dataclasses
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
-from hrvlm_jax.data.rows import BadRow, Row
+from hrvlm_jax.data.rows import BadRow, Row, Source
 from hrvlm_jax.data.sampler import shuffled_index
-from hrvlm_jax.data.sources import Source
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 
 

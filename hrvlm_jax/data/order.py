@@ -12,9 +12,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.rows import BadRow
+from hrvlm_jax.data.rows import BadRow, Source
 from hrvlm_jax.data.sampler import modality_grouped_order, shuffled_index, word_count
-from hrvlm_jax.data.sources import Source
 
 OrderName = Literal['uniform', 'grouped']
 

@@ -29,10 +29,9 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.order import Order, OrderName, make_order
 from hrvlm_jax.data.planned import PlannedRows, fault_of, window_of
-from hrvlm_jax.data.rows import BadRow, Row
+from hrvlm_jax.data.rows import BadRow, Row, Source
 from hrvlm_jax.data.sampler import Lanes
-from hrvlm_jax.data.sources import Source
-from hrvlm_jax.language.expansion import IGNORE
+from hrvlm_jax.language.prompt import IGNORE
 
 Example = dict[str, Any]
 Transform = Callable[[Row, np.random.Generator], Example]

@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.plan import Planner, Size, StepPlan
+from hrvlm_jax.data.packing import Planner, Size, StepPlan
 from hrvlm_jax.data.rows import BadRow, Row
-from hrvlm_jax.language.expansion import IGNORE, TEXT, pad_batch
+from hrvlm_jax.language.prompt import empty_text, pad_batch
 
 Views = dict[str, np.ndarray]
 Fault = tuple[str, str]
@@ -107,7 +107,7 @@ class PlannedRows:
       bins = [plan.bins[part * self.planner.lanes + lane] for lane in lanes]
       made = [[self._row([start + i for i in row], rows, plan, faults) for row in b] for b in bins]
       texts = [text for b in made for text, _ in b]
-      arrays = pad_rows(texts, plan.length, self.side, packed=self.packed)
+      arrays = pad_batch(texts, plan.length, self.side)
       parts.append(arrays | {'views': self._views(
         [[views for _, views in b] for b in made], plan, lanes)})
     return (parts[0] if len(parts) == 1 else _stack(parts)), faults
@@ -138,7 +138,7 @@ class PlannedRows:
 
   def _join(self, opened):
     if not opened:
-      return {'tokens': _EMPTY}, self._blank()
+      return empty_text(packed=self.packed), self._blank()
     return self.example.join(opened, packed=self.packed)
 
   def _blank(self) -> Views:
@@ -162,9 +162,6 @@ class PlannedRows:
           views[key] = views[key][:, :plan.length]
       out.append(views if lane == 0 else self.shift(views, self.encoder, lane * slots))
     return {key: np.concatenate([views[key] for views in out]) for key in out[0]}
-
-
-_EMPTY = np.zeros(0, np.int32)
 
 
 def _shapes(rows: PlannedRows, images: int) -> dict[str, tuple[int, ...]]:
@@ -192,51 +189,6 @@ def _probe(rows: PlannedRows, images: int) -> dict[str, tuple[int, ...]]:
 def fault_of(error: UserError) -> Fault:
   """(kind, sentence) of a row that cannot be used."""
   return (error.kind if isinstance(error, BadRow) else 'example'), str(error)
-
-
-def join_texts(examples: Sequence[Mapping[str, np.ndarray]], counts: Sequence[int]
-               ) -> dict[str, np.ndarray]:
-  """Several examples in one row.
-
-  Args:
-    examples: arrays of `expansion.expand`.
-    counts: visual tokens of each example (of all its images).
-
-  Returns:
-    tokens, visual_index (counted over the row), labels (the first of each example is -100: its
-    target would be the neighbour's), segments int32 (from 1), positions int32 (from 0 in each).
-  """
-  before = np.cumsum([0, *counts])
-  parts = []
-  for number, (example, start) in enumerate(zip(examples, before), 1):
-    size, index = len(example['tokens']), example['visual_index']
-    labels = example['labels'].copy()
-    labels[:1] = IGNORE
-    parts.append({
-      'tokens': example['tokens'], 'labels': labels,
-      'visual_index': np.where(index == TEXT, TEXT, index + start).astype(np.int32),
-      'segments': np.full(size, number, np.int32), 'positions': np.arange(size, dtype=np.int32)})
-  return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def pad_rows(rows: Sequence[Mapping[str, np.ndarray]], length: int, side: str, *, packed: bool
-             ) -> dict[str, np.ndarray]:
-  """Rows of `join_texts` (packed) or single examples, some empty, as arrays [b, length]."""
-  empty = {'tokens': _EMPTY, 'visual_index': _EMPTY, 'labels': _EMPTY}
-  full = [row if len(row['tokens']) else empty for row in rows]
-  steered = [row for row in full if 'prompt_end' in row]
-  if steered:  # an empty row steers nothing, but its place must exist
-    full = [row if 'prompt_end' in row else row | {'prompt_end': np.int32(0)} for row in full]
-  batch = pad_batch(full, length, side)
-  if not packed:
-    return batch
-  for key, fill in (('segments', 0), ('positions', 1)):
-    batch[key] = np.full(batch['tokens'].shape, fill, np.int32)
-    for row, values in enumerate(full):
-      size = len(values['tokens'])
-      place = slice(0, size) if side == 'right' else slice(length - size, length)
-      batch[key][row, place] = values.get(key, _EMPTY)
-  return batch
 
 
 def _stack(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

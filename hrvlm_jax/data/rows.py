@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import struct
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 import zlib
 
 from PIL import Image
@@ -96,6 +96,15 @@ class Row:
   messages: tuple[Message, ...]
   where: str = ''
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@runtime_checkable
+class Source(Protocol):
+  """What pipelines need: a length, and rows by index; a source raises `BadRow` for one row."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> Row: ...
 
 
 def inside(folder: str, path: str) -> str:

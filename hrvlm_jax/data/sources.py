@@ -12,25 +12,17 @@ import json
 import mmap
 import os
 import pathlib
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row, image_refs, inside
+from hrvlm_jax.data import mixture, tables
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, image_refs, inside
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.conversation import messages_from_llava
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
-
-
-@runtime_checkable
-class Source(Protocol):
-  """What pipelines need: a length, and rows by index; see `Row`, `BadRow`."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> Row: ...
 
 
 class InMemory:
@@ -261,8 +253,6 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
   Raises:
     UserError: nothing there, or nothing of these kinds.
   """
-  from hrvlm_jax.data import tables
-
   path = os.fspath(path)
   if path.endswith('.mixture.json'):
     return open_mixture(path, images=images)
@@ -304,9 +294,6 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
   Raises:
     UserError: an unknown or mistyped key (with its path), or a data set that cannot be opened.
   """
-  from hrvlm_jax.core.config import from_dict
-  from hrvlm_jax.data import mixture
-
   path = pathlib.Path(path)
   try:
     values = json.loads(path.read_text('utf-8'))

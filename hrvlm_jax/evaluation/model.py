@@ -16,8 +16,8 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.evaluation.runner import Answer, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
-from hrvlm_jax.language.expansion import IGNORE, pad_batch
 from hrvlm_jax.language.generate import bucket
+from hrvlm_jax.language.prompt import IGNORE, pad_batch
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, replicated
 from hrvlm_jax.systems.contract import CrossAttentionFusion
 from hrvlm_jax.training.losses import shifted_targets

@@ -27,7 +27,6 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.evaluation.provenance import versions
 from hrvlm_jax.lab import claims, glyph_scenes, glyphs, symbols
 from hrvlm_jax.lab.claims import Point
@@ -39,6 +38,7 @@ from hrvlm_jax.lab.needle import accuracy_by_size, read_records, single_turns, w
 from hrvlm_jax.language import chat
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.conversation import messages_from_llava
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
 from hrvlm_jax.training.config import DataConfig, Group, RunConfig, TrainingConfig
 from hrvlm_jax.training.loop import train

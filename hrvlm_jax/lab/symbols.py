@@ -22,13 +22,12 @@ import optax
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.layers import Embedding
 from hrvlm_jax.core.module import Functional, Module, Rngs
-from hrvlm_jax.data.transforms import Text
 from hrvlm_jax.lab.needle import NeedleConfig, plan, record
 from hrvlm_jax.language.chat import get_template
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.decoder import Decoder
-from hrvlm_jax.language.expansion import choose_bucket, pad_batch
+from hrvlm_jax.language.prompt import Text, choose_bucket, pad_batch
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import muon

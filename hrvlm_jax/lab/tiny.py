@@ -29,7 +29,6 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab import glyph_scenes, glyphs, symbols
 from hrvlm_jax.lab.glyph_scenes import SceneConfig
 from hrvlm_jax.lab.glyphs import GlyphConfig
@@ -38,6 +37,7 @@ from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.chat import get_template, render, rendered_text
 from hrvlm_jax.language.conversation import messages_from_llava
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.metrics import read_metrics
 from hrvlm_jax.vlm.answer import text_of

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab import glyphs
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.needle import NeedleConfig, plan
 from hrvlm_jax.lab.needle.regions import probes, regions, write_regions
 from hrvlm_jax.language.bpe import train_bpe
 from hrvlm_jax.language.captions import canonicalize
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.ps3.recall import measure
 from hrvlm_jax.systems.ps3.text import tokenizer
 from hrvlm_jax.training.metrics import read_metrics

@@ -1,8 +1,8 @@
-"""Chat templates as data, and their rendering into stretches of text that are trained or not.
+"""Chat templates as data, their rendering, and the token ids of a prompt.
 
 A template says what surrounds the system text, a question and an answer. `render` joins them into
 segments whose borders are the borders of the label mask, so that labels follow by construction
-(`data/conversation.py`) and the text of a prompt for generation is the same text, cut short.
+(`language/conversation.py`) and a prompt for generation is the same text, cut short.
 
 Sources: visheratin/mc-llava: conversation.py, dataset.py (MC-LLaVA); miguelscarv/pheye: README and
 generate.py (Pheye); haotian-liu/LLaVA: llava/conversation.py (Vicuna, plain); NVlabs/VILA:
@@ -16,9 +16,11 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.errors import UserError, unknown
+from hrvlm_jax.language.tokenizer import Tokenizer
 
 IMAGE = '<image>'
 USER, ASSISTANT = 'user', 'assistant'
+IGNORE = -100  # label of a token that is not trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +65,8 @@ class Template:
       or by counting the header's tokens when tokenised alone ('count', the rule of MC-LLaVA).
     steers: the last token of the first question is marked in every row; its state says where a
       model looks again (VILA-HD).
-    masks: rule of the original on odd input, see `data.conversation`: 'segments' (none), 'rounds'
-      (LLaVA), 'comparison' (VILA).
+    masks: rule of the original on odd input, see `language.conversation`: 'segments' (none),
+      'rounds' (LLaVA), 'comparison' (VILA).
   """
 
   name: str
@@ -262,37 +264,83 @@ def rendered_text(segments: Sequence[Segment]) -> str:
   return ''.join(segment.text for segment in segments)
 
 
-def parse(template: Template, text: str) -> tuple[str, list[Message]]:
-  """The system text and messages of a rendered text: the inverse of `render`.
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Token ids and their labels (-100 = not trained), before images take their slots.
 
-  Ambiguous when a message contains the template's own separators; `render` of the result then
-  still gives the same text.
+  `text` is what was tokenised, for display.
+  """
+
+  ids: list[int]
+  labels: list[int]
+  text: str
+
+  def cut(self, length: int | None) -> Encoded:
+    """At most `length` ids; None: all."""
+    return Encoded(self.ids[:length], self.labels[:length], self.text)
+
+
+def encode_prompt(
+  messages: Sequence[Message],
+  template: Template,
+  tokenizer: Tokenizer,
+  *,
+  image_id: int | None,
+  system: str | None = None,
+) -> Encoded:
+  """Ids of a conversation that waits for an answer; nothing is trained.
 
   Raises:
-    UserError: the text does not have the template's form.
+    UserError: messages that do not alternate or do not end with a question.
   """
-  def cut(rest: str, end: str) -> tuple[str, str]:
-    head, found, tail = rest.partition(end) if end else (rest, 'x', '')
-    if not found:
-      raise UserError(f'text is not of the template {template.name}: expected {end!r} '
-                      f'in {rest[:40]!r}')
-    return head, tail
+  text = rendered_text(render(template, messages, system=system, generation=True))
+  ids, _ = encode_text(text, tokenizer, image_id)
+  return Encoded(ids, [IGNORE] * len(ids), text)
 
-  before, after = template.user.split('{text}')
-  between = after + template.header
-  answer_before, answer_after = template.answer.split('{text}')
-  messages, system = [], ''
-  if template.system_format:
-    start, end = template.system_format.split('{text}')
-    # The end of a system text is where the first question begins.
-    system, text = cut(text.removeprefix(start), end + before)
-  else:
-    text = text.removeprefix(before)
-  while text:
-    asked, text = cut(text, between)
-    messages.append(Message(USER, asked))
-    if text:
-      told, text = cut(text.removeprefix(answer_before), answer_after + template.after)
-      messages.append(Message(ASSISTANT, told))
-      text = text.removeprefix(before)
-  return system, messages
+
+def encode_text(
+  text: str, tokenizer: Tokenizer, image_id: int | None
+) -> tuple[list[int], list[int]]:
+  """Ids of a text with images, and the character at which each starts (-1: the begin token).
+
+  With a sentinel (negative `image_id`) the pieces between placeholders are tokenised alone and
+  share one begin token, so with sentencepiece each has its own dummy space.
+
+  Source: haotian-liu/LLaVA: llava/mm_utils.py, `tokenizer_image_token`.
+  """
+  ids = tokenizer.encode('')
+  starts = [-1] * len(ids)
+  pieces = text.split(IMAGE) if image_id is not None and image_id < 0 else [text]
+  place = 0
+  for index, piece in enumerate(pieces):
+    if index:
+      ids.append(image_id)
+      starts.append(place)
+      place += len(IMAGE)
+    more, begins = tokenizer.encode_spans(piece, bos=False)
+    ids += more
+    starts += [place + begin for begin in begins]
+    place += len(piece)
+  return ids, starts
+
+
+def prompt_end(ids: Sequence[int], template: Template, tokenizer: Tokenizer) -> int:
+  """Index of the last token of the first question, whose state steers VILA-HD's selection.
+
+  That is one before the first occurrence of what follows a question; the last index when it does
+  not occur.
+
+  Source: NVlabs/VILA: llava/model/llava_arch.py (class `LlavaTopDownMetaForCausalLM`).
+  """
+  marker = prompt_end_marker(template, tokenizer)[1]
+  ids = list(ids)
+  for place in range(len(ids) - len(marker) + 1):
+    if ids[place:place + len(marker)] == marker:
+      return place - 1
+  return len(ids) - 1
+
+
+def prompt_end_marker(template: Template, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+  """Text and ids of what follows a question up to the answer, white space around it removed."""
+  text = (template.user.split('{text}')[1] + template.header).strip()
+  return text, tokenizer.encode(text, bos=False)

@@ -13,39 +13,24 @@ Sources: luogen1996/LLaVA-HR: llava_hr/train/train.py (`preprocess_v1`, `preproc
 from __future__ import annotations
 
 from collections.abc import Sequence
-import dataclasses
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.chat import (
   ASSISTANT,
+  IGNORE,
   IMAGE,
   USER,
+  Encoded,
   Message,
   Segment,
   Template,
+  encode_text,
   render,
   rendered_text,
 )
-from hrvlm_jax.language.expansion import IGNORE
 from hrvlm_jax.language.tokenizer import Tokenizer
 
 SENTINEL = -200  # LLaVA's image placeholder; no embedding row belongs to it
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-  """Token ids and their labels (-100 = not trained), before images take their slots.
-
-  `text` is what was tokenised, for display.
-  """
-
-  ids: list[int]
-  labels: list[int]
-  text: str
-
-  def cut(self, length: int | None) -> Encoded:
-    """At most `length` ids; None: all."""
-    return Encoded(self.ids[:length], self.labels[:length], self.text)
 
 
 def prepare(
@@ -57,7 +42,7 @@ def prepare(
   message moves to its beginning (several of one message are one, unless the example has several
   images). A template without placeholders loses them. Without images the text stays as it is.
 
-  The number of placeholders is checked where images take their slots (`expansion.expand`).
+  The number of placeholders is checked where images take their positions (`prompt.expand`).
 
   Args:
     images: how many images the example has.
@@ -145,50 +130,6 @@ def encode_training(
     return encode_vila(messages, template, tokenizer, image_id=image_id).cut(max_length)
   return encode_conversation(messages, template, tokenizer, image_id=image_id,
                              max_length=max_length)
-
-
-def encode_prompt(
-  messages: Sequence[Message],
-  template: Template,
-  tokenizer: Tokenizer,
-  *,
-  image_id: int | None,
-  system: str | None = None,
-) -> Encoded:
-  """Ids of a conversation that waits for an answer; nothing is trained.
-
-  Raises:
-    UserError: messages that do not alternate or do not end with a question.
-  """
-  text = rendered_text(render(template, messages, system=system, generation=True))
-  ids, _ = encode_text(text, tokenizer, image_id)
-  return Encoded(ids, [IGNORE] * len(ids), text)
-
-
-def encode_text(
-  text: str, tokenizer: Tokenizer, image_id: int | None
-) -> tuple[list[int], list[int]]:
-  """Ids of a text with images, and the character at which each starts (-1: the begin token).
-
-  With a sentinel (negative `image_id`) the pieces between placeholders are tokenised alone and
-  share one begin token, so with sentencepiece each has its own dummy space.
-
-  Source: haotian-liu/LLaVA: llava/mm_utils.py, `tokenizer_image_token`.
-  """
-  ids = tokenizer.encode('')
-  starts = [-1] * len(ids)
-  pieces = text.split(IMAGE) if image_id is not None and image_id < 0 else [text]
-  place = 0
-  for index, piece in enumerate(pieces):
-    if index:
-      ids.append(image_id)
-      starts.append(place)
-      place += len(IMAGE)
-    more, begins = tokenizer.encode_spans(piece, bos=False)
-    ids += more
-    starts += [place + begin for begin in begins]
-    place += len(piece)
-  return ids, starts
 
 
 def _by_place(
@@ -316,28 +257,6 @@ def encode_vila(
       at += matches
       labels[place] = IGNORE if matches else index
   return Encoded(ids, labels, rendered_text(segments))
-
-
-def prompt_end(ids: Sequence[int], template: Template, tokenizer: Tokenizer) -> int:
-  """Index of the last token of the first question, whose state steers VILA-HD's selection.
-
-  That is one before the first occurrence of what follows a question; the last index when it does
-  not occur.
-
-  Source: NVlabs/VILA: llava/model/llava_arch.py (class `LlavaTopDownMetaForCausalLM`).
-  """
-  marker = prompt_end_marker(template, tokenizer)[1]
-  ids = list(ids)
-  for place in range(len(ids) - len(marker) + 1):
-    if ids[place:place + len(marker)] == marker:
-      return place - 1
-  return len(ids) - 1
-
-
-def prompt_end_marker(template: Template, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-  """Text and ids of what follows a question up to the answer, white space around it removed."""
-  text = (template.user.split('{text}')[1] + template.header).strip()
-  return text, tokenizer.encode(text, bos=False)
 
 
 def messages_from_llava(conversations: Sequence[dict]) -> list[Message]:

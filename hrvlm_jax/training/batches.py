@@ -9,10 +9,11 @@ import jax
 
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data import pipeline
-from hrvlm_jax.data.plan import Planner
+from hrvlm_jax.data.packing import Planner
 from hrvlm_jax.data.planned import PlannedRows
 from hrvlm_jax.data.sources import open_source
-from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion

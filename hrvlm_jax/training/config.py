@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
-from hrvlm_jax.data.plan import Packing
+from hrvlm_jax.data.packing import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.parallel.mesh import MeshConfig
 from hrvlm_jax.systems.contract import ModelConfig
@@ -167,7 +167,7 @@ class DataConfig:
       VILA), or makes a bad row ('refuse'); see `data.transforms.TextLimit`.
     slots: crop slots of one batch; None: the system's default for its rows.
     packing: examples share rows and crop slots by a plan; `slots` is then not used, see
-      `data.plan.Packing`.
+      `data.packing.Packing`.
     shuffle: a new permutation every epoch; False keeps the order of the file.
     order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
     group: (examples per device and micro-batch, devices) of the grouping; None: whole batches.

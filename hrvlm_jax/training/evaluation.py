@@ -18,9 +18,9 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import open_images
 from hrvlm_jax.data.sources import LlavaJson
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab.needle import is_correct
 from hrvlm_jax.language.chat import IMAGE
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer

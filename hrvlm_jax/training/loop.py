@@ -24,7 +24,7 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.training import determinism

@@ -15,9 +15,8 @@ from hrvlm_jax.checkpoint import layout, store
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import open_image
-from hrvlm_jax.data.transforms import Text, tokenizer_of
-from hrvlm_jax.language.expansion import pad_batch
 from hrvlm_jax.language.generate import Generator, bucket
+from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
 from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
 from hrvlm_jax.systems import registry

@@ -9,7 +9,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.checks import check_source
-from hrvlm_jax.data.plan import Packing
+from hrvlm_jax.data.packing import Packing
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.batches import make_batches

@@ -7,8 +7,16 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.mixture import Mixture
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row, decode_record, encode_record, open_images
-from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, Source, open_source
+from hrvlm_jax.data.rows import (
+  BadRow,
+  ImageRef,
+  Row,
+  Source,
+  decode_record,
+  encode_record,
+  open_images,
+)
+from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, open_source
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
-from hrvlm_jax.data.transforms import Text, TextLimit, ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from hrvlm_jax.language.prompt import Text, tokenizer_of
 
 
 def views(images, size):

@@ -12,9 +12,9 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.evaluation.model import EvaluatedModel, array_hash
 from hrvlm_jax.evaluation.runner import evaluate
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
@@ -75,7 +75,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax
 import numpy as np
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.evaluation.model import EvaluatedModel
 from hrvlm_jax.evaluation.runner import evaluate
 from hrvlm_jax.systems import registry

@@ -7,11 +7,11 @@ from hrvlm_jax.language.chat import (
   USER,
   Message,
   get_template,
-  parse,
   question,
   render,
   rendered_text,
 )
+from tests.language.released import parse
 
 TALK = [Message(USER, '<image>\nWhere?'), Message(ASSISTANT, 'Here.'), Message(USER, 'Why?'),
         Message(ASSISTANT, ' So ')]

@@ -15,12 +15,12 @@ from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import ImageRef, Row
-from hrvlm_jax.data.transforms import ToBatch, ToExample, tokenizer_of
+from hrvlm_jax.data.transforms import ToBatch, ToExample
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.lab.compare_parts import cost
 from hrvlm_jax.language.chat import Message
-from hrvlm_jax.language.expansion import pad_batch
+from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.vila_hd import views as host, weights
 from hrvlm_jax.systems.vila_hd.config import tiny

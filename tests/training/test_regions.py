@@ -12,9 +12,9 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.build import build_records
 from hrvlm_jax.data.rows import ImageRef
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.lab.needle.regions import NeedleRegions, probes
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import model, pretrain as regions
 from hrvlm_jax.systems.ps3.config import SaliencyConfig, TextConfig, tiny_encoder

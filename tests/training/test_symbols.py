@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from hrvlm_jax.data.transforms import Text, tokenizer_of
 from hrvlm_jax.lab import symbols
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.language import config as language
+from hrvlm_jax.language.prompt import Text, tokenizer_of
 
 TEXT = language.phi(vocab_size=264, width=16, depth=1, heads=2, mlp_width=16, max_positions=512)
 CONFIG = symbols.SymbolsConfig(needle=NeedleConfig.tiny(turns=2), text=TEXT, steps=20, slots=(9,),

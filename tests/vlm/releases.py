@@ -9,7 +9,7 @@ import numpy as np
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.checkpoint.rows import entries
 from hrvlm_jax.core import paths
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 

@@ -17,9 +17,9 @@ from hrvlm_jax.core import lora
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import model_config

@@ -8,7 +8,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer

@@ -14,10 +14,10 @@ from hrvlm_jax.checkpoint import hf, leaves, store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.interop import card
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))

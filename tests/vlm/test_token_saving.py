@@ -7,8 +7,8 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.transforms import tokenizer_of
 from hrvlm_jax.language.decoder import default_positions
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.baselines.anyres import config as anyres
 from hrvlm_jax.systems.baselines.single_view import config as single_view
 from hrvlm_jax.systems.mc_llava import config as mc_llava

@@ -23,8 +23,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import to_rgb
-from hrvlm_jax.data.rows import BadRow, Row, open_images
-from hrvlm_jax.data.sources import Source
+from hrvlm_jax.data.rows import BadRow, Row, Source, open_images
 from hrvlm_jax.systems.ps3.records import Regions, region_row
 
 # What a caption without a model can say of a window: the colour nearest to its pixels, its ninth.

@@ -15,7 +15,7 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.rows import Row, open_images
-from hrvlm_jax.data.transforms import tokenizer_of
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.ps3 import data
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.records import regions_of

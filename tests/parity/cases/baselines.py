@@ -13,7 +13,7 @@ from hrvlm_jax.checkpoint.rows import Row, Table, identity, import_tensors, pref
 from hrvlm_jax.core.layers import PatchEmbed, activation_name
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise_host
-from hrvlm_jax.language.expansion import expand, pad_batch
+from hrvlm_jax.language.prompt import expand, pad_batch
 from hrvlm_jax.systems.baselines import layout, tiles
 from hrvlm_jax.systems.baselines.anyres import views as anyres
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig

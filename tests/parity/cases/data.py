@@ -10,8 +10,10 @@ from hrvlm_jax.language.chat import (
   IMAGE,
   USER,
   Message,
+  encode_prompt,
   get_template,
-  parse,
+  prompt_end,
+  prompt_end_marker,
   question,
   render,
   rendered_text,
@@ -19,16 +21,14 @@ from hrvlm_jax.language.chat import (
 from hrvlm_jax.language.conversation import (
   encode_conversation,
   encode_llava,
-  encode_prompt,
   encode_vila,
   messages_from_llava,
   prepare,
-  prompt_end,
-  prompt_end_marker,
 )
-from hrvlm_jax.language.expansion import merge_rows, pad_batch
+from hrvlm_jax.language.prompt import pad_batch
 from hrvlm_jax.language.tokenizer import ByteTokenizer, load_tokenizer
 from hrvlm_jax.training.schedules import learning_rate
+from tests.language.released import merge_rows, parse
 from tests.parity.cases.runner import OPERATOR, Case, check
 
 

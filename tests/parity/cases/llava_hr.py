@@ -14,16 +14,10 @@ from hrvlm_jax.core import resample
 from hrvlm_jax.core.module import Functional, layer_at
 from hrvlm_jax.core.pixels import normalise, normalise_host
 from hrvlm_jax.language import config as language
-from hrvlm_jax.language.chat import get_template, question
-from hrvlm_jax.language.conversation import (
-  SENTINEL,
-  encode_llava,
-  encode_prompt,
-  messages_from_llava,
-  prepare,
-)
-from hrvlm_jax.language.expansion import IGNORE, expand, pad_batch
+from hrvlm_jax.language.chat import encode_prompt, get_template, question
+from hrvlm_jax.language.conversation import SENTINEL, encode_llava, messages_from_llava, prepare
 from hrvlm_jax.language.generate import Generator, bucket
+from hrvlm_jax.language.prompt import IGNORE, expand, pad_batch
 from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import tokenizer_from_files
 from hrvlm_jax.systems.contract import ModelConfig

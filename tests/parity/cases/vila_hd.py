@@ -13,18 +13,18 @@ from hrvlm_jax.checkpoint.rows import import_tensors, prefixed
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.module import Functional, Module, Rngs
 from hrvlm_jax.core.pixels import normalise_host
-from hrvlm_jax.data.transforms import Text
-from hrvlm_jax.language.chat import IMAGE, get_template, question
-from hrvlm_jax.language.config import config_from_hf
-from hrvlm_jax.language.conversation import (
+from hrvlm_jax.language.chat import (
+  IMAGE,
   encode_prompt,
-  encode_vila,
-  messages_from_llava,
+  get_template,
   prompt_end,
   prompt_end_marker,
+  question,
 )
-from hrvlm_jax.language.expansion import pad_batch
+from hrvlm_jax.language.config import config_from_hf
+from hrvlm_jax.language.conversation import encode_vila, messages_from_llava
 from hrvlm_jax.language.generate import Generator
+from hrvlm_jax.language.prompt import Text, pad_batch
 from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import load_tokenizer
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.language.expansion import choose_bucket, expand, merge_rows, pad_batch
+from hrvlm_jax.language.prompt import choose_bucket, expand, pad_batch
+from tests.language.released import merge_rows
 
 
 def test_expand():

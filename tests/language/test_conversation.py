@@ -6,16 +6,22 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message, get_template
+from hrvlm_jax.language.chat import (
+  ASSISTANT,
+  IMAGE,
+  USER,
+  Message,
+  encode_prompt,
+  get_template,
+  prompt_end,
+)
 from hrvlm_jax.language.conversation import (
   SENTINEL,
   encode_conversation,
   encode_llava,
-  encode_prompt,
   encode_vila,
   messages_from_llava,
   prepare,
-  prompt_end,
 )
 from hrvlm_jax.language.tokenizer import ByteTokenizer, load_tokenizer
 
