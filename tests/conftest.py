@@ -18,7 +18,7 @@ os.environ.setdefault('TRANSFORMERS_OFFLINE', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 # Much of the suite's time goes into LLVM optimising programs that run once. Without it they compute
-# the same operations (measured: a quarter less time); `hrvlm verify` runs the cases with it.
+# the same operations (measured: a quarter less time).
 if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
   flags = os.environ.get('XLA_FLAGS', '')
   os.environ['XLA_FLAGS'] = f'{flags} --xla_backend_optimization_level=0'.strip()

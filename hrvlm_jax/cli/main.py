@@ -3,8 +3,8 @@
 Every verb is a thin wrapper around a documented function. A verb module offers one function
 `(argv: list[str]) -> int | None`; its result is the exit status (None is 0).
 
-Exit status: 0 done; 1 done, and the answer is no (`verify`, `doctor`); 2 a mistake of the user,
-printed as one sentence on standard error; anything unexpected keeps its traceback.
+Exit status: 0 done; 1 done, and the answer is no (`convert --check`, `doctor`); 2 a mistake of the
+user, printed as one sentence on standard error; anything unexpected keeps its traceback.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,6 @@ VERBS: dict[str, tuple[str, str]] = {
     'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),
     'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
-    'verify': ('hrvlm_jax.cli.verify:main', 'compare with recorded cases, tensor by tensor'),
     'quickstart': ('hrvlm_jax.cli.quickstart:main', 'train, compare, ask and export a tiny model'),
     'tiny': ('hrvlm_jax.cli.tiny:main', 'train and score a config of configs/tiny from nothing'),
     'data': ('hrvlm_jax.cli.data:main', 'show a batch, check a data set, build ArrayRecord shards'),
@@ -37,6 +36,9 @@ VERBS: dict[str, tuple[str, str]] = {
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }
+
+# Verbs of earlier releases, and what takes their place.
+GONE = {'verify': 'HRVLM_GOLDENS=FOLDER pytest tests/parity --parity-report FILE (in a checkout)'}
 
 
 def cache_folder() -> pathlib.Path:
@@ -68,6 +70,8 @@ def run(argv: Sequence[str]) -> int:
     print(f'hrvlm_jax {__version__}')
     return 0
   verb = argv[0]
+  if verb in GONE:
+    raise UserError(f'the verb {verb} is gone; its place takes {GONE[verb]}')
   if verb not in VERBS:
     raise UserError(f'{unknown(verb, VERBS, what="verb")}; hrvlm --help lists them all')
   # A command that is repeated does not compile again; JAX_ENABLE_COMPILATION_CACHE=0 prevents it.

@@ -1,23 +1,52 @@
-"""Every golden case below $HRVLM_GOLDENS (default tests/goldens), by its config.json alone."""
+"""Every recorded case and list below $HRVLM_GOLDENS (default tests/goldens), by content alone."""
 
+import json
 import os
 import pathlib
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 
+from hrvlm_jax.core.errors import UserError
 from tests.parity.cases import runner
 
-ROOT = pathlib.Path(os.environ.get('HRVLM_GOLDENS', pathlib.Path(__file__).parents[1] / 'goldens'))
-CASES = runner.find_cases(ROOT)
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
+ROOT = pathlib.Path(os.environ.get('HRVLM_GOLDENS') or GOLDENS)
 
 
-@pytest.mark.parametrize('folder', CASES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_case(folder):
-  report = runner.run_case(folder)
+@pytest.mark.parametrize('path', runner.find_cases(ROOT), ids=lambda p: str(p.relative_to(ROOT)))
+def test_case(path, run_case):
+  report = run_case(path)
   assert report.passed, '\n'.join(report.failures())
 
 
 def test_a_case_that_nothing_checks_fails(tmp_path):
   (tmp_path / 'config.json').write_text('{"system": "nowhere", "kind": "none"}')
-  with pytest.raises(runner.UserError, match="no check for system 'nowhere'"):
+  with pytest.raises(UserError, match="no check for system 'nowhere'"):
     runner.run_case(tmp_path)
+
+
+def test_the_report_is_a_table_and_a_file_and_any_layout_is_found(tmp_path):
+  """In a process of its own: a case and a list in folders of other names, one of them wrong."""
+  shutil.copytree(GOLDENS / 'vila_hd' / 'text', tmp_path / 'a' / 'b')
+  listed = json.loads((GOLDENS / 'release_keys' / 'phi_1_5.json').read_text())
+  del listed['tensors']['lm_head.bias']
+  (tmp_path / 'lists').mkdir()
+  (tmp_path / 'lists' / 'phi_1_5.json').write_text(json.dumps(listed))
+  run = subprocess.run(
+    [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', str(pathlib.Path(__file__)),
+     '-k', 'test_case', '--parity-report', str(tmp_path / 'report.json')],
+    env={**os.environ, 'HRVLM_GOLDENS': str(tmp_path)}, capture_output=True, text=True,
+    cwd=pathlib.Path(__file__).parents[2], timeout=300)
+  assert run.returncode == 1, run.stdout + run.stderr
+  case, keys = json.loads((tmp_path / 'report.json').read_text())
+  assert case['passed'] and case['system'] == 'vila_hd'
+  assert not keys['passed'] and {r['key']: r['status'] for r in keys['results']} == {
+    'lm_head.bias': 'different', 'tensors': 'ok'}
+  assert f'passed  {tmp_path}/a/b  (vila_hd/text: ' in run.stdout
+  assert re.search(r'^  different +inf of +0  lm_head\.bias  \(51200,\) by our table, absent',
+                   run.stdout, re.MULTILINE), run.stdout
+  assert '1 of 2 cases passed' in run.stdout

@@ -1,4 +1,4 @@
-"""Golden checks of LLaVA-HR (data and scorers: verify.data, verify.evaluation)."""
+"""Golden checks of LLaVA-HR (data and scorers: data, evaluation)."""
 
 from __future__ import annotations
 

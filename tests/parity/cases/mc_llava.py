@@ -1,4 +1,4 @@
-"""Golden checks of MC-LLaVA: preprocess, vision, full (conversation and merge: verify.data)."""
+"""Golden checks of MC-LLaVA: preprocess, vision, full (conversation and merge: data)."""
 
 from __future__ import annotations
 

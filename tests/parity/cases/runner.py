@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from hrvlm_jax.core.errors import UserError
+from tests.parity.cases import release_keys
 
 WHOLE_MODEL = 1e-4
 OPERATOR = 1e-5
@@ -301,7 +302,10 @@ def _leaves(tree, path) -> Iterator[tuple]:
 
 
 def find_cases(root: str | pathlib.Path) -> list[pathlib.Path]:
-  """Every folder below `root` (or `root` itself) whose config.json names a system and a kind.
+  """Every case below `root` (or `root` itself), and every list of a release's tensors.
+
+  A case is a folder whose config.json names a system and a kind; a list (see `release_keys`) a JSON
+  file beside no case.
 
   Raises:
     UserError: no such folder, or no case below it.
@@ -317,18 +321,22 @@ def find_cases(root: str | pathlib.Path) -> list[pathlib.Path]:
       raise UserError(f'{path}: not valid JSON ({error})') from error
     if isinstance(config, dict) and {'system', 'kind'} <= set(config):
       found.append(path.parent)
-  if not found:
+  lists = [path for path in sorted(root.rglob('*.json'))
+           if path.parent not in found and release_keys.is_list(path)]
+  if not found and not lists:
     raise UserError(f"{root}: no golden case below it (a folder whose config.json has 'system' "
-                    "and 'kind')")
-  return found
+                    "and 'kind', or a list of a release's tensors)")
+  return found + lists
 
 
 def run_case(folder: str | pathlib.Path) -> Report:
-  """Runs the check of one case folder; an exception becomes a failed result.
+  """Runs the check of one case folder or list; an exception becomes a failed result.
 
   Raises:
-    UserError: no check is registered for the case's (system, kind).
+    UserError: no check is registered for the case's (system, kind), no release of a list's name.
   """
+  if pathlib.Path(folder).is_file():
+    return _run_list(pathlib.Path(folder))
   for name in _MODULES:
     _import(name)
   case = Case(folder)
@@ -343,6 +351,15 @@ def run_case(folder: str | pathlib.Path) -> Report:
     case.results.append(Result('(check)', np.inf, 0.0, 'error', detail))
     return Report(str(case.folder), case.system, case.kind, tuple(case.results))
   return case.finish()
+
+
+def _run_list(path: pathlib.Path) -> Report:
+  """Names and shapes of a release: one result for all that agree, one for each that does not."""
+  different = release_keys.compare(path)
+  results = [Result(name, np.inf, 0.0, 'different', detail) for name, detail in different.items()]
+  agreeing = len(json.loads(path.read_text())['tensors']) - len(different)
+  results.append(Result('tensors', 0.0, 0.0, 'ok', f'{agreeing} names and shapes'))
+  return Report(str(path), path.stem, 'release_keys', tuple(results))
 
 
 def _import(name: str) -> None:

@@ -1,4 +1,4 @@
-"""Golden checks of VILA-HD: preprocess, projector, encode_format, full (text: verify.data)."""
+"""Golden checks of VILA-HD: preprocess, projector, encode_format, full (text: data)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """Original layout -> Orbax -> original layout for every system; what is refused, all at once."""
 
-import pathlib
-import sys
 
 import numpy as np
 import pytest
@@ -11,9 +9,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.interop.convert import convert, recognise
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.systems import registry
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from releases import KINDS, layout, random_tensors, read_release, write_release
+from tests.interop.releases import KINDS, layout, random_tensors, read_release, write_release
 
 
 def bits(array):

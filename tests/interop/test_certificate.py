@@ -11,9 +11,7 @@ from hrvlm_jax.checkpoint.rows import export_tensors
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.core import paths
 from hrvlm_jax.systems import registry
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'vlm'))
-from releases import random_params, write_release
+from tests.interop.releases import random_params, write_release
 
 TESTS = pathlib.Path(__file__).parents[1]
 

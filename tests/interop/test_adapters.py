@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +21,7 @@ from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import model_config
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from releases import random_params
+from tests.interop.releases import random_params
 
 SPEC = LoRA(rank=3, alpha=12.0, dropout=0.05)
 PLAIN = registry.get('single_view').tiny()

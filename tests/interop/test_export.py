@@ -1,8 +1,6 @@
 """What an exported folder holds beside its weights, and dtypes."""
 
 import json
-import pathlib
-import sys
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,9 +17,7 @@ from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from releases import random_params
+from tests.interop.releases import random_params
 
 FILES = {f'tokenizer/{n}': data for n, data in tokenizer_of('byte').files.items()}
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
-import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +24,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.vision import convnext
 from hrvlm_jax.vision.vit import ViT
 from hrvlm_jax.vlm import model as vlm
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from releases import KINDS, layout, random_tensors, write_release
+from tests.interop.releases import KINDS, layout, random_tensors, write_release
 
 TEXTS = {
   'phi': language.phi(vocab_size=96, width=32, depth=2, heads=2, mlp_width=64),
