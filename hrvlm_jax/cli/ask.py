@@ -1,22 +1,16 @@
 """`hrvlm ask`: see `vlm.answer.Answerer`."""
 
-import ast
-from collections.abc import Sequence
-import pathlib
 import sys
-from typing import Any
 
+from hrvlm_jax.cli.answering import KNOBS, check_overlay, take_knobs
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
-
-_PREFIX = '--encoder.'
 
 
 def main(argv: list[str]) -> int:
   """Answers a question about one image or several."""
-  argv, options = encoder_options(argv)
-  parser = Parser('ask', main.__doc__ + ' --encoder.KEY=VALUE sets a knob of the system '
-                  '(max_crops, num_tokens, ...).')
+  argv, knobs = take_knobs(argv)
+  parser = Parser('ask', f'{main.__doc__} {KNOBS}')
   parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
   parser.add_argument('image', nargs='+', help='image files, in the order of the question')
   parser.add_argument('question')
@@ -45,7 +39,8 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.vlm.answer import Answerer
 
   answerer = Answerer.load(arguments.checkpoint, dtype=jax.numpy.dtype(arguments.dtype),
-                           exif=arguments.exif, encoder_options=options)
+                           exif=arguments.exif, encoder_options=knobs.pop('encoder', None),
+                           methods=knobs)
   sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, beams=arguments.beams)
   try:
@@ -62,31 +57,3 @@ def main(argv: list[str]) -> int:
     answerer.overlay(images[0], arguments.question).save(arguments.overlay)
     print(f'drawn: {arguments.overlay}', file=sys.stderr)
   return 0
-
-
-def encoder_options(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-  """Takes `--encoder.KEY=VALUE` out of the arguments; values are Python literals or texts."""
-  rest, options = [], {}
-  for argument in argv:
-    if not argument.startswith(_PREFIX):
-      rest.append(argument)
-      continue
-    key, equals, text = argument.removeprefix(_PREFIX).partition('=')
-    if not equals or not key:
-      raise UserError(f'{argument}: expected {_PREFIX}KEY=VALUE')
-    try:
-      options[key] = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-      options[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
-  return rest, options
-
-
-def check_overlay(path: str | None) -> None:
-  """Refuses an overlay file that could not be written, before any work is done."""
-  if path is None:
-    return
-  target = pathlib.Path(path)
-  if target.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
-    raise UserError(f'--overlay {path}: expected a name that ends in .png, .jpg or .webp')
-  if not target.parent.is_dir():
-    raise UserError(f'--overlay {path}: the folder {target.parent} does not exist')

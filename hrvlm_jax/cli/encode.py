@@ -2,14 +2,14 @@
 
 import pathlib
 
+from hrvlm_jax.cli.answering import check_overlay, take_knobs
 from hrvlm_jax.cli.arguments import Parser
-from hrvlm_jax.cli.ask import check_overlay, encoder_options
 from hrvlm_jax.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
   """Runs a vision encoder alone on one image and prints the shape of its tokens."""
-  argv, options = encoder_options(argv)
+  argv, knobs = take_knobs(argv, ('encoder',))
   parser = Parser('encode', main.__doc__ + ' --encoder.KEY=VALUE sets a knob of the system, for '
                   "example --encoder.look=\"{'looks': 2}\".")
   parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.vlm.encode import ImageEncoder
 
   encoder = ImageEncoder.load(arguments.checkpoint, prompted=arguments.prompt is not None,
-                              encoder_options=options)
+                              encoder_options=knobs.get('encoder'))
   tokens = encoder(image, arguments.prompt, dtype=jnp.dtype(arguments.dtype))
   values = np.asarray(tokens.values[0], np.float32)[np.asarray(tokens.valid[0])]
   print(f'{values.shape[0]} tokens of width {values.shape[1]}')

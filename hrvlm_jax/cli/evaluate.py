@@ -2,13 +2,15 @@
 
 import os
 
+from hrvlm_jax.cli.answering import KNOBS, take_knobs
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
   """Runs a benchmark and writes score, answers and provenance; resumes by itself."""
-  parser = Parser('eval', main.__doc__)
+  argv, knobs = take_knobs(argv)
+  parser = Parser('eval', f'{main.__doc__} {KNOBS}')
   parser.add_argument('--checkpoint', help='checkpoint or work directory of a run')
   parser.add_argument('--predictions', metavar='FILE',
                       help='score these answers (JSON lines with sample_id and text) instead')
@@ -31,48 +33,48 @@ def main(argv: list[str]) -> int:
     raise UserError('expected either --checkpoint (a model answers) or --predictions (answers that '
                     'exist are scored)')
   if arguments.predictions is not None:
-    return _score(benchmark, arguments)
+    return _score(benchmark, arguments, knobs)
   import jax
   import jax.numpy as jnp
 
   from hrvlm_jax.checkpoint import layout
   from hrvlm_jax.evaluation import provenance
   from hrvlm_jax.evaluation.model import EvaluatedModel
-  from hrvlm_jax.evaluation.runner import evaluate
+  from hrvlm_jax.evaluation.runner import Options, evaluate
   from hrvlm_jax.parallel import distributed
   from hrvlm_jax.vlm.answer import Answerer
 
-  folder = os.fspath(layout.resolve(arguments.checkpoint))
   # The originals ignored EXIF orientation in evaluation; so do the published numbers.
-  answerer = Answerer.load(folder, dtype=jnp.dtype(arguments.dtype), exif='ignore')
+  folder = os.fspath(layout.resolve(arguments.checkpoint))
+  answerer = Answerer.load(folder, dtype=jnp.dtype(arguments.dtype), exif='ignore',
+                           encoder_options=knobs.pop('encoder', None), methods=knobs)
   devices = jax.local_devices()
   if arguments.batch_size % len(devices):
     raise UserError(f'--batch-size {arguments.batch_size} is no multiple of the {len(devices)} '
                     'devices of this machine')
   model = EvaluatedModel(answerer, devices=devices if len(devices) > 1 else None,
                          max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
-  name = os.path.basename(os.path.abspath(arguments.checkpoint))
-  setup = model.setup(name=name, checkpoint=arguments.checkpoint,
-                      checkpoint_hash=provenance.folder_hash(folder))
+  asked = model.described(
+    name=os.path.basename(os.path.abspath(arguments.checkpoint)), checkpoint=arguments.checkpoint,
+    checkpoint_hash=provenance.folder_hash(folder))
   result = evaluate(
-      benchmark, model.answer, data=arguments.data, out=arguments.out, setup=setup,
+    benchmark, asked, data=arguments.data, out=arguments.out,
+    options=Options(
       split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
-      limit=arguments.limit, likelihood_fn=model.likelihood, overlay_fn=model.overlay,
-      process_index=jax.process_index(), process_count=jax.process_count(),
-      barrier=lambda: distributed.barrier('eval'),
-      progress=not arguments.quiet)
+      limit=arguments.limit, process_index=jax.process_index(), process_count=jax.process_count(),
+      barrier=lambda: distributed.barrier('eval'), progress=not arguments.quiet))
   if result is not None:
     print(result.summary())
     print(f'written: {arguments.out}')
   return 0
 
 
-def _score(benchmark, arguments) -> int:
+def _score(benchmark, arguments, knobs) -> int:
   """Answers that exist: no model is loaded, nothing about one can be set."""
   from hrvlm_jax.evaluation.runner import score_predictions
 
   given = [name for name in ('limit', 'max_new_tokens', 'prompt')
-           if getattr(arguments, name) is not None]
+           if getattr(arguments, name) is not None] + list(knobs)
   if given:
     options = ', '.join('--' + name.replace('_', '-') for name in given)
     raise UserError(f'{options}: decides how a model answers; --predictions scores answers that '

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
     'encode': ('hrvlm_jax.cli.encode:main', 'run a vision encoder alone; draw its selection'),
     'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
+    'analyse': ('hrvlm_jax.cli.analyse:main', "the papers' analyses: curves, sizes, costs, ..."),
     'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),
     'export': ('hrvlm_jax.cli.export:main', 'checkpoint -> the original weight layout'),
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),

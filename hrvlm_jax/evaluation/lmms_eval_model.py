@@ -11,7 +11,7 @@ from tqdm import tqdm
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation import lmms_eval_plugin as plugin
 from hrvlm_jax.evaluation.model import EvaluatedModel
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, answer_all
 
 
 class HrvlmJax(lmms):
@@ -57,13 +57,10 @@ class HrvlmJax(lmms):
     """(log-probability, is greedy) of each continuation after its context."""
     model = EvaluatedModel(self._answerer, max_new_tokens=1)
     triples = [self._continuation(request.args) for request in requests]
-    results = []
-    for start in range(0, len(triples), self._batch_size):
-      batch = triples[start:start + self._batch_size]
-      filled = batch + [batch[-1]] * (self._batch_size - len(batch))
-      results += [(score.log_probability, score.greedy)
-                  for score in model.score(filled, stop=False)[:len(batch)]]
-    return results
+    ask = lambda batch: model.score(batch, stop=False)
+    return [(score.log_probability, score.greedy)
+            for _, scores in answer_all(ask, triples, batch_size=self._batch_size)
+            for score in scores]
 
   def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
     """The base class demands it. An answerer takes one question about its images, no dialogue."""

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.vlm.answer import answer_all
 
 MODEL_ID = 'hrvlm_jax'
 CLASS_PATH = 'hrvlm_jax.evaluation.lmms_eval_model.HrvlmJax'
@@ -130,20 +131,17 @@ def cut(text: str, until: Iterable[str]) -> str:
   return body[:min(ends)] if ends else text
 
 
-def batches(requests: Sequence[Request], size: int) -> list[list[Request]]:
-  """Requests of equal settings and number of images, by rising text length, `size` at a time.
+def groups(requests: Sequence[Request]) -> list[list[Request]]:
+  """Requests of equal settings and number of images, by rising text length.
 
   Equal lengths next to each other keep the number of compiled shapes small.
   """
-  groups: dict[tuple, list[Request]] = {}
+  found: dict[tuple, list[Request]] = {}
   for request in requests:
     key = (tuple(sorted(request.sampling.items())), len(request.images))
-    groups.setdefault(key, []).append(request)
-  made = []
-  for group in groups.values():
-    group = sorted(group, key=lambda request: (len(request.question), request.position))
-    made += [group[i:i + size] for i in range(0, len(group), size)]
-  return made
+    found.setdefault(key, []).append(request)
+  return [sorted(group, key=lambda request: (len(request.question), request.position))
+          for group in found.values()]
 
 
 Generate = Callable[[list[tuple[tuple[Image.Image, ...], str]], Mapping[str, Any]], Sequence[str]]
@@ -159,13 +157,13 @@ def run(requests: Sequence[Request], generate: Generate, *, batch_size: int,
     done: called after each batch with its number of requests.
   """
   texts: dict[int, str] = {}
-  for batch in batches(requests, batch_size):
-    pairs = [(request.images, request.question) for request in batch]
-    pairs += [pairs[-1]] * (batch_size - len(pairs))
-    answers = generate(pairs, batch[0].sampling)
-    for request, answer in zip(batch, answers):
-      texts[request.position] = cut(answer, request.until)
-    done(len(batch))
+  for group in groups(requests):
+    ask = lambda batch, sampling=group[0].sampling: generate(
+      [(request.images, request.question) for request in batch], sampling)
+    for batch, answers in answer_all(ask, group, batch_size=batch_size):
+      texts |= {request.position: cut(answer, request.until)
+                for request, answer in zip(batch, answers)}
+      done(len(batch))
   return [texts[request.position] for request in requests]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.analysis.attention import global_share
-from hrvlm_jax.evaluation.runner import Answer, Picture, Setup
+from hrvlm_jax.evaluation.runner import Answer, Model, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.language.prompt import IGNORE, pad_batch
@@ -63,18 +63,20 @@ class EvaluatedModel:
     self._scored: Any = None
     self._attention: Any = None
 
-  def setup(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Setup:
-    """The model's side of a result's provenance."""
+  def described(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Model:
+    """What `runner.evaluate` asks, with the model's side of a result's provenance."""
     config = to_dict(self.answerer.config)
-    return Setup(
-        model=name, system=self.answerer.config.system, checkpoint=checkpoint,
-        checkpoint_hash=checkpoint_hash, config=config, generation=self.sampling,
-        preprocessing={'encoder': config['encoder'], 'exif': self.answerer.exif})
+    setup = Setup(
+      model=name, system=self.answerer.config.system, checkpoint=checkpoint,
+      checkpoint_hash=checkpoint_hash, config=config,
+      generation={**self.sampling, **self.answerer.methods},
+      preprocessing={'encoder': config['encoder'], 'exif': self.answerer.exif})
+    return Model(setup=setup, answer=self.answer, likelihood=self.likelihood, overlay=self.overlay)
 
   def answer(self, pairs: Sequence[tuple[Picture, str]]) -> list[Answer]:
     """Generated answers with the number of visual and new tokens."""
     model = self.answerer
-    items = [(_images(picture), question) for picture, question in pairs]
+    items = model.shown([(_images(picture), question) for picture, question in pairs])
     batch = self._place(model.batch(items))
     sampling = model.sampling(**self.sampling)
     embeds, valid, extras = model.generator.prompt(batch)
@@ -96,7 +98,13 @@ class EvaluatedModel:
 
     Args:
       stop: the token that ends an answer belongs to it.
+
+    Raises:
+      UserError: a method that only generation knows (FastV).
     """
+    if 'fastv' in self.answerer.methods:
+      raise UserError('fastv prunes tokens while a model generates; likelihoods of given answers '
+                      'are taken without it: leave --fastv out')
     rows, batch = self._answered(triples, stop)
     chosen, best, wanted = jax.device_get(self._scores()(self.answerer.generator.params, batch))
     return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
@@ -132,11 +140,10 @@ class EvaluatedModel:
   def _answered(self, triples, stop: bool):
     """(rows, batch) of questions with given answers, labels on the answers."""
     model = self.answerer
-    views = [model.system.views(_images(picture), model.config.encoder)
-             for picture, _, _ in triples]
+    shown = model.shown([(_images(picture), question) for picture, question, _ in triples])
+    views = [model.system.views(images, model.config.encoder) for images, _ in shown]
     rows = []
-    for (picture, question, option), view in zip(triples, views):
-      images = _images(picture)
+    for (images, question), (*_, option), view in zip(shown, triples, views):
       counts = view['tokens'].tolist() if 'tokens' in view else [0] * len(images)
       turns = [Message(USER, question), Message(ASSISTANT, option)]
       row = model.text.conversation(turns, counts)

@@ -28,6 +28,7 @@ from hrvlm_jax.evaluation import benchmarks, prompts, provenance, records, repor
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample, Samples
 from hrvlm_jax.evaluation.metrics.choice import likelihood_choice
 from hrvlm_jax.evaluation.result import Result, score_texts
+from hrvlm_jax.vlm.answer import answer_all
 
 Picture = Image.Image | tuple[Image.Image, ...] | None
 AnswerFn = Callable[[list[tuple[Picture, str]]], Sequence['str | Answer']]
@@ -70,44 +71,76 @@ class Setup:
   generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def evaluate(
-    benchmark: str | Benchmark,
-    answer_fn: AnswerFn | None,
-    *,
-    data: str | Path,
-    out: str | Path,
-    setup: Setup,
-    split: str | None = None,
-    prompt_file: str | Path | None = None,
-    batch_size: int = 8,
-    limit: int | None = None,
-    likelihood_fn: LikelihoodFn | None = None,
-    overlay_fn: OverlayFn | None = None,
-    examples: int = 12,
-    process_index: int = 0,
-    process_count: int = 1,
-    barrier: Callable[[], None] | None = None,
-    progress: bool = True,
-) -> Result | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+  """What is evaluated, as functions; each may be absent where the benchmark does not need it.
+
+  Attributes:
+    setup: what the model is.
+    answer: list of (image, question) -> as many answers. The image is a PIL image, a tuple of them,
+      or None for a question without one. Always called with `batch_size` pairs (the last batch is
+      filled up with repetitions whose answers are dropped), so shapes can stay fixed.
+    likelihood: list of (image, question, option) -> mean token cross-entropy of each option.
+    overlay: (image, question) -> picture of where the model looked, for the report's examples.
+  """
+
+  setup: Setup
+  answer: AnswerFn | None = None
+  likelihood: LikelihoodFn | None = None
+  overlay: OverlayFn | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How a benchmark is run.
+
+  Attributes:
+    split: default: the benchmark's first.
+    prompt_file: a template to use instead of the packaged one.
+    limit: only the first samples; the result says so.
+    examples: how many right and how many wrong answers the report shows.
+    process_index, process_count: this process answers samples process_index::process_count.
+    barrier: waits for all processes; called before and after the files are merged.
+  """
+
+  split: str | None = None
+  prompt_file: str | Path | None = None
+  batch_size: int = 8
+  limit: int | None = None
+  examples: int = 12
+  process_index: int = 0
+  process_count: int = 1
+  barrier: Callable[[], None] = lambda: None
+  progress: bool = True
+
+  def __post_init__(self):
+    if self.batch_size < 1 or (self.limit is not None and self.limit < 1) or \
+        not 0 <= self.process_index < self.process_count:
+      raise UserError(
+        f'batch_size {self.batch_size}, limit {self.limit}, process {self.process_index} of '
+        f'{self.process_count}: expected positive numbers and an index below the count')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+  """The questions of one run, as they are asked, and all that decides their answers."""
+
+  benchmark: Benchmark
+  split: str
+  samples: Samples
+  questions: Mapping[str, str]
+  identity: Mapping[str, Any]
+
+
+def evaluate(benchmark: str | Benchmark, model: Model, *, data: str | Path, out: str | Path,
+             options: Options = Options()) -> Result | None:
   """Answers every question of a benchmark, scores the answers and writes a result folder.
 
   A run that was killed goes on where it stopped; at most one batch is asked again.
 
   Args:
     benchmark: name or object.
-    answer_fn: list of (image, question) -> as many answers. The image is a PIL image, a tuple of
-      them, or None for a question without one. Always called with `batch_size` pairs (the last
-      batch is filled up with repetitions whose answers are dropped), so shapes can stay fixed. Not
-      needed for a likelihood benchmark.
     data: folder with the official files. out: result folder, made if absent.
-    setup: what the model is.
-    prompt_file: a template to use instead of the packaged one.
-    limit: only the first samples; the result says so.
-    likelihood_fn: list of (image, question, option) -> mean token cross-entropy of each option.
-    overlay_fn: (image, question) -> picture of where the model looked, for the report's examples.
-    examples: how many right and how many wrong answers the report shows.
-    process_index, process_count: this process answers samples process_index::process_count.
-    barrier: waits for all processes; called before and after the files are merged.
 
   Returns:
     The result; None on processes other than the first.
@@ -117,66 +150,29 @@ def evaluate(
       another run, an answer function that returns the wrong number of answers.
   """
   benchmark = benchmarks.get(benchmark) if isinstance(benchmark, str) else benchmark
-  if benchmark.likelihood and likelihood_fn is None:
-    raise UserError(f'{benchmark.name}: needs likelihoods of the options, which this model lacks')
-  if not benchmark.likelihood and answer_fn is None:
-    raise UserError(f'{benchmark.name}: needs a function that answers questions')
-  if batch_size < 1 or (limit is not None and limit < 1) or not 0 <= process_index < process_count:
-    raise UserError(f'batch_size {batch_size}, limit {limit}, process {process_index} of '
-                    f'{process_count}: expected positive numbers and an index below the count')
-  split = split or benchmark.default_split
-  loaded = benchmark.load(data, split)
-  samples = Samples(loaded[:limit], loaded.files)
-  template = prompts.load(benchmark.template or benchmark.name, setup.system, path=prompt_file)
-  questions = {sample.id: template.render(sample) for sample in samples}
-  identity = _identity(benchmark, split, limit, samples, Path(data), template, setup)
-
-  out = Path(out)
+  ask = _ask(benchmark, model)
+  task = _task(benchmark, model.setup, Path(data), options)
+  out, first = Path(out), options.process_index == 0
   out.mkdir(parents=True, exist_ok=True)
-  _claim(out, identity, write=process_index == 0)
-  name = records.SHARDS.format(index=process_index, count=process_count)
-  ask = _ask_likelihood(likelihood_fn) if benchmark.likelihood else _ask(answer_fn, batch_size)
-  elsewhere = _answered_by_other_layouts(out, process_count)
-  with records.PredictionsFile(out / name) as file:
-    todo = [s for s in samples[process_index::process_count]
-            if s.id not in file.done and s.id not in elsewhere]
-    bar = tqdm(total=len(samples[process_index::process_count]), desc=benchmark.name, unit='sample',
-               initial=len(samples[process_index::process_count]) - len(todo),
-               disable=not progress or process_index > 0)
-    with bar:
-      for start in range(0, len(todo), batch_size):
-        batch = todo[start:start + batch_size]
-        began = time.monotonic()
-        answered = ask(batch, [questions[s.id] for s in batch])
-        seconds = (time.monotonic() - began) / len(batch)
-        file.append([
-            {'sample_id': s.id, 'prompt': questions[s.id], **fields, 'seconds': round(seconds, 4),
-             'process_index': process_index} for s, fields in zip(batch, answered)])
-        bar.update(len(batch))
-  if barrier:
-    barrier()
+  _claim(out, task.identity, write=first)
+  _answer(task, ask, out, options)
+  options.barrier()
   result = None
-  if process_index == 0:
+  if first:
     found = records.merge(out)
-    result = score_texts(benchmark, split, samples, found, identity=identity,
-                         published=benchmark.splits[split] if limit is None else None)
-    _write_folder(out, benchmark, samples, questions, found, result)
-    overlay = overlay_fn if process_count == 1 else None
-    report.write(out / 'report.html', result, samples, found, overlay_fn=overlay,
-                 questions=questions, count=examples)
-  if barrier:
-    barrier()
+    result = score_texts(
+      benchmark, task.split, task.samples, found, identity=task.identity,
+      published=None if options.limit else benchmark.splits[task.split])
+    _write_folder(out, task, found, result, examples=options.examples,
+                  overlay=model.overlay if options.process_count == 1 else None)
+  options.barrier()
   return result
 
 
 def score_predictions(
-    benchmark: str | Benchmark,
-    predictions: str | Path,
-    *,
-    data: str | Path,
-    out: str | Path | None = None,
-    split: str | None = None,
-    identity: Mapping[str, Any] | None = None,
+  benchmark: str | Benchmark, predictions: str | Path, *, data: str | Path,
+  out: str | Path | None = None, split: str | None = None,
+  identity: Mapping[str, Any] | None = None,
 ) -> Result:
   """Scores a file of predictions, somebody else's too: lines with `sample_id` and `text`.
 
@@ -199,37 +195,65 @@ def score_predictions(
   if extra:
     raise UserError(f'{predictions}: {len(extra)} predictions are of samples that {benchmark.name} '
                     f'{split} does not have, such as {", ".join(extra[:3])}')
+  # How they were asked is only known where the file says so.
+  questions = {s.id: found.get(s.id, {}).get('prompt', s.question) for s in samples}
   base = {'task': benchmark.name, 'split': split, 'limit': None,
           'dataset': _dataset(samples, Path(data)), 'predictions': str(predictions)}
-  result = score_texts(benchmark, split, samples, found, identity=base | dict(identity or {}),
+  task = _Task(benchmark, split, samples, questions, base | dict(identity or {}))
+  result = score_texts(benchmark, split, samples, found, identity=task.identity,
                        published=benchmark.splits[split])
   if out is not None:
     out = Path(out)
     if out.is_dir() and any(out.iterdir()):
       raise UserError(f'{out}: is not empty; choose another result folder')
     out.mkdir(parents=True, exist_ok=True)
-    # How they were asked is only known where the file says so.
-    questions = {s.id: found.get(s.id, {}).get('prompt', s.question) for s in samples}
-    _write_folder(out, benchmark, samples, questions, found, result)
-    report.write(out / 'report.html', result, samples, found, questions=questions)
+    _write_folder(out, task, found, result)
   return result
 
 
-def _identity(benchmark: Benchmark, split: str, limit: int | None, samples: Samples, data: Path,
-              template: prompts.Template, setup: Setup) -> dict[str, Any]:
-  """All that decides the answers; two runs may share a folder only when it is equal."""
+def _task(benchmark: Benchmark, setup: Setup, data: Path, options: Options) -> _Task:
+  """The samples of a split with their questions; the identity says what decides the answers.
+
+  Two runs may share a folder only when it is equal.
+  """
+  split = options.split or benchmark.default_split
+  loaded = benchmark.load(data, split)
+  samples = Samples(loaded[:options.limit], loaded.files)
+  template = prompts.load(benchmark.template or benchmark.name, setup.system,
+                          path=options.prompt_file)
   value = {
-      'task': benchmark.name, 'split': split, 'limit': limit,
-      'dataset': _dataset(samples, data),
-      'prompt_template': {'source': template.source, 'text': template.text,
-                          'sha256': template.hash},
-      'max_new_tokens': benchmark.max_new_tokens,
-      **dataclasses.asdict(setup),
-  }
+    'task': benchmark.name, 'split': split, 'limit': options.limit,
+    'dataset': _dataset(samples, data),
+    'prompt_template': {'source': template.source, 'text': template.text, 'sha256': template.hash},
+    'max_new_tokens': benchmark.max_new_tokens, **dataclasses.asdict(setup)}
   try:
-    return json.loads(json.dumps(value))
+    identity = json.loads(json.dumps(value))
   except TypeError as error:
     raise UserError(f'evaluation setup: {error}; give plain numbers, texts and lists') from error
+  questions = {sample.id: template.render(sample) for sample in samples}
+  return _Task(benchmark, split, samples, questions, identity)
+
+
+def _answer(task: _Task, ask: Callable, out: Path, options: Options) -> None:
+  """Asks what no process has answered yet of this process's samples; each batch goes to disk."""
+  mine = task.samples[options.process_index::options.process_count]
+  elsewhere = _answered_by_other_layouts(out, options.process_count)
+  name = records.SHARDS.format(index=options.process_index, count=options.process_count)
+  with records.PredictionsFile(out / name) as file:
+    todo = [s for s in mine if s.id not in file.done and s.id not in elsewhere]
+    with tqdm(total=len(mine), desc=task.benchmark.name, unit='sample',
+              initial=len(mine) - len(todo),
+              disable=not options.progress or options.process_index > 0) as bar:
+      began = time.monotonic()
+      asked = [(sample, task.questions[sample.id]) for sample in todo]
+      for batch, answered in answer_all(ask, asked, batch_size=options.batch_size):
+        seconds = round((time.monotonic() - began) / len(batch), 4)
+        file.append([
+          {'sample_id': sample.id, 'prompt': question, **fields, 'seconds': seconds,
+           'process_index': options.process_index}
+          for (sample, question), fields in zip(batch, answered)])
+        bar.update(len(batch))
+        began = time.monotonic()
 
 
 def _dataset(samples: Samples, data: Path) -> dict[str, Any]:
@@ -270,31 +294,36 @@ def pictures(sample: Sample) -> Picture:
   return opened if len(opened) > 1 else opened[0] if opened else None
 
 
-def _ask(answer_fn: AnswerFn, batch_size: int):
-  def ask(batch: list[Sample], questions: list[str]) -> list[dict]:
-    pairs = [(pictures(sample), question) for sample, question in zip(batch, questions)]
-    pairs += [pairs[-1]] * (batch_size - len(pairs))
-    answers = list(answer_fn(pairs))
-    if len(answers) != len(pairs):
-      raise UserError(f'the answer function gave {len(answers)} answers to {len(pairs)} questions')
-    return [_fields(answer) for answer in answers[:len(batch)]]
-  return ask
+def _ask(benchmark: Benchmark, model: Model) -> Callable:
+  """A function of (sample, question) pairs that gives the fields of a prediction for each.
+
+  Raises:
+    UserError: the model lacks what the benchmark asks for.
+  """
+  if benchmark.likelihood:
+    if model.likelihood is None:
+      raise UserError(f'{benchmark.name}: needs likelihoods of the options, which this model lacks')
+    return lambda asked: _likeliest(model.likelihood, asked)
+  if model.answer is None:
+    raise UserError(f'{benchmark.name}: needs a function that answers questions')
+  return lambda asked: [_fields(answer) for answer in model.answer(
+    [(pictures(sample), question) for sample, question in asked])]
 
 
-def _ask_likelihood(likelihood_fn: LikelihoodFn):
-  def ask(batch: list[Sample], questions: list[str]) -> list[dict]:
-    opened = [pictures(sample) for sample in batch]
-    triples = [(picture, question, option) for picture, question, sample
-               in zip(opened, questions, batch) for option in sample.choices]
-    losses = [float(loss) for loss in likelihood_fn(triples)]
-    if len(losses) != len(triples):
-      raise UserError(
-          f'the likelihood function gave {len(losses)} losses for {len(triples)} options')
-    rest = iter(losses)
-    rows = [[next(rest) for _ in sample.choices] for sample in batch]
-    return [{'text': sample.choices[likelihood_choice(row)], 'finish_reason': '', 'losses': row}
-            for sample, row in zip(batch, rows)]
-  return ask
+def _likeliest(likelihood: LikelihoodFn, asked: Sequence[tuple[Sample, str]]) -> list[dict]:
+  """The option of the lowest loss for each question, with the losses of all."""
+  triples = []
+  for sample, question in asked:
+    picture = pictures(sample)
+    triples += [(picture, question, option) for option in sample.choices]
+  losses = [float(loss) for loss in likelihood(triples)]
+  if len(losses) != len(triples):
+    raise UserError(
+      f'the likelihood function gave {len(losses)} losses for {len(triples)} options')
+  rest = iter(losses)
+  rows = [[next(rest) for _ in sample.choices] for sample, _ in asked]
+  return [{'text': sample.choices[likelihood_choice(row)], 'finish_reason': '', 'losses': row}
+          for (sample, _), row in zip(asked, rows)]
 
 
 def _fields(answer: str | Answer) -> dict[str, Any]:
@@ -305,22 +334,24 @@ def _fields(answer: str | Answer) -> dict[str, Any]:
           'num_image_tokens': answer.image_tokens, 'num_new_tokens': answer.new_tokens}
 
 
-def _write_folder(out: Path, benchmark: Benchmark, samples: Samples, questions: Mapping[str, str],
-                  found: Mapping[str, dict], result: Result) -> None:
-  """predictions.jsonl, the submission and, last, result.json: without it a folder is unfinished."""
-  per_sample = result.per_sample or [None] * len(samples)
+def _write_folder(out: Path, task: _Task, found: Mapping[str, dict], result: Result, *,
+                  overlay: OverlayFn | None = None, examples: int = Options.examples) -> None:
+  """All files; result.json comes last but for the report: without it a folder is unfinished."""
+  samples, benchmark = task.samples, task.benchmark
   lines = []
-  for sample, score in zip(samples, per_sample):
+  for sample, score in zip(samples, result.per_sample or [None] * len(samples)):
     record = found.get(sample.id, {'text': ''})
     lines.append(json.dumps({
-        'sample_id': sample.id, 'prompt': questions[sample.id], 'text': record['text'],
-        'references': sample.answers, 'category': sample.category, 'score': score,
-        'finish_reason': record.get('finish_reason', ''),
-        'num_image_tokens': record.get('num_image_tokens'),
-        'num_new_tokens': record.get('num_new_tokens')}, ensure_ascii=False))
+      'sample_id': sample.id, 'prompt': task.questions[sample.id], 'text': record['text'],
+      'references': sample.answers, 'category': sample.category, 'score': score,
+      'finish_reason': record.get('finish_reason', ''),
+      'num_image_tokens': record.get('num_image_tokens'),
+      'num_new_tokens': record.get('num_new_tokens')}, ensure_ascii=False))
   records.write_whole(out / records.MERGED, '\n'.join(lines) + '\n')
   if benchmark.submission and not result.n_missing:
     submission.write(benchmark, samples, [found[s.id]['text'] for s in samples], out)
   finished = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   value = result.to_dict() | {'finished': finished}
   records.write_whole(out / 'result.json', json.dumps(value, indent=2) + '\n')
+  report.write(out / 'report.html', result, samples, found, overlay_fn=overlay,
+               questions=task.questions, count=examples)

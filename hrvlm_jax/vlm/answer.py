@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import importlib
 import os
 import pathlib
 from typing import Any
@@ -35,18 +36,44 @@ def text_of(config: ModelConfig, tokenizer: Tokenizer) -> Text:
               after_image=config.after_image)
 
 
+Items = Sequence[tuple[Sequence[Image.Image], str]]
+
+
+def answer_all(answer: Callable[[list], Sequence], items: Sequence, *, batch_size: int
+               ) -> Iterator[tuple[list, list]]:
+  """Asks about all items, `batch_size` at a time; yields (items of a batch, their answers).
+
+  The last batch is filled up with repetitions whose answers are dropped, so that one program serves
+  all of them.
+
+  Raises:
+    UserError: `answer` gives another number of answers than it was asked for.
+  """
+  for start in range(0, len(items), batch_size):
+    part = list(items[start:start + batch_size])
+    answers = list(answer(part + part[-1:] * (batch_size - len(part))))
+    if len(answers) != batch_size:
+      raise UserError(
+        f'the answer function gave {len(answers)} answers to {batch_size} questions')
+    yield part, answers[:len(part)]
+
+
 class Answerer:
   """A model ready to answer: parameters with layers held apart, tokenizer, system.
 
   Args:
     params: parameters of `vlm.build(config)` (layers stacked).
-    lengths: bucket lengths of prompts.
     exif: how image files are opened.
+
+  Attributes:
+    methods: settings of inference methods laid over the model (`vlm.fastv`, `vlm.vicrop`), by name;
+      they belong to what an answer was made from.
   """
 
   def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, dtype=jnp.float32,
                exif: str = 'apply'):
     self.config, self.exif = config, exif
+    self.methods: dict[str, Mapping[str, Any]] = {}
     self.system = registry.get(config.system)
     self.text = text_of(config, tokenizer)
     self.generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params),
@@ -54,20 +81,28 @@ class Answerer:
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, dtype=jnp.float32, exif: str = 'apply',
-           encoder_options: dict[str, Any] | None = None) -> Answerer:
+           encoder_options: dict[str, Any] | None = None,
+           methods: Mapping[str, Mapping[str, Any]] | None = None) -> Answerer:
     """From a checkpoint folder or the work directory of a run.
 
     Args:
       encoder_options: settings of the encoder to override (`max_crops`, `num_tokens`, ...).
+      methods: see `with_methods`.
 
     Raises:
-      UserError: no checkpoint, no tokenizer, tensors that do not fit (all listed).
+      UserError: no checkpoint, no tokenizer, tensors that do not fit (all listed); a method that
+        the model does not suit.
     """
     config = model_config(checkpoint, encoder_options)
     params = store.load_params(checkpoint, vlm.build(config).abstract)
-    return cls(config, params, find_tokenizer(checkpoint), dtype=dtype, exif=exif)
+    answerer = cls(config, params, find_tokenizer(checkpoint), dtype=dtype, exif=exif)
+    return with_methods(answerer, methods or {})
 
-  def batch(self, items: Sequence[tuple[Sequence[Image.Image], str]]) -> dict[str, Any]:
+  def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], str]]:
+    """(images, question) as the model is asked them; a method may add to what it was given."""
+    return [(tuple(images), question) for images, question in items]
+
+  def batch(self, items: Items) -> dict[str, Any]:
     """Arrays of several (images, question), padded on the left to a bucket."""
     views = [self.system.views(images, self.config.encoder) for images, _ in items]
     rows = [self.text.prompt(question, view['tokens'].tolist())
@@ -87,14 +122,15 @@ class Answerer:
     options: fields of `Sampling` (max_new_tokens, temperature, beams, ...).
     """
     opened = [([self._open(image) for image in images], text) for images, text in items]
-    embeds, valid, extras = self.generator.prompt(self.batch(opened))
+    embeds, valid, extras = self.generator.prompt(self.batch(self.shown(opened)))
     out = self.generator.generate(embeds, valid, self.sampling(**options), key=key, extras=extras)
     return [self.decode(row) for row in out.rows()]
 
   def stream(self, images: Sequence[Any], text: str, **options) -> Iterator[str]:
     """The answer to one question, piece by piece."""
     opened = [self._open(image) for image in images]
-    embeds, valid, extras = self.generator.prompt(self.batch([(opened, text)]))
+    batch = self.batch(self.shown([(opened, text)]))
+    embeds, valid, extras = self.generator.prompt(batch)
     ids: list[int] = []
     shown = ''
     for token in self.generator.stream(embeds, valid, self.sampling(**options), extras=extras):
@@ -119,6 +155,25 @@ class Answerer:
 
   def _open(self, image: Any) -> Image.Image:
     return image if isinstance(image, Image.Image) else open_image(image, exif=self.exif)
+
+
+# Inference methods that stand in for a model: name -> module with the classes of its settings and
+# of its answerer; laid over one another in this order.
+METHODS = {'fastv': 'FastV', 'vicrop': 'ViCrop'}
+
+
+def with_methods(answerer: Answerer, settings: Mapping[str, Mapping[str, Any]]) -> Answerer:
+  """The model answering by the named methods (`METHODS`), each with its settings.
+
+  Raises:
+    UserError: unknown settings, or a method that the model does not suit.
+  """
+  for name, kind in METHODS.items():
+    if name in settings:
+      module = importlib.import_module(f'hrvlm_jax.vlm.{name}')
+      config = from_dict(getattr(module, kind), settings[name], path=name)
+      answerer = getattr(module, f'{kind}Answerer')(answerer, config)
+  return answerer
 
 
 def model_config(checkpoint, encoder_options: dict[str, Any] | None = None) -> ModelConfig:

@@ -5,19 +5,20 @@ last query position alone, as its issue 14 explains (the paper's text says all).
 prefix system and any decoder, at inference only; the released form with a cache is followed.
 
 Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept
-tokens with their original positions and have shorter caches. Both lengths are static. Axis letters:
-b rows, t prompt places, s cache slots, d width.
+tokens with their original positions and have shorter caches. Both lengths are static: how many
+places a batch of prompts has less there is the length of its array `dropped`. Axis letters: b rows,
+t prompt places, s cache slots, d width, n dropped places.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from hrvlm_jax.core.attention import attention_weights
 from hrvlm_jax.core.errors import UserError
@@ -25,8 +26,10 @@ from hrvlm_jax.core.module import Functional, depth_of, layer_at
 from hrvlm_jax.language.decoder import Decoder, default_positions, empty_cache
 from hrvlm_jax.language.generate import Generator
 from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.model import VLM, Batch
+
+_STEP = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +40,10 @@ class FastV:
     layer: K; layers 0..K-1 see everything. The original keeps random tokens for K = 0, which is
       not offered.
     ratio: share of the visual tokens that leave.
-    tokens: visual tokens of a row; fixes the static length. Rows with fewer lose the same share of
-      theirs, rows with more keep room for `round((1 - ratio) * tokens)` only beside the text.
   """
 
   layer: int = 2
   ratio: float = 0.5
-  tokens: int
 
   def __post_init__(self):
     problems = []
@@ -51,15 +51,17 @@ class FastV:
       problems.append(f'layer must be at least 1, got {self.layer}')
     if not 0 <= self.ratio < 1:
       problems.append(f'ratio must lie in [0, 1), got {self.ratio}')
-    if self.tokens < 1:
-      problems.append(f'tokens must be at least 1, got {self.tokens}')
     if problems:
       raise ValueError('FastV: ' + '; '.join(problems))
 
-  @property
-  def dropped(self) -> int:
-    """How many places the later layers have less."""
-    return self.tokens - round((1 - self.ratio) * self.tokens)
+
+def dropped_places(visual: Bool[np.ndarray, 'b t'], ratio: float) -> int:
+  """How many places the later layers have less: what every row of a batch loses.
+
+  Rounded down to a multiple of 16, so that few lengths are compiled.
+  """
+  counts = visual.sum(axis=1).astype(np.float32)
+  return int((counts - np.round(np.float32(1 - ratio) * counts)).min()) // _STEP * _STEP
 
 
 def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], layer: int
@@ -99,15 +101,17 @@ class FastVVLM(VLM):
     self.fastv = fastv
 
   def prompt(self, batch: Batch, *, dtype=jnp.float32):
-    """See `VLM.prompt`; the extras say which places are visual."""
+    """See `VLM.prompt`; the extras say which places are visual, and how many are dropped."""
     embeds, valid, _ = super().prompt(batch, dtype=dtype)
-    return embeds, valid, {'visual': batch['visual_index'] >= 0}
+    return embeds, valid, {'visual': batch['visual_index'] >= 0, 'dropped': batch['dropped']}
 
-  def prefill(self, embeds, valid, *, slots: int, visual: Bool[Array, 'b t']):
+  def prefill(self, embeds, valid, *, slots: int, visual: Bool[Array, 'b t'],
+              dropped: Bool[Array, 'n']):
     """See `Decoder.prefill`; the cache is {'head', 'tail', 'valid'}."""
     decoder, f = self.language, self.fastv
     batch, length = valid.shape
-    depth, room = depth_of(decoder.blocks), length - f.dropped
+    depth, less = depth_of(decoder.blocks), len(dropped)
+    room = length - less
     make = lambda size: empty_cache(decoder.config, batch, size, dtype=embeds.dtype,
                                     hold_apart=True)
     context = decoder.context(valid)
@@ -121,7 +125,7 @@ class FastVVLM(VLM):
     places, real = kept_places(score, visual, valid, f.ratio, room)
     positions = jnp.take_along_axis(default_positions(valid), places, axis=1)
     x = jnp.take_along_axis(x, places[..., None], axis=1)
-    tail = [*none[:f.layer], *make(slots - f.dropped)[f.layer:]]
+    tail = [*none[:f.layer], *make(slots - less)[f.layer:]]
     x, tail = decoder.layers(x, decoder.context(real, positions=positions), tail, start=f.layer)
     last = room - 1 - jnp.argmax(real[:, ::-1], axis=1)
     hidden = decoder.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
@@ -129,7 +133,7 @@ class FastVVLM(VLM):
     return decoder.logits(hidden), hidden, {'head': [*first, *last_head], 'tail': tail,
                                             'valid': kept}
 
-  def step(self, tokens, valid, cache, slot, *, visual, dtype=jnp.float32):
+  def step(self, tokens, valid, cache, slot, *, visual, dropped, dtype=jnp.float32):
     """See `Decoder.step`: positions go on from the original length."""
     del visual
     decoder, f = self.language, self.fastv
@@ -137,7 +141,7 @@ class FastVVLM(VLM):
     x = decoder.embed(tokens[:, None], dtype=dtype)
     context = decoder.context(valid, slot=slot, queries=1)
     x, head = decoder.layers(x, context, [*cache['head'], *none[f.layer:]], stop=f.layer)
-    short = slot - f.dropped
+    short = slot - len(dropped)
     kept = cache['valid'].at[:, short].set(True)
     positions = jax.lax.dynamic_slice_in_dim(default_positions(valid), slot, 1, axis=1)
     context = decoder.context(kept, positions=positions, slot=short, queries=1)
@@ -164,12 +168,21 @@ def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Func
                                           rngs=rngs))
 
 
-def with_fastv(answerer: Answerer, fastv: FastV) -> Answerer:
+class FastVAnswerer(Answerer):
   """The same model, answering with fewer visual tokens in its later layers.
 
   Raises:
     UserError: as `build`.
   """
-  other, old = copy.copy(answerer), answerer.generator
-  other.generator = Generator(build(answerer.config, fastv), old.params, dtype=old.dtype)
-  return other
+
+  def __init__(self, answerer: Answerer, fastv: FastV = FastV()):
+    vars(self).update(vars(answerer))
+    old, self.fastv = answerer.generator, fastv
+    self.generator = Generator(build(answerer.config, fastv), old.params, dtype=old.dtype)
+    self.methods = {**answerer.methods, 'fastv': dataclasses.asdict(fastv)}
+
+  def batch(self, items: Items) -> dict[str, Any]:
+    """See `Answerer.batch`; the length of `dropped` is that of the places which leave."""
+    batch = super().batch(items)
+    dropped = dropped_places((batch['visual_index'] >= 0) & batch['valid'], self.fastv.ratio)
+    return batch | {'dropped': np.zeros(dropped, bool)}

@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import layer_at
 from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.fastv import last_attention
 
 RATIOS = (1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
@@ -43,7 +42,8 @@ class ViCrop:
       fine structure (no attention is read; the encoder must see the whole image as one view).
     layer: decoder layer, from 0 (LLaVA-1.5: 14); not read by 'pure_grad'.
     base: side of the smallest crop in pixels; None: the encoder's input size.
-    suffix: instruction after the question; None: the question as it is.
+    suffix: instruction after the question and after the general prompt; None: as they are. The
+      original: 'Answer the question using a single word or phrase.'
     split: images with a longer side are cut into tiles of about this many pixels, one map each;
       None never splits (the `_high` variants: 1024).
   """
@@ -51,7 +51,7 @@ class ViCrop:
   method: Literal['rel_att', 'grad_att', 'pure_grad'] = 'rel_att'
   layer: int = 14
   base: int | None = None
-  suffix: str | None = 'Answer the question using a single word or phrase.'
+  suffix: str | None = None
   split: int | None = None
 
   def __post_init__(self):
@@ -136,8 +136,10 @@ def fine_structure(pixels: np.ndarray) -> np.ndarray:
   padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), mode='reflect')
   rows = (padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4
   blurred = (rows[:, :-2] + 2 * rows[:, 1:-1] + rows[:, 2:]) / 4
-  energy = ndimage.median_filter(np.linalg.norm(x - blurred, axis=-1), size=7)
-  return energy > np.median(energy)
+  energy = np.pad(np.linalg.norm(x - blurred, axis=-1), 3, mode='symmetric')
+  windows = np.lib.stride_tricks.sliding_window_view(energy, (7, 7))
+  smooth = np.stack([np.median(row, axis=(-2, -1)) for row in windows])  # a row at a time: memory
+  return smooth > np.median(smooth)
 
 
 def block_means(weights: np.ndarray, side: int) -> np.ndarray:
@@ -163,8 +165,8 @@ def _inner(config: ModelConfig) -> Any:
   return config.encoder.encoder if config.system == 'reduced' else config.encoder
 
 
-class ViCropAnswerer:
-  """Answers with a crop that the model's own attention chose.
+class ViCropAnswerer(Answerer):
+  """Answers from each image and a crop of it that the model's own attention chose.
 
   Args:
     answerer: a model whose visual tokens stand in the prompt and form a grid.
@@ -174,7 +176,9 @@ class ViCropAnswerer:
   """
 
   def __init__(self, answerer: Answerer, config: ViCrop = ViCrop()):
-    self.answerer, self.config = answerer, config
+    vars(self).update(vars(answerer))
+    self.answerer, self.vicrop = answerer, config
+    self.methods = {**answerer.methods, 'vicrop': dataclasses.asdict(config)}
     model = answerer.config
     if not isinstance(model.fusion, PrefixFusion) or isinstance(model.fusion, TwoPassFusion):
       raise UserError('ViCrop reads the attention of the prompt on its visual tokens; fusion '
@@ -186,22 +190,40 @@ class ViCropAnswerer:
     self._map = jax.jit({'rel_att': self._attention, 'grad_att': self._weighted,
                          'pure_grad': self._pixel_gradient}[config.method])
 
+  def batch(self, items: Items) -> dict[str, Any]:
+    """See `Answerer.batch`."""
+    return self.answerer.batch(items)
+
+  def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], str]]:
+    """[image, crop] and the question for each (image, question).
+
+    Raises:
+      UserError: a question without an image, or with several.
+    """
+    shown = []
+    for images, question in items:
+      if len(images) != 1:
+        raise UserError(f'ViCrop crops the one image of a question, got {len(images)}')
+      crop, _ = self.crop(images[0], question)
+      shown.append(((images[0], crop), self._prompt(question)))
+    return shown
+
   def _attention(self, params, batch):
     """[b t] attention of the last place, mean over heads."""
-    module = self.answerer.generator.fn.bind(params)
+    module = self.generator.fn.bind(params)
     x, valid = self._input(module, batch)
-    return last_attention(module.language, x, valid, self.config.layer).mean(axis=1)
+    return last_attention(module.language, x, valid, self.vicrop.layer).mean(axis=1)
 
   def _input(self, module, batch):
     embeds, valid, _ = module.prompt(batch)
     context = module.language.context(valid)
-    return module.language.layers(embeds, context, stop=self.config.layer)[0], valid
+    return module.language.layers(embeds, context, stop=self.vicrop.layer)[0], valid
 
   def _weighted(self, params, batch):
     """[b t] mean over heads of attention times the positive part of its gradient."""
-    module = self.answerer.generator.fn.bind(params)
+    module = self.generator.fn.bind(params)
     x, valid = self._input(module, batch)
-    probs = last_attention(module.language, x, valid, self.config.layer)
+    probs = last_attention(module.language, x, valid, self.vicrop.layer)
 
     def score(probs):
       scores = jax.nn.log_softmax(self._logits_from(module.language, x, valid, probs))
@@ -214,7 +236,7 @@ class ViCropAnswerer:
 
     Taken at the normalised pixels, as the original does.
     """
-    module = self.answerer.generator.fn.bind(params)
+    module = self.generator.fn.bind(params)
     length = batch['tokens'].shape[1]
 
     def score(pixels):
@@ -224,12 +246,12 @@ class ViCropAnswerer:
       return jax.nn.log_softmax(logits).max(axis=-1).sum()
 
     gradient = jax.grad(score)(jnp.asarray(batch['views']['pixels'], jnp.float32))
-    scale = 255 * jnp.asarray(_inner(self.answerer.config).std, jnp.float32)
+    scale = 255 * jnp.asarray(_inner(self.config).std, jnp.float32)
     return jnp.linalg.norm(gradient * scale, axis=-1)
 
   def _logits_from(self, decoder, x, valid, probs):
     """Logits after the last place when its attention in the chosen layer is `probs`."""
-    context, index = decoder.context(valid), self.config.layer
+    context, index = decoder.context(valid), self.vicrop.layer
     block = layer_at(decoder.blocks, index)
     normed = block.norm1(x)
     q, k, v = block.attn.project(normed, context.rope)
@@ -249,15 +271,15 @@ class ViCropAnswerer:
 
   def _gradients(self, images: Sequence[Image.Image], question: str):
     """(float64 [images h w] lengths of the gradient, the pixels it was taken at)."""
-    batch = self.answerer.batch([([image], question) for image in images])
+    batch = self.batch([([image], question) for image in images])
     pixels = np.asarray(batch['views']['pixels'])
     if len(pixels) != len(images) or pixels.shape[1] % self.side or pixels.shape[2] % self.side:
       raise UserError(
         f"ViCrop: method 'pure_grad' needs one view of the whole image per image, whose sides are "
-        f'multiples of the token grid {self.side}; {self.answerer.config.system} makes '
+        f'multiples of the token grid {self.side}; {self.config.system} makes '
         f'{len(pixels)} views of {pixels.shape[2]}x{pixels.shape[1]} pixels for {len(images)} '
         "image(s); use 'rel_att' or 'grad_att'")
-    return np.asarray(self._map(self.answerer.generator.params, batch), np.float64), pixels
+    return np.asarray(self._map(self.generator.params, batch), np.float64), pixels
 
   def _pure_gradient(self, tiles: Sequence[Image.Image], question: str) -> np.ndarray:
     """float64 [tiles side side]."""
@@ -269,8 +291,8 @@ class ViCropAnswerer:
 
   def _maps(self, images: Sequence[Image.Image], question: str) -> np.ndarray:
     """float64 [images side side]."""
-    batch = self.answerer.batch([([image], question) for image in images])
-    weights = np.asarray(self._map(self.answerer.generator.params, batch), np.float64)
+    batch = self.batch([([image], question) for image in images])
+    weights = np.asarray(self._map(self.generator.params, batch), np.float64)
     found = []
     for row, index in zip(weights, np.asarray(batch['visual_index']), strict=True):
       visual = np.zeros(int(index.max()) + 1)
@@ -280,24 +302,24 @@ class ViCropAnswerer:
 
   def importance(self, image: Image.Image, question: str) -> np.ndarray:
     """The map of an image, float64 [rows columns]; larger where the question points."""
-    columns, rows, boxes = tile_boxes(*image.size, self.config.split)
+    columns, rows, boxes = tile_boxes(*image.size, self.vicrop.split)
     tiles = [image if len(boxes) == 1 else image.crop(box) for box in boxes]
-    if self.config.method == 'pure_grad':
+    if self.vicrop.method == 'pure_grad':
       maps = self._pure_gradient(tiles, question)
     else:
       maps = self._maps(tiles, self._prompt(question))
-    if self.config.method == 'rel_att':
+    if self.vicrop.method == 'rel_att':
       general = self._maps(tiles, self._prompt(GENERAL))
       maps = maps / np.maximum(general, np.finfo(np.float32).tiny)
     grid = maps.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
     return grid.reshape(rows * self.side, columns * self.side)
 
   def _prompt(self, question: str) -> str:
-    return question if self.config.suffix is None else f'{question} {self.config.suffix}'
+    return question if self.vicrop.suffix is None else f'{question} {self.vicrop.suffix}'
 
   def _whole(self, image: Image.Image) -> Image.Image:
     """The picture that the map shows: padded to a square first, where the system does so."""
-    encoder = _inner(self.answerer.config)
+    encoder = _inner(self.config)
     if getattr(encoder, 'fit', '') != 'pad' or image.width == image.height:
       return image
     side = max(image.size)
@@ -308,12 +330,7 @@ class ViCropAnswerer:
   def crop(self, image: Image.Image, question: str) -> tuple[Image.Image, Box]:
     """The part to look at again, and its box on the picture that was looked at."""
     picture = self._whole(image)
-    encoder = _inner(self.answerer.config)
-    base = self.config.base or encoder.vision.image_size
+    encoder = _inner(self.config)
+    base = self.vicrop.base or encoder.vision.image_size
     box = crop_box(self.importance(picture, question), *picture.size, base)
     return picture.crop(box), box
-
-  def answer(self, image: Image.Image, question: str, **options) -> str:
-    """The answer from [image, crop]; options as in `Answerer.answer`."""
-    crop, _ = self.crop(image, question)
-    return self.answerer.answer([([image, crop], self._prompt(question))], **options)[0]

@@ -11,8 +11,8 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation import benchmarks
-from hrvlm_jax.evaluation.analysis import attention, curves, pca, resolution, sizes, targets
-from hrvlm_jax.evaluation.runner import Answer, Setup, evaluate
+from hrvlm_jax.evaluation.analysis import attention, curves, pca, resolution, sizes
+from hrvlm_jax.evaluation.runner import Answer, Model, Options, Setup, evaluate
 
 SAMPLES = Path(__file__).parent / 'samples'
 ANSWERS = ['stop'] * 7 + ['stop sign'] * 3
@@ -59,31 +59,32 @@ def test_tertiles_and_relative_change():
 def run(folder, name, answers):
   data = SAMPLES / name
   first_line = lambda text: text.split('\n')[0]
-  return evaluate(name, lambda pairs: [answers[first_line(text)] for _, text in pairs], data=data,
-                  out=folder, setup=Setup(model='toy'), progress=False)
+  answer = lambda pairs: [answers[first_line(text)] for _, text in pairs]
+  return evaluate(name, Model(setup=Setup(model='toy'), answer=answer), data=data, out=folder,
+                  options=Options(progress=False))
 
 
 def test_textvqa_tertiles_from_the_official_files(tmp_path):
   data = SAMPLES / 'textvqa'
   samples = benchmarks.get('textvqa').load(data)
-  areas = targets.text_areas(samples, data / 'TextVQA_Rosetta_OCR_v0.2_val.json')
+  areas = sizes.text_areas(samples, data / 'TextVQA_Rosetta_OCR_v0.2_val.json')
   # nokia -> NOKIA (.3 x .1), birds -> 8 or NOKIA alike 0, the first; stop -> STOP (.5 x .5)
   assert areas == pytest.approx({'101': .03, '102': .03, '103': .25})
   questions = [s.question for s in samples]
   run(tmp_path / 'a', 'textvqa', dict(zip(questions, ['nokia', 'x', 'stop'])))
   run(tmp_path / 'b', 'textvqa', dict(zip(questions, ['nokia', '2', 'stop sign'])))
-  changes = targets.compare_runs(areas, tmp_path / 'a', tmp_path / 'b')
+  changes = sizes.compare_runs(areas, tmp_path / 'a', tmp_path / 'b')
   assert [(c.before, c.after) for c in changes] == [
     (1, 1), (0, 1), (pytest.approx(.6), 1)]
-  targets.write_changes(changes, tmp_path / 'c.json')
+  sizes.write_changes(changes, tmp_path / 'c.json')
   assert json.loads((tmp_path / 'c.json').read_text())[2]['relative_percent'] == \
     pytest.approx(200 / 3)
   with pytest.raises(UserError, match='lacks 1 of the 4 samples, such as 999'):
-    targets.compare_runs(areas | {'999': .1}, tmp_path / 'a', tmp_path / 'b')
+    sizes.compare_runs(areas | {'999': .1}, tmp_path / 'a', tmp_path / 'b')
   bad = tmp_path / 'bad.json'
   bad.write_text('{"data": [{"image_id": "im1", "ocr_info": [{}]}]}')
   with pytest.raises(UserError, match=r'data\[0\]: expected image_id and ocr_info'):
-    targets.text_areas(samples, bad)
+    sizes.text_areas(samples, bad)
 
 
 def test_vqav2_objects(tmp_path):
@@ -95,10 +96,10 @@ def test_vqav2_objects(tmp_path):
     'annotations': [{'image_id': 42, 'category_id': 1, 'area': 5},
                     {'image_id': 42, 'category_id': 2, 'area': 50},
                     {'image_id': 73, 'category_id': 2, 'area': 40}]}))
-  areas = targets.object_areas(samples, path)
+  areas = sizes.object_areas(samples, path)
   assert areas['42001'] == .05 and areas['73000'] == .2  # `How many dogs?` names the dog
-  assert set(targets.draw(areas, 2)) < set(areas) and targets.draw(areas, 9) == areas
-  assert targets.draw(areas, 2) == targets.draw(areas, 2)
+  assert set(sizes.draw(areas, 2)) < set(areas) and sizes.draw(areas, 9) == areas
+  assert sizes.draw(areas, 2) == sizes.draw(areas, 2)
 
 
 def test_minimum_resolution():
@@ -117,7 +118,7 @@ def test_minimum_resolution():
 
 def test_shrunk_images_reach_the_model():
   seen = []
-  fn = resolution.at_side(lambda pairs: seen.extend(p for p, _ in pairs) or ['x'] * len(pairs), 10)
+  fn = curves.at_side(lambda pairs: seen.extend(p for p, _ in pairs) or ['x'] * len(pairs), 10)
   fn([(Image.new('RGB', (40, 20)), 'q'), (None, 'q'), ((Image.new('L', (4, 4)),) * 2, 'q')])
   assert seen[0].size == (10, 5) and seen[1] is None and [i.size for i in seen[2]] == [(4, 4)] * 2
 
@@ -130,11 +131,11 @@ def test_sweep_writes_curve_and_goes_on(tmp_path):
       calls.append(dict(knobs))
       good = knobs['max_crops'] >= 8
       return [Answer('GHJ' if good else 'x', 'eos', knobs['num_tokens'], 1)] * len(pairs)
-    return answer
+    return Model(setup=Setup(model='toy'), answer=answer)
 
   settings = [{'max_crops': c, 'num_tokens': t} for t in (728, 1456) for c in (4, 8)]
-  options = dict(x='max_crops', out=tmp_path, setup=Setup(model='toy'), data=SAMPLES / 'needle',
-                 progress=False)
+  options = dict(x='max_crops', out=tmp_path, data=SAMPLES / 'needle',
+                 options=Options(progress=False))
   points = curves.sweep('needle', make, settings, **options)
   assert [p.value for p in points] == pytest.approx([0, 100 / 3, 0, 100 / 3])
   assert [p.image_tokens for p in points] == [728, 728, 1456, 1456]

@@ -13,7 +13,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.model import EvaluatedModel, array_hash
-from hrvlm_jax.evaluation.runner import evaluate
+from hrvlm_jax.evaluation.runner import Options, evaluate
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
@@ -36,9 +36,9 @@ def model():
 
 
 def test_benchmark_with_a_real_model(model, tmp_path):
-  setup = model.setup(name='tiny', checkpoint_hash=array_hash(model.answerer.generator.params))
-  options = dict(data=SAMPLES / 'needle', setup=setup, progress=False, overlay_fn=model.overlay)
-  result = evaluate('needle', model.answer, out=tmp_path / 'r', batch_size=3, **options)
+  asked = model.described(name='tiny', checkpoint_hash=array_hash(model.answerer.generator.params))
+  result = evaluate('needle', asked, data=SAMPLES / 'needle', out=tmp_path / 'r',
+                    options=Options(batch_size=3, progress=False))
   assert result.n == 3 and result.n_missing == 0
   value = json.loads((tmp_path / 'r/result.json').read_text())
   assert value['system'] == 'mc_llava' and value['generation'] == {'max_new_tokens': 4}
@@ -57,9 +57,8 @@ def test_likelihood_is_the_loss_of_each_option(model, tmp_path):
   with_stop, without = model.score(triples)[0], model.score(triples, stop=False)[0]
   assert with_stop.tokens == without.tokens + 1
   assert with_stop.log_probability < without.log_probability
-  result = evaluate('vstar_likelihood', None, data=SAMPLES / 'vstar', out=tmp_path / 'r',
-                    setup=model.setup(name='tiny'), likelihood_fn=model.likelihood,
-                    progress=False)
+  result = evaluate('vstar_likelihood', model.described(name='tiny'), data=SAMPLES / 'vstar',
+                    out=tmp_path / 'r', options=Options(progress=False))
   assert result.metric == 'accuracy_likelihood'
 
 
@@ -77,7 +76,7 @@ import jax
 import numpy as np
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.evaluation.model import EvaluatedModel
-from hrvlm_jax.evaluation.runner import evaluate
+from hrvlm_jax.evaluation.runner import Options, evaluate
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
@@ -89,8 +88,8 @@ params = jax.tree.map(fill, vlm.build(config).abstract)
 for devices in (1, 8):
   model = EvaluatedModel(Answerer(config, params, tokenizer_of('byte')), max_new_tokens=4,
                          devices=jax.devices()[:devices])
-  result = evaluate('needle', model.answer, data=sys.argv[2], out=f'{sys.argv[3]}/{devices}',
-                    setup=model.setup(name='tiny'), batch_size=8, progress=False)
+  result = evaluate('needle', model.described(name='tiny'), data=sys.argv[2],
+                    out=f'{sys.argv[3]}/{devices}', options=Options(batch_size=8, progress=False))
   print(devices, result.value)
 """
 

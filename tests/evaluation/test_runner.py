@@ -11,7 +11,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation import records
-from hrvlm_jax.evaluation.runner import Answer, Setup, evaluate, score_predictions
+from hrvlm_jax.evaluation.runner import Answer, Model, Options, Setup, evaluate, score_predictions
 
 SAMPLES = Path(__file__).parent / 'samples'
 SETUP = Setup(model='toy', checkpoint='here', checkpoint_hash='0' * 64,
@@ -25,9 +25,10 @@ def by_length(pairs):
   return ['yes' if len(question) % 2 else 'no' for _, question in pairs]
 
 
-def run(out, answer_fn=by_length, name='mme', **options):
-  return evaluate(name, answer_fn, data=SAMPLES / name, out=out, setup=SETUP, progress=False,
-                  **{'batch_size': 4, **options})
+def run(out, answer_fn=by_length, name='mme', *, overlay=None, **options):
+  return evaluate(name, Model(setup=SETUP, answer=answer_fn, overlay=overlay),
+                  data=SAMPLES / name, out=out,
+                  options=Options(**{'batch_size': 4, 'progress': False, **options}))
 
 
 def test_result_has_all_provenance(tmp_path):
@@ -75,13 +76,13 @@ def test_several_processes_equal_one(tmp_path, processes):
 
 
 def test_going_on_with_another_number_of_processes(tmp_path):
-  stop = iter([1, 1])
+  left = [1, 1]
 
   def two_batches(pairs):
-    next(stop)
+    left.pop()
     return by_length(pairs)
 
-  with pytest.raises(StopIteration):
+  with pytest.raises(IndexError):
     run(tmp_path / 'r', two_batches, process_index=0, process_count=2)
   asked = []
   run(tmp_path / 'r', lambda pairs: asked.append(len(pairs)) or by_length(pairs))
@@ -94,13 +95,13 @@ def test_going_on_with_another_number_of_processes(tmp_path):
 KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[3])
-from hrvlm_jax.evaluation.runner import Setup, evaluate
+from hrvlm_jax.evaluation.runner import Model, Options, Setup, evaluate
 def slow(pairs):
   time.sleep(0.05)
   print('batch', flush=True)
   return [question[:1] for _, question in pairs]
-evaluate('mme', slow, data=sys.argv[1], out=sys.argv[2], setup=Setup(model='x'), batch_size=2,
-         progress=False)
+evaluate('mme', Model(setup=Setup(model='x'), answer=slow), data=sys.argv[1], out=sys.argv[2],
+         options=Options(batch_size=2, progress=False))
 """
 
 
@@ -151,9 +152,9 @@ def test_damaged_predictions_are_refused_in_one_message(tmp_path):
 def test_folder_of_another_run_is_refused(tmp_path):
   run(tmp_path / 'r')
   with pytest.raises(UserError, match='differs in generation'):
-    evaluate('mme', by_length, data=SAMPLES / 'mme', out=tmp_path / 'r', progress=False,
-             setup=Setup(model='toy', checkpoint='here', checkpoint_hash='0' * 64,
-                         generation={'temperature': 1}, preprocessing={'views': 3}))
+    setup = Setup(model='toy', checkpoint='here', checkpoint_hash='0' * 64,
+                  generation={'temperature': 1}, preprocessing={'views': 3})
+    evaluate('mme', Model(setup=setup, answer=by_length), data=SAMPLES / 'mme', out=tmp_path / 'r')
 
 
 def test_finished_run_asks_nothing(tmp_path):
@@ -176,7 +177,7 @@ def test_wrong_answer_functions(tmp_path):
   with pytest.raises(UserError, match='needs likelihoods'):
     run(tmp_path / 'c', name='vstar_likelihood')
   with pytest.raises(UserError, match='nearest known: mmvet|nearest known: mme'):
-    evaluate('mmee', by_length, data='x', out=tmp_path / 'd', setup=SETUP)
+    evaluate('mmee', Model(setup=SETUP, answer=by_length), data='x', out=tmp_path / 'd')
 
 
 def test_last_batch_is_filled_up(tmp_path):
@@ -205,7 +206,7 @@ def test_report_shows_pictures_boxes_and_overlays(tmp_path):
     return picture.convert('L')
 
   run(tmp_path / 'r', lambda pairs: ['<b>ABC</b>'] + ['DEF'] * (len(pairs) - 1), name='needle',
-      overlay_fn=overlay)
+      overlay=overlay)
   page = (tmp_path / 'r/report.html').read_text()
   assert page.count('data:image/jpeg;base64') == 6 and len(seen) == 3
   assert '&lt;b&gt;ABC&lt;/b&gt;' in page and '<b>ABC' not in page

@@ -10,7 +10,7 @@ import pytest
 
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.evaluation import benchmarks
-from hrvlm_jax.evaluation.runner import Setup, evaluate
+from hrvlm_jax.evaluation.runner import Model, Options, Setup, evaluate
 
 SAMPLES = Path(__file__).parent / 'samples'
 CASES = json.loads((SAMPLES / 'cases.json').read_text('utf-8'))
@@ -46,10 +46,11 @@ def test_sample(case, tmp_path):
   def likelihood_fn(triples):
     return [case['losses'][option] for _, _, option in triples]
 
-  result = evaluate(
-    benchmark, None if benchmark.likelihood else answer_fn, data=folder, out=tmp_path / 'out',
-    setup=Setup(model='made up'), split=case['split'], batch_size=1, progress=False,
-    likelihood_fn=likelihood_fn if benchmark.likelihood else None)
+  model = Model(setup=Setup(model='made up'),
+                answer=None if benchmark.likelihood else answer_fn,
+                likelihood=likelihood_fn if benchmark.likelihood else None)
+  result = evaluate(benchmark, model, data=folder, out=tmp_path / 'out',
+                    options=Options(split=case['split'], batch_size=1, progress=False))
 
   for name, value in case['values'].items():
     assert result.values[name] == pytest.approx(value, abs=1e-9), name
@@ -116,16 +117,16 @@ def test_generated_needle_task(tmp_path):
   assert len(samples) == 6 and len({s.meta['relative_area'] for s in samples}) > 1
   answers = {s.question + str(s.images[0].path): s.answers[0].lower() for s in samples}
   order = iter(samples)
-  result = evaluate(
-    'needle', lambda pairs: [answers[q + str(next(order).images[0].path)] for _, q in pairs],
-    data=tmp_path / 'task', out=tmp_path / 'out', setup=Setup(model='reader'), batch_size=1,
-    progress=False)
+  read = lambda pairs: [answers[q + str(next(order).images[0].path)] for _, q in pairs]
+  result = evaluate('needle', Model(setup=Setup(model='reader'), answer=read),
+                    data=tmp_path / 'task', out=tmp_path / 'out',
+                    options=Options(batch_size=1, progress=False))
   assert result.value == 100 and set(result.by_category) == {'fine text', 'medium text',
                                                              'broad text'}
 
 
 def test_every_benchmark_has_a_sample():
-  assert {case['benchmark'] for case in CASES} == set(benchmarks.BENCHMARKS)
+  assert {case['benchmark'] for case in CASES} == set(benchmarks.known())
 
 
 def test_headline_is_among_the_checked_values():

@@ -1,12 +1,18 @@
 """FastV and ViCrop over a tiny model."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
 
+from hrvlm_jax.checkpoint import store
+from hrvlm_jax.cli.main import main
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.lab.needle import NeedleConfig, write
 from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.baselines.anyres import config as anyres
@@ -55,11 +61,10 @@ def prompts(answerer):
 
 
 def test_fastv_that_drops_nothing_is_the_model_itself(answerer):
-  _, batch = prompts(answerer)
-  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.0, tokens=64))
+  pruned = fastv.FastVAnswerer(answerer, fastv.FastV(layer=1, ratio=0.0))
   found = []
   for one in (answerer, pruned):
-    embeds, valid, extras = one.generator.prompt(batch)
+    embeds, valid, extras = one.generator.prompt(prompts(one)[1])
     out = one.generator.generate(embeds, valid, one.sampling(max_new_tokens=3), keep_logits=True,
                                  extras=extras)
     found.append(out.logits)
@@ -67,8 +72,8 @@ def test_fastv_that_drops_nothing_is_the_model_itself(answerer):
 
 
 def test_fastv_equals_hiding_the_dropped_tokens(answerer):
-  _, batch = prompts(answerer)
-  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.5, tokens=64)).generator
+  saving = fastv.FastVAnswerer(answerer, fastv.FastV(layer=1, ratio=0.5))
+  pruned, batch = saving.generator, prompts(saving)[1]
 
   @jax.jit
   def run(params):
@@ -91,8 +96,8 @@ def test_fastv_equals_hiding_the_dropped_tokens(answerer):
 
 
 def test_fastv_shortens_the_later_caches(answerer):
-  _, batch = prompts(answerer)
-  pruned = fastv.with_fastv(answerer, fastv.FastV(layer=1, ratio=0.5, tokens=64)).generator
+  saving = fastv.FastVAnswerer(answerer, fastv.FastV(layer=1, ratio=0.5))
+  pruned, batch = saving.generator, prompts(saving)[1]
   embeds, valid, extras = pruned.prompt(batch)
   length = valid.shape[1]
   logits, _, cache = jax.eval_shape(
@@ -104,19 +109,23 @@ def test_fastv_shortens_the_later_caches(answerer):
 
 def test_fastv_refuses_what_cannot_work(answerer):
   with pytest.raises(UserError, match='layer 2 leaves no layer of 2'):
-    fastv.with_fastv(answerer, fastv.FastV(layer=2, tokens=64))
+    fastv.FastVAnswerer(answerer, fastv.FastV(layer=2))
 
 
 @pytest.mark.parametrize('method', vicrop.METHODS)
 def test_vicrop_maps_are_finite_and_answers_come(answerer, method):
   image, _ = prompts(answerer)
-  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method=method, layer=1, suffix=None,
-                                                           base=20))
+  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method=method, layer=1, base=20))
   weights = strategy.importance(image, 'what?')
   assert weights.shape == (8, 8) and np.isfinite(weights).all() and (weights >= 0).all()
   assert weights.max() > 0
   if method != 'grad_att':
-    assert isinstance(strategy.answer(image, 'what?', max_new_tokens=2), str)
+    texts = strategy.answer([([image], 'what?')] * 2, max_new_tokens=2)
+    assert len(texts) == 2 and texts[0] == texts[1]
+    (picture, crop), asked = strategy.shown([([image], 'what?')])[0]
+    assert (picture, asked) == (image, 'what?') and max(crop.size) < max(image.size)
+  with pytest.raises(UserError, match='the one image of a question, got 0'):
+    strategy.answer([([], 'what?')])
 
 
 def test_vicrop_needs_a_grid_of_the_whole_image():
@@ -127,7 +136,7 @@ def test_vicrop_needs_a_grid_of_the_whole_image():
 def test_pure_gradient_follows_the_pixels_that_decide(answerer):
   """The gradient equals a finite difference of the score; flat areas count for nothing."""
   image, _ = prompts(answerer)
-  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method='pure_grad', suffix=None))
+  strategy = vicrop.ViCropAnswerer(answerer, vicrop.ViCrop(method='pure_grad'))
   found, pixels = strategy._gradients([image], 'what?')
   batch = answerer.batch([([image], 'what?')])
   held = answerer.generator
@@ -165,3 +174,51 @@ def test_pure_gradient_needs_one_view():
                                    vicrop.ViCrop(method='pure_grad'))
   with pytest.raises(UserError, match='needs one view of the whole image per image'):
     strategy.importance(Image.new('RGB', (90, 50)), 'what?')
+
+
+@pytest.fixture(scope='module')
+def checkpoint(answerer, tmp_path_factory):
+  """The tiny model as a folder, and a picture."""
+  folder = tmp_path_factory.mktemp('saving')
+  params = jax.jit(vlm.build(answerer.config).init)(jax.random.key(0))
+  files = {f'tokenizer/{name}': data for name, data in tokenizer_of('byte').files.items()}
+  store.save_params(folder / 'model', params, {'model': to_dict(answerer.config)},
+                    extra_files=files)
+  prompts(answerer)[0].save(folder / 'picture.png')
+  return folder
+
+
+def test_ask_answers_by_a_method(checkpoint, answerer, capsys):
+  """What the command prints is what the method answers; wrong settings are named."""
+  ask = ['ask', '--checkpoint', str(checkpoint / 'model'), str(checkpoint / 'picture.png'), 'what?',
+         '--max-new-tokens', '6']
+  image, _ = prompts(answerer)
+  saving = fastv.FastVAnswerer(answerer, fastv.FastV(layer=1, ratio=0.75))
+  crops = vicrop.ViCropAnswerer(saving, vicrop.ViCrop(layer=1, base=20))
+  for method, options in ((saving, ['--fastv.layer=1', '--fastv.ratio=0.75']),
+                          (crops, ['--fastv.layer=1', '--fastv.ratio=0.75', '--vicrop',
+                                   '--vicrop.layer=1', '--vicrop.base=20'])):
+    assert main([*ask, *options]) == 0
+    expected, = method.answer([([image], 'what?')], max_new_tokens=6)
+    assert capsys.readouterr().out.strip() == expected
+  assert main([*ask, '--vicrop']) == 2
+  assert 'layer 14 does not exist' in capsys.readouterr().err
+  assert main([*ask, '--fastv.lair=1']) == 2
+  assert 'nearest known: layer' in capsys.readouterr().err
+  assert main([*ask, '--vicrop.layer']) == 2
+
+
+def test_eval_says_by_which_method_was_answered(checkpoint, capsys):
+  task = NeedleConfig.tiny(turns=1)
+  write(task, checkpoint / 'task', 2, seed=5, progress=False)
+  argv = ['eval', '--benchmark', 'needle', '--data', str(checkpoint / 'task'), '--checkpoint',
+          str(checkpoint / 'model'), '--max-new-tokens', '2', '--batch-size', '2', '--quiet',
+          '--out', str(checkpoint / 'result')]
+  methods = ['--vicrop.layer=1', '--fastv.layer=1', '--fastv.ratio=0.75']
+  assert main([*argv, *methods]) == 0
+  found = json.loads((checkpoint / 'result/result.json').read_text())['generation']
+  assert (found['vicrop']['layer'], found['fastv']) == (1, {'layer': 1, 'ratio': 0.75})
+  line = json.loads((checkpoint / 'result/predictions.jsonl').read_text().splitlines()[0])
+  assert line['num_image_tokens'] == 2 * 64  # of the image and of the crop
+  assert main(argv) == 2
+  assert 'differs in generation' in capsys.readouterr().err

@@ -4,11 +4,16 @@ Axis letters: l cross-attention layers, h heads, t text positions, m image token
 """
 
 from collections.abc import Sequence
+import json
 
 from jaxtyping import Float
 import numpy as np
 
-from hrvlm_jax.evaluation.analysis.sizes import TERTILES, tertiles
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.evaluation import benchmarks, prompts, records
+from hrvlm_jax.evaluation.analysis.sizes import TERTILES, tertiles, text_areas
+from hrvlm_jax.evaluation.runner import pictures
+from hrvlm_jax.vlm.answer import Answerer
 
 # The TextCaps prompt's length in Phi-1.5 tokens: rows from here on belong to caption tokens.
 TEXTCAPS_PROMPT = 65
@@ -66,3 +71,42 @@ def share_by_tertile(
                      f'{len(shares)}')
   groups = np.array(tertiles(areas))
   return {name: shares[groups == name].mean(axis=0) for name in TERTILES}
+
+
+def run(
+  *, checkpoint: str, data: str, out: str, benchmark: str = 'textcaps', boxes: str | None = None,
+  split: str | None = None, limit: int | None = None, max_new_tokens: int | None = None,
+) -> list[str]:
+  """Share of cross-attention on the global view while a model writes its answers (Pheye, figure 4).
+
+  Args:
+    checkpoint: a model that reads images by cross-attention.
+    data: folder with the benchmark's official files. out: JSON file.
+    boxes: Rosetta's OCR file: the shares also by the size of the text asked for.
+
+  Raises:
+    UserError: a model without cross-attention, bad files, no answer with a token.
+  """
+  from hrvlm_jax.evaluation.model import EvaluatedModel
+
+  task = benchmarks.get(benchmark)
+  samples = task.load(data, split)[:limit]
+  answerer = Answerer.load(checkpoint, exif='ignore')
+  template = prompts.load(task.template or task.name, answerer.config.system)
+  model = EvaluatedModel(answerer, max_new_tokens=max_new_tokens or task.max_new_tokens)
+  shares = {}
+  for sample in samples:
+    picture, question = pictures(sample), template.render(sample)
+    text = model.answer([(picture, question)])[0].text
+    if text:
+      shares[sample.id] = model.global_attention([(picture, question, text)])[0]
+  if not shares:
+    raise UserError(f'{checkpoint}: all {len(samples)} answers are empty; nothing attends')
+  mean = np.mean(list(shares.values()), axis=0)
+  value = {'n': len(shares), 'empty': len(samples) - len(shares), 'layers': mean.tolist()}
+  if boxes is not None:
+    areas = text_areas([s for s in samples if s.id in shares], boxes)
+    value['tertiles'] = {name: group.tolist() for name, group in share_by_tertile(
+      np.stack([shares[name] for name in areas]), list(areas.values())).items()}
+  records.write_whole(out, json.dumps(value, indent=2) + '\n')
+  return [f'layer {i}: {share:.3f} on the global view' for i, share in enumerate(mean)]

@@ -2,20 +2,30 @@
 
 A sweep runs one benchmark at several settings of a system's knobs; each has its own result folder,
 so a sweep that was stopped goes on. The curve is kept as CSV and drawn as a picture.
+The knob `image_side` shrinks the images before the model sees them.
 """
 
+import ast
 from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation import records
+from hrvlm_jax.evaluation import benchmarks, records
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark
-from hrvlm_jax.evaluation.runner import AnswerFn, Setup, evaluate
+from hrvlm_jax.evaluation.model import EvaluatedModel
+from hrvlm_jax.evaluation.runner import Model, Options, evaluate
+from hrvlm_jax.vlm.answer import METHODS, Answerer
+
+IMAGE_SIDE = 'image_side'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,22 +48,16 @@ class Point:
 
 
 def sweep(
-    benchmark: str | Benchmark,
-    make_answer_fn: Callable[[Mapping[str, Any]], AnswerFn],
-    settings: Sequence[Mapping[str, Any]],
-    *,
-    x: str,
-    out: str | Path,
-    setup: Setup,
-    **options,
+  benchmark: str | Benchmark, make_model: Callable[[Mapping[str, Any]], Model],
+  settings: Sequence[Mapping[str, Any]], *, x: str, data: str | Path, out: str | Path,
+  options: Options,
 ) -> list[Point]:
   """Runs a benchmark at each setting; writes `curve.csv` and `curve.png` into `out`.
 
   Args:
-    make_answer_fn: knobs -> answer function, such as {'max_crops': 8, 'num_tokens': 728}.
+    make_model: knobs -> model, such as {'max_crops': 8, 'num_tokens': 728}.
     settings: the knobs of each run. All of them go into the run's `preprocessing`.
     x: the knob on the axis; the other knobs name the line.
-    options: further arguments of `runner.evaluate` (data, split, limit, batch_size, ...).
 
   Raises:
     UserError: no setting, a setting without the knob `x`, two equal settings, a benchmark without
@@ -62,14 +66,17 @@ def sweep(
   if not settings or any(x not in knobs for knobs in settings):
     raise UserError(f'sweep: expected at least one setting, each with the knob {x!r}; got '
                     f'{[dict(knobs) for knobs in settings]}')
-  names = [_name(knobs) for knobs in settings]
+  names = [folder_name(knobs) for knobs in settings]
   if len(set(names)) != len(names):
     raise UserError(f'sweep: the same setting comes twice: {", ".join(names)}')
   out = Path(out)
   points = []
   for name, knobs in zip(names, settings):
-    made = dataclasses.replace(setup, preprocessing={**setup.preprocessing, **knobs})
-    result = evaluate(benchmark, make_answer_fn(knobs), out=out / name, setup=made, **options)
+    model = make_model(knobs)
+    setup = dataclasses.replace(model.setup,
+                                preprocessing={**model.setup.preprocessing, **knobs})
+    result = evaluate(benchmark, dataclasses.replace(model, setup=setup), data=data,
+                      out=out / name, options=options)
     if result is None:
       continue
     if result.value is None:
@@ -121,7 +128,8 @@ def plot(points: Sequence[Point], path: str | Path, *, xlabel: str, ylabel: str)
   figure.savefig(path, dpi=120)
 
 
-def _name(knobs: Mapping[str, Any]) -> str:
+def folder_name(knobs: Mapping[str, Any]) -> str:
+  """Of the results of one setting."""
   words = (f'{key}={value if isinstance(value, (int, float, str)) else json.dumps(value)}'
            for key, value in knobs.items())
   return '_'.join(words).replace('/', '-')
@@ -130,3 +138,81 @@ def _name(knobs: Mapping[str, Any]) -> str:
 def _mean(answers, key: str) -> float | None:
   values = [answer[key] for answer in answers if answer.get(key) is not None]
   return sum(values) / len(values) if values else None
+
+
+def shrink(image: Image.Image, side: int) -> Image.Image:
+  """The image with its longer side at most `side` pixels, bicubic; never enlarged."""
+  if side < 1:
+    raise ValueError(f'side: expected at least 1 pixel, got {side}')
+  longest = max(image.size)
+  if longest <= side:
+    return image
+  size = tuple(max(1, round(length * side / longest)) for length in image.size)
+  return images.resize_exact(images.to_rgb(image), size)
+
+
+def at_side(answer_fn, side: int):
+  """An answer function that sees every image shrunk to `side`."""
+  def shrunk(picture):
+    if picture is None:
+      return None
+    if isinstance(picture, tuple):
+      return tuple(shrink(image, side) for image in picture)
+    return shrink(picture, side)
+  return lambda pairs: answer_fn([(shrunk(picture), question) for picture, question in pairs])
+
+
+def _grid(knobs: Sequence[str]) -> list[dict[str, Any]]:
+  """Every combination of `KEY=VALUE,VALUE,...`."""
+  axes: dict[str, list[Any]] = {}
+  for knob in knobs:
+    key, equals, values = knob.partition('=')
+    if not key or not equals or not values:
+      raise UserError(f'knob {knob!r}: expected KEY=VALUE,VALUE,...')
+    try:
+      axes[key] = list(ast.literal_eval(f'({values},)'))
+    except (ValueError, SyntaxError):
+      axes[key] = values.split(',')
+  return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
+
+
+def _model(checkpoint: str, knobs: Mapping[str, Any], max_new_tokens: int) -> Model:
+  """A checkpoint at one setting: knobs of its encoder, of a method, of the images."""
+  encoder: dict[str, Any] = {}
+  methods: dict[str, dict[str, Any]] = {}
+  for key, value in knobs.items():
+    name, _, field = key.partition('.')
+    if name in METHODS:
+      methods.setdefault(name, {})[field] = value
+    elif key != IMAGE_SIDE:
+      encoder[key] = value
+  answerer = Answerer.load(checkpoint, exif='ignore', encoder_options=encoder, methods=methods)
+  model = EvaluatedModel(answerer, max_new_tokens=max_new_tokens).described(
+    name=Path(checkpoint).name, checkpoint=checkpoint)
+  if IMAGE_SIDE not in knobs:
+    return model
+  return dataclasses.replace(model, answer=at_side(model.answer, knobs[IMAGE_SIDE]))
+
+
+def run(
+  *, checkpoint: str, data: str, out: str, benchmark: str, x: str, knobs: Sequence[str],
+  split: str | None = None, limit: int | None = None, batch_size: int = 8,
+  max_new_tokens: int | None = None,
+) -> list[str]:
+  """One benchmark at several settings: a table and a curve.
+
+  Args:
+    checkpoint: checkpoint or work directory of a run.
+    data: folder with the benchmark's official files. out: folder of the results.
+    x: the knob on the axis.
+    knobs: KEY=VALUE,VALUE,...: of the encoder (max_crops=4,8), of a method (fastv.ratio=0,0.5) or
+      image_side; every combination is run.
+
+  Raises:
+    UserError: as `sweep`.
+  """
+  new = max_new_tokens or benchmarks.get(benchmark).max_new_tokens
+  points = sweep(benchmark, lambda knobs: _model(checkpoint, knobs, new), _grid(knobs), x=x,
+                 data=data, out=out,
+                 options=Options(split=split, limit=limit, batch_size=batch_size))
+  return [f'{p.series}, {x} {p.x:g}: {p.value:.2f} ({p.low:.2f} to {p.high:.2f})' for p in points]

@@ -10,6 +10,10 @@ from jaxtyping import Bool, Float, UInt8
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core.images import open_image, to_rgb
+from hrvlm_jax.vlm.encode import ImageEncoder
+from hrvlm_jax.vlm.vicrop import token_grid
+
 
 @dataclasses.dataclass(frozen=True)
 class Components:
@@ -99,3 +103,31 @@ def side_by_side(pictures: Sequence[UInt8[np.ndarray, 'h w 3']], *, height: int,
     page.paste(image, (left, 0))
     left += image.width + gap
   return page
+
+
+def run(*, checkpoint: str, images: Sequence[str], out: str, height: int = 448) -> list[str]:
+  """Visual tokens of images as colours, each beside its picture; one projection for all of them.
+
+  Args:
+    checkpoint: a model whose visual tokens form a grid on the image.
+    images: image files.
+    out: picture to write.
+    height: of the rows in pixels.
+
+  Raises:
+    UserError: a model without such a grid, bad files.
+  """
+  encoder = ImageEncoder.load(checkpoint)
+  first, side = token_grid(encoder.config.system, encoder.config.encoder)
+  opened = [open_image(path, exif='apply') for path in images]
+  maps = [np.asarray(encoder(image).values[0], np.float32)[first:first + side * side]
+          .reshape(side, side, -1) for image in opened]
+  components = fit(maps)
+  rows = [side_by_side([np.asarray(to_rgb(image)), picture], height=height)
+          for image, picture in zip(opened, colours(maps, components))]
+  page = Image.new('RGB', (max(row.width for row in rows), height * len(rows)), (255, 255, 255))
+  for number, row in enumerate(rows):
+    page.paste(row, (0, height * number))
+  page.save(out)
+  return [f'component {i}: {share:.1%} of the variance'
+          for i, share in enumerate(components.explained, 1)]

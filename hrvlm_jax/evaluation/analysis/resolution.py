@@ -8,36 +8,17 @@ which the answer is right for the first time (`first`, lower, counts lucky guess
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from hrvlm_jax.core import images
+from hrvlm_jax.evaluation import benchmarks, records
+from hrvlm_jax.evaluation.analysis import curves
+from hrvlm_jax.evaluation.analysis.sizes import scores_of
 
 Rule = Literal['stable', 'first']
-
-
-def shrink(image: Image.Image, side: int) -> Image.Image:
-  """The image with its longer side at most `side` pixels, bicubic; never enlarged."""
-  if side < 1:
-    raise ValueError(f'side: expected at least 1 pixel, got {side}')
-  longest = max(image.size)
-  if longest <= side:
-    return image
-  size = tuple(max(1, round(length * side / longest)) for length in image.size)
-  return images.resize_exact(images.to_rgb(image), size)
-
-
-def at_side(answer_fn, side: int):
-  """An answer function that sees every image shrunk to `side`."""
-  def shrunk(picture):
-    if picture is None:
-      return None
-    if isinstance(picture, tuple):
-      return tuple(shrink(image, side) for image in picture)
-    return shrink(picture, side)
-  return lambda pairs: answer_fn([(shrunk(picture), question) for picture, question in pairs])
 
 
 def minimum_side(right: Mapping[int, bool], *, rule: Rule = 'stable') -> int | None:
@@ -112,3 +93,35 @@ def requirement(
       solved=len(solved) / total if total else 0.0,
       image_median=float(np.median(image_sides)) if total else float('nan'),
       share={s: sum(side <= s for side in solved) / total for s in sorted(scores)} if total else {})
+
+
+def run(
+  *, checkpoint: str, data: str, out: str, benchmark: str, sides: Sequence[int],
+  rule: str = 'stable', split: str | None = None, limit: int | None = None, batch_size: int = 8,
+  max_new_tokens: int | None = None,
+) -> list[str]:
+  """Minimum resolution at which each question can be answered.
+
+  Args:
+    sides: longest sides in pixels that the images are shrunk to.
+    rule: 'stable' or 'first'.
+
+  Raises:
+    UserError: as `sweep`.
+  """
+  curves.run(checkpoint=checkpoint, data=data, out=out, benchmark=benchmark, x=curves.IMAGE_SIDE,
+             knobs=(f'{curves.IMAGE_SIDE}={",".join(map(str, sides))}',), split=split, limit=limit,
+             batch_size=batch_size, max_new_tokens=max_new_tokens)
+  scores = {side: scores_of(Path(out, curves.folder_name({curves.IMAGE_SIDE: side})))
+            for side in sides}
+  samples = benchmarks.get(benchmark).load(data, split)[:limit]
+  longest = [max((max(image.open().size) for image in s.images), default=0) for s in samples]
+  found = requirement({side: [by_id[s.id] for s in samples] for side, by_id in scores.items()},
+                      longest, rule=rule)
+  value = {'rule': rule, 'sides': dict(zip((s.id for s in samples), found.sides)),
+           'median': found.median if found.solved else None, 'solved': found.solved,
+           'image_median': found.image_median, 'share': dict(found.share)}
+  records.write_whole(Path(out, 'resolution.json'), json.dumps(value, indent=2) + '\n')
+  return [f'{found.solved:.1%} of {len(samples)} questions are solved at some side',
+          f'median side needed: {found.median:g} pixels, of the images: {found.image_median:g}',
+          *(f'side {side}: enough for {share:.1%}' for side, share in found.share.items())]

@@ -1,18 +1,26 @@
 """Benchmarks: readers of the official files, scorers, submission files.
 
-`BENCHMARKS` maps names to `Benchmark`; `get` finds one and says what is known otherwise.
+`MODULES` have a tuple `BENCHMARKS` each; `known` maps names to `Benchmark`; `get` finds one and
+says what is known otherwise.
 """
 
+import functools
+import importlib
+
 from hrvlm_jax.core.errors import UserError, unknown
-from hrvlm_jax.evaluation.benchmarks import captions, choice, documents, judged, tsv, vqa, yesno
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, ImageSource, Sample, Scores, Submission
-from hrvlm_jax.lab.needle import benchmark as needle
 
-_MODULES = (vqa, documents, yesno, choice, tsv, captions, judged, needle)
+# Imported when a benchmark is asked for. A new module is one line here.
+MODULES = [f'hrvlm_jax.evaluation.benchmarks.{name}'
+           for name in ('vqa', 'documents', 'yesno', 'choice', 'tsv', 'captions', 'judged')]
+MODULES.append('hrvlm_jax.lab.needle.benchmark')
 
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark for module in _MODULES for benchmark in module.BENCHMARKS
-}
+
+@functools.cache
+def known() -> dict[str, Benchmark]:
+  """All benchmarks by name."""
+  return {benchmark.name: benchmark for module in MODULES
+          for benchmark in importlib.import_module(module).BENCHMARKS}
 
 
 def get(name: str) -> Benchmark:
@@ -21,13 +29,15 @@ def get(name: str) -> Benchmark:
   Raises:
     UserError: unknown name, with the nearest known one.
   """
+  from hrvlm_jax.evaluation.benchmarks import captions
+
   base = name.removesuffix('_ptb')
   if base != name and base in {benchmark.name for benchmark in captions.BENCHMARKS}:
-    return captions.with_ptb(BENCHMARKS[base])
-  if name not in BENCHMARKS:
-    raise UserError(f'{unknown(name, BENCHMARKS, what="benchmark")}; '
-                    f'all: {", ".join(sorted(BENCHMARKS))}')
-  return BENCHMARKS[name]
+    return captions.with_ptb(known()[base])
+  if name not in known():
+    raise UserError(f'{unknown(name, known(), what="benchmark")}; '
+                    f'all: {", ".join(sorted(known()))}')
+  return known()[name]
 
 
-__all__ = ['BENCHMARKS', 'Benchmark', 'ImageSource', 'Sample', 'Scores', 'Submission', 'get']
+__all__ = ['MODULES', 'Benchmark', 'ImageSource', 'Sample', 'Scores', 'Submission', 'get', 'known']

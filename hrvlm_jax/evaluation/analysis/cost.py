@@ -3,13 +3,26 @@
 Exact for the matrix products of a forward pass as this library computes them: both attention
 products, every token (class tokens and padding too), full squares under a causal mask. Norms,
 activations, softmax, rotary embedding and table look-ups are not counted. One multiply-add is two
-FLOPs. Configs are read by attribute (`vision.vit.ViTConfig`, `language.config.DecoderConfig`), so
-nothing here needs JAX. `parallel.flops.count_flops` counts the same in a traced program.
+FLOPs. Configs are read by attribute (`vision.vit.ViTConfig`, `language.config.DecoderConfig`).
+`parallel.flops.count_flops` counts the same in a traced program. `complexity` holds Pheye's
+equations.
 """
 
 from collections.abc import Sequence
 import dataclasses
 from typing import Protocol
+
+import jax
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.evaluation.analysis import complexity
+from hrvlm_jax.parallel.flops import count_flops
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import PrefixFusion
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import model_config
 
 
 class ViT(Protocol):
@@ -184,3 +197,40 @@ def prefix_answer(text: Decoder, vision: Cost, *, image_tokens: int, text_tokens
   positions = prompt + max(new_tokens - 1, 0)
   return AnswerCost(vision, decoder(text, prompt), decode, positions,
                     cache_bytes(text, positions, bytes_per_value=bytes_per_value))
+
+
+def run(*, checkpoint: str | None = None, width: int = 1024, height: int = 768,
+        text_tokens: int = 64, new_tokens: int = 64) -> list[str]:
+  """What one answer costs; without a checkpoint: the numbers of Pheye's complexity analysis.
+
+  Args:
+    checkpoint: a model whose image tokens stand in the prompt; its weights are not read.
+    width, height: of the image in pixels.
+    text_tokens, new_tokens: of the prompt, and generated.
+
+  Raises:
+    UserError: no checkpoint there, or a model of another kind.
+  """
+  if checkpoint is None:
+    return [f'{row.quantity}: {row.value:.6g}'
+            + ('' if row.paper is None else f' (paper: {row.paper:g})')
+            + (f'; {row.remark}' if row.remark else '') for row in complexity.table()]
+  config = model_config(checkpoint)
+  if not isinstance(config.fusion, PrefixFusion):
+    raise UserError(f'{checkpoint}: costs are known of models whose image tokens stand in the '
+                    f'prompt, found the fusion {config.fusion.kind!r}')
+  system, fn = registry.get(config.system), vlm.build(config)
+  views = system.batch([system.views([Image.new('RGB', (width, height))], config.encoder)],
+                       config.encoder)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), np.asarray(x).dtype), views)
+  encode = lambda params, views: fn.apply(params, views, method='encode').values
+  vision = Cost(linear=count_flops(encode, fn.abstract, shapes) // 2)
+  tokens = system.count(width, height, config.encoder).tokens
+  cost = prefix_answer(config.text, vision, image_tokens=tokens, text_tokens=text_tokens,
+                       new_tokens=new_tokens)
+  return [f'{tokens} image tokens and {text_tokens} of text, {new_tokens} new ones: '
+          f'{cost.flops / 1e9:,.1f} GFLOP',
+          *(f'  {part}: {getattr(cost, part).flops / 1e9:,.1f} GFLOP'
+            for part in ('vision', 'prefill', 'decode')),
+          f'language model: {decoder_parameters(config.text):,} parameters; cache of '
+          f'{cost.positions} positions: {cost.cache_bytes / 2**20:,.2f} MiB in bfloat16']
