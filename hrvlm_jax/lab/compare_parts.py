@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from hrvlm_jax.core.images import open_image
-from hrvlm_jax.lab.needle import is_correct, read_records
+from hrvlm_jax.lab.needle import read_records
 from hrvlm_jax.parallel.flops import count_flops
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, answer_all, is_correct
 
 
 def answer_records(answerer: Answerer, folder: pathlib.Path, *, batch_size: int,
@@ -24,15 +24,12 @@ def answer_records(answerer: Answerer, folder: pathlib.Path, *, batch_size: int,
   records = read_records(folder)
   rows = []
   with tqdm(total=len(records), unit='image', disable=not progress) as bar:
-    for start in range(0, len(records), batch_size):
-      part = records[start:start + batch_size]
-      # The last batch is filled up, so that one program serves all of them.
-      filled = part + [part[-1]] * (batch_size - len(part))
-      texts = answerer.answer([([str(folder / r['image'])], r['question']) for r in filled],
-                              max_new_tokens=max_new_tokens)
+    ask = lambda part: answerer.answer([([str(folder / r['image'])], r['question']) for r in part],
+                                       max_new_tokens=max_new_tokens)
+    for part, texts in answer_all(ask, records, batch_size=batch_size):
       rows += [{'id': r['id'], 'area': r['relative_area'], 'answer': text,
-                'expected': r['answer'], 'correct': bool(is_correct(text, r['answer']))}
-               for r, text in zip(part, texts, strict=False)]
+                'expected': r['answer'], 'correct': is_correct(text, r['answer'])}
+               for r, text in zip(part, texts, strict=True)]
       bar.update(len(part))
   return rows
 

@@ -18,12 +18,11 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import open_images
 from hrvlm_jax.data.sources import LlavaJson
-from hrvlm_jax.lab.needle import is_correct
 from hrvlm_jax.language.chat import IMAGE
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, answer_all, is_correct
 
 FOLDER = 'evaluation'
 _BATCH = 25
@@ -57,13 +56,10 @@ class AnswerEvaluation:
     rows = [self._item(i) for i in range(self.count)]
     new_tokens = min(_NEW_TOKENS, 2 + max(len(answerer.text.tokenizer.encode(r['expected']))
                                           for r in rows))
-    for start in range(0, len(rows), _BATCH):
-      part = rows[start:start + _BATCH]
-      # The last batch is filled up, so that one program serves all of them.
-      items = [(row['images'], row['question']) for row in part]
-      items += [items[-1]] * (min(_BATCH, len(rows)) - len(part))
-      texts = answerer.answer(items, max_new_tokens=new_tokens)
-      for row, text in zip(part, texts, strict=False):
+    ask = lambda part: answerer.answer([(row['images'], row['question']) for row in part],
+                                       max_new_tokens=new_tokens)
+    for part, texts in answer_all(ask, rows, batch_size=min(_BATCH, len(rows))):
+      for row, text in zip(part, texts, strict=True):
         row['answer'], row['correct'] = text, is_correct(text, row['expected'])
     folder = self.folder / str(step)
     folder.mkdir(parents=True, exist_ok=True)

@@ -202,3 +202,8 @@ def find_tokenizer(checkpoint) -> Tokenizer:
     return tokenizer_of(named)
   raise UserError(f'{checkpoint}: no tokenizer; expected a folder {places[0]} (copy the tokenizer '
                   'files of the language model there)')
+
+
+def is_correct(prediction: str, answer: str) -> bool:
+  """Whether an answer reads as the reference; case, surrounding space and a full stop are free."""
+  return prediction.strip().removesuffix('.').rstrip().casefold() == answer.casefold()

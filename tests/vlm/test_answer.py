@@ -11,7 +11,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.answer import Answerer, answer_all
 
 
 def image(width, height, seed=0):
@@ -66,3 +66,16 @@ def test_prefix_models_refuse_a_projector_of_another_width():
   with pytest.raises(ValueError, match=r'projector.n_out 128 is not text.width 64'):
     config = tiny()
     dataclasses.replace(config, text=dataclasses.replace(config.text, width=64))
+
+
+def test_the_last_batch_is_filled_up_and_cut():
+  sizes = []
+
+  def double(batch):
+    sizes.append(len(batch))
+    return [2 * item for item in batch]
+
+  found = list(answer_all(double, [1, 2, 3, 4, 5], batch_size=2))
+  assert sizes == [2, 2, 2] and found == [([1, 2], [2, 4]), ([3, 4], [6, 8]), ([5], [10])]
+  with pytest.raises(UserError, match='gave 1 answers to 2 questions'):
+    list(answer_all(lambda batch: batch[:1], [1, 2], batch_size=2))

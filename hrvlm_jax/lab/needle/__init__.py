@@ -8,7 +8,6 @@ from hrvlm_jax.lab.needle.generate import (
   NeedlePlan,
   accuracy_by_size,
   generate,
-  is_correct,
   paint,
   plan,
   record,
@@ -21,6 +20,5 @@ from hrvlm_jax.lab.needle.write import read_records, write
 __all__ = [
   'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'SIZES', 'GlyphCrops', 'NeedleConfig',
   'NeedleExample', 'NeedlePlan', 'Sign', 'accuracy_by_size', 'generate', 'glyph_crops',
-  'is_correct', 'paint', 'plan', 'read_records', 'record', 'single_turns',
-  'size_thirds', 'write',
+  'paint', 'plan', 'read_records', 'record', 'single_turns', 'size_thirds', 'write',
 ]

@@ -18,6 +18,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     read_json,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import percent
+from hrvlm_jax.vlm.answer import is_correct
 
 
 def _needle(folder: Path, split: str) -> Samples:
@@ -61,7 +62,6 @@ def _target(row: dict, turn: int) -> tuple[list | None, float | None]:
 
 
 def _score(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
-  from hrvlm_jax.lab.needle.generate import is_correct  # brings the generator along
   right = [float(is_correct(text, s.answers[0])) for text, s in zip(texts, samples)]
   areas = [s.meta['relative_area'] for s in samples]
   values = {'needle_accuracy': percent(right)}

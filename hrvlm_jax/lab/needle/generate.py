@@ -171,11 +171,6 @@ def single_turns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return rows
 
 
-def is_correct(prediction: str, answer: str) -> bool:
-  """Whether an answer reads as the sign does; case, surrounding space and a full stop are free."""
-  return prediction.strip().removesuffix('.').rstrip().casefold() == answer.casefold()
-
-
 SIZES = ('small', 'medium', 'large')
 
 

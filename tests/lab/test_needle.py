@@ -15,6 +15,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import needle
 from hrvlm_jax.lab.needle import NeedleConfig, font
 from hrvlm_jax.lab.needle.signs import overlap
+from hrvlm_jax.vlm.answer import is_correct
 
 TINY = NeedleConfig.tiny()
 PRESETS = {'tiny': TINY, 'panorama': NeedleConfig.panorama(),
@@ -286,8 +287,8 @@ def test_a_crop_looks_like_a_view_of_the_task():
 
 
 def test_scores():
-  assert needle.is_correct(' k.\n', 'K') and needle.is_correct('4Tz', '4TZ')
-  assert not needle.is_correct('', 'K') and not needle.is_correct('KK', 'K')
+  assert is_correct(' k.\n', 'K') and is_correct('4Tz', '4TZ')
+  assert not is_correct('', 'K') and not is_correct('KK', 'K')
   assert needle.size_thirds([0.3, 0.1, 0.2]) == ['large', 'small', 'medium']
   thirds = needle.size_thirds([1.0] * 7)
   assert [thirds.count(size) for size in needle.SIZES] == [3, 2, 2]
