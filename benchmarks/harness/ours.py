@@ -24,6 +24,7 @@ from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.checkpoint.rows import Table, export_tensors, import_tensors
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional, Params
 
 
@@ -33,6 +34,7 @@ class Side(abc.ABC):
   def __init__(self, settings: Mapping[str, Any], folder: pathlib.Path, options: Options):
     self.settings, self.folder, self.options = settings, pathlib.Path(folder), options
     self.dtype = jnp.dtype(options.dtype)
+    self.ex = Execution(dtype=options.dtype, attention=options.impl)
 
   @abc.abstractmethod
   def config(self) -> Any:

@@ -57,6 +57,7 @@ def ps3_growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
 
   from benchmarks.ours.vision import images
   from hrvlm_jax.core import resample
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.core.module import Functional
   from hrvlm_jax.systems.ps3 import config as ps3, encoder as ps3_encoder
   from hrvlm_jax.systems.ps3.patches import scaled
@@ -64,7 +65,8 @@ def ps3_growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
 
   config = dataclasses.replace(ps3.tiny_encoder() if settings.get('tiny') else
                                ps3.RELEASED['ps3_4k_siglip'].encoder, text=None)
-  dtype, impl = jnp.dtype(options.dtype), options.impl
+  ex = Execution(dtype=options.dtype, attention=options.impl)
+  dtype = jnp.dtype(ex.dtype)
   fn = Functional(lambda rngs: ps3_encoder.Encoder(config, rngs=rngs))
   params = _device_params(fn, dtype)
   rng, rows = np.random.default_rng(0), []
@@ -79,23 +81,23 @@ def ps3_growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
     x = jnp.asarray(images(rng, 1, size))
 
     def whole(params, x, model=model, plan=plan):
-      return model.apply(params, x, plan, dtype=dtype, impl=impl, method='encode').last
+      return model.apply(params, x, plan, ex=ex, method='encode').last
 
     def resize(x, plan=plan):
-      return resample.bicubic(x, *plan.sizes[0]), scaled(x, plan)
+      return resample.bicubic(x, *plan.sizes[0], ex=ex), scaled(x, plan, ex=ex)
 
     def select(params, hidden, x, model=model, plan=plan):
       encoder = model.bind(params)
-      features = encoder.selection.features(hidden, x, all_scales=False)
+      features = encoder.selection.features(hidden, x, ex=ex)
       return encoder.selection(features, None, plan)
 
     def trunk(params, small, sized, probs, model=model, plan=plan):
       """Both passes of the transformer over images and maps that are there."""
       encoder = model.bind(params)
       chosen = ps3_encoder.selection.choose(probs, plan)
-      low = encoder.tower.run(encoder.tower.embed(small.astype(dtype)), return_kv=True, impl=impl)
-      tokens = encoder.embed_high(sized, chosen[0], plan.look(0), plan, dtype=dtype)
-      high = encoder.tower.run(tokens, prefix=(low.keys, low.values), impl=impl)
+      low = encoder.tower.run(encoder.tower.embed(small.astype(dtype)), return_kv=True, ex=ex)
+      tokens = encoder.embed_high(sized, chosen[0], plan.look(0), plan, ex=ex)
+      high = encoder.tower.run(tokens, prefix=(low.keys, low.values), ex=ex)
       return low.x, high.x
 
     layers = [jnp.zeros((1, config.grid**2, config.vision.width), dtype)] * len(
@@ -131,16 +133,16 @@ def growth(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
   import jax
   import jax.numpy as jnp
 
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.core.module import Functional
   from hrvlm_jax.parallel.flops import count_flops
 
-  dtype = jnp.dtype(options.dtype)
-  rows = []
+  ex = Execution(dtype=options.dtype, attention=options.impl)
+  dtype, rows = jnp.dtype(ex.dtype), []
   for system, encoders in _encoders(settings).items():
     for pixels, count, (config, module, shapes) in encoders:
       fn = Functional(lambda rngs, c=config, m=module: m(c, rngs=rngs))
-      run = lambda params, views, fn=fn: fn.apply(params, views, dtype=dtype,
-                                                  impl=options.impl).values
+      run = lambda params, views, fn=fn: fn.apply(params, views, ex=ex).values
       abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
       flops = count_flops(run, abstract, shapes)
       compiled = jax.jit(run).lower(abstract, shapes).compile()

@@ -50,7 +50,7 @@ class Phi(Side):
     return {'ids': ids.astype(np.int32)}
 
   def program(self, fn, params, inputs):
-    generator = TextGenerator(self.config(), params, dtype=self.dtype)
+    generator = TextGenerator(self.config(), params, ex=self.ex.plain)
     ids, sampling = inputs['ids'], Sampling(max_new_tokens=self.settings['new'])
     valid = np.ones(ids.shape, bool)
     inner = generator.generator
@@ -65,12 +65,14 @@ class Phi(Side):
 
     def whole(params, embeds, valid):
       budget = -(-new // 16) * 16
-      logits, cache = inner._prefill_fn(params, embeds, valid, {}, slots=embeds.shape[1] + budget)
+      logits, cache = inner._prefill_fn(params, embeds, valid, {}, slots=embeds.shape[1] + budget,
+                                         ex=inner.ex)
       slots = jnp.pad(valid, ((0, 0), (0, budget)))
 
       def body(carry, _):
         logits, slots, cache = carry
-        return inner._step_fn(params, jnp.argmax(logits, -1), slots, cache, 0, {}), None
+        return inner._step_fn(params, jnp.argmax(logits, -1), slots, cache, 0, {},
+                              ex=inner.ex), None
 
       return jax.lax.scan(body, (logits, slots, cache), None, length=new - 1)[0][0]
 
@@ -128,7 +130,7 @@ class PheyeGenerate(Side):
   def program(self, fn, params, inputs):
     config = self.config()
     apart = Functional(lambda rngs: Reader(config, rngs=rngs))
-    generator = Generator(apart, params, dtype=self.dtype)
+    generator = Generator(apart, params, ex=self.ex.plain)
     media = jax.jit(lambda params, x: apart.apply(params, x, method='media_of'))
     ids, valid = pad_to_bucket(inputs['ids'], np.ones(inputs['ids'].shape, bool))
     visual = jnp.asarray(inputs['visual'], self.dtype)
@@ -186,10 +188,10 @@ class TwoPass(Side):
       'valid': jnp.ones((1, count + len(question)), bool), 'views': views}
 
     def answer(params, batch):
-      embeds, valid, extras = apart.apply(params, batch, dtype=self.dtype, reuse=self.reuse,
+      embeds, valid, extras = apart.apply(params, batch, reuse=self.reuse, ex=self.ex.plain,
                                           method='prompt')
       logits, _, _ = apart.apply(params, embeds, valid, slots=valid.shape[1] + 16,
-                                 method='prefill', **extras)
+                                 method='prefill', ex=self.ex.plain, **extras)
       return {'logits': logits}
 
     return self.jit(answer, params, batch)

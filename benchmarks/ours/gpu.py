@@ -16,6 +16,7 @@ from benchmarks.harness.docs import seconds
 from benchmarks.ours.alone import _timed
 from benchmarks.ours.train import TrainStep
 from benchmarks.ours.vision import images
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.systems import registry
@@ -24,7 +25,7 @@ from hrvlm_jax.systems.ps3 import config as ps3, encoder as ps3_encoder
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.training.config import OptimizerConfig, TrainingConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 
 # Dense bfloat16 operations per second of a card, by a part of its name (vendors' data sheets).
@@ -64,10 +65,10 @@ def train(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
       steps=10**6, batch_size=settings['rows'], dtype=options.dtype, remat='layers',
       attention=options.impl, optimizer=OptimizerConfig(learning_rate=1e-4, schedule='constant'))
     groups = groups_of(training, fn.abstract)
-    plain = dataclasses.replace(training, remat='none', attention='xla')
+    ex = execution_of(training)
     abstract = jax.eval_shape(lambda p, t=training, g=groups: init_state(t, g, p), fn.abstract)
-    flops = count_flops(make_train_step(fn, plain, groups, 0), abstract, batch)
-    step = jax.jit(make_train_step(fn, training, groups, 0), donate_argnums=0)
+    flops = count_flops(make_train_step(fn, training, groups, 0, ex=ex.plain), abstract, batch)
+    step = jax.jit(make_train_step(fn, training, groups, 0, ex=ex), donate_argnums=0)
     held = {'state': jax.jit(lambda p, t=training, g=groups: init_state(t, g, p))(
       _on_device(fn, jnp.float32))}
 
@@ -92,7 +93,8 @@ def _size(leaf) -> int:
 def latency(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
   """PS3: 20 % of a 4K image against all of it. LLaVA-HR: 384 to 1024 pixels, dual against one ViT.
   """
-  dtype, rows = jnp.dtype(options.dtype), []
+  ex, rows = Execution(dtype=options.dtype, attention=options.impl), []
+  dtype = jnp.dtype(ex.dtype)
   tiny = settings.get('tiny')
   config = ps3.tiny_encoder() if tiny else ps3.RELEASED['ps3_4k_siglip'].encoder
   config = dataclasses.replace(config, text=None)
@@ -104,7 +106,7 @@ def latency(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
   for tokens in (cells // 5, cells):
     plan = make_plan(side, side, config, num_tokens=tokens)
     call = jax.jit(lambda params, x, plan=plan: fn.apply(
-      params, x, plan, dtype=dtype, impl=options.impl, method='encode').last)
+      params, x, plan, ex=ex, method='encode').last)
     took.append(_timed(lambda call=call: call(params, x), settings['rounds']))
   del params
   rows.append(_ratio('PS3-4K, 20 % of the patches : all', *took, paper='0.417 s : 1.812 s = 0.23'))
@@ -121,7 +123,7 @@ def latency(settings: Mapping[str, Any], options: Options) -> dict[str, Any]:
       params = _on_device(fn, dtype)
       x = jnp.asarray(images(np.random.default_rng(0), 1, size), dtype)
       call = jax.jit(lambda params, x, fn=fn: fn.apply(
-        params, x, impl=options.impl, method='tower')[0])
+        params, x, ex=ex, method='tower')[0])
       took.append(_timed(lambda call=call, p=params, x=x: call(p, x), settings['rounds']))
     rows.append(_ratio(f'{name}, {sizes[0]} : {sizes[1]} pixels', *took))
   return {'rows': rows, 'accelerator': jax.devices()[0].device_kind}

@@ -22,7 +22,7 @@ from hrvlm_jax.systems.pheye import config as pheye
 from hrvlm_jax.systems.ps3 import config as ps3
 from hrvlm_jax.training.config import OptimizerConfig, TrainingConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from hrvlm_jax.vision.vit import CLIP_L_336, SIGLIP_SO400M_384
 from hrvlm_jax.vlm import model as vlm
@@ -146,7 +146,8 @@ class TrainStep(Side):
       attention=self.options.impl, dtype=self.options.dtype,
       optimizer=OptimizerConfig(learning_rate=LEARNING_RATE, schedule='constant', clip_norm=1.0))
     groups = groups_of(training, fn.abstract)
-    return training, groups, make_train_step(fn, training, groups, seed=0)
+    return training, groups, make_train_step(fn, training, groups, seed=0,
+                                              ex=execution_of(training))
 
   def _batch(self, inputs):
     batch = {k: jnp.asarray(v) for k, v in inputs.items() if not k.startswith('views/')}

@@ -54,8 +54,7 @@ class PS3(Side):
     plan = make_plan(size, size, self.config(), num_looks=self.settings['looks'])
 
     def encode(params, pixels):
-      out = fn.apply(params, pixels.astype(jnp.float32), plan, keep=1, dtype=self.dtype,
-                     impl=self.options.impl, method='encode')
+      out = fn.apply(params, pixels.astype(jnp.float32), plan, keep=1, ex=self.ex, method='encode')
       return {'tokens': out.last, **{f'map{i}': m for i, m in enumerate(out.maps)}}
 
     return self.jit(encode, params, inputs['images'], tokens=plan.tokens)
@@ -78,7 +77,7 @@ class Siglip(Side):
 
   def program(self, fn, params, inputs):
     encode = lambda params, x: {
-      'tokens': fn.apply(params, x.astype(self.dtype), impl=self.options.impl)}
+      'tokens': fn.apply(params, x.astype(self.dtype), ex=self.ex)}
     return self.jit(encode, params, inputs['images'])
 
 
@@ -103,7 +102,7 @@ class Pheye(Side):
     def encode(params, x):
       tower = fn.bind(params)
       tokens = tower.embed(x.astype(self.dtype)[None], adapter=adapter)
-      return {'tokens': tower.run(tokens, adapter=adapter, impl=self.options.impl).x[0]}
+      return {'tokens': tower.run(tokens, adapter=adapter, ex=self.ex).x[0]}
 
     return self.jit(encode, params, inputs['images'])
 
@@ -127,7 +126,7 @@ class LlavaHR(Side):
 
   def program(self, fn, params, inputs):
     def encode(params, x):
-      tokens, _ = fn.apply(params, x.astype(self.dtype), impl=self.options.impl, method='tower')
+      tokens, _ = fn.apply(params, x.astype(self.dtype), ex=self.ex, method='tower')
       return {'tokens': tokens}
 
     return self.jit(encode, params, inputs['images'])

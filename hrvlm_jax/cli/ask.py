@@ -36,9 +36,10 @@ def main(argv: list[str]) -> int:
   images = [open_image(path, exif=arguments.exif) for path in arguments.image]
   import jax
 
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.vlm.answer import Answerer
 
-  answerer = Answerer.load(arguments.checkpoint, dtype=jax.numpy.dtype(arguments.dtype),
+  answerer = Answerer.load(arguments.checkpoint, ex=Execution(dtype=arguments.dtype),
                            exif=arguments.exif, encoder_options=knobs.pop('encoder', None),
                            methods=knobs)
   sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,

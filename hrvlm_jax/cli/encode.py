@@ -30,14 +30,14 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.core.images import open_image
 
   image = open_image(arguments.image, exif=arguments.exif)  # before a large checkpoint is read
-  import jax.numpy as jnp
   import numpy as np
 
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.vlm.encode import ImageEncoder
 
   encoder = ImageEncoder.load(arguments.checkpoint, prompted=arguments.prompt is not None,
                               encoder_options=knobs.get('encoder'))
-  tokens = encoder(image, arguments.prompt, dtype=jnp.dtype(arguments.dtype))
+  tokens = encoder(image, arguments.prompt, ex=Execution(dtype=arguments.dtype))
   values = np.asarray(tokens.values[0], np.float32)[np.asarray(tokens.valid[0])]
   print(f'{values.shape[0]} tokens of width {values.shape[1]}')
   if arguments.out is not None:

@@ -35,9 +35,9 @@ def main(argv: list[str]) -> int:
   if arguments.predictions is not None:
     return _score(benchmark, arguments, knobs)
   import jax
-  import jax.numpy as jnp
 
   from hrvlm_jax.checkpoint import layout
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.evaluation import provenance
   from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.evaluation.runner import Options, evaluate
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
 
   # The originals ignored EXIF orientation in evaluation; so do the published numbers.
   folder = os.fspath(layout.resolve(arguments.checkpoint))
-  answerer = Answerer.load(folder, dtype=jnp.dtype(arguments.dtype), exif='ignore',
+  answerer = Answerer.load(folder, ex=Execution(dtype=arguments.dtype), exif='ignore',
                            encoder_options=knobs.pop('encoder', None), methods=knobs)
   devices = jax.local_devices()
   if arguments.batch_size % len(devices):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide_dtype
-from hrvlm_jax.core.target import target
 
 IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'auto')
 # Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32).
@@ -34,7 +34,7 @@ def attention(
   mask: Bool[Array, '#b #h #t s'] | None = None,
   causal: bool = False,
   scale: float | None = None,
-  impl: str = 'xla',
+  ex: Execution = HERE,
 ) -> Float[Array, 'b t h d']:
   """softmax(q k^T * scale + mask) v, key head j serving query heads j*h/k .. (j+1)*h/k - 1.
 
@@ -42,31 +42,32 @@ def attention(
     mask: True where a query may look at a key, broadcastable to [b h t s].
     causal: adds `key index <= query index` (t == s expected).
     scale: default d ** -0.5.
-    impl: 'xla', 'heads' (one head at a time: memory of one head's scores; what 'xla' becomes on a
-      CPU for large inputs, where it is some seven times faster), 'queries' (blocks of queries, one
-      after the other: what 'xla' becomes elsewhere where the scores would fill a device's memory),
-      'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), or 'auto' (the fused kernel of the
-      default backend where the arguments allow it, else 'xla').
+    ex: `attention` is the form: 'xla', 'heads' (one head at a time: memory of one head's scores;
+      what 'xla' becomes on a CPU for large inputs, where it is some seven times faster), 'queries'
+      (blocks of queries, one after the other: what 'xla' becomes elsewhere where the scores would
+      fill a device's memory), 'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), or 'auto' (the
+      fused kernel of the platform where the arguments allow it, else 'xla').
 
   Raises:
-    ValueError: unknown `impl`, or one that this backend or these arguments do not support.
+    ValueError: unknown form, or one that this backend or these arguments do not support.
   """
-  if impl not in IMPLEMENTATIONS:
-    raise ValueError(f'attention: impl must be one of {IMPLEMENTATIONS}, got {impl!r}')
+  form = ex.attention
+  if form not in IMPLEMENTATIONS:
+    raise ValueError(f'attention: the form must be one of {IMPLEMENTATIONS}, got {form!r}')
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  if impl == 'auto':
-    impl = _choose(q, mask)
-  if impl == 'cudnn':
-    return _cudnn(q, k, v, mask, causal, scale)
-  if impl == 'splash':
-    return _splash(q, k, v, mask, causal, scale)
+  if form == 'auto':
+    form = _choose(q, mask, ex)
+  if form == 'cudnn':
+    return _cudnn(q, k, v, mask, causal, scale, ex)
+  if form == 'splash':
+    return _splash(q, k, v, mask, causal, scale, ex)
   scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
   # One head after the other would gather everything on every device of a mesh.
-  if impl == 'heads' or (scores > _HEADS_FROM and target() == ('cpu', 1)):
+  if form == 'heads' or (scores > _HEADS_FROM and ex.one_cpu):
     return _by_heads(q, k, v, mask, causal, scale)
   # What a device of a mesh holds: batch and heads are spread over all of them.
-  pieces = -(-scores // (_AT_A_TIME * target().devices))
-  if impl == 'queries' or pieces > 1:
+  pieces = -(-scores // (_AT_A_TIME * ex.devices))
+  if form == 'queries' or pieces > 1:
     return _by_queries(q, k, v, mask, causal, scale, pieces=max(pieces, 2))
   return _at_once(q, k, v, mask, causal, scale)
 
@@ -164,26 +165,25 @@ def _by_queries(q, k, v, mask, causal, scale, *, pieces: int):
   return out.reshape(q.shape[0], pieces * block, *out.shape[3:])[:, :t]
 
 
-def _choose(q, mask) -> str:
-  backend, devices = target()
-  if backend == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
+def _choose(q, mask, ex: Execution) -> str:
+  if ex.on == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
     return 'cudnn'
   # The splash kernel is tiled by 128, takes no arbitrary masks and cannot be partitioned.
-  if backend == 'tpu' and devices == 1 and mask is None and q.shape[1] % 128 == 0:
+  if ex.on == 'tpu' and ex.devices == 1 and mask is None and q.shape[1] % 128 == 0:
     return 'splash'
   return 'xla'
 
 
-def _cudnn(q, k, v, mask, causal, scale):
-  if jax.default_backend() != 'gpu':
-    raise ValueError("attention: impl='cudnn' needs an NVIDIA GPU; use 'xla' or 'auto' here")
+def _cudnn(q, k, v, mask, causal, scale, ex: Execution):
+  if ex.on != 'gpu':
+    raise ValueError("attention: 'cudnn' needs an NVIDIA GPU; use 'xla' or 'auto' here")
   if q.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(f"attention: impl='cudnn' takes bfloat16 or float16, got {q.dtype}")
+    raise ValueError(f"attention: 'cudnn' takes bfloat16 or float16, got {q.dtype}")
   return jax.nn.dot_product_attention(
     q, k, v, mask=mask, is_causal=causal, scale=scale, implementation='cudnn')
 
 
-def _splash(q, k, v, mask, causal, scale, *, interpret: bool = False):
+def _splash(q, k, v, mask, causal, scale, ex: Execution, *, interpret: bool = False):
   """TPU splash attention. Head widths that are no multiple of 128 (72, 64) are padded with zeros,
   which changes neither the scores nor the kept output columns."""
   from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -192,13 +192,13 @@ def _splash(q, k, v, mask, causal, scale, *, interpret: bool = False):
   )
 
   if mask is not None:
-    raise ValueError("attention: impl='splash' takes no mask array; use causal= or impl='xla'")
-  if not interpret and jax.default_backend() != 'tpu':
-    raise ValueError("attention: impl='splash' needs a TPU; use 'xla' or 'auto' here")
+    raise ValueError("attention: 'splash' takes no mask array; use causal= or 'xla'")
+  if not interpret and ex.on != 'tpu':
+    raise ValueError("attention: 'splash' needs a TPU; use 'xla' or 'auto' here")
   t, heads, width = q.shape[1:]
   s, kv_heads = k.shape[1:3]
   if t % 128 or s % 128:
-    raise ValueError(f"attention: impl='splash' needs lengths in multiples of 128, got {t}, {s}")
+    raise ValueError(f"attention: 'splash' needs lengths in multiples of 128, got {t}, {s}")
   padded = math.ceil(width / 128) * 128
   pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded - width)))
   shape = (t, s)

@@ -24,11 +24,8 @@ AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 
 PLACES = ('hidden', 'logits', 'small')
-REMAT = {
-  'none': False,
-  'layers': True,
-  'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
+# What the backward pass of a layer keeps, as a policy of `jax.checkpoint`; None: its input alone.
+REMAT = {'layers': None, 'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +58,8 @@ class Execution:
   def __post_init__(self):
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
     problems = []
-    if self.remat not in REMAT:
-      problems.append(f'remat must be one of {sorted(REMAT)}, got {self.remat!r}')
+    if self.remat not in ('none', *REMAT):
+      problems.append(f"remat must be 'none', 'layers' or 'dots', got {self.remat!r}")
     if self.layers not in ('loop', 'in_line'):
       problems.append(f"layers must be 'loop' or 'in_line', got {self.layers!r}")
     if self.platform not in (None, 'cpu', 'gpu', 'tpu'):
@@ -88,6 +85,14 @@ class Execution:
   def one_cpu(self) -> bool:
     """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
     return self.devices == 1 and self.on == 'cpu'
+
+  @property
+  def plain(self) -> Execution:
+    """The same without fused kernels and without recomputation.
+
+    For short attentions and shallow stacks, where neither pays, and for counting operations.
+    """
+    return self.replace(attention='xla', remat='none')
 
   def replace(self, **changes) -> Execution:
     """The same circumstances but for `changes`."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from hrvlm_jax.core.constraints import constrain
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Param, Rngs
 
 
@@ -160,8 +160,8 @@ class LoRA:
     return f'lora_a{suffix}', f'lora_b{suffix}'
 
 
-def _lora_pair(layer: Module, spec: LoRA) -> tuple[jax.Array, jax.Array]:
-  a, b = (constrain('small', getattr(layer, name)[...]) for name in spec.leaves)
+def _lora_pair(layer: Module, spec: LoRA, ex: Execution) -> tuple[jax.Array, jax.Array]:
+  a, b = (ex.constrain('small', getattr(layer, name)[...]) for name in spec.leaves)
   return (jax.lax.stop_gradient(a), jax.lax.stop_gradient(b)) if spec.frozen else (a, b)
 
 
@@ -183,6 +183,7 @@ class Linear(Module):
     adapter: None (only an unnamed set acts), the name of a set, or segments along axis 1 of x,
       for example (('first', 1), ('second', 9)) for one global view and nine tiles.
     key: dropout key of the LoRA branch; None at inference.
+    ex: pins the low-rank matrices on a mesh.
   """
 
   def __init__(
@@ -207,7 +208,8 @@ class Linear(Module):
       setattr(self, a, Param(init))
       setattr(self, b, Param(jnp.zeros((spec.rank, n_out), jnp.float32)))
 
-  def __call__(self, x: Float[Array, '... i'], *, adapter: Adapter = None, key=None):
+  def __call__(self, x: Float[Array, '... i'], *, adapter: Adapter = None, key=None,
+               ex: Execution = HERE):
     y = x @ self.kernel[...].astype(x.dtype)
     if self.bias is not None:
       y = y + self.bias[...].astype(x.dtype)
@@ -216,16 +218,16 @@ class Linear(Module):
     for number, spec in enumerate(self.lora):
       sub = None if key is None else jax.random.fold_in(key, number)
       if not spec.name or adapter == spec.name:
-        y = y + self._low_rank(spec, x, sub)
+        y = y + self._low_rank(spec, x, sub, ex)
     if isinstance(adapter, tuple):
-      y = y + self._segments(adapter, x, key)
+      y = y + self._segments(adapter, x, key, ex)
     return y
 
-  def _low_rank(self, spec: LoRA, x, key):
-    a, b = (leaf.astype(x.dtype) for leaf in _lora_pair(self, spec))
+  def _low_rank(self, spec: LoRA, x, key, ex: Execution):
+    a, b = (leaf.astype(x.dtype) for leaf in _lora_pair(self, spec, ex))
     return (dropout(x, spec.dropout, key) @ a @ b) * jnp.asarray(spec.scale, x.dtype)
 
-  def _segments(self, segments, x, key):
+  def _segments(self, segments, x, key, ex: Execution):
     """The low-rank terms of consecutive ranges of axis 1, each by its own set.
 
     All sets are multiplied with all of x, as one product each way, and every row keeps the ranks
@@ -245,7 +247,7 @@ class Linear(Module):
                    for name in names])
     rates = {spec.name: spec.dropout for spec in used}
     x = dropout(x, per_row([rates.get(name, 0.0) for name in names]), key)
-    pairs = [_lora_pair(self, spec) for spec in used]
+    pairs = [_lora_pair(self, spec, ex) for spec in used]
     down = jnp.concatenate([a for a, _ in pairs], axis=1).astype(x.dtype)
     up = jnp.concatenate([b * spec.scale for (_, b), spec in zip(pairs, used, strict=True)])
     return jnp.where(own, x @ down, 0) @ up.astype(x.dtype)
@@ -392,11 +394,13 @@ class PatchEmbed(Module):
         torch_uniform(fan_in)(rngs.params(), (patch, patch, channels, spec.rank), jnp.float32)))
       setattr(self, b, Param(jnp.zeros((spec.rank, width), jnp.float32)))
 
-  def __call__(self, images: Float[Array, '... h w c'], *, adapter: Adapter = None, key=None):
+  def __call__(self, images: Float[Array, '... h w c'], *, adapter: Adapter = None, key=None,
+               ex: Execution = HERE):
     """[... h w c] -> [... (h//P)(w//P) width], patches in raster order."""
-    return self.project(patchify(images, self.patch), adapter=adapter, key=key)
+    return self.project(patchify(images, self.patch), adapter=adapter, key=key, ex=ex)
 
-  def project(self, patches: Float[Array, '... n ppc'], *, adapter: Adapter = None, key=None):
+  def project(self, patches: Float[Array, '... n ppc'], *, adapter: Adapter = None, key=None,
+              ex: Execution = HERE):
     """Patch vectors in (row, column, channel) order -> tokens; for gathered patches too."""
     y = patches @ self._matrix(self.kernel, patches.dtype)
     if self.bias is not None:
@@ -406,21 +410,21 @@ class PatchEmbed(Module):
         continue
       sub = None if key is None else jax.random.fold_in(key, number)
       if not isinstance(adapter, tuple):
-        y = y + self._low_rank(spec, patches, sub)
+        y = y + self._low_rank(spec, patches, sub, ex)
         continue
       start = 0
       for name, length in adapter:
         if name == spec.name:
           part = jax.lax.slice_in_dim(patches, start, start + length, axis=1)
-          y = y.at[:, start:start + length].add(self._low_rank(spec, part, sub))
+          y = y.at[:, start:start + length].add(self._low_rank(spec, part, sub, ex))
         start += length
     return y
 
   def _matrix(self, kernel, dtype):
     return kernel[...].reshape(-1, kernel.shape[-1]).astype(dtype)
 
-  def _low_rank(self, spec: LoRA, patches, key):
-    a, b = _lora_pair(self, spec)
+  def _low_rank(self, spec: LoRA, patches, key, ex: Execution):
+    a, b = _lora_pair(self, spec, ex)
     low = dropout(patches, spec.dropout, key) @ self._matrix(a, patches.dtype)
     return low @ b.astype(patches.dtype) * jnp.asarray(spec.scale, patches.dtype)
 
@@ -459,7 +463,8 @@ class Mlp(Module):
     self.fc2 = Linear(hidden, width if out is None else out, **shared)
     self.activation = activation
 
-  def __call__(self, x: Float[Array, '... d'], *, adapter: Adapter = None, key=None):
+  def __call__(self, x: Float[Array, '... d'], *, adapter: Adapter = None, key=None,
+               ex: Execution = HERE):
     keys = (None, None) if key is None else jax.random.split(key)
-    hidden = activation(self.activation)(self.fc1(x, adapter=adapter, key=keys[0]))
-    return self.fc2(hidden, adapter=adapter, key=keys[1])
+    hidden = activation(self.activation)(self.fc1(x, adapter=adapter, key=keys[0], ex=ex))
+    return self.fc2(hidden, adapter=adapter, key=keys[1], ex=ex)

@@ -7,16 +7,14 @@ dicts of arrays; transforms come from jax.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-import contextlib
-import contextvars
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 import jax
 import jax.numpy as jnp
 
-from hrvlm_jax.core.constraints import constrain
+from hrvlm_jax.core.execution import HERE, REMAT, Execution
 
 Module = nnx.Module
 Param = nnx.Param
@@ -80,36 +78,6 @@ def unrolled(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> List:
   return List([make(Rngs(params=rngs.params())) for _ in range(depth)])
 
 
-_gradients: contextvars.ContextVar[str | None] = contextvars.ContextVar('gradients', default=None)
-
-
-@contextlib.contextmanager
-def layers_for_gradients(form: str) -> Iterator[None]:
-  """Programs traced inside are differentiated; a train step says so. Results do not depend on it.
-
-  Args:
-    form: 'loop', or 'in_line': stacked layers run one after the other instead of as a loop. The
-      program grows with the depth, and so does the time its compilation takes; in exchange no
-      layer's weights are cut out of the stack, and what the backward pass needs of a layer is
-      neither put into an array of all layers nor taken out of it again.
-
-  Raises:
-    ValueError: another form.
-  """
-  if form not in ('loop', 'in_line'):
-    raise ValueError(f"layers_for_gradients: form must be 'loop' or 'in_line', got {form!r}")
-  token = _gradients.set(form)
-  try:
-    yield
-  finally:
-    _gradients.reset(token)
-
-
-def taking_gradients() -> bool:
-  """Whether the program being traced is differentiated, as far as `layers_for_gradients` said."""
-  return _gradients.get() is not None
-
-
 def scan_layers(
   layers: Module | List,
   x,
@@ -118,7 +86,7 @@ def scan_layers(
   xs=None,
   start: int = 0,
   stop: int | None = None,
-  remat: bool | Callable = False,
+  ex: Execution = HERE,
 ):
   """Runs `body(layer, x, xs_i) -> (x, ys_i)` over the layers `start..stop`.
 
@@ -129,43 +97,43 @@ def scan_layers(
   Args:
     xs: per-layer inputs: leaves with the leading axis of `layers` (stacked), or a list of one
       tree per layer (`List`); indexed with the same `start..stop`.
-    remat: True, or a `jax.checkpoint` policy, recomputes a layer in the backward pass.
+    ex: `remat` says what of a layer is recomputed in the backward pass, `layers` whether a stack is
+      a loop.
 
   Returns:
     (x, ys): ys stacked on a leading axis, or a list, like `xs`.
   """
 
   def wrap(fn):
-    if remat is False:
+    if ex.remat == 'none':
       return fn
-    policy = None if remat is True else remat
-    return jax.checkpoint(fn, prevent_cse=False, policy=policy)
+    return jax.checkpoint(fn, prevent_cse=False, policy=REMAT[ex.remat])
 
   if isinstance(layers, List):
     chosen = list(layers)[start:stop]
     inputs = [None] * len(chosen) if xs is None else list(xs)[start:stop]
     ys = []
     for layer, inp in zip(chosen, inputs, strict=True):
-      step = lambda x, inp, layer=layer: body(layer, constrain('hidden', x), inp)
+      step = lambda x, inp, layer=layer: body(layer, ex.constrain('hidden', x), inp)
       x, y = wrap(step)(x, inp)
       ys.append(y)
     return x, ys
   graphdef, state = nnx.split(layers)
   depth = jax.tree.leaves(state)[0].shape[0]
   step = wrap(lambda x, leaves: body(
-    nnx.merge(graphdef, leaves[0]), constrain('hidden', x), leaves[1]))
-  form = _gradients.get()
+    nnx.merge(graphdef, leaves[0]), ex.constrain('hidden', x), leaves[1]))
+  unroll = True if ex.layers == 'in_line' else 1
   if start or (stop is not None and stop != depth):
     chosen = range(depth)[start:stop]
-    if form is None:
+    if not ex.gradients:
       # A part of the stack would be a copy of its weights: read them where they are. The gradient
       # of this form is a sum over whole stacks, hence the other one where gradients are taken.
       at = lambda number: jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False), (state, xs))
       numbers = jnp.arange(chosen.start, chosen.stop)
-      return jax.lax.scan(lambda x, number: step(x, at(number)), x, numbers)
+      return jax.lax.scan(lambda x, number: step(x, at(number)), x, numbers, unroll=unroll)
     state, xs = jax.tree.map(lambda leaf: leaf[chosen.start:chosen.stop], (state, xs))
-  return jax.lax.scan(step, x, (state, xs), unroll=form == 'in_line' or 1)
+  return jax.lax.scan(step, x, (state, xs), unroll=unroll)
 
 
 def layer_at(layers: Module | List, index: int) -> Module:

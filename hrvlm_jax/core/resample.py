@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 import numpy as np
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
-from hrvlm_jax.core.target import target
 
 
 def _keys(t: np.ndarray, a: float) -> np.ndarray:
@@ -137,7 +137,8 @@ def resize(
 
 
 def bicubic(
-  x: Float[Array, '... h w c'], height: int, width: int, *, method: str = 'auto'
+  x: Float[Array, '... h w c'], height: int, width: int, *, method: str = 'auto',
+  ex: Execution = HERE,
 ) -> Float[Array, '... H W c']:
   """`interpolate(mode='bicubic')` of images (see `bicubic_matrix`); the same size is untouched.
 
@@ -152,7 +153,7 @@ def bicubic(
   if method not in ('auto', 'taps', 'matrix'):
     raise ValueError(f"bicubic: method must be 'auto', 'taps' or 'matrix', got {method!r}")
   h, w = x.shape[-3:-1]
-  if method == 'matrix' or (method == 'auto' and target().platform != 'cpu'):
+  if method == 'matrix' or (method == 'auto' and ex.on != 'cpu'):
     y = wide(x)
     if w != width:
       y = jnp.einsum('Ww,...hwc->...hWc', bicubic_matrix(w, width), y)

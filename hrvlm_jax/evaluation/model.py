@@ -59,6 +59,7 @@ class EvaluatedModel:
     if self._mesh:
       generator = answerer.generator
       generator.params = jax.device_put(generator.params, replicated(self._mesh))
+      generator.ex = generator.ex.replace(mesh=self._mesh)
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
     self._scored: Any = None
     self._attention: Any = None
@@ -125,10 +126,10 @@ class EvaluatedModel:
       raise UserError(f'{config.system}: has no cross-attention, so there is no global share of it')
     rows, batch = self._answered(triples, stop=False)
     if self._attention is None:
-      fn, dtype = self.answerer.generator.fn, self.answerer.generator.dtype
+      fn, ex = self.answerer.generator.fn, self.answerer.generator.ex
       ranges = config.encoder.sub_images
       self._attention = jax.jit(lambda params, batch: fn.apply(
-          params, batch, ranges=ranges, dtype=dtype, method='attention'))
+          params, batch, ranges=ranges, ex=ex, method='attention'))
     probabilities = jax.device_get(self._attention(self.answerer.generator.params, batch))
     shares = []
     for i, row in enumerate(rows):
@@ -170,11 +171,11 @@ class EvaluatedModel:
   def _scores(self):
     """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""
     if self._scored is None:
-      fn, dtype = self.answerer.generator.fn, self.answerer.generator.dtype
+      fn, ex = self.answerer.generator.fn, self.answerer.generator.ex
 
       def run(params, batch):
         module = fn.bind(params)
-        logits = module.logits(module(batch, dtype=dtype)).astype(jnp.float32)
+        logits = module.logits(module(batch, ex=ex)).astype(jnp.float32)
         targets = shifted_targets(jnp.asarray(batch['labels']))
         wanted = targets != IGNORE
         safe = jnp.where(wanted, targets, 0)[..., None]

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
 from hrvlm_jax.core.attention import attention, attention_weights
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   Embedding,
   LayerNorm,
@@ -96,7 +97,7 @@ class Context:
   slot: jax.Array | int = 0
   causal: bool = dataclasses.field(default=False, metadata={'static': True})
   fresh: bool = dataclasses.field(default=True, metadata={'static': True})
-  impl: str = dataclasses.field(default='xla', metadata={'static': True})
+  ex: Execution = dataclasses.field(default=HERE, metadata={'static': True})
 
 
 def causal_mask(
@@ -138,18 +139,18 @@ class SelfAttention(Module):
     self.v = make(c.width, c.kv_heads * c.head_dim, c.qkv_bias)
     self.out = make(c.heads * c.head_dim, c.width, c.out_bias)
 
-  def project(self, x: Float[Array, 'b t d'], rope: Rope, *, key=None):
+  def project(self, x: Float[Array, 'b t d'], rope: Rope, *, key=None, ex: Execution = HERE):
     """Rotated queries [b t h p], rotated keys and values [b t k p]."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     split = lambda y, heads: y.reshape(*y.shape[:-1], heads, self.head_dim)
-    q = apply_rope(split(self.q(x, key=keys[0]), self.heads), rope)
-    k = apply_rope(split(self.k(x, key=keys[1]), self.kv_heads), rope)
-    return q, k, split(self.v(x, key=keys[2]), self.kv_heads)
+    q = apply_rope(split(self.q(x, key=keys[0], ex=ex), self.heads), rope)
+    k = apply_rope(split(self.k(x, key=keys[1], ex=ex), self.kv_heads), rope)
+    return q, k, split(self.v(x, key=keys[2], ex=ex), self.kv_heads)
 
   def __call__(self, x, context: Context, cache=None, *, key=None):
     """Returns (output [b t d], cache with the new keys and values written at context.slot)."""
     keys = (None, None) if key is None else jax.random.split(key)
-    q, k, v = self.project(x, context.rope, key=keys[0])
+    q, k, v = self.project(x, context.rope, key=keys[0], ex=context.ex)
     read_k, read_v = k, v
     if cache is not None:
       write = lambda store, new: jax.lax.dynamic_update_slice_in_dim(
@@ -157,8 +158,8 @@ class SelfAttention(Module):
       cache = {'k': write(cache['k'], k), 'v': write(cache['v'], v)}
       if not context.fresh:
         read_k, read_v = cache['k'].astype(x.dtype), cache['v'].astype(x.dtype)
-    y = attention(q, read_k, read_v, mask=context.mask, causal=context.causal, impl=context.impl)
-    return self.out(y.reshape(*x.shape[:2], -1), key=keys[1]), cache
+    y = attention(q, read_k, read_v, mask=context.mask, causal=context.causal, ex=context.ex)
+    return self.out(y.reshape(*x.shape[:2], -1), key=keys[1], ex=context.ex), cache
 
 
 class GatedMlp(Module):
@@ -172,10 +173,10 @@ class GatedMlp(Module):
     self.down = make(c.mlp_width, c.width)
     self.activation = c.activation
 
-  def __call__(self, x, *, key=None):
+  def __call__(self, x, *, key=None, ex: Execution = HERE):
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    gate = activation(self.activation)(self.gate(x, key=keys[0]))
-    return self.down(gate * self.up(x, key=keys[1]), key=keys[2])
+    gate = activation(self.activation)(self.gate(x, key=keys[0], ex=ex))
+    return self.down(gate * self.up(x, key=keys[1], ex=ex), key=keys[2], ex=ex)
 
 
 class DecoderLayer(Module):
@@ -199,9 +200,9 @@ class DecoderLayer(Module):
     y, cache = self.attn(normed, context, cache, key=keys[0])
     y = drop(y, keys[1])
     if self.norm2 is None:
-      return y + drop(self.mlp(normed, key=keys[2]), keys[3]) + x, cache
+      return y + drop(self.mlp(normed, key=keys[2], ex=context.ex), keys[3]) + x, cache
     x = x + y
-    return x + drop(self.mlp(self.norm2(x), key=keys[2]), keys[3]), cache
+    return x + drop(self.mlp(self.norm2(x), key=keys[2], ex=context.ex), keys[3]), cache
 
 
 class Head(Module):
@@ -238,7 +239,7 @@ class Decoder(Module):
 
   def context(
     self, valid: Bool[Array, 'b s'], *, positions=None, slot: jax.Array | int = 0,
-    queries: int | None = None, segments=None, impl: str = 'xla',
+    queries: int | None = None, segments=None, ex: Execution = HERE,
   ) -> Context:
     """The context of new tokens at cache slots slot..slot+queries of a row of `valid` slots.
 
@@ -251,16 +252,17 @@ class Decoder(Module):
       if not fresh:
         positions = jax.lax.dynamic_slice_in_dim(positions, slot, queries, axis=1)
     mask = causal_mask(valid, queries=queries, slot=slot, segments=segments)
-    return Context(rope_table(self.config, positions), mask, slot, fresh=fresh, impl=impl)
+    return Context(rope_table(self.config, positions), mask, slot, fresh=fresh, ex=ex)
 
   def layers(
     self, x: Float[Array, 'b t d'], context: Context, cache: Cache = None, *, start: int = 0,
-    stop: int | None = None, remat=False, key=None,
+    stop: int | None = None, key=None,
     before: Callable[[Any, jax.Array], jax.Array] | None = None, extras: Any = None,
   ):
     """Runs layers start..stop of the residual stream.
 
     Args:
+      context: its `ex` is the execution of the layers.
       before: `before(extra_i, x) -> x`, applied to the residual stream in front of every layer,
         `extras` being per-layer inputs in the form of the cache.
 
@@ -284,16 +286,17 @@ class Decoder(Module):
         x = before(extra, x)
       return layer(x, context, layer_cache, key=sub)
 
-    x, new = scan_layers(self.blocks, x, body, xs=xs, start=start, stop=stop, remat=remat)
+    x, new = scan_layers(self.blocks, x, body, xs=xs, start=start, stop=stop,
+                         ex=context.ex)
     return x, (None if cache is None else new)
 
   def __call__(
     self, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, positions=None, segments=None,
-    remat=False, impl: str = 'xla', key=None,
+    key=None, ex: Execution = HERE,
   ) -> Float[Array, 'b t d']:
     """Final-normed hidden states of a whole sequence, without a cache."""
-    context = self.context(valid, positions=positions, segments=segments, impl=impl)
-    x, _ = self.layers(x, context, remat=remat, key=key)
+    context = self.context(valid, positions=positions, segments=segments, ex=ex)
+    x, _ = self.layers(x, context, key=key)
     return self.norm(x)
 
   def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
@@ -305,7 +308,7 @@ class Decoder(Module):
     return jnp.where(jnp.arange(c.rows) < c.vocab_size, y, -jnp.inf)
 
   def prefill(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, slots: int,
-              cache_dtype=None, before=None, extras=None):
+              before=None, extras=None, ex: Execution = HERE):
     """Reads a padded prompt and fills the first t of `slots` cache slots.
 
     Returns:
@@ -314,15 +317,15 @@ class Decoder(Module):
     """
     batch, length = valid.shape
     held = isinstance(self.blocks, List)
-    cache = empty_cache(self.config, batch, slots, dtype=cache_dtype or embeds.dtype,
-                        hold_apart=held)
-    x, cache = self.layers(embeds, self.context(valid), cache, before=before, extras=extras)
+    cache = empty_cache(self.config, batch, slots, dtype=embeds.dtype, hold_apart=held)
+    x, cache = self.layers(embeds, self.context(valid, ex=ex), cache, before=before,
+                           extras=extras)
     last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
     return self.logits(hidden), hidden, cache
 
   def extend(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b s'], cache: Cache,
-             slot: jax.Array | int, *, before=None, extras=None):
+             slot: jax.Array | int, *, before=None, extras=None, ex: Execution = HERE):
     """Appends new tokens at cache slots slot..slot+t; one-token decoding is t = 1.
 
     Args:
@@ -331,20 +334,20 @@ class Decoder(Module):
     Returns:
       (final-normed hidden states [b t d], cache).
     """
-    context = self.context(valid, slot=slot, queries=embeds.shape[1])
+    context = self.context(valid, slot=slot, queries=embeds.shape[1], ex=ex)
     x, cache = self.layers(embeds, context, cache, before=before, extras=extras)
     return self.norm(x), cache
 
   def step(self, tokens: Int[Array, 'b'], valid: Bool[Array, 'b s'], cache: Cache, slot, *,
-           dtype=jnp.float32, before=None, extras=None):
+           before=None, extras=None, ex: Execution = HERE):
     """One token per row: (float32 logits [b v], cache)."""
-    embeds = self.embed(tokens[:, None], dtype=dtype)
-    hidden, cache = self.extend(embeds, valid, cache, slot, before=before, extras=extras)
+    embeds = self.embed(tokens[:, None], dtype=ex.dtype)
+    hidden, cache = self.extend(embeds, valid, cache, slot, before=before, extras=extras, ex=ex)
     return self.logits(hidden[:, 0]), cache
 
-  def hidden_states(self, x, valid, *, positions=None) -> list[jax.Array]:
+  def hidden_states(self, x, valid, *, positions=None, ex: Execution = HERE) -> list[jax.Array]:
     """[input, output of each layer, final-normed]: for parity checks and analyses, not training."""
-    context = self.context(valid, positions=positions)
+    context = self.context(valid, positions=positions, ex=ex)
     states = [x]
     for index in range(depth_of(self.blocks)):
       x, _ = self.layers(x, context, start=index, stop=index + 1)
@@ -352,15 +355,15 @@ class Decoder(Module):
     return [*states, self.norm(x)]
 
   def attention_of(self, x, valid, layer: int, *, positions=None,
-                   queries: Sequence[int] | None = None):
+                   queries: Sequence[int] | None = None, ex: Execution = HERE):
     """Queries, keys, values and float32 attention weights [b h t s] of one layer.
 
     Only that layer's weights are materialised (FastV, ViCrop, appendix C of Pheye).
     """
-    context = self.context(valid, positions=positions)
+    context = self.context(valid, positions=positions, ex=ex)
     x, _ = self.layers(x, context, stop=layer)
     block = layer_at(self.blocks, layer)
-    q, k, v = block.attn.project(block.norm1(x), context.rope)
+    q, k, v = block.attn.project(block.norm1(x), context.rope, ex=ex)
     mask = context.mask
     if queries is not None:
       index = jnp.asarray(queries)

@@ -2,8 +2,8 @@
 
 Prompts are padded, on either side, to a bucket length; generated tokens take the cache slots after
 the bucket in every row, so rows of different length need no moving. `Generator` works over any
-module that offers `prefill(embeds, valid, slots=, **extras)` and `step(tokens, valid, cache, slot,
-**extras)`, as `language.decoder.Decoder` does.
+module that offers `prefill(embeds, valid, slots=, ex=, **extras)` and `step(tokens, valid, cache,
+slot, ex=, **extras)`, as `language.decoder.Decoder` does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, unstack
 from hrvlm_jax.language.beam import beam_search
 from hrvlm_jax.language.config import DecoderConfig
@@ -64,44 +65,41 @@ class Generator:
   Args:
     fn: the module's functional form, its layers held apart.
     params: its parameters.
-    dtype: activations and cache.
+    ex: of all programs; its dtype is that of activations and cache. It may be replaced later.
   """
 
-  def __init__(self, fn: Functional, params, *, dtype=jnp.float32):
-    self.fn, self.params, self.dtype = fn, params, dtype
-    self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots',))
-    self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits'))
-    self._step = jax.jit(self._step_fn)
-    self._prompt = jax.jit(lambda params, batch: fn.apply(
-      params, batch, dtype=dtype, method='prompt'))
-    self._info = jax.jit(lambda params, batch: fn.apply(
-      params, batch, dtype=dtype, method='info'))
+  def __init__(self, fn: Functional, params, *, ex: Execution = HERE):
+    self.fn, self.params, self.ex = fn, params, ex
+    self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots', 'ex'))
+    self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'))
+    self._step = jax.jit(self._step_fn, static_argnames=('ex',))
+    self._apply = jax.jit(fn.apply, static_argnames=('method', 'ex'))
 
   def prompt(self, batch):
     """(embeddings, valid, extras) of a batch, for modules with a `prompt` method."""
-    return self._prompt(self.params, batch)
+    return self._apply(self.params, batch, method='prompt', ex=self.ex)
 
   def info(self, batch):
     """What the model says about a batch's views, for overlays."""
-    return jax.device_get(self._info(self.params, batch))
+    return jax.device_get(self._apply(self.params, batch, method='info', ex=self.ex))
 
   def compilations(self) -> int:
     """How many programs were compiled so far: it must not grow inside a bucket."""
-    return sum(fn._cache_size() for fn in (self._prefill, self._loop, self._step, self._prompt))
+    return sum(fn._cache_size() for fn in (self._prefill, self._loop, self._step, self._apply))
 
-  def _prefill_fn(self, params, embeds, valid, extras, *, slots):
-    logits, _, cache = self.fn.apply(params, embeds.astype(self.dtype), valid, slots=slots,
-                                     method='prefill', **extras)
+  def _prefill_fn(self, params, embeds, valid, extras, *, slots, ex: Execution):
+    logits, _, cache = self.fn.apply(params, embeds.astype(ex.dtype), valid, slots=slots,
+                                     method='prefill', ex=ex, **extras)
     return logits, cache
 
-  def _step_fn(self, params, tokens, valid, cache, slot, extras):
+  def _step_fn(self, params, tokens, valid, cache, slot, extras, *, ex: Execution):
     valid = valid.at[:, slot].set(True)
-    logits, cache = self.fn.apply(params, tokens, valid, cache, slot, dtype=self.dtype,
+    logits, cache = self.fn.apply(params, tokens, valid, cache, slot, ex=ex,
                                   method='step', **extras)
     return logits, valid, cache
 
   def _loop_fn(self, params, logits, valid, cache, start, limit, key, extras, *, sampling,
-               keep_logits):
+               keep_logits, ex: Execution):
     budget = sampling.max_new_tokens  # rounded up; `limit` is the caller's
     batch = logits.shape[0]
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
@@ -132,7 +130,8 @@ class Generator:
 
     def body(carry):
       i, token, finished, valid, cache, state = carry
-      logits, valid, cache = self._step_fn(params, token, valid, cache, start + i - 1, extras)
+      logits, valid, cache = self._step_fn(params, token, valid, cache, start + i - 1, extras,
+                                           ex=ex)
       token, now = select(logits, i, finished)
       return i + 1, token, now, valid, cache, record(dict(state), i, token, finished, logits)
 
@@ -155,16 +154,17 @@ class Generator:
       raise ValueError('generate: every row needs at least one real token')
     length = valid.shape[1]
     budget = -(-sampling.max_new_tokens // _BUDGET_STEP) * _BUDGET_STEP
-    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget)
+    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget,
+                                  ex=self.ex)
     valid = jnp.pad(valid, ((0, 0), (0, budget)))
     if sampling.beams > 1:
-      step = functools.partial(self._step, self.params)
+      step = functools.partial(self._step, self.params, ex=self.ex)
       tokens, lengths, scores = beam_search(step, logits, valid, cache, length, sampling, extras)
       return Generated(tokens, lengths, scores=scores)
     key = jax.random.key(0) if key is None else key
     state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
                        extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),
-                       keep_logits=keep_logits)
+                       keep_logits=keep_logits, ex=self.ex)
     state = jax.device_get(state)
     n = sampling.max_new_tokens
     kept = state['logits'][:, :n] if keep_logits else None
@@ -179,7 +179,8 @@ class Generator:
     length = valid.shape[1]
     budget = -(-sampling.max_new_tokens // _BUDGET_STEP) * _BUDGET_STEP
     key = jax.random.key(0) if key is None else key
-    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget)
+    logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget,
+                                  ex=self.ex)
     valid = jnp.pad(jnp.asarray(valid, bool), ((0, 0), (0, budget)))
     finished = np.zeros(valid.shape[0], bool)
     for i in range(sampling.max_new_tokens):
@@ -189,7 +190,8 @@ class Generator:
       finished |= np.isin(token, sampling.stop_ids)
       if finished.all() or i + 1 == sampling.max_new_tokens:
         return
-      logits, valid, cache = self._step(self.params, token, valid, cache, length + i, extras)
+      logits, valid, cache = self._step(self.params, token, valid, cache, length + i, extras,
+                                        ex=self.ex)
 
 
 class TextGenerator:
@@ -199,10 +201,10 @@ class TextGenerator:
     params: parameters of a stacked `Decoder`.
   """
 
-  def __init__(self, config: DecoderConfig, params, *, dtype=jnp.float32):
+  def __init__(self, config: DecoderConfig, params, *, ex: Execution = HERE):
     self.config = config
     fn = Functional(lambda rngs: Decoder(config, hold_apart=True, rngs=rngs))
-    self.generator = Generator(fn, params | {'blocks': unstack(params['blocks'])}, dtype=dtype)
+    self.generator = Generator(fn, params | {'blocks': unstack(params['blocks'])}, ex=ex)
 
   def embed(self, ids) -> jax.Array:
     """Token embeddings [b t d]."""

@@ -3,7 +3,7 @@
     layout = Layout(config.mesh)
     shardings = layout.state_shardings(abstract_state)
     state = layout.make(init, shardings, params)         # or restored with these shardings
-    step = layout.compile(make_train_step(...), shardings)
+    step = layout.compile(make_train_step(..., ex=execution_of(training, layout.mesh)), shardings)
     state, metrics = step(state, layout.batch(batch))
 
 On one device all of it is plain `jax.jit`.
@@ -17,10 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from hrvlm_jax.core import constraints
 from hrvlm_jax.parallel import distributed, rules
 from hrvlm_jax.parallel.compiler import compiler_options
-from hrvlm_jax.parallel.constraints import activation_constraints
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_shards, check_batch, make_mesh, replicated
 
 
@@ -40,7 +38,6 @@ class Layout:
                devices: Sequence[Any] | None = None):
     self.mesh = make_mesh(mesh, devices=devices)
     self.shards = batch_shards(self.mesh)
-    self._constraints = activation_constraints(self.mesh)
 
   def state_shardings(self, abstract: Any) -> Any:
     """Shardings of a train state (a tree of shapes).
@@ -75,18 +72,15 @@ class Layout:
     Metrics come back whole on every device, so that every process can read them.
 
     Args:
+      step: made for this mesh (its `Execution`).
       options: further options of the compiler.
     """
     whole: NamedSharding = replicated(self.mesh)
 
-    def constrained(state, batch):
-      with constraints.using(self._constraints):
-        return step(state, batch)
-
     # Options speak of messages between devices; a program for one device gets none.
     platform = self.mesh.devices.flat[0].platform
     options = {**(compiler_options(platform) if self.mesh.size > 1 else {}), **(options or {})}
-    return jax.jit(constrained, donate_argnums=0, out_shardings=(shardings, whole),
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole),
                    compiler_options=options or None)
 
   def parts(self, lanes: int) -> tuple[int, ...]:

@@ -7,7 +7,8 @@ Axes, outermost first:
   sequence  long token streams are cut over it.
   tensor    heads and hidden features are cut over it; the most communication, so innermost.
 
-Only `parallel` and the training code know these names; layers do not (core/constraints.py).
+Only `parallel` and the training code know these names; layers name a place
+and `core.execution.Execution` knows how its values lie.
 """
 
 from __future__ import annotations
@@ -24,10 +25,8 @@ import numpy as np
 
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.execution import AXES, BATCH_AXES
 
-AXES = ('data', 'fsdp', 'sequence', 'tensor')
-# The axes over which the examples of a batch are cut.
-BATCH_AXES = ('data', 'fsdp')
 AUTO = -1
 
 

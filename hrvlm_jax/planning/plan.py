@@ -2,7 +2,7 @@
 
 `plan` runs in a child process, because the compiler of a TPU (libtpu) must be told before JAX
 starts that there is no TPU, and because it writes to stderr as it likes. The step comes by name,
-`package.module:function`; the function gets the mesh and returns a `Program`.
+`package.module:function`; the function gets the mesh and the platform and returns a `Program`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,6 @@ class Program:
     args: its arguments as trees of ShapeDtypeStruct WITH shardings.
     donate: numbers of the arguments whose memory the results take.
     out_shardings: as for `jax.jit`.
-    constraints: for `core.constraints.using` while tracing.
     model_flops: operations the model needs in one call, recomputation left out (`flops.py`).
     examples, tokens: what one call gets through, for rates.
     notes: sentences for the report (buckets, batch sizes, what is frozen).
@@ -51,7 +50,6 @@ class Program:
   args: tuple
   donate: tuple[int, ...] = ()
   out_shardings: Any = None
-  constraints: Mapping[str, Callable] = dataclasses.field(default_factory=dict)
   model_flops: float
   examples: int
   tokens: int = 0
@@ -89,13 +87,11 @@ def compile_program(program: Program, topology: Topology, mesh) -> dict[str, Any
 
   import jax
 
-  from hrvlm_jax.core import constraints
   from hrvlm_jax.planning import hlo
 
   started, worked = time.monotonic(), time.process_time()
-  with constraints.using(program.constraints):
-    options = {} if program.out_shardings is None else {'out_shardings': program.out_shardings}
-    lowered = jax.jit(program.fn, donate_argnums=program.donate, **options).lower(*program.args)
+  options = {} if program.out_shardings is None else {'out_shardings': program.out_shardings}
+  lowered = jax.jit(program.fn, donate_argnums=program.donate, **options).lower(*program.args)
   traced = time.monotonic() - started
   argument_bytes = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(program.args))
   if argument_bytes > topology.chip.hbm_bytes:
@@ -237,7 +233,8 @@ def plan(target: str, options: Mapping[str, Any], topology: str, *, mesh: Mappin
   """Compiles a step for a topology in a child process and reports what it would cost there.
 
   Args:
-    target: `package.module:function`; called as `function(mesh, **options)` -> Program.
+    target: `package.module:function`; called as `function(mesh, platform=, **options)` ->
+      Program.
     options: JSON values for it.
     topology: such as `v5e:16x16` or `gpu:8`.
     mesh: sizes of the mesh axes (`mesh.MeshConfig`).
@@ -429,18 +426,15 @@ def describe(report: Mapping[str, Any]) -> str:
 def _child(request: Mapping[str, Any]) -> dict[str, Any]:
   import importlib
 
-  from hrvlm_jax.core.target import compiling_for
   from hrvlm_jax.parallel.mesh import make_mesh
 
   topology = parse(request['topology'], slices=request['slices'])
   mesh = make_mesh(request['mesh'], devices=devices_of(topology))
   module, _, function = request['target'].partition(':')
-  # Layers choose their form for the chips of the plan, not for this machine. Kernels of GPUs cannot
-  # be lowered for the fake devices, so plans for GPUs take the plain forms.
-  platform = 'tpu' if topology.chip.platform == 'tpu' else 'cpu'
-  with compiling_for(platform, max(topology.devices, 2)):
-    program = getattr(importlib.import_module(module), function)(mesh, **request['options'])
-    return compile_program(program, topology, mesh) | {'effort': request['effort']}
+  # Layers choose their form for the chips of the plan, not for the devices that stand for them.
+  options = request['options'] | {'platform': topology.chip.platform}
+  program = getattr(importlib.import_module(module), function)(mesh, **options)
+  return compile_program(program, topology, mesh) | {'effort': request['effort']}
 
 
 def main(arguments: Sequence[str]) -> int:

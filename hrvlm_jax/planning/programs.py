@@ -19,8 +19,8 @@ from PIL import Image
 
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.parallel import rules
-from hrvlm_jax.parallel.constraints import activation_constraints
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
 from hrvlm_jax.planning.plan import Program
@@ -29,7 +29,7 @@ from hrvlm_jax.systems.contract import CrossAttentionFusion
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
 from hrvlm_jax.training.start import run_dtypes
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 
 ROW_KEYS = {'tokens': np.int32, 'visual_index': np.int32, 'valid': np.bool_, 'labels': np.int32}
@@ -82,12 +82,14 @@ def resolve(config: Mapping[str, Any] | RunConfig) -> RunConfig:
 
 
 def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: int | None = None,
-                  image: tuple[int, int] = (1024, 768), images: int = 1) -> Program:
+                  image: tuple[int, int] = (1024, 768), images: int = 1,
+                  platform: str | None = None) -> Program:
   """The train step of a run config on a mesh: state and batch in their places, state donated.
 
   Args:
     length: bucket; default: the longest of `data.lengths`.
     image: width and height of the images that the batch's shapes are taken for.
+    platform: of the planned devices, where those of the mesh are stand-ins (GPUs).
 
   Raises:
     UserError: leaves or batch arrays that cannot be cut over the mesh (all listed).
@@ -109,22 +111,31 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
     batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((t.accumulate, *s.shape), s.dtype), batch)
   # Chunks of the loss are counted on one device; the step sees the whole batch.
   wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * batch_shards(mesh))
-  plain = dataclasses.replace(wide, remat='none', attention='xla')
-  model_flops = count_flops(make_train_step(fn, plain, groups, config.seed), state, batch)
+  ex = planned(execution_of(t, mesh, platform=platform))
+  counted = make_train_step(fn, wide, groups, config.seed, ex=ex.plain)
+  model_flops = count_flops(counted, state, batch)
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
   side = config.model.encoder.scales[-1] if pretrains else 0
   seen = f'images of {side} x {side}' if pretrains else (
     f'{images} image(s) of {image[0]} x {image[1]}')
   return Program(
-    fn=make_train_step(fn, wide, groups, config.seed),
+    fn=make_train_step(fn, wide, groups, config.seed, ex=ex),
     args=(_placed(state, shardings), _placed(batch, batch_sharding(mesh, leading=leading))),
     donate=(0,), out_shardings=(shardings, NamedSharding(mesh, P())),
-    constraints=activation_constraints(mesh), model_flops=model_flops, examples=t.batch_size,
-    tokens=t.batch_size * length,
+    model_flops=model_flops, examples=t.batch_size, tokens=t.batch_size * length,
     notes=(f'train step of {config.model.system}, {size / 1e9:.2f} billion parameters, '
            f'{frozen_summary(groups, fn.abstract)}',
            f'batch {t.batch_size} in {t.accumulate} part(s), bucket {length}, {seen}, {t.dtype}, '
            f'remat {t.remat}, attention {t.attention}'))
+
+
+def planned(ex: Execution) -> Execution:
+  """An execution without the fused kernels that no plan can compile.
+
+  Kernels of GPUs cannot be lowered for the fake devices that stand for them, and what 'auto' takes
+  on one TPU core cannot be partitioned.
+  """
+  return ex.replace(attention='xla') if ex.attention == 'auto' or ex.on == 'gpu' else ex
 
 
 def _placed(tree: Any, shardings: Any) -> Any:
@@ -137,7 +148,8 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: str,
                   rows: int | None = None, length: int | None = None, new_tokens: int = 128,
-                  image: tuple[int, int] = (1024, 768), images: int = 1) -> Program:
+                  image: tuple[int, int] = (1024, 768), images: int = 1,
+                  platform: str | None = None) -> Program:
   """The prefill (views encoded, prompt read) or the one-token decode step of a model.
 
   Layers are held apart and parameters stored in the compute dtype, as in generation.
@@ -145,7 +157,8 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   Args:
     what: 'prefill' or 'decode'.
     rows: prompts at a time; default: one per shard of the batch axes.
-    length: places of a prompt; default: the longest of `data.lengths`.
+    length: positions of a prompt; default: the longest of `data.lengths`.
+    platform: as in `train_program`.
 
   Raises:
     UserError: leaves or batch arrays that cannot be cut over the mesh (all listed).
@@ -154,7 +167,8 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
     raise UserError(f"serving step: found '{what}', expected prefill or decode")
   config = resolve(config)
   rows, length = rows or batch_shards(mesh), length or max(config.data.lengths)
-  dtype = jnp.dtype(config.training.dtype)
+  ex = Execution(mesh=mesh, platform=platform, dtype=config.training.dtype)
+  dtype = jnp.dtype(ex.dtype)
   slots = length + new_tokens
   fn = vlm.build(config.model, hold_apart=True)
   cast = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
@@ -165,12 +179,13 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   batch = _placed(batch, batch_sharding(mesh))
 
   def prefill(params, batch):
-    embeds, valid, extras = fn.apply(params, batch, method='prompt', dtype=dtype)
-    logits, _, cache = fn.apply(params, embeds, valid, slots=slots, method='prefill', **extras)
+    embeds, valid, extras = fn.apply(params, batch, method='prompt', ex=ex)
+    logits, _, cache = fn.apply(params, embeds, valid, slots=slots, method='prefill', ex=ex,
+                                **extras)
     return logits, cache, extras
 
   def decode(params, tokens, valid, cache, slot, extras):
-    return fn.apply(params, tokens, valid, cache, slot, method='step', dtype=dtype, **extras)
+    return fn.apply(params, tokens, valid, cache, slot, method='step', ex=ex, **extras)
 
   _, cache, extras = jax.eval_shape(prefill, params, batch)
   place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(
@@ -188,7 +203,7 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
   return Program(
     fn=step, args=args, donate=donate, out_shardings=out,
-    constraints=activation_constraints(mesh), model_flops=count_flops(step, *args), examples=rows,
+    model_flops=count_flops(step, *args), examples=rows,
     tokens=rows * (length if what == 'prefill' else 1),
     notes=(f'{what} of {config.model.system}, {size / 1e9:.2f} billion parameters in {dtype.name}',
            f'{rows} prompts of {length} places, cache of {slots}, {images} image(s) of '

@@ -35,7 +35,7 @@ from hrvlm_jax.training.metrics import MetricsWriter
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
 from hrvlm_jax.training.saving import Saver
 from hrvlm_jax.training.start import check_same_model, initial_params, run_dtypes, stored_params
-from hrvlm_jax.training.step import State, init_state, make_train_step
+from hrvlm_jax.training.step import State, execution_of, init_state, make_train_step
 from hrvlm_jax.training.usage import Meter
 from hrvlm_jax.training.workdir import Workdir
 from hrvlm_jax.vlm import model as vlm
@@ -125,12 +125,12 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
       writer.say(note)
     # The chunk of the loss is meant per device; the step sees the batch of all.
     wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * layout.shards)
+    ex = execution_of(t, layout.mesh)
     step_fn = layout.compile(
-      make_train_step(fn, wide, groups, config.seed), shardings,
+      make_train_step(fn, wide, groups, config.seed, ex=ex), shardings,
       options=determinism.compiler_options() if t.deterministic else None)
-    plain = dataclasses.replace(wide, remat='none', attention='xla')
-    meter = Meter(make_train_step(fn, plain, groups, config.seed) if t.mfu else None,
-                  abstract, layout.mesh.size)
+    counted = make_train_step(fn, wide, groups, config.seed, ex=ex.plain) if t.mfu else None
+    meter = Meter(counted, abstract, layout.mesh.size)
     with _Signals() as signals:
       try:
         loss = _run(config, state, start, step_fn, batches, Saver(saver, writer.say), writer,

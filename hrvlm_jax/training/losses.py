@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from hrvlm_jax.core.constraints import constrain
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide, wide_dtype
 
 IGNORED = -100
@@ -44,6 +44,7 @@ def token_cross_entropy(
 def chunked_cross_entropy(
   hidden: Float[Array, 'b t d'], labels: Int[Array, 'b t'],
   logits_of: Callable[[Float[Array, 'b c d']], Float[Array, 'b c v']], *, chunk: int = 1024,
+  ex: Execution = HERE,
 ) -> tuple[Float[Array, ''], Int[Array, '']]:
   """The same from final-normed states, at most `chunk` places at a time (at least one per row).
 
@@ -65,7 +66,7 @@ def chunked_cross_entropy(
   @jax.checkpoint
   def body(total, piece):
     states, wanted = piece
-    logits = constrain('logits', logits_of(constrain('hidden', states)))
+    logits = ex.constrain('logits', logits_of(ex.constrain('hidden', states)))
     return total + _nll(logits, wanted).sum(), None
 
   zero = jnp.zeros((), wide_dtype(hidden.dtype))

@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import optax
 
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.module import Functional, Params, layers_for_gradients
+from hrvlm_jax.core.execution import HERE, Execution
+from hrvlm_jax.core.module import Functional, Params
 from hrvlm_jax.systems.ps3 import losses as contrastive
 from hrvlm_jax.training.config import Group, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy
@@ -20,22 +22,25 @@ from hrvlm_jax.training.two_pass import micro_batches, two_pass_loss
 State = dict[str, Any]  # params (nested), opt, step, and ema (flat dict of trained leaves) if kept
 Objective = Callable[..., tuple[jax.Array, jax.Array]]
 
-_REMAT = {
-  'none': False,
-  'layers': True,
-  'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
-}
+
+def execution_of(config: TrainingConfig, mesh: Mesh | None = None, *,
+                 platform: str | None = None) -> Execution:
+  """What the train step of a config is traced for, on a mesh (None: one device)."""
+  return Execution(
+    mesh=mesh, platform=platform, dtype=config.dtype, remat=config.remat,
+    attention=config.attention, layers=config.layers, gradients=True,
+    deterministic=config.deterministic)
 
 
-def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.float32, remat=False,
-             impl: str = 'xla', key=None, chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
+def loss_sum(fn: Functional, params, batch: Mapping[str, Any], *, key=None, ex: Execution = HERE,
+             chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
   """(sum of the next-token losses, number of targets) of one batch.
 
   Sums and counts add up over devices and micro-batches; divide once, by the global count.
   """
   module = fn.bind(params)
-  hidden = module(batch, dtype=dtype, remat=remat, impl=impl, key=key)
-  return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
+  hidden = module(batch, key=key, ex=ex)
+  return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk, ex=ex)
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -60,7 +65,8 @@ def init_state(config: TrainingConfig, groups: Mapping[str, Group], params: Para
 
 
 def value_and_grad(
-  fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], params: Params, batch, key
+  fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], params: Params, batch, key,
+  *, ex: Execution,
 ):
   """(loss sum, targets, gradients of the trained leaves), gradients being those of the MEAN loss.
 
@@ -68,15 +74,13 @@ def value_and_grad(
   """
   trained, frozen = split(paths.flatten(params), groups)
   objective = OBJECTIVES[config.objective]
-  options = dict(dtype=jnp.dtype(config.dtype), remat=_REMAT[config.remat], impl=config.attention,
-                 chunk=config.loss_chunk)
+  options = dict(ex=ex, chunk=config.loss_chunk)
   if config.objective == 'ps3_pretrain':
     options['config'] = config.contrast
   merge = lambda trained: paths.unflatten(frozen | trained)
 
   def sums(trained, micro, key):
-    with layers_for_gradients(config.layers):
-      total, count = objective(fn, merge(trained), micro, key=key, **options)
+    total, count = objective(fn, merge(trained), micro, key=key, **options)
     if config.loss_average == 'micro_batch':
       total, count = total / jnp.maximum(count, 1), jnp.ones_like(count)
     return total, count
@@ -85,8 +89,7 @@ def value_and_grad(
   if config.accumulate == 1:
     (total, count), grads = grad(trained, batch, key)
   elif config.objective in JOINED and config.loss_average != 'micro_batch':
-    with layers_for_gradients(config.layers):
-      (total, count), grads = JOINED[config.objective](fn, merge, trained, batch, **options)
+    (total, count), grads = JOINED[config.objective](fn, merge, trained, batch, **options)
   else:
     if config.objective == 'two_pass' and config.loss_average != 'micro_batch':
       batch = micro_batches(batch)
@@ -104,17 +107,20 @@ def value_and_grad(
   return total, count, jax.tree.map(lambda g: g * share.astype(g.dtype), grads)
 
 
-def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], seed: int):
+def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str, Group], seed: int,
+                    *, ex: Execution):
   """`step(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
   Random keys are a function of (seed, step), so that a resumed run draws what it would have drawn.
+  ex: `execution_of(config, mesh)`.
   metrics: loss (mean per target), targets, grad_norm, learning_rate.
   """
   tx, rate = optimizer(config, groups), schedule(config)
 
   def step(state: State, batch) -> tuple[State, dict[str, jax.Array]]:
     key = jax.random.fold_in(jax.random.key(seed), state['step'])
-    total, count, grads = value_and_grad(fn, config, groups, state['params'], batch, key)
+    total, count, grads = value_and_grad(fn, config, groups, state['params'], batch, key,
+                                         ex=ex)
     trained, frozen = split(paths.flatten(state['params']), groups)
     updates, opt = tx.update(grads, state['opt'], trained)
     trained = AFTER_UPDATE.get(config.objective, dict)(optax.apply_updates(trained, updates))

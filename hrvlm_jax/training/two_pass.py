@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.training.losses import IGNORED, chunked_cross_entropy
 
 
 def two_pass_loss(
-  fn: Functional, params, batch: Mapping[str, Any], *, dtype=jnp.float32, remat=False,
-  impl: str = 'xla', key=None, chunk: int = 1024,
+  fn: Functional, params, batch: Mapping[str, Any], *, key=None, ex: Execution = HERE,
+  chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
   """(text loss + weight * selection loss, times targets; number of targets).
 
@@ -23,8 +24,8 @@ def two_pass_loss(
   `NVlabs/VILA: llava/model/language_model/llava_topdown_llama.py`.
   """
   module = fn.bind(params)
-  hidden, info = module.run(batch, dtype=dtype, remat=remat, impl=impl, key=key)
-  total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk)
+  hidden, info = module.run(batch, key=key, ex=ex)
+  total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk, ex=ex)
   count = jnp.maximum(count, 1)
   weight = module.config.fusion.selection_weight
   if weight and info['probs']:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.checkpoint.rows import Row, Table, conv_kernel, identity, linear, norm
 from hrvlm_jax.core.conv import DEPTHWISE, DepthwiseConv, PatchConv
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, Mlp, normal
 from hrvlm_jax.core.module import List, Module, Param, Rngs, scan_layers, stacked
 
@@ -121,10 +122,11 @@ class Stage(Module):
     self.blocks = stacked(lambda r: Block(config, width, param_dtype=param_dtype, rngs=r),
                           config.depths[index], rngs=rngs)
 
-  def __call__(self, x: Float[Array, 'n h w c'], *, remat=False) -> Float[Array, 'n H W d']:
+  def __call__(self, x: Float[Array, 'n h w c'], *, ex: Execution = HERE
+               ) -> Float[Array, 'n H W d']:
     if self.downsample is not None:
       x = self.downsample(x)
-    return scan_layers(self.blocks, x, lambda block, x, _: (block(x), None), remat=remat)[0]
+    return scan_layers(self.blocks, x, lambda block, x, _: (block(x), None), ex=ex)[0]
 
 
 class Classifier(Module):
@@ -148,11 +150,12 @@ class ConvNeXt(Module):
                         for index in range(len(config.depths))])
     self.head = Classifier(config, param_dtype=param_dtype, rngs=rngs) if config.classes else None
 
-  def __call__(self, images: Float[Array, 'n h w c'], *, remat=False) -> Float[Array, 'n H W d']:
-    """Output of the last stage; `remat` recomputes each block in the backward pass."""
+  def __call__(self, images: Float[Array, 'n h w c'], *, ex: Execution = HERE
+               ) -> Float[Array, 'n H W d']:
+    """Output of the last stage."""
     x = self.stem(images)
     for stage in self.stages:
-      x = stage(x, remat=remat)
+      x = stage(x, ex=ex)
     return x
 
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   Adapter,
   LayerNorm,
@@ -26,16 +27,7 @@ from hrvlm_jax.core.layers import (
   activation,
   normal,
 )
-from hrvlm_jax.core.module import (
-  Module,
-  Param,
-  Rngs,
-  depth_of,
-  scan_layers,
-  stacked,
-  taking_gradients,
-)
-from hrvlm_jax.core.target import on_one_cpu
+from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,29 +134,30 @@ class Attention(Module):
     self.heads = heads
     self.q, self.k, self.v, self.out = make(), make(), make(), make()
 
-  def project(self, x: Float[Array, '... t d'], *, adapter: Adapter = None, key=None):
+  def project(self, x: Float[Array, '... t d'], *, adapter: Adapter = None, key=None,
+              ex: Execution = HERE):
     """q, k, v as [... t h p]."""
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    return tuple(split(layer(x, adapter=adapter, key=sub))
+    return tuple(split(layer(x, adapter=adapter, key=sub, ex=ex))
                  for layer, sub in zip((self.q, self.k, self.v), keys, strict=True))
 
-  def __call__(self, x, *, adapter: Adapter = None, prefix=None, impl: str = 'xla', key=None):
+  def __call__(self, x, *, adapter: Adapter = None, prefix=None, key=None, ex: Execution = HERE):
     """Returns (output [... t d], keys, values); `prefix` = (keys, values) put before x's own.
 
     A prefix of fewer rows serves equally many consecutive rows of x each.
     Leading axes beyond one (views of a sample) are flattened for the attention only.
     """
     keys = (None, None) if key is None else jax.random.split(key)
-    q, k, v = self.project(x, adapter=adapter, key=keys[0])
+    q, k, v = self.project(x, adapter=adapter, key=keys[0], ex=ex)
     flat = lambda y: y.reshape(-1, *y.shape[-3:])
     all_k, all_v = flat(k), flat(v)
     if prefix is not None:
       before_k, before_v = (_shared(part, all_k.shape[0]).astype(k.dtype) for part in prefix)
       all_k = jnp.concatenate([before_k, all_k], axis=1)
       all_v = jnp.concatenate([before_v, all_v], axis=1)
-    y = attention(flat(q), all_k, all_v, impl=impl)
-    return self.out(y.reshape(x.shape), adapter=adapter, key=keys[1]), k, v
+    y = attention(flat(q), all_k, all_v, ex=ex)
+    return self.out(y.reshape(x.shape), adapter=adapter, key=keys[1], ex=ex), k, v
 
 
 def _shared(prefix: Float[Array, 'b s h p'], rows: int) -> Float[Array, 'n s h p']:
@@ -185,11 +178,11 @@ class Block(Module):
     self.mlp = Mlp(config.width, config.mlp_width, activation=config.activation, lora=config.lora,
                    kernel_init=normal(config.width**-0.5), param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, x, *, adapter: Adapter = None, prefix=None, impl: str = 'xla', key=None):
+  def __call__(self, x, *, adapter: Adapter = None, prefix=None, key=None, ex: Execution = HERE):
     keys = (None, None) if key is None else jax.random.split(key)
-    y, k, v = self.attn(self.norm1(x), adapter=adapter, prefix=prefix, impl=impl, key=keys[0])
+    y, k, v = self.attn(self.norm1(x), adapter=adapter, prefix=prefix, key=keys[0], ex=ex)
     x = x + y
-    return x + self.mlp(self.norm2(x), adapter=adapter, key=keys[1]), k, v
+    return x + self.mlp(self.norm2(x), adapter=adapter, key=keys[1], ex=ex), k, v
 
 
 class AttentionPool(Module):
@@ -207,13 +200,14 @@ class AttentionPool(Module):
     self.norm = LayerNorm(width, eps=eps, param_dtype=param_dtype, rngs=rngs)
     self.mlp = Mlp(width, mlp_width, activation=activation, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, 'n t d'], *, valid=None) -> Float[Array, 'n d']:
+  def __call__(self, x: Float[Array, 'n t d'], *, valid=None, ex: Execution = HERE
+               ) -> Float[Array, 'n d']:
     """Args: valid: bool [n t], keys that may be looked at (all by default)."""
     probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
     split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
     mask = None if valid is None else valid[:, None, None, :]
     y = attention(split(self.attn.q(probe)), split(self.attn.k(x)), split(self.attn.v(x)),
-                  mask=mask)
+                  mask=mask, ex=ex.plain)
     y = self.attn.out(y.reshape(probe.shape))
     return (y + self.mlp(self.norm(y)))[:, 0]
 
@@ -223,10 +217,10 @@ class AttentionPool(Module):
 ROWS_AT_ONCE = 2304
 
 
-def _images_at_once(x: Float[Array, 'n t d']) -> int:
+def _images_at_once(x: Float[Array, 'n t d'], ex: Execution) -> int:
   """How many images go through a block together: all, but few on a CPU, where none is trained."""
   n, tokens = x.shape[:2]
-  if x.ndim != 3 or taking_gradients() or not on_one_cpu():
+  if x.ndim != 3 or ex.gradients or not ex.one_cpu:
     return n
   return max(min(n, ROWS_AT_ONCE // tokens), 1)
 
@@ -270,10 +264,11 @@ class ViT(Module):
       return jnp.concatenate([table[:extra], square]) if extra else square
     return resample.position_table(table, grid, extra=extra)
 
-  def embed(self, images: Float[Array, '... h w c'], *, adapter: Adapter = None, key=None):
+  def embed(self, images: Float[Array, '... h w c'], *, adapter: Adapter = None, key=None,
+            ex: Execution = HERE):
     """Normalised images -> tokens [... t d], after `pre_norm` where the model has one."""
     c = self.config
-    x = self.patch_embed(images, adapter=adapter, key=key)
+    x = self.patch_embed(images, adapter=adapter, key=key, ex=ex)
     grid = (images.shape[-3] // c.patch_size, images.shape[-2] // c.patch_size)
     if self.class_token is not None:
       first = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (*x.shape[:-2], 1, c.width))
@@ -291,9 +286,8 @@ class ViT(Module):
     adapter: Adapter = None,
     prefix: tuple[jax.Array, jax.Array] | None = None,
     return_kv: bool = False,
-    remat=False,
-    impl: str = 'xla',
     key=None,
+    ex: Execution = HERE,
   ) -> BlocksOutput:
     """Runs blocks start..stop.
 
@@ -307,7 +301,7 @@ class ViT(Module):
     depth = depth_of(self.blocks)
     stop = depth if stop is None else stop
     alone = adapter is None and prefix is None and key is None and not return_kv
-    at_once = _images_at_once(x) if alone else x.shape[0]
+    at_once = _images_at_once(x, ex) if alone else x.shape[0]
     dropout_keys = None if key is None else jax.random.split(key, depth)
 
     # One scan for all blocks: cutting it at the taps would copy the stacked weights of every piece.
@@ -322,23 +316,24 @@ class ViT(Module):
       x, buffer = carry
       sub, before, slot = extra
       if at_once < x.shape[0]:
-        x, k, v = _in_parts(lambda part: block(part, impl=impl)[0], x, at_once), None, None
+        x, k, v = _in_parts(lambda part: block(part, ex=ex)[0], x, at_once), None, None
       else:
-        x, k, v = block(x, adapter=adapter, prefix=before, impl=impl, key=sub)
+        x, k, v = block(x, adapter=adapter, prefix=before, key=sub, ex=ex)
       if inner:
         buffer = jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 1)
       return (x, buffer), ((k, v) if return_kv else None)
 
     buffer = jnp.zeros((x.shape[0], len(inner) + 1, *x.shape[1:]), x.dtype) if inner else None
     (x, buffer), kv = scan_layers(self.blocks, (x, buffer), body, xs=(dropout_keys, prefix, slots),
-                                  start=start, stop=stop, remat=remat)
+                                  start=start, stop=stop, ex=ex)
     found = {tap: buffer[:, slot] for slot, tap in enumerate(inner)}
     if stop - 1 in taps:
       found[stop - 1] = x
     return BlocksOutput(x, found, *(kv if return_kv else (None, None)))
 
-  def __call__(self, images: Float[Array, 'n h w c'], **options) -> Float[Array, 'n t d']:
+  def __call__(self, images: Float[Array, 'n h w c'], *, adapter: Adapter = None, key=None,
+               ex: Execution = HERE, **options) -> Float[Array, 'n t d']:
     """Output of the last block, before `post_norm`; options as in `run`."""
-    adapter, key = options.get('adapter'), options.pop('key', None)
     keys = (None, None) if key is None else jax.random.split(key)
-    return self.run(self.embed(images, adapter=adapter, key=keys[0]), key=keys[1], **options).x
+    x = self.embed(images, adapter=adapter, key=keys[0], ex=ex)
+    return self.run(x, adapter=adapter, key=keys[1], ex=ex, **options).x

@@ -8,13 +8,13 @@ import os
 import pathlib
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from hrvlm_jax.checkpoint import layout, store
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import open_image
 from hrvlm_jax.language.generate import Generator, bucket
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
@@ -63,6 +63,7 @@ class Answerer:
 
   Args:
     params: parameters of `vlm.build(config)` (layers stacked).
+    ex: execution of all programs.
     exif: how image files are opened.
 
   Attributes:
@@ -70,17 +71,17 @@ class Answerer:
       they belong to what an answer was made from.
   """
 
-  def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, dtype=jnp.float32,
+  def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, ex: Execution = HERE,
                exif: str = 'apply'):
     self.config, self.exif = config, exif
     self.methods: dict[str, Mapping[str, Any]] = {}
     self.system = registry.get(config.system)
     self.text = text_of(config, tokenizer)
     self.generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params),
-                               dtype=dtype)
+                               ex=ex)
 
   @classmethod
-  def load(cls, checkpoint: str | os.PathLike, *, dtype=jnp.float32, exif: str = 'apply',
+  def load(cls, checkpoint: str | os.PathLike, *, ex: Execution = HERE, exif: str = 'apply',
            encoder_options: dict[str, Any] | None = None,
            methods: Mapping[str, Mapping[str, Any]] | None = None) -> Answerer:
     """From a checkpoint folder or the work directory of a run.
@@ -95,7 +96,7 @@ class Answerer:
     """
     config = model_config(checkpoint, encoder_options)
     params = store.load_params(checkpoint, vlm.build(config).abstract)
-    answerer = cls(config, params, find_tokenizer(checkpoint), dtype=dtype, exif=exif)
+    answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif)
     return with_methods(answerer, methods or {})
 
   def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], str]]:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hrvlm_jax.core.attention import attention, attention_weights
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, normal
 from hrvlm_jax.core.module import (
   List,
@@ -80,9 +81,9 @@ class MediaAttention(Module):
 
   def __call__(self, x: Float[Array, 'n t d'], keys: Float[Array, 'b m h p'],
                values: Float[Array, 'b m h p'], valid: Bool[Array, 'b m'], *,
-               impl: str = 'xla') -> Float[Array, 'n t d']:
+               ex: Execution = HERE) -> Float[Array, 'n t d']:
     y = attention(self._queries(x, keys), keys, values, mask=valid[:, None, None],
-                  scale=HEAD_WIDTH**-0.5, impl=impl)
+                  scale=HEAD_WIDTH**-0.5, ex=ex)
     return self.out(y.reshape(*x.shape[:2], -1))
 
   def weights(self, x, keys, valid) -> Float[Array, 'n h t m']:
@@ -128,9 +129,9 @@ class CrossBlock(Module):
     self.attn = MediaAttention(text.width, fusion, text.depth, **options)
     self.mlp = FeedForward(text.width, 4 * text.width // fusion.reduce, text.depth, **options)
 
-  def __call__(self, x: Float[Array, 'n t d'], keys, values, valid, *, impl: str = 'xla'):
+  def __call__(self, x: Float[Array, 'n t d'], keys, values, valid, *, ex: Execution = HERE):
     """One block over keys and values of `attn.keys_values`."""
-    x = x + self.attn(self.norm1(x), keys, values, valid, impl=impl)
+    x = x + self.attn(self.norm1(x), keys, values, valid, ex=ex)
     return x + self.mlp(self.norm2(x))
 
 
@@ -160,7 +161,7 @@ class CrossAttention(Module):
     pairs = [block.attn.keys_values(visual.values) for block in self._blocks()]
     return Media([k for k, _ in pairs], [v for _, v in pairs], visual.valid)
 
-  def hooks(self, decoder: Decoder, media: Media, *, impl: str = 'xla') -> dict[str, Any]:
+  def hooks(self, decoder: Decoder, media: Media, *, ex: Execution = HERE) -> dict[str, Any]:
     """`before` and `extras` for a decoder whose layers are held apart."""
     if not isinstance(decoder.blocks, List):
       raise ValueError('cross-attention: generation needs layers held apart; use '
@@ -173,21 +174,21 @@ class CrossAttention(Module):
       if extra is None:
         return x
       block, keys, values = extra
-      return block(x, keys, values, media.valid, impl=impl)
+      return block(x, keys, values, media.valid, ex=ex)
 
     return {'before': before, 'extras': extras}
 
   def run(self, decoder: Decoder, x: Float[Array, 'n t d'], context: Context,
-          visual: VisualTokens, *, remat=False, impl: str = 'xla', key=None
-          ) -> Float[Array, 'n t d']:
+          visual: VisualTokens, *, key=None) -> Float[Array, 'n t d']:
     """All decoder layers and blocks, without a cache; before the final norm.
 
     Stacked layers run as one scan over groups of `interval` layers, the block standing in front of
     a group's last layer; layers before the first and after the last group have no block. Keys and
     values are made inside the group, so that those of one block exist at a time.
     """
+    ex = context.ex
     if isinstance(decoder.blocks, List):
-      return decoder.layers(x, context, **self.hooks(decoder, self.media(visual), impl=impl))[0]
+      return decoder.layers(x, context, **self.hooks(decoder, self.media(visual), ex=ex))[0]
     size, depth = self.interval, depth_of(decoder.blocks)
     start, stop = self.at[0] + 1 - size, self.at[-1] + 1
     keys = None if key is None else jax.random.split(key, depth)
@@ -197,17 +198,17 @@ class CrossAttention(Module):
     def body(group, x, subs):
       def last(layer, x, sub):
         pair = group.block.attn.keys_values(visual.values)
-        return layer(group.block(x, *pair, visual.valid, impl=impl), context, key=sub)
+        return layer(group.block(x, *pair, visual.valid, ex=ex), context, key=sub)
 
       if size > 1:
-        x, _ = scan_layers(group.layers, x, plain, xs=subs, stop=size - 1, remat=remat)
-      return scan_layers(group.layers, x, last, xs=subs, start=size - 1, remat=remat)
+        x, _ = scan_layers(group.layers, x, plain, xs=subs, stop=size - 1, ex=ex)
+      return scan_layers(group.layers, x, last, xs=subs, start=size - 1, ex=ex)
 
-    x, _ = decoder.layers(x, context, stop=start, remat=remat, key=key) if start else (x, None)
+    x, _ = decoder.layers(x, context, stop=start, key=key) if start else (x, None)
     groups = _Group(grouped(decoder.blocks, size, start=start, stop=stop), self.blocks)
-    x, _ = scan_layers(groups, x, body, xs=grouped_keys)
+    x, _ = scan_layers(groups, x, body, xs=grouped_keys, ex=ex.replace(remat='none'))
     if stop < depth:
-      x, _ = decoder.layers(x, context, start=stop, remat=remat, key=key)
+      x, _ = decoder.layers(x, context, start=stop, key=key)
     return x
 
   def attention(self, decoder: Decoder, x: Float[Array, 'n t d'], context: Context,
@@ -229,7 +230,7 @@ class CrossAttention(Module):
       if ranges is not None:
         probs = probs.reshape(*probs.shape[:-1], ranges, -1).sum(-1)
       found.append(probs)
-      x, start = block(x, keys, values, visual.valid), layer
+      x, start = block(x, keys, values, visual.valid, ex=context.ex), layer
     return jnp.stack(found)
 
   def _blocks(self) -> list[Module]:

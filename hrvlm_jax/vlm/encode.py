@@ -6,12 +6,12 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, VisualTokens
@@ -49,7 +49,7 @@ class ImageEncoder:
     return cls(config, params, find_tokenizer(checkpoint) if prompted else None)
 
   def __call__(self, image: Image.Image, prompt: str | None = None, *,
-               dtype=jnp.float32) -> VisualTokens:
+               ex: Execution = HERE) -> VisualTokens:
     """Tokens [1 n d] of one image, before any projector.
 
     Args:
@@ -60,11 +60,11 @@ class ImageEncoder:
     """
     encoder = self.config.encoder
     batch = self.system.batch([self.system.views([image], encoder)], encoder)
-    options = {} if prompt is None else {'prompt': self.prompt(prompt, dtype=dtype)}
-    run = jax.jit(lambda p, views, more: self._fn.bind(p)(views, dtype=dtype, **more))
+    options = {} if prompt is None else {'prompt': self.prompt(prompt, ex=ex)}
+    run = jax.jit(lambda p, views, more: self._fn.bind(p)(views, ex=ex, **more))
     return run(self.params['vision'], batch, options)
 
-  def prompt(self, text: str, *, dtype=jnp.float32) -> jax.Array:
+  def prompt(self, text: str, *, ex: Execution = HERE) -> jax.Array:
     """The selection prompt [1 d] of a text.
 
     Raises:
@@ -83,7 +83,7 @@ class ImageEncoder:
       raise UserError(f'--prompt: the tokenizer gives id {int(ids.max())}, the text tower has '
                       f'{tower.vocab_size} rows; use the tokenizer that belongs to the model')
     whole = vlm.build(self.config)
-    return jax.jit(lambda p, i: whole.apply(p, i, method='prompt', dtype=dtype))(self.params, ids)
+    return jax.jit(lambda p, i: whole.apply(p, i, method='prompt', ex=ex))(self.params, ids)
 
   def overlay(self, image: Image.Image, tokens: VisualTokens) -> Image.Image:
     """What the encoder looked at, drawn on the image."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from hrvlm_jax.core.attention import attention_weights
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, depth_of, layer_at
 from hrvlm_jax.language.decoder import Decoder, default_positions, empty_cache
 from hrvlm_jax.language.generate import Generator
@@ -64,12 +65,12 @@ def dropped_places(visual: Bool[np.ndarray, 'b t'], ratio: float) -> int:
   return int((counts - np.round(np.float32(1 - ratio) * counts)).min()) // _STEP * _STEP
 
 
-def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], layer: int
-                   ) -> Float[Array, 'b h t']:
+def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array, 'b t'],
+                   layer: int, *, ex: Execution = HERE) -> Float[Array, 'b h t']:
   """Attention of each row's last real position in one layer, x being that layer's input."""
-  context = decoder.context(valid)
+  context = decoder.context(valid, ex=ex)
   block = layer_at(decoder.blocks, layer)
-  q, k, _ = block.attn.project(block.norm1(x), context.rope)
+  q, k, _ = block.attn.project(block.norm1(x), context.rope, ex=ex)
   last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
   one = jnp.take_along_axis(q, last[:, None, None, None], axis=1)
   return attention_weights(one, k, mask=valid[:, None, None])[:, :, 0]
@@ -100,13 +101,13 @@ class FastVVLM(VLM):
     super().__init__(config, **options)
     self.fastv = fastv
 
-  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+  def prompt(self, batch: Batch, *, ex: Execution = HERE):
     """See `VLM.prompt`; the extras say which places are visual, and how many are dropped."""
-    embeds, valid, _ = super().prompt(batch, dtype=dtype)
+    embeds, valid, _ = super().prompt(batch, ex=ex)
     return embeds, valid, {'visual': batch['visual_index'] >= 0, 'dropped': batch['dropped']}
 
   def prefill(self, embeds, valid, *, slots: int, visual: Bool[Array, 'b t'],
-              dropped: Bool[Array, 'n']):
+              dropped: Bool[Array, 'n'], ex: Execution = HERE):
     """See `Decoder.prefill`; the cache is {'head', 'tail', 'valid'}."""
     decoder, f = self.language, self.fastv
     batch, length = valid.shape
@@ -114,37 +115,38 @@ class FastVVLM(VLM):
     room = length - less
     make = lambda size: empty_cache(decoder.config, batch, size, dtype=embeds.dtype,
                                     hold_apart=True)
-    context = decoder.context(valid)
+    context = decoder.context(valid, ex=ex)
     none: list[Any] = [None] * depth
     head = make(slots)[:f.layer]
     x, first = decoder.layers(embeds, context, [*head[:-1], *none[f.layer - 1:]],
                               stop=f.layer - 1) if f.layer > 1 else (embeds, [])
-    score = last_attention(decoder, x, valid, f.layer - 1).mean(axis=1)
+    score = last_attention(decoder, x, valid, f.layer - 1, ex=ex).mean(axis=1)
     own = [*none[:f.layer - 1], head[-1], *none[f.layer:]]
     x, last_head = decoder.layers(x, context, own, start=f.layer - 1, stop=f.layer)
     places, real = kept_places(score, visual, valid, f.ratio, room)
     positions = jnp.take_along_axis(default_positions(valid), places, axis=1)
     x = jnp.take_along_axis(x, places[..., None], axis=1)
     tail = [*none[:f.layer], *make(slots - less)[f.layer:]]
-    x, tail = decoder.layers(x, decoder.context(real, positions=positions), tail, start=f.layer)
+    x, tail = decoder.layers(x, decoder.context(real, positions=positions, ex=ex), tail,
+                             start=f.layer)
     last = room - 1 - jnp.argmax(real[:, ::-1], axis=1)
     hidden = decoder.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
     kept = jnp.pad(real, ((0, 0), (0, slots - length)))
     return decoder.logits(hidden), hidden, {'head': [*first, *last_head], 'tail': tail,
                                             'valid': kept}
 
-  def step(self, tokens, valid, cache, slot, *, visual, dropped, dtype=jnp.float32):
+  def step(self, tokens, valid, cache, slot, *, visual, dropped, ex: Execution = HERE):
     """See `Decoder.step`: positions go on from the original length."""
     del visual
     decoder, f = self.language, self.fastv
     none: list[Any] = [None] * depth_of(decoder.blocks)
-    x = decoder.embed(tokens[:, None], dtype=dtype)
-    context = decoder.context(valid, slot=slot, queries=1)
+    x = decoder.embed(tokens[:, None], dtype=ex.dtype)
+    context = decoder.context(valid, slot=slot, queries=1, ex=ex)
     x, head = decoder.layers(x, context, [*cache['head'], *none[f.layer:]], stop=f.layer)
     short = slot - len(dropped)
     kept = cache['valid'].at[:, short].set(True)
     positions = jax.lax.dynamic_slice_in_dim(default_positions(valid), slot, 1, axis=1)
-    context = decoder.context(kept, positions=positions, slot=short, queries=1)
+    context = decoder.context(kept, positions=positions, slot=short, queries=1, ex=ex)
     x, tail = decoder.layers(x, context, [*none[:f.layer], *cache['tail']], start=f.layer)
     return decoder.logits(decoder.norm(x)[:, 0]), {'head': head, 'tail': tail, 'valid': kept}
 
@@ -178,7 +180,7 @@ class FastVAnswerer(Answerer):
   def __init__(self, answerer: Answerer, fastv: FastV = FastV()):
     vars(self).update(vars(answerer))
     old, self.fastv = answerer.generator, fastv
-    self.generator = Generator(build(answerer.config, fastv), old.params, dtype=old.dtype)
+    self.generator = Generator(build(answerer.config, fastv), old.params, ex=old.ex)
     self.methods = {**answerer.methods, 'fastv': dataclasses.asdict(fastv)}
 
   def batch(self, items: Items) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
@@ -68,52 +69,52 @@ class VLM(Module):
       config.projector, param_dtype=param_dtype, rngs=rngs)
     self.language = Decoder(config.text, hold_apart=hold_apart, param_dtype=param_dtype, rngs=rngs)
 
-  def encode(self, views: dict[str, jax.Array], *, dtype=jnp.float32, **options) -> VisualTokens:
+  def encode(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+             ) -> VisualTokens:
     """Visual tokens in language width, [b n d]."""
-    visual = self.vision(views, dtype=dtype, **options)
+    visual = self.vision(views, key=key, ex=ex)
     if self.projector is None:
       return visual
     return VisualTokens(self.projector(visual.values), visual.valid, visual.info)
 
-  def embed(self, batch: Batch, visual: VisualTokens, *, dtype=jnp.float32):
+  def embed(self, batch: Batch, visual: VisualTokens, *, ex: Execution = HERE):
     """(embeddings [b t d], valid [b t]) of the prompt with its visual tokens in place."""
-    text = self.language.embed(batch['tokens'], dtype=dtype)
+    text = self.language.embed(batch['tokens'], dtype=ex.dtype)
     index = batch['visual_index']
     return merge(text, visual, index), merge_valid(batch['valid'], visual, index)
 
-  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
-               ) -> Float[Array, 'b t d']:
+  def __call__(self, batch: Batch, *, key=None, ex: Execution = HERE) -> Float[Array, 'b t d']:
     """Final-normed hidden states of every place; `logits` turns them into scores.
 
     Args:
       key: dropout key; None at inference.
     """
     keys = (None, None) if key is None else jax.random.split(key)
-    visual = self.encode(batch['views'], dtype=dtype, remat=remat, impl=impl, key=keys[0])
-    embeds, valid = self.embed(batch, visual, dtype=dtype)
+    visual = self.encode(batch['views'], key=keys[0], ex=ex)
+    embeds, valid = self.embed(batch, visual, ex=ex)
     return self.language(embeds, valid, positions=batch.get('positions'),
-                         segments=batch.get('segments'), remat=remat, impl=impl, key=keys[1])
+                         segments=batch.get('segments'), key=keys[1], ex=ex)
 
   def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
     """float32 logits."""
     return self.language.logits(hidden)
 
-  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+  def prompt(self, batch: Batch, *, ex: Execution = HERE):
     """What generation needs of a batch: (embeddings, valid, extras for `prefill` and `step`)."""
-    embeds, valid = self.embed(batch, self.encode(batch['views'], dtype=dtype), dtype=dtype)
+    embeds, valid = self.embed(batch, self.encode(batch['views'], ex=ex), ex=ex)
     return embeds, valid, {}
 
-  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+  def info(self, batch: Batch, *, ex: Execution = HERE) -> dict[str, Any]:
     """What overlays draw of a batch: the encoder's info."""
-    return self.encode(batch['views'], dtype=dtype).info
+    return self.encode(batch['views'], ex=ex).info
 
-  def prefill(self, embeds, valid, *, slots: int, **extras):
+  def prefill(self, embeds, valid, *, slots: int, ex: Execution = HERE, **extras):
     """See `Decoder.prefill`."""
-    return self.language.prefill(embeds, valid, slots=slots, **extras)
+    return self.language.prefill(embeds, valid, slots=slots, ex=ex, **extras)
 
-  def step(self, tokens, valid, cache: Cache, slot, *, dtype=jnp.float32, **extras):
+  def step(self, tokens, valid, cache: Cache, slot, *, ex: Execution = HERE, **extras):
     """See `Decoder.step`."""
-    return self.language.step(tokens, valid, cache, slot, dtype=dtype, **extras)
+    return self.language.step(tokens, valid, cache, slot, ex=ex, **extras)
 
 
 class CrossAttentionVLM(VLM):
@@ -127,55 +128,53 @@ class CrossAttentionVLM(VLM):
     self.fusion = CrossAttention(config.fusion, config.text, hold_apart=hold_apart,
                                  param_dtype=param_dtype, rngs=rngs)
 
-  def embed(self, batch: Batch, visual: VisualTokens | None = None, *, dtype=jnp.float32):
+  def embed(self, batch: Batch, visual: VisualTokens | None = None, *, ex: Execution = HERE):
     """(embeddings [b t d], valid [b t]) of the text."""
     del visual
     if batch.get('segments') is not None:
       raise UserError('cross-attention reads one image per row: rows packed of several examples '
                       'are not supported; switch packing off')
-    return self.language.embed(batch['tokens'], dtype=dtype), batch['valid']
+    return self.language.embed(batch['tokens'], dtype=ex.dtype), batch['valid']
 
-  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
-               ) -> Float[Array, 'b t d']:
+  def __call__(self, batch: Batch, *, key=None, ex: Execution = HERE) -> Float[Array, 'b t d']:
     """See `VLM.__call__`."""
     keys = (None, None) if key is None else jax.random.split(key)
-    embeds, valid = self.embed(batch, dtype=dtype)
-    visual = self.encode(batch['views'], dtype=dtype, remat=remat, impl=impl, key=keys[0])
-    context = self.language.context(valid, positions=batch.get('positions'), impl=impl)
-    x = self.fusion.run(self.language, embeds, context, visual, remat=remat, impl=impl,
-                        key=keys[1])
+    embeds, valid = self.embed(batch, ex=ex)
+    visual = self.encode(batch['views'], key=keys[0], ex=ex)
+    context = self.language.context(valid, positions=batch.get('positions'), ex=ex)
+    x = self.fusion.run(self.language, embeds, context, visual, key=keys[1])
     return self.language.norm(x)
 
-  def prompt(self, batch: Batch, *, dtype=jnp.float32):
+  def prompt(self, batch: Batch, *, ex: Execution = HERE):
     """See `VLM.prompt`; the extras hold keys and values of the visual tokens, made once."""
-    embeds, valid = self.embed(batch, dtype=dtype)
-    media = self.fusion.media(self.encode(batch['views'], dtype=dtype))
+    embeds, valid = self.embed(batch, ex=ex)
+    media = self.fusion.media(self.encode(batch['views'], ex=ex))
     return embeds, valid, {'media': media}
 
-  def prefill(self, embeds, valid, *, slots: int, media: Media):
+  def prefill(self, embeds, valid, *, slots: int, media: Media, ex: Execution = HERE):
     """See `Decoder.prefill`."""
-    hooks = self.fusion.hooks(self.language, media)
-    return self.language.prefill(embeds, valid, slots=slots, **hooks)
+    hooks = self.fusion.hooks(self.language, media, ex=ex)
+    return self.language.prefill(embeds, valid, slots=slots, ex=ex, **hooks)
 
-  def step(self, tokens, valid, cache: Cache, slot, *, media: Media, dtype=jnp.float32):
+  def step(self, tokens, valid, cache: Cache, slot, *, media: Media, ex: Execution = HERE):
     """See `Decoder.step`; rows may be a multiple of the images (beams)."""
-    hooks = self.fusion.hooks(self.language, media)
-    return self.language.step(tokens, valid, cache, slot, dtype=dtype, **hooks)
+    hooks = self.fusion.hooks(self.language, media, ex=ex)
+    return self.language.step(tokens, valid, cache, slot, ex=ex, **hooks)
 
-  def attention(self, batch: Batch, *, ranges: int | None = None, dtype=jnp.float32):
+  def attention(self, batch: Batch, *, ranges: int | None = None, ex: Execution = HERE):
     """Cross-attention probabilities of a prompt with its answer, see `CrossAttention.attention`."""
-    embeds, valid = self.embed(batch, dtype=dtype)
-    context = self.language.context(valid, positions=batch.get('positions'))
-    visual = self.encode(batch['views'], dtype=dtype)
+    embeds, valid = self.embed(batch, ex=ex)
+    context = self.language.context(valid, positions=batch.get('positions'), ex=ex)
+    visual = self.encode(batch['views'], ex=ex)
     return self.fusion.attention(self.language, embeds, context, visual, ranges=ranges)
 
-  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+  def info(self, batch: Batch, *, ex: Execution = HERE) -> dict[str, Any]:
     """`attention_share` float32 [b sub-images]: where the text of a row looks.
 
     Mean over blocks, heads and the row's tokens of the attention on each sub-image; sums to 1.
     """
     ranges = getattr(self.config.encoder, 'sub_images', 1)
-    probs = self.attention(batch, ranges=ranges, dtype=dtype).mean(axis=(0, 2))
+    probs = self.attention(batch, ranges=ranges, ex=ex).mean(axis=(0, 2))
     weight = batch['valid'].astype(jnp.float32)
     return {'attention_share': jnp.einsum('btr,bt->br', probs, weight / weight.sum(1)[:, None])}
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.core.compact import first_true
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import List, Rngs, without_gradient
 from hrvlm_jax.language.decoder import Cache, Decoder, empty_cache
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion, VisualTokens
@@ -79,8 +80,7 @@ class TwoPassVLM(VLM):
     return encoder.mode == 'after_prompt' and encoder.looks_closer
 
   def first_pass(self, batch: Batch, seen, *, language: Decoder | None = None,
-                 keep_cache: bool = False, dtype=jnp.float32, remat=False, impl: str = 'xla',
-                 ) -> FirstPass:
+                 keep_cache: bool = False, ex: Execution = HERE) -> FirstPass:
     """Runs the decoder over text and low-resolution tokens up to the end of the first question.
 
     Places are compacted: neither padding nor the places of high-resolution tokens are computed.
@@ -106,21 +106,21 @@ class TwoPassVLM(VLM):
     shared &= rank < size
     index, real = first_true(taken, size)
     pick = lambda x: jnp.take_along_axis(x, index, axis=1)
-    embeds = self._low_embeds(language, batch, seen, index, dtype)
+    embeds = self._low_embeds(language, batch, seen, index, ex)
     cache = None
     if keep_cache:
-      cache = empty_cache(self.config.text, len(valid), size, dtype=dtype,
+      cache = empty_cache(self.config.text, len(valid), size, dtype=ex.dtype,
                           hold_apart=isinstance(self.language.blocks, List))
-    x, cache = language.layers(embeds, language.context(real, impl=impl), cache, remat=remat)
+    x, cache = language.layers(embeds, language.context(real, ex=ex), cache)
     at = jnp.clip(jnp.take_along_axis(rank, jnp.clip(end, 0, length - 1), axis=1), 0, size - 1)
     state = language.norm(jnp.take_along_axis(x, at[..., None], axis=1)[:, 0])
     return FirstPass(state, index, real & pick(shared), shared, cache)
 
-  def _low_embeds(self, language, batch, seen, index, dtype):
+  def _low_embeds(self, language, batch, seen, index, ex: Execution):
     """Embeddings [b s d] of chosen places, visual ones from the low-resolution tokens."""
     pick = lambda x: jnp.take_along_axis(jnp.asarray(x), index, axis=1)
     visual = pick(batch['visual_index'])
-    text = language.embed(pick(batch['tokens']), dtype=dtype)
+    text = language.embed(pick(batch['tokens']), dtype=ex.dtype)
     place = jnp.take_along_axis(batch['views']['index'], jnp.clip(visual, 0), axis=1)
     low = place // self.each * self.low_tokens + jnp.clip(place % self.each, 0,
                                                           self.low_tokens - 1)
@@ -128,7 +128,7 @@ class TwoPassVLM(VLM):
     return jnp.where(visual[..., None] >= 0, taken.astype(text.dtype), text)
 
   def look(self, batch: Batch, *, gradient: bool = False, keep_cache: bool = False,
-           dtype=jnp.float32, remat=False, impl: str = 'xla'):
+           ex: Execution = HERE):
     """Both looks at the images of a batch.
 
     Args:
@@ -141,41 +141,38 @@ class TwoPassVLM(VLM):
     if batch.get('segments') is not None:
       raise UserError('two-pass models read one conversation per row: rows packed of several '
                       'examples are not supported; switch packing off')
-    options = dict(dtype=dtype, remat=remat, impl=impl)
     views = batch['views']
-    seen = self.vision.low(views, **options)
+    seen = self.vision.low(views, ex=ex)
     first = prompt = asked = None
     if self.steers and batch['tokens'].shape[1] > self.each:
       language, before = self.language, seen
       if gradient:
         language = without_gradient(language)
         before = jax.lax.stop_gradient(seen)
-      first = self.first_pass(batch, before, language=language, keep_cache=keep_cache, **options)
+      first = self.first_pass(batch, before, language=language, keep_cache=keep_cache, ex=ex)
       state = jax.lax.stop_gradient(first.state) if gradient else first.state
       prompt = self.vision.prompt_head(state)
       asked = self.vision.prompts(views, prompt)
-    high = self.vision.high(seen, views, asked, **options)
+    high = self.vision.high(seen, views, asked, ex=ex)
     return self.vision.arrange(views, seen, high), first, prompt
 
-  def run(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
+  def run(self, batch: Batch, *, key=None, ex: Execution = HERE
           ) -> tuple[Float[Array, 'b t d'], dict[str, Any]]:
     """(final-normed states of every place, info of the encoder): the training forward."""
-    visual, _, _ = self.look(batch, gradient=True, dtype=dtype, remat=remat, impl=impl)
-    embeds, valid = self.embed(batch, visual, dtype=dtype)
-    hidden = self.language(embeds, valid, positions=batch.get('positions'), remat=remat, impl=impl,
-                           key=key)
+    visual, _, _ = self.look(batch, gradient=True, ex=ex)
+    embeds, valid = self.embed(batch, visual, ex=ex)
+    hidden = self.language(embeds, valid, positions=batch.get('positions'), key=key, ex=ex)
     return hidden, visual.info
 
-  def __call__(self, batch: Batch, *, dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
-               ) -> Float[Array, 'b t d']:
+  def __call__(self, batch: Batch, *, key=None, ex: Execution = HERE) -> Float[Array, 'b t d']:
     """See `VLM.__call__`."""
-    return self.run(batch, dtype=dtype, remat=remat, impl=impl, key=key)[0]
+    return self.run(batch, key=key, ex=ex)[0]
 
-  def info(self, batch: Batch, *, dtype=jnp.float32) -> dict[str, Any]:
+  def info(self, batch: Batch, *, ex: Execution = HERE) -> dict[str, Any]:
     """Selection maps and probabilities for the question of the batch."""
-    return self.look(batch, dtype=dtype)[0].info
+    return self.look(batch, ex=ex)[0].info
 
-  def prompt(self, batch: Batch, *, dtype=jnp.float32, reuse: bool = True):
+  def prompt(self, batch: Batch, *, reuse: bool = True, ex: Execution = HERE):
     """What generation needs: (embeddings of what pass 2 adds, valid of all slots, extras).
 
     Slots are those of pass 1 (valid where shared) followed by the new ones.
@@ -183,13 +180,13 @@ class TwoPassVLM(VLM):
     Args:
       reuse: False recomputes everything in pass 2 (for comparison).
     """
-    visual, first, _ = self.look(batch, keep_cache=reuse, dtype=dtype)
-    return self.second_pass(batch, visual, first if reuse else None, dtype=dtype)
+    visual, first, _ = self.look(batch, keep_cache=reuse, ex=ex)
+    return self.second_pass(batch, visual, first if reuse else None, ex=ex)
 
   def second_pass(self, batch: Batch, visual: VisualTokens, first: FirstPass | None, *,
-                  dtype=jnp.float32):
+                  ex: Execution = HERE):
     """See `prompt`; without `first` every place is new."""
-    embeds, valid = self.embed(batch, visual, dtype=dtype)
+    embeds, valid = self.embed(batch, visual, ex=ex)
     if first is None:
       return embeds, valid, {}
     length = valid.shape[1]
@@ -200,10 +197,11 @@ class TwoPassVLM(VLM):
     new = jnp.take_along_axis(embeds, index[..., None], axis=1)
     return new, jnp.concatenate([first.kept, real], axis=1), {'seen': first.cache}
 
-  def prefill(self, embeds, valid, *, slots: int, seen: Cache | None = None):
+  def prefill(self, embeds, valid, *, slots: int, seen: Cache | None = None,
+              ex: Execution = HERE):
     """See `Decoder.prefill`; `seen` fills the first slots, the embeddings follow."""
     if seen is None:
-      return super().prefill(embeds, valid, slots=slots)
+      return super().prefill(embeds, valid, slots=slots, ex=ex)
     batch, total = valid.shape
     start = total - embeds.shape[1]
     cache = empty_cache(self.config.text, batch, slots, dtype=embeds.dtype,
@@ -212,13 +210,13 @@ class TwoPassVLM(VLM):
     cache = jax.tree.map(lambda store, old: jax.lax.dynamic_update_slice_in_dim(
       store, old.astype(store.dtype), 0, axis=axis), cache, seen)
     hidden, cache = self.language.extend(
-      embeds, jnp.pad(valid, ((0, 0), (0, slots - total))), cache, start)
+      embeds, jnp.pad(valid, ((0, 0), (0, slots - total))), cache, start, ex=ex)
     last = embeds.shape[1] - 1 - jnp.argmax(valid[:, start:][:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     return self.logits(hidden), hidden, cache
 
-  def step(self, tokens, valid, cache: Cache, slot, *, dtype=jnp.float32,
-           seen: Cache | None = None):
+  def step(self, tokens, valid, cache: Cache, slot, *, seen: Cache | None = None,
+           ex: Execution = HERE):
     """See `Decoder.step`."""
     del seen  # already part of the cache
-    return super().step(tokens, valid, cache, slot, dtype=dtype)
+    return super().step(tokens, valid, cache, slot, ex=ex)

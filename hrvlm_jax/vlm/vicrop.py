@@ -20,6 +20,7 @@ from PIL import Image
 
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import layer_at
 from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
 from hrvlm_jax.vlm.answer import Answerer, Items
@@ -188,7 +189,12 @@ class ViCropAnswerer(Answerer):
                       f'{model.text.depth}')
     self.first, self.side = token_grid(model.system, model.encoder)
     self._map = jax.jit({'rel_att': self._attention, 'grad_att': self._weighted,
-                         'pure_grad': self._pixel_gradient}[config.method])
+                         'pure_grad': self._pixel_gradient}[config.method], static_argnames='ex')
+
+  def _mapped(self, batch) -> np.ndarray:
+    """The method's map of a batch in float64, made in float32 whatever answers are computed in."""
+    ex = self.generator.ex.replace(dtype='float32')
+    return np.asarray(self._map(self.generator.params, batch, ex=ex), np.float64)
 
   def batch(self, items: Items) -> dict[str, Any]:
     """See `Answerer.batch`."""
@@ -208,30 +214,30 @@ class ViCropAnswerer(Answerer):
       shown.append(((images[0], crop), self._prompt(question)))
     return shown
 
-  def _attention(self, params, batch):
+  def _attention(self, params, batch, *, ex: Execution):
     """[b t] attention of the last place, mean over heads."""
     module = self.generator.fn.bind(params)
-    x, valid = self._input(module, batch)
-    return last_attention(module.language, x, valid, self.vicrop.layer).mean(axis=1)
+    x, valid = self._input(module, batch, ex)
+    return last_attention(module.language, x, valid, self.vicrop.layer, ex=ex).mean(axis=1)
 
-  def _input(self, module, batch):
-    embeds, valid, _ = module.prompt(batch)
-    context = module.language.context(valid)
+  def _input(self, module, batch, ex: Execution):
+    embeds, valid, _ = module.prompt(batch, ex=ex)
+    context = module.language.context(valid, ex=ex)
     return module.language.layers(embeds, context, stop=self.vicrop.layer)[0], valid
 
-  def _weighted(self, params, batch):
+  def _weighted(self, params, batch, *, ex: Execution):
     """[b t] mean over heads of attention times the positive part of its gradient."""
     module = self.generator.fn.bind(params)
-    x, valid = self._input(module, batch)
-    probs = last_attention(module.language, x, valid, self.vicrop.layer)
+    x, valid = self._input(module, batch, ex)
+    probs = last_attention(module.language, x, valid, self.vicrop.layer, ex=ex)
 
     def score(probs):
-      scores = jax.nn.log_softmax(self._logits_from(module.language, x, valid, probs))
+      scores = jax.nn.log_softmax(self._logits_from(module.language, x, valid, probs, ex))
       return scores.max(axis=-1).sum()
 
     return (probs * jax.nn.relu(jax.grad(score)(probs))).mean(axis=1)
 
-  def _pixel_gradient(self, params, batch):
+  def _pixel_gradient(self, params, batch, *, ex: Execution):
     """[slots h w] length, over channels, of the gradient of the top next token's log-probability.
 
     Taken at the normalised pixels, as the original does.
@@ -241,31 +247,32 @@ class ViCropAnswerer(Answerer):
 
     def score(pixels):
       seen = {**batch, 'views': {**batch['views'], 'pixels': pixels}}
-      embeds, valid, extras = module.prompt(seen)
-      logits, _, _ = module.prefill(embeds, valid, slots=length, **extras)
+      embeds, valid, extras = module.prompt(seen, ex=ex)
+      logits, _, _ = module.prefill(embeds, valid, slots=length, ex=ex, **extras)
       return jax.nn.log_softmax(logits).max(axis=-1).sum()
 
     gradient = jax.grad(score)(jnp.asarray(batch['views']['pixels'], jnp.float32))
     scale = 255 * jnp.asarray(_inner(self.config).std, jnp.float32)
     return jnp.linalg.norm(gradient * scale, axis=-1)
 
-  def _logits_from(self, decoder, x, valid, probs):
+  def _logits_from(self, decoder, x, valid, probs, ex: Execution):
     """Logits after the last place when its attention in the chosen layer is `probs`."""
-    context, index = decoder.context(valid), self.vicrop.layer
+    context, index = decoder.context(valid, ex=ex), self.vicrop.layer
     block = layer_at(decoder.blocks, index)
     normed = block.norm1(x)
-    q, k, v = block.attn.project(normed, context.rope)
-    y = attention(q, k, v, mask=context.mask)
+    q, k, v = block.attn.project(normed, context.rope, ex=ex)
+    y = attention(q, k, v, mask=context.mask, ex=ex)
     values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     row = jnp.einsum('bht,bthp->bhp', probs, values)
     last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     rows = jnp.arange(x.shape[0])
-    y = block.attn.out(y.at[rows, last].set(row.astype(y.dtype)).reshape(*x.shape[:2], -1))
+    y = block.attn.out(y.at[rows, last].set(row.astype(y.dtype)).reshape(*x.shape[:2], -1),
+                       ex=ex)
     if block.norm2 is None:
-      x = x + y + block.mlp(normed)
+      x = x + y + block.mlp(normed, ex=ex)
     else:
       x = x + y
-      x = x + block.mlp(block.norm2(x))
+      x = x + block.mlp(block.norm2(x), ex=ex)
     x, _ = decoder.layers(x, context, start=index + 1)
     return decoder.logits(decoder.norm(x[rows, last]))
 
@@ -279,7 +286,7 @@ class ViCropAnswerer(Answerer):
         f'multiples of the token grid {self.side}; {self.config.system} makes '
         f'{len(pixels)} views of {pixels.shape[2]}x{pixels.shape[1]} pixels for {len(images)} '
         "image(s); use 'rel_att' or 'grad_att'")
-    return np.asarray(self._map(self.generator.params, batch), np.float64), pixels
+    return self._mapped(batch), pixels
 
   def _pure_gradient(self, tiles: Sequence[Image.Image], question: str) -> np.ndarray:
     """float64 [tiles side side]."""
@@ -292,7 +299,7 @@ class ViCropAnswerer(Answerer):
   def _maps(self, images: Sequence[Image.Image], question: str) -> np.ndarray:
     """float64 [images side side]."""
     batch = self.batch([([image], question) for image in images])
-    weights = np.asarray(self._map(self.generator.params, batch), np.float64)
+    weights = self._mapped(batch)
     found = []
     for row, index in zip(weights, np.asarray(batch['visual_index']), strict=True):
       visual = np.zeros(int(index.max()) + 1)

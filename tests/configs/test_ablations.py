@@ -8,6 +8,7 @@ import pytest
 
 from hrvlm_jax.cli.sweep import entries_of
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes
@@ -49,6 +50,6 @@ def test_the_loss_of_a_row_can_be_traced(name, row):
   state = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
   batch = batch_shapes(config, 1, length=max(config.data.lengths), image=(900, 700))
   total, count = jax.eval_shape(
-    lambda p, b: OBJECTIVES[t.objective](fn, p, b, dtype='bfloat16', remat=True),
+    lambda p, b: OBJECTIVES[t.objective](fn, p, b, ex=Execution(dtype='bfloat16', remat='layers')),
     state['params'], batch)
   assert total.shape == count.shape == ()

@@ -25,7 +25,7 @@ from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes
-from hrvlm_jax.training.step import init_state, value_and_grad
+from hrvlm_jax.training.step import execution_of, init_state, value_and_grad
 from hrvlm_jax.vlm import model as vlm
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
@@ -165,7 +165,8 @@ def gradients(model, groups, objective, length):
   names = []
 
   def grads(params, batch):
-    out = value_and_grad(fn, config.training, found, params, batch, jax.random.key(0))[2]
+    out = value_and_grad(fn, config.training, found, params, batch, jax.random.key(0),
+                         ex=execution_of(config.training))[2]
     names[:] = sorted(out)
     return [out[name] for name in names]
 

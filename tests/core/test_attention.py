@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core import attention as lib
+from hrvlm_jax.core.execution import AXES, HERE, Execution
 
 
 def inputs(t=5, s=7, h=4, k=2, d=8, dtype=jnp.float32):
@@ -59,7 +60,7 @@ def test_half_precision_scores_are_float32():
 @pytest.mark.parametrize('kv', [2, 1])
 def test_splash_kernel_interpreted_pads_head_widths(causal, kv):
   q, k, v = inputs(t=128, s=128, h=2, k=kv, d=72)
-  got = lib._splash(q, k, v, None, causal, 72**-0.5, interpret=True)
+  got = lib._splash(q, k, v, None, causal, 72**-0.5, HERE, interpret=True)
   mask = np.tril(np.ones((128, 128), bool)) if causal else None
   np.testing.assert_allclose(got, reference(q, k, v, mask), atol=2e-3)
 
@@ -69,27 +70,28 @@ def test_splash_kernel_interpreted_pads_head_widths(causal, kv):
 def test_cudnn_kernel(causal):
   q, k, v = inputs(t=64, s=64, h=4, k=2, d=64, dtype=jnp.bfloat16)
   mask = np.tril(np.ones((64, 64), bool)) if causal else None
-  got = lib.attention(q, k, v, causal=causal, impl='cudnn')
+  got = lib.attention(q, k, v, causal=causal, ex=Execution(attention='cudnn'))
   np.testing.assert_allclose(np.asarray(got, np.float32), reference(q, k, v, mask), atol=3e-2)
 
 
 def test_choices_that_cannot_work_are_refused():
   q, k, v = inputs()
-  with pytest.raises(ValueError, match='impl must be one of'):
-    lib.attention(q, k, v, impl='flash')
+  with pytest.raises(ValueError, match='form must be one of'):
+    lib.attention(q, k, v, ex=Execution(attention='flash'))
   if jax.default_backend() == 'cpu':
-    for impl in ('cudnn', 'splash'):
-      with pytest.raises(ValueError, match=f"impl='{impl}' needs"):
-        lib.attention(q, k, v, impl=impl)
-    np.testing.assert_allclose(lib.attention(q, k, v, impl='auto'), reference(q, k, v), atol=1e-5)
+    for form in ('cudnn', 'splash'):
+      with pytest.raises(ValueError, match=f"'{form}' needs"):
+        lib.attention(q, k, v, ex=Execution(attention=form))
+    auto = lib.attention(q, k, v, ex=Execution(attention='auto'))
+    np.testing.assert_allclose(auto, reference(q, k, v), atol=1e-5)
 
 
-def assert_same_as_xla(impl, qkv, cases):
+def assert_same_as_xla(other, qkv, cases):
   """Values and gradients, for every set of options."""
   for options in cases:
-    total = lambda q, k, v, impl, o=options: jnp.square(
-      lib.attention(q, k, v, impl=impl, **o)).sum()
-    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(*qkv, form) for form in ('xla', impl)]
+    total = lambda q, k, v, form, o=options: jnp.square(
+      lib.attention(q, k, v, ex=Execution(attention=form), **o)).sum()
+    both = [jax.value_and_grad(total, argnums=(0, 1, 2))(*qkv, form) for form in ('xla', other)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), *both)
 
 
@@ -108,16 +110,16 @@ def test_blocks_of_queries_are_the_same_function(t):
 
 
 def test_scores_beyond_a_devices_share_go_by_queries(monkeypatch):
-  from hrvlm_jax.core.target import compiling_for
-
   q, k, v = inputs(t=64, s=64)
   monkeypatch.setattr(lib, '_AT_A_TIME', 64 * 64)  # of 2 x 4 x 64 x 64 scores
-  # A new function each time: traces are cached by function, and do not know the target.
-  trace = lambda: jax.make_jaxpr(lambda q, k, v: lib.attention(q, k, v))(q, k, v)
-  with compiling_for('tpu', 2):
-    assert 'scan' in str(trace()) and 'f32[2,4,64,64]' not in str(trace())
-  with compiling_for('tpu', 8):
-    assert 'scan' not in str(trace()) and 'f32[2,4,64,64]' in str(trace())
+
+  def trace(devices):
+    mesh = jax.sharding.AbstractMesh((devices, 1, 1, 1), AXES)
+    ex = Execution(mesh=mesh, platform='tpu')
+    return str(jax.make_jaxpr(lambda q, k, v: lib.attention(q, k, v, ex=ex))(q, k, v))
+
+  assert 'scan' in trace(2) and 'f32[2,4,64,64]' not in trace(2)
+  assert 'scan' not in trace(8) and 'f32[2,4,64,64]' in trace(8)
 
 
 def test_large_inputs_on_a_cpu_keep_one_head_of_scores(monkeypatch):

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Linear
 from hrvlm_jax.core.module import (
   Functional,
   List,
   Module,
   layer_at,
-  layers_for_gradients,
   restack,
   scan_layers,
   stacked,
@@ -25,9 +25,9 @@ class Tower(Module):
     build = unrolled if apart else stacked
     self.blocks = build(lambda r: Linear(4, 4, rngs=r), depth, rngs=rngs)
 
-  def __call__(self, x, start=0, stop=None, remat=False):
+  def __call__(self, x, start=0, stop=None, ex=HERE):
     return scan_layers(self.blocks, x, lambda layer, x, _: (x + jnp.tanh(layer(x)), x.sum()),
-                       start=start, stop=stop, remat=remat)
+                       start=start, stop=stop, ex=ex)
 
   def first(self, x):
     return layer_at(self.blocks, 0)(x)
@@ -76,19 +76,21 @@ def test_segments_add_up_to_the_whole(tower):
 
 def test_remat_changes_no_gradient(tower):
   fn, params, x = tower
-  loss = lambda p, remat: fn.apply(p, x, remat=remat)[0].sum()
-  plain, again = (jax.grad(loss)(params, r)['blocks']['kernel'] for r in (False, True))
-  np.testing.assert_allclose(plain, again, rtol=1e-6)
+  loss = lambda p, remat: fn.apply(p, x, ex=Execution(remat=remat))[0].sum()
+  plain, *others = (jax.grad(loss)(params, r)['blocks']['kernel']
+                    for r in ('none', 'layers', 'dots'))
+  for again in others:
+    np.testing.assert_allclose(plain, again, rtol=1e-6)
 
 
 @pytest.mark.parametrize('form', ['loop', 'in_line'])
 @pytest.mark.parametrize('start, stop', [(0, None), (1, 3)])
 def test_form_of_the_layers_changes_no_gradient(tower, form, start, stop):
   fn, params, x = tower
-  run = jax.jit(jax.value_and_grad(lambda p: fn.apply(p, x, start=start, stop=stop)[0].sum()))
-  value, expected = run(params)
-  with layers_for_gradients(form):
-    found, again = jax.jit(lambda p: run.__wrapped__(p))(params)
+  loss = lambda p, ex: fn.apply(p, x, start=start, stop=stop, ex=ex)[0].sum()
+  run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+  value, expected = run(params, HERE)
+  found, again = run(params, Execution(gradients=True, layers=form))
   np.testing.assert_allclose(found, value, rtol=1e-6)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), again, expected)
 
@@ -96,17 +98,12 @@ def test_form_of_the_layers_changes_no_gradient(tower, form, start, stop):
 def test_form_of_the_layers_is_in_the_program(tower):
   """In line: no loop. Part of a stack without gradients: none of it is copied."""
   fn, params, x = tower
-  trace = lambda: str(jax.make_jaxpr(lambda p: fn.apply(p, x, start=1)[0])(params))
-  assert 'slice[' not in trace().replace('dynamic_slice[', '')
-  with layers_for_gradients('loop'):
-    assert 'slice[' in trace().replace('dynamic_slice[', '')
-  lowered = lambda: jax.jit(lambda p: fn.apply(p, x)[0]).lower(params).as_text()
-  with layers_for_gradients('in_line'):
-    assert 'stablehlo.while' not in lowered()
-  assert 'stablehlo.while' in lowered()
-  with pytest.raises(ValueError, match="'loop' or 'in_line', got 'spiral'"), \
-      layers_for_gradients('spiral'):
-    pass
+  trace = lambda ex: str(jax.make_jaxpr(lambda p: fn.apply(p, x, start=1, ex=ex)[0])(params))
+  assert 'slice[' not in trace(HERE).replace('dynamic_slice[', '')
+  assert 'slice[' in trace(Execution(gradients=True)).replace('dynamic_slice[', '')
+  lowered = lambda ex: jax.jit(lambda p: fn.apply(p, x, ex=ex)[0]).lower(params).as_text()
+  assert 'stablehlo.while' not in lowered(Execution(gradients=True, layers='in_line'))
+  assert 'stablehlo.while' in lowered(HERE)
 
 
 def test_methods_can_be_named(tower):

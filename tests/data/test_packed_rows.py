@@ -77,7 +77,7 @@ def test_packed_rows_train_as_rows_of_their_own(folder, system):
 
   def loss(params, batch):
     total, count = OBJECTIVES['next_token'](
-      fn, params, batch, dtype=np.float32, remat=False, impl='xla', key=None, chunk=64)
+      fn, params, batch, key=None, chunk=64)
     return total / count, count
 
   with jax.default_matmul_precision('highest'):

@@ -15,7 +15,7 @@ from hrvlm_jax.training import run_config
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import value_and_grad
+from hrvlm_jax.training.step import execution_of, value_and_grad
 from hrvlm_jax.vlm import model as vlm
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny'
@@ -46,7 +46,8 @@ def test_gradients_reach_what_trains_and_nothing_else(name, data):
     keys = jax.random.split(jax.random.fold_in(key, 1), len(flat))
     moved = {path: leaf + 0.05 * jax.random.normal(k, leaf.shape)
              for k, (path, leaf) in zip(keys, flat.items(), strict=True)}
-    found = value_and_grad(fn, config.training, groups, paths.unflatten(moved), batch, None)
+    found = value_and_grad(fn, config.training, groups, paths.unflatten(moved), batch, None,
+                           ex=execution_of(config.training))
     return {path: jnp.abs(g).max() for path, g in found[2].items()}
 
   largest = jax.jit(gradients)(jax.random.key(0))

@@ -117,7 +117,7 @@ def losses(name: str, dtype: str, steps: int, mesh: Mapping[str, int] | None,
   from hrvlm_jax.parallel.layout import Layout
   from hrvlm_jax.training.config import OptimizerConfig, TrainingConfig
   from hrvlm_jax.training.optimizer import groups_of
-  from hrvlm_jax.training.step import init_state, make_train_step
+  from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 
   layout = Layout(mesh, devices=jax.local_devices()[:1] if mesh is None else None)
   config = TrainingConfig(
@@ -133,7 +133,8 @@ def losses(name: str, dtype: str, steps: int, mesh: Mapping[str, int] | None,
   state = jax.device_get(init_state(config, groups, start.state))
   shardings = layout.state_shardings(jax.eval_shape(lambda: state))
   state = layout.put(state, shardings)
-  step = layout.compile(make_train_step(start.fn, config, groups, seed=0), shardings)
+  step = layout.compile(make_train_step(start.fn, config, groups, seed=0,
+                                        ex=execution_of(config, layout.mesh)), shardings)
   batches = [layout.batch(batch) for batch in start.batches]
   found = []
   for i in range(steps):

@@ -6,14 +6,14 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.parallel import rules
-from hrvlm_jax.parallel.constraints import activation_constraints
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import batch_sharding
 from hrvlm_jax.planning.plan import Program
 
 
-def forward(params, x, *, heads, remat):
+def forward(params, x, *, heads, ex):
   """[b t d] -> [b t d] through stacked attention and MLP blocks in bfloat16."""
 
   def attention(p, x):
@@ -24,26 +24,26 @@ def forward(params, x, *, heads, remat):
     return y.reshape(b, t, d) @ p['out']['kernel'].astype(x.dtype)
 
   def block(x, p):
-    from hrvlm_jax.core.constraints import constrain
-
-    x = constrain('hidden', x)
+    x = ex.constrain('hidden', x)
     x = x + attention(p['attn'], x)
     hidden = jax.nn.gelu(x @ p['mlp']['fc1']['kernel'].astype(x.dtype))
     return x + hidden @ p['mlp']['fc2']['kernel'].astype(x.dtype), None
 
-  return jax.lax.scan(jax.checkpoint(block) if remat else block, x, params['blocks'])[0]
+  body = jax.checkpoint(block) if ex.remat == 'layers' else block
+  return jax.lax.scan(body, x, params['blocks'])[0]
 
 
-def step(params, x, *, heads, remat=True):
+def step(params, x, *, heads, ex):
   def loss(params):
-    return (forward(params, x.astype(jnp.bfloat16), heads=heads, remat=remat) ** 2).mean()
+    return (forward(params, x.astype(jnp.bfloat16), heads=heads, ex=ex) ** 2).mean()
 
   value, grads = jax.value_and_grad(loss)(params)
   return jax.tree.map(lambda p, g: p - 0.01 * g, params, grads), value
 
 
 def transformer(
-  mesh, *, depth=4, width=256, heads=2, batch=16, length=128, remat=True, wrong=False
+  mesh, *, depth=4, width=256, heads=2, batch=16, length=128, remat='layers', wrong=False,
+  platform=None,
 ):
   """The target: a step of that size on the mesh."""
   if wrong:
@@ -55,14 +55,14 @@ def transformer(
   params = {'blocks': {'attn': attn, 'mlp': mlp}}
   shardings = rules.param_shardings(params, mesh)
   x = leaf(batch, length, width)
-  model = count_flops(lambda p, x: step(p, x, heads=heads, remat=False), params, x)
+  model = count_flops(lambda p, x: step(p, x, heads=heads, ex=HERE), params, x)
+  ex = Execution(mesh=mesh, platform=platform, remat=remat)
   put = lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
   return Program(
-    fn=lambda params, x: step(params, x, heads=heads, remat=remat),
+    fn=lambda params, x: step(params, x, heads=heads, ex=ex),
     args=(jax.tree.map(put, params, shardings), put(x, batch_sharding(mesh))),
     donate=(0,),
     out_shardings=(shardings, NamedSharding(mesh, P())),
-    constraints=activation_constraints(mesh),
     model_flops=model,
     examples=batch,
     tokens=batch * length,
@@ -70,5 +70,5 @@ def transformer(
   )
 
 
-def fails(mesh):
+def fails(mesh, *, platform):
   raise RuntimeError('a fault of the library')

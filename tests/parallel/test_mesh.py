@@ -101,12 +101,12 @@ def test_one_device():
 PROGRAM = textwrap.dedent("""
   import json
   import jax, jax.numpy as jnp, numpy as np
-  from hrvlm_jax.core import constraints as places, paths
+  from hrvlm_jax.core import paths
   from hrvlm_jax.core.errors import UserError
+  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.core.layers import Linear
   from hrvlm_jax.core.module import Functional, Module, scan_layers, stacked
   from hrvlm_jax.parallel import distributed, rules
-  from hrvlm_jax.parallel.constraints import activation_constraints
   from hrvlm_jax.parallel.mesh import batch_sharding, check_batch, make_mesh
   import optax
 
@@ -119,15 +119,15 @@ PROGRAM = textwrap.dedent("""
   class Net(Module):
     def __init__(self, *, rngs):
       self.blocks = stacked(lambda r: Block(rngs=r), 3, rngs=rngs)
-    def __call__(self, x):
-      return scan_layers(self.blocks, x, lambda layer, x, _: (layer(x), None), remat=True)[0]
+    def __call__(self, x, *, ex):
+      return scan_layers(self.blocks, x, lambda layer, x, _: (layer(x), None), ex=ex)[0]
 
   net = Functional(lambda rngs: Net(rngs=rngs))
   x = np.random.default_rng(0).normal(size=(8, 4, 16)).astype(np.float32)
   tx = optax.adam(1e-2)
 
-  def step(state, x):
-    loss = lambda p: (net.apply(p, x) ** 2).mean()
+  def step(state, x, ex):
+    loss = lambda p: (net.apply(p, x, ex=ex) ** 2).mean()
     value, grads = jax.value_and_grad(loss)(state['params'])
     updates, opt = tx.update(paths.flatten(grads), state['opt'])
     new = optax.apply_updates(paths.flatten(state['params']), updates)
@@ -150,13 +150,12 @@ PROGRAM = textwrap.dedent("""
     if name == 'mixed':
       assert moment == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor'), moment
     state = jax.device_put(state, shardings)
-    with places.using(activation_constraints(mesh)):
-      run = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-      batch = distributed.global_batch(x, mesh)
-      losses[name] = []
-      for _ in range(3):
-        state, value = run(state, batch)
-        losses[name].append(float(value))
+    run = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None), static_argnums=2)
+    batch = distributed.global_batch(x, mesh)
+    losses[name] = []
+    for _ in range(3):
+      state, value = run(state, batch, Execution(mesh=mesh, remat='layers', gradients=True))
+      losses[name].append(float(value))
   mesh = make_mesh({'data': 4, 'fsdp': 2})
   try:
     views = {'pixels': np.zeros((12, 3)), 'n': np.zeros(())}

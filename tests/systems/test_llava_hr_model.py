@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core import paths
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.llava_hr import views as host
 from hrvlm_jax.systems.llava_hr.adapter import MRAdapter, align
@@ -110,7 +111,7 @@ def test_every_form_gives_the_tokens_it_counts(name):
                                             config))
 
   def run(params, views):
-    out = fn.apply(params, views, dtype=jnp.bfloat16)
+    out = fn.apply(params, views, ex=Execution(dtype='bfloat16'))
     return out.values, out.info
 
   values, info = jax.eval_shape(run, fn.abstract, views)
@@ -160,7 +161,7 @@ def test_mixed_batch_gives_what_single_images_give():
     np.testing.assert_allclose(
       mixed.values[row, start:start + each], single.values[0], rtol=0, atol=limit)
     np.testing.assert_allclose(gates[slot], single.info['gates'][0], rtol=0, atol=1e-5)
-  half = jax.jit(lambda p, v: fn.apply(p, v, dtype=jnp.bfloat16).values)(params, views)
+  half = jax.jit(lambda p, v: fn.apply(p, v, ex=Execution(dtype='bfloat16')).values)(params, views)
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half.astype(jnp.float32), mixed.values, rtol=0,
                              atol=0.1 * np.abs(mixed.values).max())

@@ -9,6 +9,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core import lora, paths
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language.generate import Generator
 from hrvlm_jax.language.sampling import Sampling
@@ -181,7 +182,7 @@ def test_half_precision_keeps_its_dtype(answering):
   params, _, views, tokens, valid = answering
   fn = vlm.build(CONFIG)
   batch = prompt(views, tokens, valid)
-  run = lambda dtype: jax.jit(lambda p, b: fn.apply(p, b, dtype=dtype))(params, batch)
+  run = lambda dtype: jax.jit(lambda p, b: fn.apply(p, b, ex=Execution(dtype=dtype)))(params, batch)
   half, full = run(jnp.bfloat16), run(jnp.float32)
   assert half.dtype == jnp.bfloat16
   gap = np.abs(np.asarray(half, np.float32) - full)[valid]

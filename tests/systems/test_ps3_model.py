@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core import paths, resample
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.layers import patchify
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.ps3 import model, selection
@@ -199,9 +200,10 @@ def test_a_training_step_reaches_every_parameter_and_recomputation_changes_nothi
            'is_global': np.array([[False], [True], [False], [False]])}
   losses = ContrastiveConfig(chunk=3)
   run = lambda remat: jax.jit(jax.value_and_grad(
-    lambda p, b: pretrain_losses(fn, p, b, losses, remat=remat)['total']))(params, batch)
-  value, grads = run(False)
-  again, same = run(True)
+    lambda p, b: pretrain_losses(
+      fn, p, b, losses, ex=Execution(remat=remat))['total']))(params, batch)
+  value, grads = run('none')
+  again, same = run('layers')
   np.testing.assert_allclose(value, again, rtol=1e-6)
   flat = paths.flatten(grads)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), grads, same)
@@ -275,6 +277,6 @@ def test_the_objective_of_the_training_loop_is_the_sum_over_rows():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('hrvlm_jax.systems.ps3.losses.pretrain_losses', losses)
     total, rows = OBJECTIVES['ps3_pretrain'](
-      None, {}, {'tokens': np.zeros((6, 3))}, dtype=jnp.bfloat16, remat=True, key=None, chunk=7)
+      None, {}, {'tokens': np.zeros((6, 3))}, ex=Execution(remat='layers'), key=None, chunk=7)
   assert float(total) == 3 and int(rows) == 6
-  assert calls == {'chunk': 7, 'dtype': jnp.bfloat16, 'remat': True, 'impl': 'xla'}
+  assert calls == {'chunk': 7, 'ex': Execution(remat='layers')}

@@ -16,7 +16,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import value_and_grad
+from hrvlm_jax.training.step import execution_of, value_and_grad
 from hrvlm_jax.vlm import model as vlm
 from tests.parity.cases.training import without_dropout
 
@@ -61,7 +61,8 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(system, objective,
     params = paths.unflatten({path: leaf + 0.05 * jax.random.normal(k, leaf.shape)
                               for k, (path, leaf) in zip(keys, flat.items(), strict=True)})
     return {parts: value_and_grad(
-      fn, run.training, groups_of(run.training, fn.abstract), params, batches[parts], key)
+      fn, run.training, groups_of(run.training, fn.abstract), params, batches[parts], key,
+      ex=execution_of(run.training))
       for parts, run in runs.items()}
 
   found = jax.jit(gradients)(jax.random.key(0))

@@ -26,7 +26,7 @@ from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.loop import train
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step, value_and_grad
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step, value_and_grad
 
 SMALL = dataclasses.replace(
   tiny_encoder(max_select=40), saliency=SaliencyConfig(width=8, out=8, depth=1, kernel=16,
@@ -131,7 +131,8 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(folder):
     assert batch['tokens'].shape[:-1] == ((8,) if parts == 1 else (2, 4))
     groups = groups_of(config.training, fn.abstract)
     return jax.jit(lambda p, b: value_and_grad(
-      fn, config.training, groups, p, b, jax.random.key(0)))(params, batch)
+      fn, config.training, groups, p, b, jax.random.key(0),
+      ex=execution_of(config.training)))(params, batch)
 
   (total, rows, whole), (sums, counted, parts) = gradients(1), gradients(2)
   assert int(rows) == int(counted)
@@ -151,7 +152,7 @@ def test_the_step_keeps_the_logit_scale_in_its_bounds():
   rng = np.random.default_rng(0)
   batch = {'pixels': rng.integers(0, 256, (2, 160, 160, 3), np.uint8),
            'tokens': rng.integers(0, 256, (2, 24), np.int32)}
-  step = jax.jit(make_train_step(fn, config, groups, 0))
+  step = jax.jit(make_train_step(fn, config, groups, 0, ex=execution_of(config)))
   state, _ = step(init_state(config, groups, params), batch)
   np.testing.assert_allclose(state['params']['logit_scale'], np.log(100), rtol=1e-6)
   state, _ = step(init_state(config, groups, params | {'logit_scale': jnp.float32(-3.0)}), batch)

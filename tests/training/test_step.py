@@ -17,7 +17,7 @@ from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.training.config import Group, OptimizerConfig, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy, token_cross_entropy
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step, value_and_grad
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step, value_and_grad
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 
@@ -67,7 +67,8 @@ def training(**options):
 def grads_of(model, config, batch):
   fn, params = model
   groups = groups_of(config, fn.abstract)
-  run = jax.jit(lambda p, b: value_and_grad(fn, config, groups, p, b, jax.random.key(0)))
+  run = jax.jit(lambda p, b: value_and_grad(fn, config, groups, p, b, jax.random.key(0),
+                                              ex=execution_of(config)))
   return run(params, batch)
 
 
@@ -136,7 +137,7 @@ def test_a_step_moves_trained_leaves_only_and_the_loss_falls(model, name):
     name=name, learning_rate=2e-2, warmup=1, weight_decay=0.01, ema=0.5))
   groups = groups_of(config, fn.abstract)
   state = init_state(config, groups, params)
-  step = jax.jit(make_train_step(fn, config, groups, 0))
+  step = jax.jit(make_train_step(fn, config, groups, 0, ex=execution_of(config)))
   losses, batch = [], batch_of(4)
   for _ in range(8):
     state, metrics = step(state, batch)

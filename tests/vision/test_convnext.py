@@ -8,6 +8,7 @@ import pytest
 from hrvlm_jax.checkpoint.rows import check_names, entries, export_tensors, import_tensors
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.vision import convnext
 from hrvlm_jax.vision.convnext import CONVNEXT_L, CONVNEXT_XXL, ConvNeXt, ConvNeXtConfig
@@ -46,8 +47,8 @@ def test_recomputing_blocks_changes_nothing():
   fn = functional(ConvNeXtConfig(depths=(2,), widths=(4,), classes=3))
   params = jax.tree.map(lambda leaf: leaf + 0.1, fn.init(jax.random.key(0)))
   image = jnp.asarray(np.random.default_rng(0).normal(size=(1, 16, 16, 3)), jnp.float32)
-  loss = lambda p, remat: (fn.apply(p, image, remat=remat) ** 2).sum()
-  plain, again = (jax.jit(jax.grad(lambda p, r=r: loss(p, r)))(params) for r in (False, True))
+  loss = lambda p, remat: (fn.apply(p, image, ex=Execution(remat=remat)) ** 2).sum()
+  plain, again = (jax.jit(jax.grad(lambda p, r=r: loss(p, r)))(params) for r in ('none', 'layers'))
   for path, leaf in paths.flatten(plain).items():
     np.testing.assert_allclose(paths.flatten(again)[path], leaf, rtol=1e-4, atol=1e-4)
     assert path.startswith('head/') or np.abs(leaf).max() > 0, path

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hrvlm_jax.core.module import Functional, layers_for_gradients
-from hrvlm_jax.core.target import compiling_for
+from hrvlm_jax.core.execution import AXES, Execution
+from hrvlm_jax.core.module import Functional
 from hrvlm_jax.vision import vit
 
 CONFIG = dataclasses.replace(vit.SIGLIP_SO400M_384, image_size=56, width=32, depth=3, heads=2,
@@ -21,27 +21,25 @@ def test_parts_of_images_give_the_same_tokens_and_taps(images_at_once, monkeypat
   params = fn.init(jax.random.key(0))
   images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 56, 56, 3)), jnp.float32)
 
-  def run(params, images):
+  def run(params, images, ex):
     tower = fn.bind(params)
-    out = tower.run(tower.embed(images), taps=(0, 1))
+    out = tower.run(tower.embed(images, ex=ex), taps=(0, 1), ex=ex)
     return out.x, out.taps
 
-  compute = lambda: jax.jit(lambda p, x: run(p, x))(params, images)
+  compute = lambda ex: jax.jit(run, static_argnums=2)(params, images, ex)
   with jax.default_matmul_precision('highest'):
-    whole = compute()
+    whole = compute(Execution(platform='tpu'))
     monkeypatch.setattr(vit, 'ROWS_AT_ONCE', images_at_once * 16)
-    with compiling_for('cpu', 1):
-      parts = compute()
+    parts = compute(Execution(platform='cpu'))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
 def test_only_a_single_cpu_without_gradients_takes_parts():
   x = jnp.zeros((13, 729, 8))
-  with compiling_for('cpu', 1):
-    assert vit._images_at_once(x) == 3
-    assert vit._images_at_once(jnp.zeros((2, 4000, 8))) == 1
-    with layers_for_gradients('loop'):
-      assert vit._images_at_once(x) == 13
+  cpu = Execution(platform='cpu')
+  assert vit._images_at_once(x, cpu) == 3
+  assert vit._images_at_once(jnp.zeros((2, 4000, 8)), cpu) == 1
+  assert vit._images_at_once(x, cpu.replace(gradients=True)) == 13
   for platform, devices in (('cpu', 8), ('gpu', 1), ('tpu', 256)):
-    with compiling_for(platform, devices):
-      assert vit._images_at_once(x) == 13
+    mesh = jax.sharding.AbstractMesh((devices, 1, 1, 1), AXES)
+    assert vit._images_at_once(x, Execution(platform=platform, mesh=mesh)) == 13

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, Module, unstack
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.decoder import Decoder
@@ -24,9 +25,9 @@ class Reader(Module):
     self.language = Decoder(text, hold_apart=hold_apart, rngs=rngs)
     self.fusion = CrossAttention(fusion, text, hold_apart=hold_apart, rngs=rngs)
 
-  def __call__(self, x, visual, **options):
-    context = self.language.context(jnp.ones(x.shape[:2], bool))
-    return self.fusion.run(self.language, x, context, visual, **options)
+  def __call__(self, x, visual, ex=HERE):
+    context = self.language.context(jnp.ones(x.shape[:2], bool), ex=ex)
+    return self.fusion.run(self.language, x, context, visual)
 
   def probabilities(self, x, visual, **options):
     context = self.language.context(jnp.ones(x.shape[:2], bool))
@@ -123,8 +124,8 @@ def test_remat_changes_no_gradient():
   params = random_params(fn)
   x, visual = normal(2, 1, 3, 32), media_of(3, 1, 5, 64)
   grad = lambda remat: jax.jit(jax.grad(
-    lambda p: jnp.square(fn.apply(p, x, visual, remat=remat)).mean()))(params)
-  for a, b in zip(jax.tree.leaves(grad(False)), jax.tree.leaves(grad(True)), strict=True):
+    lambda p: jnp.square(fn.apply(p, x, visual, ex=Execution(remat=remat))).mean()))(params)
+  for a, b in zip(jax.tree.leaves(grad('none')), jax.tree.leaves(grad('layers')), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(a).max())))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.vision.vit import ViT
 
@@ -95,7 +96,7 @@ def tome_schedule(r: int | tuple[int, float], depth: int) -> list[int]:
 
 
 def tome_tower(tower: ViT, images: Float[Array, 'n h w c'], schedule: list[int], *,
-               proportional: bool = True) -> tuple[jax.Array, jax.Array]:
+               proportional: bool = True, ex: Execution = HERE) -> tuple[jax.Array, jax.Array]:
   """A tower that merges between attention and MLP of every block: (tokens, sizes), before any norm.
 
   Args:
@@ -104,17 +105,17 @@ def tome_tower(tower: ViT, images: Float[Array, 'n h w c'], schedule: list[int],
   """
   from hrvlm_jax.core.module import depth_of, layer_at
 
-  x = tower.embed(images)
+  x = tower.embed(images, ex=ex)
   size = jnp.ones(x.shape[:2], jnp.float32)
   class_token = tower.config.class_token
   for index in range(depth_of(tower.blocks)):
     block = layer_at(tower.blocks, index)
-    q, k, v = block.attn.project(block.norm1(x))
+    q, k, v = block.attn.project(block.norm1(x), ex=ex)
     bias = jnp.log(size)[:, None, None] if proportional else 0.0
     y = jnp.einsum('bhts,bshp->bthp', _probs(q, k, bias), wide(v)).astype(x.dtype)
-    x = x + block.attn.out(y.reshape(x.shape))
+    x = x + block.attn.out(y.reshape(x.shape), ex=ex)
     x, size = tome_merge(k.mean(axis=2), x, size, schedule[index], class_token=class_token)
-    x = x + block.mlp(block.norm2(x))
+    x = x + block.mlp(block.norm2(x), ex=ex)
   return x, size
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, normal
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
 
@@ -36,14 +37,16 @@ class PerceiverLayer(Module):
     self.fc1, self.fc2 = make(width, mlp_ratio * width), make(mlp_ratio * width, width)
 
   def __call__(self, x: Float[Array, 'b n c'], latents: Float[Array, 'b q c'],
-               valid: Bool[Array, 'b n'] | None = None) -> Float[Array, 'b q c']:
+               valid: Bool[Array, 'b n'] | None = None, *, ex: Execution = HERE
+               ) -> Float[Array, 'b q c']:
     media, own = self.norm_media(x), self.norm_latents(latents)
     both = jnp.concatenate([media, own], axis=1)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     mask = None
     if valid is not None:
       mask = jnp.pad(valid, ((0, 0), (0, own.shape[1])), constant_values=True)[:, None, None]
-    y = attention(split(self.q(own)), split(self.k(both)), split(self.v(both)), mask=mask)
+    y = attention(split(self.q(own)), split(self.k(both)), split(self.v(both)), mask=mask,
+                  ex=ex)
     latents = latents + self.out(y.reshape(*own.shape[:2], -1))
     if self.activation == 'squared_relu':
       act = lambda h: jnp.square(jax.nn.relu(h))
@@ -70,15 +73,16 @@ class PerceiverResampler(Module):
                                param_dtype=param_dtype, rngs=r), depth, rngs=rngs)
     self.norm = LayerNorm(width, eps=EPS_PERCEIVER, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, 'b f n c'], *, valid: Bool[Array, 'b fn'] | None = None
-               ) -> Float[Array, 'b q c']:
+  def __call__(self, x: Float[Array, 'b f n c'], *, valid: Bool[Array, 'b fn'] | None = None,
+               ex: Execution = HERE) -> Float[Array, 'b q c']:
     """Args: valid: which of the flattened tokens are real (all by default)."""
     batch, frames, _, width = x.shape
     x = (x + self.time[...][:frames].astype(x.dtype)).reshape(batch, -1, width)
     latents = jnp.broadcast_to(self.latents[...].astype(x.dtype),
                                (batch, *self.latents[...].shape))
+    ex = ex.plain
     latents, _ = scan_layers(self.layers, latents,
-                             lambda layer, y, _: (layer(x, y, valid), None))
+                             lambda layer, y, _: (layer(x, y, valid, ex=ex), None), ex=ex)
     return self.norm(latents)
 
 
@@ -131,7 +135,7 @@ class SingleLayerResampler(Module):
     self.q, self.k, self.v, self.out = make(), make(), make(), make()
     self.proj = Param(normal(width**-0.5)(rngs.params(), (width, width), param_dtype))
 
-  def __call__(self, x: Float[Array, 'b n c']) -> Float[Array, 'b q d']:
+  def __call__(self, x: Float[Array, 'b n c'], *, ex: Execution = HERE) -> Float[Array, 'b q d']:
     """Tokens of a square grid -> one token per query."""
     side = int(round(x.shape[1] ** 0.5))
     if side * side != x.shape[1]:
@@ -143,7 +147,8 @@ class SingleLayerResampler(Module):
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q = jnp.broadcast_to(self.q(query + table.astype(x.dtype)),
                          (x.shape[0], *query.shape))
-    y = attention(split(q), split(self.k(kv + keys.astype(x.dtype))), split(self.v(kv)))
+    y = attention(split(q), split(self.k(kv + keys.astype(x.dtype))), split(self.v(kv)),
+                  ex=ex.plain)
     y = self.norm_post(self.out(y.reshape(*q.shape)))
     return y @ self.proj[...].astype(x.dtype)
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import normal
 from hrvlm_jax.core.module import Module, Param, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -133,12 +134,12 @@ class TiledEncoder(Module):
     self.newline = Param(normal(config.width**-0.5)(
       rngs.params(), (config.width,), param_dtype)) if config.has_newline else None
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch (`batch`) -> [b t d]."""
     c = self.config
-    pixels = normalise(views['pixels'], c.mean, c.std).astype(dtype)
-    x = self.tower(pixels, stop=c.vision.depth + 1 + c.layer, remat=remat, impl=impl, key=key)
+    pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
+    x = self.tower(pixels, stop=c.vision.depth + 1 + c.layer, key=key, ex=ex)
     return VisualTokens(self.arrange(x[:, int(c.vision.class_token):], views['index']),
                         views['valid'])
 

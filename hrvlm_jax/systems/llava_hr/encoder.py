@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.conv import average_pool
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Mlp, normal
 from hrvlm_jax.core.module import List, Module, Param, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -39,12 +40,13 @@ class Resampler(Module):
     self.norm = LayerNorm(width, eps=1e-5, **shared)
     self.mlp = Mlp(width, 4 * width, activation='gelu', **shared)
 
-  def __call__(self, x: Float[Array, 'n t d']) -> Float[Array, 'n q d']:
+  def __call__(self, x: Float[Array, 'n t d'], *, ex: Execution = HERE) -> Float[Array, 'n q d']:
     queries = self.queries[...].astype(x.dtype)
     q = jnp.broadcast_to(queries, (x.shape[0], *queries.shape))
     split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
     tokens = self.norm_tokens(x)
-    y = attention(split(self.attn.q(q)), split(self.attn.k(tokens)), split(self.attn.v(tokens)))
+    y = attention(split(self.attn.q(q)), split(self.attn.k(tokens)), split(self.attn.v(tokens)),
+                  ex=ex.plain)
     y = q + self.attn.out(y.reshape(q.shape))
     return y + self.mlp(self.norm(y))
 
@@ -64,30 +66,31 @@ class Encoder(Module):
     self.resampler = Resampler(
       c.fast.width, c.fast.heads, c.queries, **shared) if c.reduce == 'queries' else None
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch (`views.batch`) -> [b t d], before the projector.
 
     `info` holds per image slot and adapter: gates [n k 1] or [n k d], and injected, the strength
     of what entered each cell: [n k g g], or a list of [n g g] where the grids differ.
     """
-    images = normalise(views['pixels'], self.config.mean, self.config.std).astype(dtype)
-    tokens, info = self.tower(images, remat=remat, impl=impl, key=key)
+    images = normalise(views['pixels'], self.config.mean, self.config.std).astype(ex.dtype)
+    tokens, info = self.tower(images, key=key, ex=ex)
     flat = tokens.reshape(-1, tokens.shape[-1])
     return VisualTokens(jnp.take(flat, views['index'], axis=0), views['valid'], info)
 
-  def tower(self, images: Float[Array, 'n h w 3'], *, keep: bool = False, **options):
+  def tower(self, images: Float[Array, 'n h w 3'], *, keep: bool = False, key=None,
+            ex: Execution = HERE):
     """Normalised square images -> (tokens [n t d], info).
 
     Args:
       keep: also put every intermediate state into `info['states']` (golden cases, analyses).
     """
     if self.slow is None:
-      return self._fast_alone(images, **options), {}
+      return self._fast_alone(images, key, ex), {}
     if self.fast is None:
-      return _tokens(self.slow(images, remat=options.get('remat', False))), {}
+      return _tokens(self.slow(images, ex=ex)), {}
     states: dict[str, jax.Array] = {}
-    fast, slow, gates, injected = self._paths(images, states, **options)
+    fast, slow, gates, injected = self._paths(images, states, key, ex)
     states['slow_out'] = slow
     if self.align is None:
       out = jnp.concatenate([fast, align(slow, fast.shape[1])], axis=-1)
@@ -101,12 +104,12 @@ class Encoder(Module):
       info['injected'] = jnp.stack(injected, axis=1) if grids_agree else injected
     return _tokens(out), info
 
-  def _paths(self, images, states, *, remat=False, impl: str = 'xla', key=None):
+  def _paths(self, images, states, key, ex: Execution):
     """Last maps of both paths, gates and strengths of the adapters."""
     size = self.config.fast_image_size
     matrix = resample.bilinear_corners_matrix(images.shape[1], size)
     small = resample.resize(images, matrix, matrix)
-    embedded, x = embed_patches(self.fast, small)
+    embedded, x = embed_patches(self.fast, small, ex=ex)
     states.update(fast_input=small, fast_embeddings=embedded, fast_pre_ln=x)
     adapters = [] if self.adapters is None else list(self.adapters)
     gates, injected = [], []
@@ -118,20 +121,19 @@ class Encoder(Module):
       states[f'adapter{number}_out'] = y
       return y
 
-    run = lambda x, start, stop: self.fast.run(
-      x, start=start, stop=stop, remat=remat, impl=impl, key=key).x
+    run = lambda x, start, stop: self.fast.run(x, start=start, stop=stop, key=key, ex=ex).x
     depth = self.config.fast.depth
     if not adapters:
-      return _map(run(x, 0, depth)), self.slow(images, remat=remat), gates, injected
+      return _map(run(x, 0, depth)), self.slow(images, ex=ex), gates, injected
     if self.config.adapters.direction == 'low_to_high':
       fast = _map(run(x, 0, depth))
       slow = self.slow.stem(images)
       for number, stage in enumerate(self.slow.stages):
-        slow = stage(slow, remat=remat)
+        slow = stage(slow, ex=ex)
         if number < len(adapters):
           slow = adapt(number, slow, fast)
       return fast, slow, gates, injected
-    slow = self.slow(images, remat=remat)
+    slow = self.slow(images, ex=ex)
     quarter = depth // 4
     for number in range(4):
       x = run(x, number * quarter, (number + 1) * quarter)
@@ -140,18 +142,19 @@ class Encoder(Module):
         x = _tokens(adapt(number, _map(x), slow))
     return _map(x), slow, gates, injected
 
-  def _fast_alone(self, images, *, remat=False, impl: str = 'xla', key=None):
+  def _fast_alone(self, images, key, ex: Execution):
     """The ViT of the single-path baselines: class token kept until the end, no last norm."""
     c = self.config
     stop = c.fast.depth + 1 + c.select_layer
-    x = self.fast.run(self.fast.embed(images), stop=stop, remat=remat, impl=impl, key=key).x
+    x = self.fast.run(self.fast.embed(images, ex=ex), stop=stop, key=key, ex=ex).x
     x = x[:, int(c.fast.class_token):]
     if c.reduce == 'average':
       return _tokens(average_pool(_map(x), c.reduce_factor))
-    return x if self.resampler is None else self.resampler(x)
+    return x if self.resampler is None else self.resampler(x, ex=ex)
 
 
-def embed_patches(vit: ViT, images: Float[Array, 'n h w 3']) -> tuple[jax.Array, jax.Array]:
+def embed_patches(vit: ViT, images: Float[Array, 'n h w 3'], *, ex: Execution = HERE
+                  ) -> tuple[jax.Array, jax.Array]:
   """The ViT's input in the dual path, [n t d]: embeddings without class token, and those normed.
 
   The class token is dropped BEFORE the norm. Positions are resampled in every pass, so that
@@ -160,7 +163,7 @@ def embed_patches(vit: ViT, images: Float[Array, 'n h w 3']) -> tuple[jax.Array,
   patch = vit.config.patch_size
   grid = (images.shape[1] // patch, images.shape[2] // patch)
   positions = vit.positions(grid)[int(vit.config.class_token):]
-  x = vit.patch_embed(images) + positions.astype(images.dtype)
+  x = vit.patch_embed(images, ex=ex) + positions.astype(images.dtype)
   return x, x if vit.pre_norm is None else vit.pre_norm(x)
 
 

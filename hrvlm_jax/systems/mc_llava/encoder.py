@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Mlp, torch_uniform
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -29,12 +30,12 @@ class Encoder(Module):
     self.coord_embed = Mlp(2, width, out=width, activation='gelu', kernel_init=torch_uniform(2),
                            bias_init=torch_uniform(2), param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch (`views.batch`) -> [b t d], before the projector."""
-    pixels = normalise(views['pixels'], self.config.mean, self.config.std).astype(dtype)
-    patches = self.tower(pixels, remat=remat, impl=impl, key=key)
-    values = self.select(patches, views['coords'].astype(dtype), views['index'])
+    pixels = normalise(views['pixels'], self.config.mean, self.config.std).astype(ex.dtype)
+    patches = self.tower(pixels, key=key, ex=ex)
+    values = self.select(patches, views['coords'].astype(ex.dtype), views['index'])
     return VisualTokens(values, views['valid'])
 
   def select(self, patches: Float[Array, 'c p d'], coords: Float[Array, 'c 2'], index):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Embedding, LayerNorm
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -34,21 +35,21 @@ class Encoder(Module):
     self.sub_image = Embedding(config.sub_image_rows, width, std=0.02, param_dtype=param_dtype,
                                rngs=rngs)
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch (`views.batch`) -> [b m d], global tokens first."""
-    pixels = normalise(views['pixels'], self.config.mean, self.config.std).astype(dtype)
-    states = self.states(pixels, remat=remat, impl=impl, key=key)
+    pixels = normalise(views['pixels'], self.config.mean, self.config.std).astype(ex.dtype)
+    states = self.states(pixels, key=key, ex=ex)
     values = self.join(states)
     return VisualTokens(values, jnp.ones(values.shape[:2], bool))
 
-  def states(self, pixels: Float[Array, 'b s h w c'], *, remat=False, impl: str = 'xla',
-             key=None) -> Float[Array, 'b s t d']:
+  def states(self, pixels: Float[Array, 'b s h w c'], *, key=None,
+             ex: Execution = HERE) -> Float[Array, 'b s t d']:
     """Output of the last block (class token kept, no final norm) of every sub-image."""
     keys = (None, None) if key is None else jax.random.split(key)
     adapter = self.config.adapters
-    x = self.tower.embed(pixels, adapter=adapter, key=keys[0])
-    return self.tower.run(x, adapter=adapter, remat=remat, impl=impl, key=keys[1]).x
+    x = self.tower.embed(pixels, adapter=adapter, key=keys[0], ex=ex)
+    return self.tower.run(x, adapter=adapter, key=keys[1], ex=ex).x
 
   def join(self, states: Float[Array, 'b s t d']) -> Float[Array, 'b m d']:
     """Norm of each level, position of each sub-image, one row of tokens per image."""

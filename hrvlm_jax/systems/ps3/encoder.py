@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hrvlm_jax.core import resample
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, torch_uniform
 from hrvlm_jax.core.module import List, Module, Param, Rngs, scan_layers, stacked
 from hrvlm_jax.core.pixels import normalise
@@ -81,8 +82,9 @@ class Adapter(Module):
       config.depth, rngs=rngs)
     self.out = AdapterBlock(config.hidden, config.out, **make)
 
-  def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... o']:
-    y, _ = scan_layers(self.blocks, self.fc1(x), lambda block, y, _: (y + block(y), None))
+  def __call__(self, x: Float[Array, '... d'], *, ex: Execution = HERE) -> Float[Array, '... o']:
+    y, _ = scan_layers(self.blocks, self.fc1(x), lambda block, y, _: (y + block(y), None),
+                       ex=ex.plain)
     return self.out(y)
 
 
@@ -118,7 +120,7 @@ class Encoder(Module):
 
   def encode_low(
     self, images: Float[Array, 'b H W 3'], *, keep: int = 1, select: bool = True,
-    all_scales: bool = False, dtype=jnp.float32, remat=False, impl: str = 'xla',
+    all_scales: bool = False, ex: Execution = HERE,
   ) -> LowRes:
     """Normalised images -> states, keys and values of the square thumbnail.
 
@@ -129,15 +131,15 @@ class Encoder(Module):
       all_scales: features of the maps that no result depends on, for analyses.
     """
     side, depth = self.config.scales[0], self.config.vision.depth
-    small = resample.bicubic(images, side, side)
-    x = self.tower.embed(small.astype(dtype))
+    small = resample.bicubic(images, side, side, ex=ex)
+    x = self.tower.embed(small.astype(ex.dtype), ex=ex)
     kept = range(depth - min(max(keep, 1), depth), depth)
     layers = self.config.select_layers if select else ()
-    out = self.tower.run(x, taps=sorted({*kept, *layers}), return_kv=True, remat=remat, impl=impl)
+    out = self.tower.run(x, taps=sorted({*kept, *layers}), return_kv=True, ex=ex)
     features = None
     if select:
       features = self.selection.features([out.taps[i] for i in layers], images,
-                                         all_scales=all_scales)
+                                         all_scales=all_scales, ex=ex)
     return LowRes({i: out.taps[i] for i in kept}, out.keys, out.values, features)
 
   def probabilities(
@@ -156,14 +158,14 @@ class Encoder(Module):
       probs = selection.override(probs, target, plan)
     return selection.smooth(probs) if smooth else probs
 
-  def embed_high(self, images, cells, counts, plan: Plan, *, dtype=jnp.float32):
+  def embed_high(self, images, cells, counts, plan: Plan, *, ex: Execution = HERE):
     """Tokens [b t d] of one look before the blocks; `images` from `patches.scaled`."""
     residual = None if self.residual is None else [r[...] for r in self.residual]
-    return embed_cells(self.tower, residual, images, cells, counts, plan, dtype=dtype)
+    return embed_cells(self.tower, residual, images, cells, counts, plan, ex=ex)
 
   def encode_high(
     self, low: LowRes, images: Float[Array, 'b H W 3'], probs: tuple[jax.Array, ...], plan: Plan,
-    *, dtype=jnp.float32, remat=False, impl: str = 'xla', at_once: bool | None = None,
+    *, at_once: bool | None = None, ex: Execution = HERE,
   ) -> Encoded:
     """Looks at the most probable cells and merges all looks with the thumbnail's tokens.
 
@@ -180,13 +182,13 @@ class Encoder(Module):
     if not chosen or not sum(plan.look_tokens):
       none = jnp.zeros((images.shape[0], 0), jnp.int32)
       return Encoded(low.hidden, none, selection.maps_of(none, plan, probs[0].dtype), probs)
-    sized = scaled(images, plan)
+    sized = scaled(images, plan, ex=ex)
 
     def run(tokens, prefix=(low.keys, low.values) if self.config.low_context else None):
-      return self.tower.run(tokens, taps=kept, prefix=prefix, remat=remat, impl=impl).taps
+      return self.tower.run(tokens, taps=kept, prefix=prefix, ex=ex).taps
 
     def look(cells, counts):
-      return run(self.embed_high(sized, cells, counts, plan, dtype=dtype))
+      return run(self.embed_high(sized, cells, counts, plan, ex=ex))
 
     parts: list[dict[int, jax.Array]] = []
     for numbers in _equal_looks(plan):
@@ -196,7 +198,7 @@ class Encoder(Module):
         continue
       stack = jnp.stack([chosen[i] for i in numbers], axis=1)  # [b looks t]
       if at_once:
-        tokens = jax.vmap(lambda c, n=counts: self.embed_high(sized, c, n, plan, dtype=dtype),
+        tokens = jax.vmap(lambda c, n=counts: self.embed_high(sized, c, n, plan, ex=ex),
                           in_axes=1, out_axes=1)(stack)
         taps = run(tokens.reshape(-1, *tokens.shape[2:]))
         taps = {i: x.reshape(tokens.shape[0], -1, x.shape[-1]) for i, x in taps.items()}
@@ -222,24 +224,24 @@ class Encoder(Module):
 
   def encode(
     self, images: Float[Array, 'b H W 3'], plan: Plan, *, prompt=None, target=None,
-    smooth: bool = False, keep: int = 1, dtype=jnp.float32, remat=False, impl: str = 'xla',
+    smooth: bool = False, keep: int = 1, ex: Execution = HERE,
   ) -> Encoded:
     """All three steps; arguments as there."""
-    options = dict(dtype=dtype, remat=remat, impl=impl)
-    low = self.encode_low(images, keep=keep, select=plan.looks > 0, **options)
+    low = self.encode_low(images, keep=keep, select=plan.looks > 0, ex=ex)
     if not plan.looks:
       cells = jnp.zeros((images.shape[0], 0), jnp.int32)
       return Encoded(low.hidden, cells, (), ())
     probs = self.probabilities(low, prompt, plan, target=target, smooth=smooth)
-    return self.encode_high(low, images, probs, plan, **options)
+    return self.encode_high(low, images, probs, plan, ex=ex)
 
-  def head(self, x: Float[Array, 'b n d']) -> Float[Array, 'b n o']:
+  def head(self, x: Float[Array, 'b n d'], *, ex: Execution = HERE) -> Float[Array, 'b n o']:
     """What stands between the blocks and the pool: the final norm, or C-RADIO's adapter."""
     if self.tower.post_norm is not None:
       x = self.tower.post_norm(x)
-    return x if self.adapter is None else self.adapter(x)
+    return x if self.adapter is None else self.adapter(x, ex=ex)
 
-  def pool(self, x: Float[Array, 'b n d'], *, valid=None) -> Float[Array, 'b o']:
+  def pool(self, x: Float[Array, 'b n d'], *, valid=None, ex: Execution = HERE
+           ) -> Float[Array, 'b o']:
     """Attention pool of block outputs.
 
     Args:
@@ -247,10 +249,10 @@ class Encoder(Module):
     """
     if valid is not None:
       valid = jnp.where(valid.any(axis=1, keepdims=True), valid, True)
-    return self.pool_head(self.head(x), valid=valid)
+    return self.pool_head(self.head(x, ex=ex), valid=valid, ex=ex)
 
-  def __call__(self, views: dict[str, jax.Array], *, prompt=None, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, prompt=None, key=None,
+               ex: Execution = HERE) -> VisualTokens:
     """Views of a batch (`views.batch`) -> [b t d], as `config.look` asks.
 
     Args:
@@ -263,8 +265,7 @@ class Encoder(Module):
     plan = make_plan(*pixels.shape[1:3], config, num_looks=ask.looks, num_tokens=ask.tokens,
                      first_scales=ask.first_scales)
     images = normalise(pixels, config.mean, config.std)
-    out = self.encode(images, plan, prompt=prompt, smooth=ask.smooth, dtype=dtype, remat=remat,
-                      impl=impl)
+    out = self.encode(images, plan, prompt=prompt, smooth=ask.smooth, ex=ex)
     flat = out.last.reshape(-1, out.last.shape[-1])
     values = jnp.take(flat, views['index'], axis=0)
     return VisualTokens(values, views['valid'], {'maps': out.maps, 'probs': out.probs})

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.ps3.model import target_maps
@@ -152,12 +153,11 @@ class Features:
 
 def features(
   fn: Functional, params, batch: Mapping[str, Any], config: ContrastiveConfig, *,
-  dtype=jnp.float32, remat=False, impl: str = 'xla',
+  ex: Execution = HERE,
 ) -> Features:
   """The towers' part of `pretrain_losses`, with the same arguments."""
   image, text, out = fn.bind(params)(
-    dict(batch), select_target=config.select_target, pool_target=config.pool_target, dtype=dtype,
-    remat=remat, impl=impl)
+    dict(batch), select_target=config.select_target, pool_target=config.pool_target, ex=ex)
   if batch.get('target') is None:
     return Features(image, text, *(jnp.zeros((), jnp.float32),) * 3)
   targets = whole = target_maps(batch['target'], out.plan)
@@ -192,7 +192,7 @@ def losses_of(found: Features, params, batch: Mapping[str, Any],
 
 def pretrain_losses(
   fn: Functional, params, batch: Mapping[str, Any], config: ContrastiveConfig, *,
-  dtype=jnp.float32, remat=False, impl: str = 'xla',
+  ex: Execution = HERE,
 ) -> dict[str, jax.Array]:
   """The losses of one global batch: contrastive, prior, posterior, total.
 
@@ -203,7 +203,7 @@ def pretrain_losses(
       `image` int [b 1], rows of equal number show the same image; `prior_target` [b h w], what the
       bottom-up selection learns where it is not `target`.
   """
-  found = features(fn, params, batch, config, dtype=dtype, remat=remat, impl=impl)
+  found = features(fn, params, batch, config, ex=ex)
   return losses_of(found, params, batch, config)
 
 
@@ -215,20 +215,19 @@ def _summed(losses: Mapping[str, jax.Array], batch) -> tuple[jax.Array, jax.Arra
 
 
 def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = ContrastiveConfig(),
-              dtype=jnp.float32, remat=False, impl: str = 'xla', key=None,
-              chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
+              key=None, ex: Execution = HERE, chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
   """(total loss times rows, rows), in the form of `training.step`'s objectives.
 
   Contrast is over the rows at hand.
   """
   del key
   config = dataclasses.replace(config, chunk=chunk)
-  return _summed(pretrain_losses(fn, params, batch, config, dtype=dtype, remat=remat, impl=impl),
-                 batch)
+  return _summed(pretrain_losses(fn, params, batch, config, ex=ex), batch)
 
 
 def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
-                config: ContrastiveConfig = ContrastiveConfig(), chunk: int = 1024, **options):
+                config: ContrastiveConfig = ContrastiveConfig(), ex: Execution = HERE,
+                chunk: int = 1024):
   """Value and gradient of `objective` for the large batch, one micro-batch in memory at a time.
 
   Contrast joins all rows, so that losses of micro-batches do not add up. The features of all rows
@@ -244,7 +243,7 @@ def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
     ((total loss times rows, rows), its gradient by trained leaf).
   """
   config = dataclasses.replace(config, chunk=chunk)
-  encode = lambda trained, micro: features(fn, merge(trained), micro, config, **options)
+  encode = lambda trained, micro: features(fn, merge(trained), micro, config, ex=ex)
   _, found = jax.lax.scan(lambda _, micro: (None, encode(trained, micro)), None, batch)
   names = ('tokens', 'counted', 'image')
   rows = {name: _joined(batch[name]) for name in names if batch.get(name) is not None}

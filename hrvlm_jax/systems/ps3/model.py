@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hrvlm_jax.core import resample
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Functional, Module, Param, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -59,9 +60,7 @@ def pooled_images(
   select_target: bool = True,
   pool_target: bool = False,
   is_global: Bool[Array, 'b 1'] | None = None,
-  dtype=jnp.float32,
-  remat=False,
-  impl: str = 'xla',
+  ex: Execution = HERE,
 ) -> Pooled:
   """The pre-training forward: one look of the full budget, pooled.
 
@@ -77,21 +76,20 @@ def pooled_images(
     is_global: rows that return the thumbnail's pooled vector.
   """
   config = encoder.config
-  options = dict(dtype=dtype, remat=remat, impl=impl)
   plan = make_plan(*images.shape[1:3], config, num_looks=1)
-  low = encoder.encode_low(images, **options)
+  low = encoder.encode_low(images, ex=ex)
   prior = encoder.probabilities(low, None, plan)
   posterior = None if prompt is None else encoder.probabilities(low, prompt, plan)
   used = prior if posterior is None else posterior
   if target is not None and select_target:
     used = selection.override(used, target, plan)
-  out = encoder.encode_high(low, images, used, plan, **options)
+  out = encoder.encode_high(low, images, used, plan, ex=ex)
   start = plan.grids[0][0] * plan.grids[0][1]
   valid = None
   if target is not None and pool_target:
     valid = covered(target, out.cells, plan) > 0
-  low_pooled = encoder.pool(out.last[:, :start])
-  high_pooled = encoder.pool(out.last[:, start:], valid=valid)
+  low_pooled = encoder.pool(out.last[:, :start], ex=ex)
+  high_pooled = encoder.pool(out.last[:, start:], valid=valid, ex=ex)
   pooled = high_pooled
   if is_global is not None:
     share = is_global.astype(pooled.dtype)
@@ -124,7 +122,7 @@ class PS3(Module):
 
   def __call__(
     self, batch: dict[str, Any], *, select_target: bool = True, pool_target: bool = True,
-    dtype=jnp.float32, remat=False, impl: str = 'xla',
+    ex: Execution = HERE,
   ) -> tuple[Float[Array, 'b o'], Float[Array, 'b o'], Pooled]:
     """(image features, text features, both of unit length, and the rest).
 
@@ -132,19 +130,18 @@ class PS3(Module):
       batch: pixels uint8 [b H W 3] (or `images`, normalised), tokens int32 [b t], target [b h w]
         (optional), is_global bool [b 1] (optional).
     """
-    options = dict(dtype=dtype, remat=remat, impl=impl)
     images = batch['images'] if 'images' in batch else normalise(
       batch['pixels'], self.config.mean, self.config.std)
-    text = self.text.features(batch['tokens'], **options)
+    text = self.text.features(batch['tokens'], ex=ex)
     out = pooled_images(
       self.vision, images, prompt=self.text.prompt(text), target=batch.get('target'),
       select_target=select_target, pool_target=pool_target, is_global=batch.get('is_global'),
-      **options)
+      ex=ex)
     return unit(out.pooled), text, out
 
-  def prompt(self, tokens, *, dtype=jnp.float32) -> Float[Array, 'b d']:
+  def prompt(self, tokens, *, ex: Execution = HERE) -> Float[Array, 'b d']:
     """Selection prompt of token rows."""
-    return self.text.prompt(self.text.features(tokens, dtype=dtype))
+    return self.text.prompt(self.text.features(tokens, ex=ex))
 
 
 def build(config: PS3Config, *, param_dtype=jnp.float32) -> Functional:

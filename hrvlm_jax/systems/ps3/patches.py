@@ -15,15 +15,16 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 
 from hrvlm_jax.core import resample
-from hrvlm_jax.core.constraints import constrain
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.systems.ps3.plan import Plan, Size
 from hrvlm_jax.vision.vit import ViT
 
 
-def scaled(images: Float[Array, 'b H W c'], plan: Plan) -> list[Float[Array, 'b h w c'] | None]:
+def scaled(images: Float[Array, 'b H W c'], plan: Plan, *, ex: Execution = HERE
+           ) -> list[Float[Array, 'b h w c'] | None]:
   """The images at every high scale that some look uses (None elsewhere); equal sizes are shared."""
-  return [resample.bicubic(images, *size) if used else None
+  return [resample.bicubic(images, *size, ex=ex) if used else None
           for size, used in zip(plan.sizes[1:], plan.deepest, strict=True)]
 
 
@@ -44,7 +45,8 @@ def gather_patches(
 
 
 def positions_at(
-  tower: ViT, grid: Size, rows: Int[Array, 'b k'], cols: Int[Array, 'b k']
+  tower: ViT, grid: Size, rows: Int[Array, 'b k'], cols: Int[Array, 'b k'], *,
+  ex: Execution = HERE,
 ) -> Float[Array, 'b k d']:
   """Rows of `tower.positions(grid)` at given cells, without making that table.
 
@@ -52,16 +54,16 @@ def positions_at(
   two short vectors.
   """
   side, width = tower.config.table_grid, tower.pos_embed.shape[-1]
-  table = constrain('small', wide(tower.pos_embed[...]))
+  table = ex.constrain('small', wide(tower.pos_embed[...]))
   target = max(grid)
   if tower.config.position == 'crop' or target == side:
     return jnp.take(table, rows * side + cols, axis=0)
   weights = jnp.asarray(resample.bicubic_antialias_matrix(side, target), table.dtype)
   down, across = jnp.take(weights, rows, axis=0), jnp.take(weights, cols, axis=0)
   both = (down[..., :, None] * across[..., None, :]).reshape(*rows.shape, side * side)
-  both = constrain('hidden', both)
-  return constrain('hidden', jnp.matmul(both, table.reshape(side * side, width),
-                                        precision='highest'))
+  both = ex.constrain('hidden', both)
+  return ex.constrain('hidden', jnp.matmul(both, table.reshape(side * side, width),
+                                           precision='highest'))
 
 
 def embed_cells(
@@ -72,7 +74,7 @@ def embed_cells(
   counts: Sequence[Sequence[int]],
   plan: Plan,
   *,
-  dtype,
+  ex: Execution = HERE,
 ) -> Float[Array, 'b t d']:
   """Tokens of one look: patch embedding + position + residual, in the order of `cells`.
 
@@ -94,12 +96,12 @@ def embed_cells(
       index = jnp.take_along_axis(cells, jnp.broadcast_to(place, (cells.shape[0], most)), axis=1)
       index = jnp.clip(index - first, 0, plan.cells[i] - 1)
       row, col = index // grid[1], index % grid[1]
-      pixels = gather_patches(images[i], row, col, patch).astype(dtype)
-      where = positions_at(tower, grid, row, col)
+      pixels = gather_patches(images[i], row, col, patch).astype(ex.dtype)
+      where = positions_at(tower, grid, row, col, ex=ex)
       if residuals is not None:
         side = round(residuals[i].shape[0] ** 0.5)
         where = where + jnp.take(wide(residuals[i]), row * side + col, axis=0)
-      parts.append(tower.patch_embed.project(pixels) + where.astype(dtype))
+      parts.append(tower.patch_embed.project(pixels, ex=ex) + where.astype(ex.dtype))
     columns.append(most)
     starts += rows_of[:, i]
     first += plan.cells[i]

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.conv import DepthwiseConv
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   LayerNorm,
   Linear,
@@ -133,16 +134,17 @@ class ShallowConvNet(Module):
                           config.depth, rngs=rngs)
     self.out = torch_linear(config.width, config.out, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, images: Float[Array, 'b H W 3']) -> Float[Array, 'b h w o']:
+  def __call__(self, images: Float[Array, 'b H W 3'], *, ex: Execution = HERE
+               ) -> Float[Array, 'b h w o']:
     """Normalised images of any size, squashed to a square here."""
     side = self.config.input_size
     cells = side // self.config.kernel
-    patches = patchify(resample.bicubic(images, side, side), self.config.kernel)
+    patches = patchify(resample.bicubic(images, side, side, ex=ex), self.config.kernel)
     kernel = self.stem.kernel[...].astype(images.dtype).reshape(-1, self.config.width)
     product = in_order if self.config.width <= NARROW else jnp.matmul
     x = self.norm(product(patches, kernel) + self.stem.bias[...].astype(images.dtype))
     x = x.reshape(x.shape[0], cells, cells, -1)
-    x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x), None))
+    x, _ = scan_layers(self.blocks, x, lambda block, x, _: (block(x), None), ex=ex.plain)
     return self.out(x)
 
 
@@ -180,7 +182,7 @@ class Selection(Module):
 
   def features(
     self, hidden: Sequence[Float[Array, 'b n d']], images: Float[Array, 'b H W 3'], *,
-    all_scales: bool = False,
+    all_scales: bool = False, ex: Execution = HERE,
   ) -> Features:
     """Prompt-independent part, float32 whatever the trunk computes in (half precision would make
     nearly all cells tie).
@@ -192,7 +194,7 @@ class Selection(Module):
     x = wide(jnp.concatenate(hidden, axis=-1))
     low = self.proj(x, columns=scales * self.config.vision.width)
     low = low.reshape(*low.shape[:-1], scales, -1)
-    detail = None if self.saliency is None else self.saliency(wide(images))
+    detail = None if self.saliency is None else self.saliency(wide(images), ex=ex)
     return Features(low, detail)
 
   def cosines(self, features: Features, prompt: Float[Array, 'b d'] | None):

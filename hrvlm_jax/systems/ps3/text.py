@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Embedding, LayerNorm, Linear, normal, wide
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
 from hrvlm_jax.language.captions import CaptionTokenizer
@@ -52,25 +53,24 @@ class TextTower(Module):
     self.projection = Linear(c.width, c.out, kernel_init=normal(c.width**-0.5), **make)
     self.prompt_head = ProjectionHead(c.out, c.prompt_width, c.prompt_width, **make)
 
-  def embeddings(self, ids: Int[Array, 'b t'], *, dtype=jnp.float32) -> Float[Array, 'b t d']:
+  def embeddings(self, ids: Int[Array, 'b t'], *, ex: Execution = HERE) -> Float[Array, 'b t d']:
     """Token plus position."""
-    return self.embed(ids, dtype=dtype) + self.pos_embed[:ids.shape[1]].astype(dtype)
+    return self.embed(ids, dtype=ex.dtype) + self.pos_embed[:ids.shape[1]].astype(ex.dtype)
 
-  def states(self, x: Float[Array, 'b t d'], *, stop: int | None = None, remat=False,
-             impl: str = 'xla') -> Float[Array, 'b t d']:
+  def states(self, x: Float[Array, 'b t d'], *, stop: int | None = None,
+             ex: Execution = HERE) -> Float[Array, 'b t d']:
     """Output of the block before `stop` (the last by default)."""
-    body = lambda block, x, _: (block(x, impl=impl)[0], None)
-    return scan_layers(self.blocks, x, body, stop=stop, remat=remat)[0]
+    body = lambda block, x, _: (block(x, ex=ex)[0], None)
+    return scan_layers(self.blocks, x, body, stop=stop, ex=ex)[0]
 
-  def __call__(self, ids: Int[Array, 'b t'], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla') -> Float[Array, 'b o']:
+  def __call__(self, ids: Int[Array, 'b t'], *, ex: Execution = HERE) -> Float[Array, 'b o']:
     """`pooled_output`: the projected last position, not normalised."""
-    x = self.states(self.embeddings(ids, dtype=dtype), remat=remat, impl=impl)
+    x = self.states(self.embeddings(ids, ex=ex), ex=ex)
     return self.projection(self.norm(x[:, -1]))
 
-  def features(self, ids: Int[Array, 'b t'], **options) -> Float[Array, 'b o']:
+  def features(self, ids: Int[Array, 'b t'], *, ex: Execution = HERE) -> Float[Array, 'b o']:
     """Contrastive features: of unit length, float32."""
-    return unit(self(ids, **options))
+    return unit(self(ids, ex=ex))
 
   def prompt(self, features: Float[Array, 'b o']) -> Float[Array, 'b d']:
     """Unit-length features -> selection prompt in the trunk's width."""

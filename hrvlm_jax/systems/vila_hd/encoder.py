@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.pixels import normalise
@@ -76,18 +77,17 @@ class Encoder(Module):
     self.prompt_head = None if config.prompt_head is None else PromptHead(
       config.prompt_head, config.width, inner, **make)
 
-  def low(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-          impl: str = 'xla') -> Seen:
+  def low(self, views: dict[str, jax.Array], *, ex: Execution = HERE) -> Seen:
     """The low-resolution pass over `pixels` [v S S 3]: bytes, or floats normalised already."""
     config, images = self.config, jnp.asarray(views['pixels'])
     if not jnp.issubdtype(images.dtype, jnp.floating):
       images = normalise(images, config.tower.mean, config.tower.std)
     low = self.ps3.encode_low(images, keep=-config.select_layer, select=config.looks_closer,
-                              dtype=dtype, remat=remat, impl=impl)
+                              ex=ex)
     return Seen(images, low, form.low_tokens(self.projector, low.hidden[config.layer]))
 
   def high(self, seen: Seen, views: dict[str, jax.Array], prompt: Float[Array, 'v c'] | None, *,
-           dtype=jnp.float32, remat=False, impl: str = 'xla') -> High:
+           ex: Execution = HERE) -> High:
     """The high-resolution pass.
 
     Args:
@@ -103,8 +103,7 @@ class Encoder(Module):
     target = None
     if config.select_target:
       target = form.target_maps(views['boxes'], config.side)
-    options = dict(target=target, dtype=dtype, remat=remat, impl=impl)
-    first, *others = [self._look(seen, prompt, choice, **options)
+    first, *others = [self._look(seen, prompt, choice, target, ex)
                       for choice in config.scale_choices]
     for choice, other in zip(config.scale_choices[1:], others):
       # Both kinds of images are encoded both ways: shapes stay static. The original splits the
@@ -114,11 +113,11 @@ class Encoder(Module):
       first = jax.tree.map(pick, first, other)
     return first
 
-  def _look(self, seen: Seen, prompt, first_scales: int | None, *, target, **options) -> High:
+  def _look(self, seen: Seen, prompt, first_scales: int | None, target, ex: Execution) -> High:
     config = self.config
     plan = config.plan(first_scales)
     probs = self.ps3.probabilities(seen.low, prompt, plan, target=target, smooth=config.smooth)
-    out = self.ps3.encode_high(seen.low, seen.images, probs, plan, **options)
+    out = self.ps3.encode_high(seen.low, seen.images, probs, plan, ex=ex)
     features = out.hidden[config.layer]
     maps = tuple(wide(m) for m in out.maps)
     tokens, valid = form.high_tokens(self.projector, features, seen.tokens, maps, config.slots,
@@ -146,8 +145,8 @@ class Encoder(Module):
     wanted = jnp.broadcast_to(prompt[:, None], (*where.shape, prompt.shape[-1]))
     return jnp.zeros((slots + 1, prompt.shape[-1]), prompt.dtype).at[where].set(wanted)[:slots]
 
-  def __call__(self, views: dict[str, jax.Array], *, prompt=None, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, prompt=None, key=None,
+               ex: Execution = HERE) -> VisualTokens:
     """Views of a batch (`views.batch`) -> [b t d] in language width.
 
     Args:
@@ -155,6 +154,5 @@ class Encoder(Module):
       key: unused (the encoder has no dropout).
     """
     del key
-    options = dict(dtype=dtype, remat=remat, impl=impl)
-    seen = self.low(views, **options)
-    return self.arrange(views, seen, self.high(seen, views, prompt, **options))
+    seen = self.low(views, ex=ex)
+    return self.arrange(views, seen, self.high(seen, views, prompt, ex=ex))

@@ -13,7 +13,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.config import Group, OptimizerConfig, TrainingConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 
 # Adam's first moment after one step is (1 - b1) times the gradient: exactly half of it here.
@@ -49,7 +49,7 @@ def train_step(config: ModelConfig, *, objective: str = 'next_token',
     steps=1, batch_size=1, groups=(Group(pattern='.*'),), objective=objective,
     optimizer=OptimizerConfig(learning_rate=0.0, b1=_HALF, clip_norm=None), **options)
   groups = groups_of(settings, fn.abstract)
-  program = compile(make_train_step(fn, settings, groups, 0))
+  program = compile(make_train_step(fn, settings, groups, 0, ex=execution_of(settings)))
 
   def run(params: Any, batch: Any) -> Step:
     state, metrics = program(init_state(settings, groups, params), batch)

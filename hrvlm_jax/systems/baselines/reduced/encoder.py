@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs, layer_at
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems import registry
@@ -41,39 +42,39 @@ class Encoder(Module):
                                                     rngs=rngs)
     self.resampler = _resampler(config, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, **options) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch -> [b m*tokens d]."""
     c = self.config
     own = {name: value for name, value in views.items() if name not in (IMAGE_INDEX, IMAGE_VALID)}
     if c.step.kind == 'visionzip':
-      x = self._zipped(own, dtype, **options)
+      x = self._zipped(own, key, ex)
     else:
-      visual = self.inner(own, dtype=dtype, **options)
-      x = self._reduce(visual)
+      x = self._reduce(self.inner(own, key=key, ex=ex), ex)
     rows, images = views[IMAGE_INDEX].shape
     values = jnp.take(x, views[IMAGE_INDEX], axis=0).reshape(rows, images * c.tokens, -1)
     return VisualTokens(values, jnp.repeat(views[IMAGE_VALID], c.tokens, axis=1))
 
-  def _reduce(self, visual: VisualTokens) -> jax.Array:
+  def _reduce(self, visual: VisualTokens, ex: Execution) -> jax.Array:
     step, x = self.config.step, visual.values
     if isinstance(step, Perceiver):
-      return self.resampler(x[:, None], valid=visual.valid)
+      return self.resampler(x[:, None], valid=visual.valid, ex=ex)
     if isinstance(step, SingleLayer):
-      return self.resampler(x)
+      return self.resampler(x, ex=ex)
     if isinstance(step, Pool):
       return resamplers.pool_grid(x, step.factor)
     assert isinstance(step, ToMe)
     return pruning.tome_reduce(x, step.keep)
 
-  def _zipped(self, views, dtype, *, remat=False, impl: str = 'xla', key=None) -> jax.Array:
+  def _zipped(self, views, key, ex: Execution) -> jax.Array:
     """VisionZip: the scores come from the block whose output is read."""
     c, step = self.config.encoder, self.config.step
     tower, last = self.inner.tower, c.vision.depth + c.layer
-    pixels = normalise(views['pixels'], c.mean, c.std).astype(dtype)
-    x = tower.run(tower.embed(pixels), stop=last, remat=remat, impl=impl, key=key).x
+    pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
+    x = tower.run(tower.embed(pixels, ex=ex), stop=last, key=key, ex=ex).x
     block = layer_at(tower.blocks, last)
-    q, k, _ = block.attn.project(block.norm1(x))
-    x, _, _ = block(x, impl=impl)
+    q, k, _ = block.attn.project(block.norm1(x), ex=ex)
+    x, _, _ = block(x, ex=ex)
     first = c.vision.class_token
     zipped = pruning.visionzip(
       x, pruning.importance(q, k, class_token=first), k.mean(axis=2), dominant=step.dominant,

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 
 Encode = Callable[[jax.Array], jax.Array]
@@ -70,7 +71,7 @@ def square_map(x: Float[Array, 'b n c']) -> Float[Array, 'b h w c']:
 def multi_scale(
   encode: Encode, x: Float[Array, 'b h h c'], sizes: Sequence[int], *, split: int | None = None,
   output: int = 0, prefix: int = 0, tokens: bool = True,
-  trace: dict[str, jax.Array] | None = None,
+  trace: dict[str, jax.Array] | None = None, ex: Execution = HERE,
 ) -> jax.Array:
   """Features of all scales at the resolution of one of them.
 
@@ -95,7 +96,7 @@ def multi_scale(
   maps, means = [], []
   for number, size in enumerate(sizes):
     k = squares_per_side(size, split)
-    resized = wide(x) if size == x.shape[1] else resample.bicubic(wide(x), size, size)
+    resized = wide(x) if size == x.shape[1] else resample.bicubic(wide(x), size, size, ex=ex)
     parts = split_squares(resized.astype(x.dtype), k)
     found = encode(parts)
     for name, value in (('resized', resized), ('split_input', parts), ('encoder_out', found)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.baselines.s2.scaling import dynamic_map, project_blocks
@@ -27,12 +28,12 @@ class Encoder(Module):
     self.projector = BlockProjector(config.projector, config.vision.width * len(config.scales),
                                     config.width, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch -> [b t d]."""
     c = self.config
-    pixels = normalise(views['pixels'], c.mean, c.std).astype(dtype)
-    x = self.tower(pixels, stop=c.vision.depth + 1 + c.layer, remat=remat, impl=impl, key=key)
+    pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
+    x = self.tower(pixels, stop=c.vision.depth + 1 + c.layer, key=key, ex=ex)
     x = x[:, int(c.vision.class_token):]
     branches = [self._branch((rows, columns)) for columns, rows in c.candidates]
     rows, images = views['grid'].shape

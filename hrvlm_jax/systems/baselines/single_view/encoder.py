@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
@@ -19,13 +20,13 @@ class Encoder(Module):
     self.config = config
     self.tower = ViT(config.vision, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, views: dict[str, jax.Array], *, dtype=jnp.float32, remat=False,
-               impl: str = 'xla', key=None) -> VisualTokens:
+  def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
+               ) -> VisualTokens:
     """Views of a batch -> [b m*tokens d]."""
     c = self.config
-    pixels = normalise(views['pixels'], c.mean, c.std).astype(dtype)
+    pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
     stop = c.vision.depth + 1 + c.layer
-    x = self.tower(pixels, stop=stop, remat=remat, impl=impl, key=key)
+    x = self.tower(pixels, stop=stop, key=key, ex=ex)
     x = x[:, int(c.vision.class_token):][:, -c.tokens:]
     rows, images = views['index'].shape
     values = jnp.take(x, views['index'], axis=0).reshape(rows, images * c.tokens, -1)

@@ -1,0 +1,169 @@
+"""What a program is traced for is an argument, and so a part of its key in every cache."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hrvlm_jax.core import attention as attentions
+from hrvlm_jax.core.execution import AXES, HERE, Execution
+from hrvlm_jax.core.layers import Linear
+from hrvlm_jax.core.module import Functional, Module, scan_layers, stacked
+from hrvlm_jax.core.resample import bicubic
+
+REPO = pathlib.Path(__file__).parents[2]
+
+
+def devices(count, platform='tpu', **options):
+  """An execution on so many devices that need not be there."""
+  mesh = jax.sharding.AbstractMesh((count, 1, 1, 1), AXES)
+  return Execution(mesh=mesh, platform=platform, **options)
+
+
+class Tower(Module):
+  def __init__(self, *, rngs):
+    self.blocks = stacked(lambda r: Linear(8, 8, rngs=r), 3, rngs=rngs)
+
+  def __call__(self, x, *, ex=HERE):
+    body = lambda layer, x, _: (jnp.tanh(layer(x, ex=ex)), None)
+    return scan_layers(self.blocks, x.astype(ex.dtype), body, ex=ex)[0]
+
+
+def tower(x, ex):
+  fn = Functional(lambda rngs: Tower(rngs=rngs))
+  params = fn.init(jax.random.key(0))
+  return jax.grad(lambda x: fn.apply(params, x, ex=ex).astype(jnp.float32).sum())(x)
+
+
+def read(x, ex):
+  heads = x.reshape(1, x.shape[0], 2, -1)
+  return attentions.attention(heads, heads, heads, ex=ex)
+
+
+def shrink(x, ex):
+  return bicubic(x[..., None], 3, 3, ex=ex)
+
+
+@pytest.mark.parametrize('fn, other', [
+  (tower, Execution(remat='layers')),
+  (tower, Execution(gradients=True, layers='in_line')),
+  (tower, Execution(dtype='bfloat16')),
+  (read, Execution(attention='heads')),
+  (read, Execution(attention='queries')),
+  (shrink, Execution(platform='tpu')),
+  (shrink, devices(8)),
+])  # fmt: skip
+def test_one_function_under_two_executions_is_two_programs(fn, other):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
+  here = HERE.replace(platform='cpu')
+  run = jax.jit(lambda x, ex: fn(x, ex), static_argnums=1)
+  for _ in range(2):  # the second round compiles nothing
+    one, two = run(x, here), run(x, other)
+    assert run._cache_size() == 2
+  programs = [str(jax.make_jaxpr(fn, static_argnums=1)(x, ex)) for ex in (here, other)]
+  assert programs[0] != programs[1]
+  np.testing.assert_allclose(one, np.asarray(two, np.float32), atol=0.05)
+
+
+def test_equal_executions_share_a_program():
+  run = jax.jit(lambda x, ex: tower(x, ex), static_argnums=1)
+  x = jnp.ones((2, 8))
+  run(x, Execution(remat='dots')), run(x, Execution(remat='dots', dtype=jnp.float32))
+  assert run._cache_size() == 1
+
+
+def test_the_machine_here_unless_told():
+  assert (HERE.on, HERE.devices) == (jax.default_backend(), 1)
+  assert (devices(64).on, devices(64).devices) == ('tpu', 64)
+  assert HERE.one_cpu == (jax.default_backend() == 'cpu')
+  assert not devices(8, 'cpu').one_cpu and not Execution(platform='gpu').one_cpu
+
+
+def test_a_mesh_of_one_device_is_like_none():
+  x = jnp.ones((2, 3, 8))
+  one = jax.sharding.Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1), AXES)
+  for place in ('hidden', 'logits', 'small'):
+    assert Execution(mesh=one).constrain(place, x) is x and HERE.constrain(place, x) is x
+  assert Execution(mesh=one).one_cpu == HERE.one_cpu
+
+
+def test_what_cannot_be_is_refused():
+  for options, message in (
+    (dict(layers='spiral'), "'loop' or 'in_line', got 'spiral'"),
+    (dict(remat='all'), "'none', 'layers' or 'dots', got 'all'"),
+    (dict(platform='abacus'), "'cpu', 'gpu' or 'tpu', got 'abacus'"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      Execution(**options)
+  with pytest.raises(ValueError, match="unknown place 'attic'"):
+    HERE.constrain('attic', jnp.ones(3))
+
+
+def primitives(t, ex):
+  shape = jax.ShapeDtypeStruct((1, t, 2, 64), jnp.float32)
+  run = lambda q, k, v: attentions.attention(q, k, v, ex=ex)
+  return {e.primitive.name for e in jax.make_jaxpr(run)(shape, shape, shape).jaxpr.eqns}
+
+
+def test_attention_for_a_slice_is_one_product(monkeypatch):
+  monkeypatch.setattr(attentions, '_HEADS_FROM', 0)
+  assert 'scan' in primitives(128, devices(1, 'cpu'))  # one head after the other
+  for ex in (devices(8, 'cpu'), devices(64), devices(1)):
+    assert 'scan' not in primitives(128, ex)
+
+
+def test_fused_kernels_that_cannot_be_partitioned_are_for_one_device():
+  q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
+  for count, expected in ((1, 'splash'), (64, 'xla')):
+    assert attentions._choose(q, None, devices(count)) == expected
+
+
+PROGRAM = textwrap.dedent("""
+  import json
+  import jax, jax.numpy as jnp, numpy as np
+  from hrvlm_jax.core.execution import HERE, Execution
+  from hrvlm_jax.parallel.mesh import make_mesh
+
+  meshes = {'data': {'data': 4}, 'sequence': {'data': 2, 'sequence': 2}, 'tensor': {'tensor': 2}}
+  run = jax.jit(lambda x, ex, place: ex.constrain(place, 2 * x), static_argnums=(1, 2))
+  x, found = np.ones((4, 6, 8), np.float32), {}
+  run(x, HERE, 'hidden')
+  for name, sizes in meshes.items():
+    ex = Execution(mesh=make_mesh(sizes))
+    for place in ('hidden', 'logits', 'small'):
+      y = run(x, ex, place)
+      assert (np.asarray(y) == 2).all()
+      found[f'{name} {place}'] = list(y.addressable_shards[0].data.shape)
+    odd = run(np.ones((3, 5, 7), np.float32), ex, 'logits')  # nothing divides: all stays whole
+    found[f'{name} odd'] = list(odd.addressable_shards[0].data.shape)
+  print(json.dumps({'shapes': found, 'programs': run._cache_size()}))
+""")
+
+
+def test_places_lie_over_a_mesh_and_each_mesh_is_a_program():
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '4', 'PYTHONPATH': str(REPO)}
+  env.pop('XLA_FLAGS', None)
+  done = subprocess.run([sys.executable, '-c', PROGRAM], env=env, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  whole, odd = [4, 6, 8], [3, 5, 7]
+  assert found['shapes'] == {
+    'data hidden': [1, 6, 8], 'data logits': [1, 6, 8], 'data small': whole, 'data odd': odd,
+    'sequence hidden': [2, 3, 8], 'sequence logits': [2, 3, 8], 'sequence small': whole,
+    'sequence odd': odd,
+    'tensor hidden': [2, 6, 8], 'tensor logits': [2, 6, 4], 'tensor small': whole,
+    'tensor odd': odd,
+  }
+  assert found['programs'] == 1 + 3 * 4
+
+
+def test_the_package_has_no_context_variables():
+  for path in (REPO / 'hrvlm_jax').rglob('*.py'):
+    assert 'contextvars' not in path.read_text(), path
