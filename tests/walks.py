@@ -30,7 +30,7 @@ from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.step import init_state, make_train_step
+from hrvlm_jax.training.step import execution_of, init_state, make_train_step
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 
@@ -95,7 +95,7 @@ def parameter(system: str) -> list[str]:
       fresh = lambda key: init_state(t, groups, fn.init(key))
       abstract = jax.eval_shape(fresh, jax.random.key(0))
       state = layout.make(fresh, layout.state_shardings(abstract), jax.random.key(0))
-      jax.eval_shape(make_train_step(fn, t, groups, run.seed), state, batch)
+      jax.eval_shape(make_train_step(fn, t, groups, run.seed, ex=execution_of(t, layout.mesh)), state, batch)
       with store.TrainStore(f'{folder}/saved', config=to_dict(run)) as saver:
         saver.save(1, state)
         saver.restore(abstract)
