@@ -36,7 +36,7 @@ from hrvlm_jax.vlm.answer import Answerer
 
 PACKAGE = pathlib.Path(hrvlm_jax.__file__).parent
 # Forms of operations that only a program for one CPU takes.
-CPU_FORMS = ('core/cpu.py', 'core/heap.py')
+CPU_FORMS = ('core/cpu.py',)
 SYSTEMS = ('mc_llava', 'pheye', 'llava_hr', 'vila_hd')
 
 
@@ -95,7 +95,8 @@ def parameter(system: str) -> list[str]:
       fresh = lambda key: init_state(t, groups, fn.init(key))
       abstract = jax.eval_shape(fresh, jax.random.key(0))
       state = layout.make(fresh, layout.state_shardings(abstract), jax.random.key(0))
-      jax.eval_shape(make_train_step(fn, t, groups, run.seed, ex=execution_of(t, layout.mesh)), state, batch)
+      step = make_train_step(fn, t, groups, run.seed, ex=execution_of(t, layout.mesh))
+      jax.eval_shape(step, state, batch)
       with store.TrainStore(f'{folder}/saved', config=to_dict(run)) as saver:
         saver.save(1, state)
         saver.restore(abstract)

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks.harness.ours import Side
 from benchmarks.harness.program import Program
 from benchmarks.ours.vision import images
-from hrvlm_jax.core import heap
+from hrvlm_jax.core import cpu
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, ProjectorConfig
@@ -99,7 +99,7 @@ class TrainStep(Side):
   def load(self):
     """As `hrvlm train` on a CPU (`training.keep_heap`)."""
     if self.options.device == 'cpu':
-      heap.keep_freed()
+      cpu.keep_freed()
     return super().load()
 
   def model(self):

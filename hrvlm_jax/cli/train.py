@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
   import jax
 
-  from hrvlm_jax.core import heap
+  from hrvlm_jax.core import cpu
   from hrvlm_jax.training import determinism, loop, run_config
   from hrvlm_jax.training.config import RunConfig
 
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
     keep = config.training.keep_heap
     if keep or (keep is None and jax.config.jax_platforms == 'cpu'):
-      heap.keep_freed()  # before anything asks for devices
+      cpu.keep_freed()  # before anything asks for devices
     if config.training.deterministic:
       determinism.pin_threads(arguments.workdir)  # before anything asks for devices
     main_process = distributed.is_main()

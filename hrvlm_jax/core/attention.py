@@ -1,4 +1,4 @@
-"""Dot-product attention behind one switch.
+"""Dot-product attention behind one switch, and where the True of a mask stand.
 
 Axis letters: b batch, t queries, s keys, h query heads, k key/value heads, d head width.
 `xla` works everywhere and is the reference of the tests; `cudnn` and `splash` are fused kernels of
@@ -12,18 +12,15 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
+from hrvlm_jax.core import cpu
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.layers import wide_dtype
+from hrvlm_jax.core.layers import MASKED, wide_dtype
 
 IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'auto')
-# Scores above which the 'xla' path on a CPU goes head by head (16 MB in float32).
-_HEADS_FROM = 2**22
 # Scores of one device that the 'xla' path makes at a time (512 MB in float32); more go by queries.
 _AT_A_TIME = 2**27
-# Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
-_MASKED = float(jnp.finfo(jnp.float32).min)
 
 
 def attention(
@@ -63,8 +60,8 @@ def attention(
     return _splash(q, k, v, mask, causal, scale, ex)
   scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
   # One head after the other would gather everything on every device of a mesh.
-  if form == 'heads' or (scores > _HEADS_FROM and ex.one_cpu):
-    return _by_heads(q, k, v, mask, causal, scale)
+  if form == 'heads' or (scores > cpu.HEADS_FROM and ex.one_cpu):
+    return cpu.by_heads(q, k, v, mask, causal, scale)
   # What a device of a mesh holds: batch and heads are spread over all of them.
   pieces = -(-scores // (_AT_A_TIME * ex.devices))
   if form == 'queries' or pieces > 1:
@@ -78,6 +75,25 @@ def _at_once(q, k, v, mask, causal, scale):
   weights = weights.reshape(weights.shape[0], k.shape[2], groups, *weights.shape[2:])
   out = jnp.einsum('bkgts,bskd->btkgd', weights, v)
   return out.reshape(*q.shape[:3], v.shape[-1])
+
+
+def last_true(mask: Bool[Array, 'b t']) -> Int[Array, 'b']:
+  """The position of each row's last True: its last real token. A row without any has the last."""
+  return mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+
+
+def first_true(mask: Bool[Array, 'b m'], size: int) -> tuple[Int[Array, 'b k'], Bool[Array, 'b k']]:
+  """(int32 positions of the first `size` Trues of each row, which of these exist).
+
+  What does not exist has position 0; Trues beyond `size` are dropped.
+  """
+  rows = jnp.arange(mask.shape[0])[:, None]
+  rank = jnp.cumsum(mask, axis=1) - 1
+  slot = jnp.where(mask & (rank < size), rank, size)
+  positions = jnp.broadcast_to(jnp.arange(mask.shape[1], dtype=jnp.int32), mask.shape)
+  index = jnp.zeros((mask.shape[0], size + 1), jnp.int32).at[rows, slot].set(positions)
+  # The last column only collected what is not wanted.
+  return index[:, :size], jnp.arange(size) < mask.sum(axis=1, keepdims=True)
 
 
 def attention_weights(
@@ -101,40 +117,8 @@ def attention_weights(
     triangle = (jnp.arange(s) <= jnp.arange(t)[:, None])[None, None]
     allowed = triangle if mask is None else mask & triangle
   if allowed is not None:
-    scores = jnp.where(allowed, scores, _MASKED)
+    scores = jnp.where(allowed, scores, MASKED)
   return jax.nn.softmax(scores, axis=-1)
-
-
-def _by_heads(q, k, v, mask, causal, scale):
-  """One (batch row, head) after the other; the backward pass makes each head's scores again.
-
-  The product with v is divided by the sum of the weights, so that the scores are read once less.
-  """
-  b, t, heads, width = q.shape
-  s, groups = k.shape[1], heads // k.shape[2]
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [b h t d]
-  triangle = jnp.arange(s) <= jnp.arange(t)[:, None] if causal else None
-
-  @jax.checkpoint
-  def one(number):
-    row, head = number // heads, number % heads
-    pick = lambda x, i, j: jax.lax.dynamic_slice(
-      x, (i, j, 0, 0), (1, 1, *x.shape[2:])).reshape(x.shape[2:])
-    keys, values = pick(k, row, head // groups), pick(v, row, head // groups)
-    scores = scale * jnp.matmul(pick(q, row, head), keys.T,
-                                preferred_element_type=wide_dtype(q.dtype))
-    if mask is not None:
-      allowed = pick(mask, row if mask.shape[0] > 1 else 0, head if mask.shape[1] > 1 else 0)
-      scores = jnp.where(allowed, scores, _MASKED)
-    if triangle is not None:
-      scores = jnp.where(triangle, scores, _MASKED)
-    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    out = jnp.matmul(weights.astype(v.dtype), values, preferred_element_type=total.dtype)
-    return (out / total).astype(v.dtype)
-
-  out = jax.lax.map(one, jnp.arange(b * heads))
-  return jnp.swapaxes(out.reshape(b, heads, t, v.shape[-1]), 1, 2)
 
 
 def _by_queries(q, k, v, mask, causal, scale, *, pieces: int):

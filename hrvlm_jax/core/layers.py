@@ -30,6 +30,18 @@ def wide_dtype(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def unit(x: Float[Array, '... d']) -> Float[Array, '... d']:
+  """Vectors of length one, x / max(|x|, 1e-12), in float32; differentiable at 0."""
+  x = wide(x)
+  square = jnp.square(x).sum(axis=-1, keepdims=True)
+  norm = jnp.sqrt(jnp.where(square > 1e-24, square, 1.0))
+  return x / jnp.where(square > 1e-24, norm, 1e-12)
+
+
+# A score that no query may read. Finite, so that a row without any allowed key gives a uniform
+# softmax instead of NaN.
+MASKED = float(jnp.finfo(jnp.float32).min)
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Adapter = str | tuple[tuple[str, int], ...] | None
 
@@ -378,14 +390,14 @@ class PatchEmbed(Module):
     *,
     bias: bool,
     lora: Sequence[LoRA] = (),
+    kernel_init: Initializer | None = None,
     param_dtype=jnp.float32,
     rngs: Rngs,
   ):
     self.patch = patch
     fan_in = patch * patch * channels
-    self.kernel = Param(
-      normal(fan_in**-0.5)(rngs.params(), (patch, patch, channels, width), param_dtype)
-    )
+    kernel_init = kernel_init or normal(fan_in**-0.5)
+    self.kernel = Param(kernel_init(rngs.params(), (patch, patch, channels, width), param_dtype))
     self.bias = Param(jnp.zeros((width,), param_dtype)) if bias else None
     self.lora = tuple(lora)
     for spec in self.lora:

@@ -32,7 +32,7 @@ from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.training.optimizer import muon
 from hrvlm_jax.training.schedules import learning_rate
-from hrvlm_jax.vlm.prefix import merge
+from hrvlm_jax.vlm.model import merge
 
 NOTHING = -1
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from hrvlm_jax.core.attention import attention, attention_weights
+from hrvlm_jax.core.attention import attention, attention_weights, last_true
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   Embedding,
@@ -301,11 +301,9 @@ class Decoder(Module):
 
   def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
     """float32 logits of final-normed states; padded vocabulary rows are -inf."""
-    c = self.config
     y = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-    if c.rows == c.vocab_size:
-      return y
-    return jnp.where(jnp.arange(c.rows) < c.vocab_size, y, -jnp.inf)
+    rows, known = y.shape[-1], self.config.vocab_size
+    return y if rows == known else jnp.where(jnp.arange(rows) < known, y, -jnp.inf)
 
   def prefill(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, slots: int,
               before=None, extras=None, ex: Execution = HERE):
@@ -315,13 +313,11 @@ class Decoder(Module):
       (float32 logits [b v] after each row's last real token, its final-normed hidden state [b d],
       cache). Rows may be padded on either side.
     """
-    batch, length = valid.shape
     held = isinstance(self.blocks, List)
-    cache = empty_cache(self.config, batch, slots, dtype=embeds.dtype, hold_apart=held)
+    cache = empty_cache(self.config, len(valid), slots, dtype=embeds.dtype, hold_apart=held)
     x, cache = self.layers(embeds, self.context(valid, ex=ex), cache, before=before,
                            extras=extras)
-    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-    hidden = self.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    hidden = self.norm(jnp.take_along_axis(x, last_true(valid)[:, None, None], axis=1)[:, 0])
     return self.logits(hidden), hidden, cache
 
   def extend(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b s'], cache: Cache,

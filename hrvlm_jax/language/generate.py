@@ -1,5 +1,7 @@
 """Batched generation over an explicit cache: one compilation per bucket, none per token.
 
+Sampling, beam search and streaming, over any module with a cache.
+
 Prompts are padded, on either side, to a bucket length; generated tokens take the cache slots after
 the bucket in every row, so rows of different length need no moving. `Generator` works over any
 module that offers `prefill(embeds, valid, slots=, ex=, **extras)` and `step(tokens, valid, cache,
@@ -8,26 +10,93 @@ slot, ex=, **extras)`, as `language.decoder.Decoder` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, unstack
-from hrvlm_jax.language.beam import beam_search
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Decoder
-from hrvlm_jax.language.sampling import Sampling, choose
 
 # Steps of a third to a half: prompts above 64 are padded to at most 1.5 times their length, and a
 # run meets few lengths, each compiled once.
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4608, 6144, 8192)
 _BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """Generation settings.
+
+  Attributes:
+    max_new_tokens: budget of new tokens per row; the stop token counts.
+    stop_ids: a row ends after any of them; the stop token is part of the output.
+    pad_id: fills a row after its stop token.
+    temperature: 0 is greedy.
+    top_k, top_p: 0 and 1 switch them off; applied in this order after the temperature.
+    beams: more than 1 is beam search (greedy only).
+    length_penalty: exponent of the length that divides a beam's score.
+  """
+
+  max_new_tokens: int = 64
+  stop_ids: tuple[int, ...] = ()
+  pad_id: int = 0
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  beams: int = 1
+  length_penalty: float = 1.0
+
+  def __post_init__(self):
+    problems = []
+    if self.max_new_tokens < 1:
+      problems.append(f'max_new_tokens must be at least 1, got {self.max_new_tokens}')
+    if self.temperature < 0:
+      problems.append(f'temperature must not be negative, got {self.temperature}')
+    if not 0 < self.top_p <= 1:
+      problems.append(f'top_p must lie in (0, 1], got {self.top_p}')
+    if self.top_k < 0:
+      problems.append(f'top_k must not be negative, got {self.top_k}')
+    if self.beams < 1:
+      problems.append(f'beams must be at least 1, got {self.beams}')
+    if self.beams > 1 and self.temperature > 0:
+      problems.append('beam search is greedy: set temperature to 0 or beams to 1')
+    if problems:
+      raise ValueError('Sampling: ' + '; '.join(problems))
+
+
+def restrict(logits: Float[Array, 'b v'], sampling: Sampling) -> Float[Array, 'b v']:
+  """Logits after temperature, top-k and top-p; dropped tokens are -inf.
+
+  top-p keeps the smallest set whose probability reaches p, the token that crosses it included.
+  """
+  logits = logits / sampling.temperature
+  if sampling.top_k:
+    k = min(sampling.top_k, logits.shape[-1])
+    threshold = jax.lax.top_k(logits, k)[0][:, -1:]
+    logits = jnp.where(logits < threshold, -jnp.inf, logits)
+  if sampling.top_p < 1:
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+    logits = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
+  return logits
+
+
+def choose(logits: Float[Array, 'b v'], sampling: Sampling, key) -> Int[Array, 'b']:
+  """The next token of every row; the lowest id wins a greedy tie."""
+  if sampling.temperature == 0:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  return jax.random.categorical(key, restrict(logits, sampling)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,3 +290,98 @@ def pad_to_bucket(ids: np.ndarray, valid: np.ndarray, buckets: Sequence[int] = B
   extra = bucket(ids.shape[1], buckets) - ids.shape[1]
   pad = lambda x: np.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
   return pad(ids), pad(valid)
+
+
+@functools.partial(jax.jit, static_argnames=('beams',))
+def _candidates(logits, scores, *, beams):
+  """The 2*beams best (score, beam, token) of every row: logits [b*beams v], scores [b beams]."""
+  logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  total = scores[..., None] + logp.reshape(scores.shape[0], beams, -1)
+  best, index = jax.lax.top_k(total.reshape(scores.shape[0], -1), 2 * beams)
+  return best, index // logp.shape[-1], index % logp.shape[-1]
+
+
+@jax.jit
+def _reorder(cache, rows):
+  return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
+
+
+class _Finished:
+  """The best `size` finished hypotheses of one row."""
+
+  def __init__(self, size: int, penalty: float):
+    self.size, self.penalty = size, penalty
+    self.items: list[tuple[float, list[int]]] = []
+
+  def add(self, tokens: list[int], total: float, length: int):
+    self.items.append((total / length**self.penalty, tokens))
+    self.items.sort(key=lambda item: -item[0])
+    del self.items[self.size:]
+
+  def done(self, best: float, length: int) -> bool:
+    full = len(self.items) == self.size
+    return full and self.items[-1][0] >= best / length**self.penalty
+
+
+def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Sampling, extras):
+  """Beam search from prefilled rows, with Hugging Face's bookkeeping (early_stopping=False).
+
+  Source: `huggingface/transformers: generation/beam_search.py` as described in the Pheye
+  specification, section 5. Scores and candidates are computed on the device; the short lists of
+  hypotheses are kept on the host.
+
+  Args:
+    step: (tokens [b*beams], valid, cache, slot, extras) -> (logits, valid, cache). The module sees
+      rows in the order row * beams + beam; extras stay per row (index them by row // beams).
+    cache: layers held apart, leaves with the batch axis first.
+
+  Returns:
+    (tokens int32 [b n], lengths int32 [b], scores float32 [b]): the best hypothesis of each row; a
+    stop token is appended when there is room, then padding. A score is the sum of
+    log-probabilities over length ** penalty.
+  """
+  batch, beams, budget = logits.shape[0], sampling.beams, sampling.max_new_tokens
+  stops = set(sampling.stop_ids)
+  rows = jnp.repeat(jnp.arange(batch), beams)
+  logits, cache, valid = logits[rows], _reorder(cache, rows), valid[rows]
+  scores = np.full((batch, beams), -1e9, np.float32)
+  scores[:, 0] = 0
+  live: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(batch)]
+  finished = [_Finished(beams, sampling.length_penalty) for _ in range(batch)]
+  done = [False] * batch
+  for length in range(1, budget + 1):
+    best, origin, token = jax.device_get(_candidates(logits, scores, beams=beams))
+    parents = np.repeat(np.arange(batch) * beams, beams).reshape(batch, beams)
+    tokens = np.full((batch, beams), sampling.pad_id, np.int32)
+    for row in range(batch):
+      if done[row]:
+        continue
+      kept: list[tuple[float, int, int]] = []
+      for rank in range(2 * beams):
+        score, beam, tok = float(best[row, rank]), int(origin[row, rank]), int(token[row, rank])
+        if tok in stops:
+          if rank < beams:
+            finished[row].add(live[row][beam] + [tok], score, length)
+        else:
+          kept.append((score, beam, tok))
+        if len(kept) == beams:
+          break
+      live[row] = [live[row][beam] + [tok] for _, beam, tok in kept]
+      scores[row] = [score for score, _, _ in kept]
+      parents[row] = [row * beams + beam for _, beam, _ in kept]
+      tokens[row] = [tok for _, _, tok in kept]
+      done[row] = finished[row].done(float(best[row].max()), length)
+    if all(done) or length == budget:
+      break
+    order = jnp.asarray(parents.reshape(-1))
+    logits, valid, cache = step(jnp.asarray(tokens.reshape(-1)), valid[order],
+                                _reorder(cache, order), start + length - 1, extras)
+  out = np.full((batch, budget), sampling.pad_id, np.int32)
+  lengths, values = np.zeros(batch, np.int32), np.zeros(batch, np.float32)
+  for row in range(batch):
+    if not done[row]:  # the length limit: live beams compete with their own normalised score
+      for score, tokens_ in zip(scores[row], live[row], strict=True):
+        finished[row].add(tokens_, float(score), len(tokens_))
+    values[row], chosen = finished[row].items[0]
+    out[row, :len(chosen)], lengths[row] = chosen, len(chosen)
+  return out, lengths, values

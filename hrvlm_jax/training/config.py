@@ -93,7 +93,7 @@ class TrainingConfig:
       `chunk`.
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
       `training.determinism` for what that is and costs.
-    keep_heap: memory that a step frees stays with the process (`core.heap`; a CPU step is then
+    keep_heap: memory that a step frees stays with the process (`core.cpu`; a CPU step is then
       about a fifth faster). None: where JAX_PLATFORMS is cpu. Acts in `hrvlm train`, before JAX
       is asked for a device.
     profile: first and last step of a window that is traced into `<workdir>/profile`.

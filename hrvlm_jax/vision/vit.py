@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.cpu import few_at_a_time
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   Adapter,
@@ -212,26 +213,6 @@ class AttentionPool(Module):
     return (y + self.mlp(self.norm(y)))[:, 0]
 
 
-# Rows of a matrix product that a CPU's caches hold well: with the 9477 rows of 13 views at once
-# products of these widths ran at 300 GFLOP/s, with up to 2200 rows at 500 (benchmarks/findings.md).
-ROWS_AT_ONCE = 2304
-
-
-def _images_at_once(x: Float[Array, 'n t d'], ex: Execution) -> int:
-  """How many images go through a block together: all, but few on a CPU, where none is trained."""
-  n, tokens = x.shape[:2]
-  if x.ndim != 3 or ex.gradients or not ex.one_cpu:
-    return n
-  return max(min(n, ROWS_AT_ONCE // tokens), 1)
-
-
-def _in_parts(fn, x: Float[Array, 'n t d'], size: int) -> Float[Array, 'n t d']:
-  """fn on `size` images after the other; the last part may be smaller."""
-  whole = x.shape[0] // size * size
-  y = jax.lax.map(fn, x[:whole].reshape(-1, size, *x.shape[1:])).reshape(whole, *x.shape[1:])
-  return y if whole == x.shape[0] else jnp.concatenate([y, fn(x[whole:])])
-
-
 class ViT(Module):
   """Patch embedding, learned positions, scanned pre-norm blocks; norms and pool kept apart."""
 
@@ -301,7 +282,6 @@ class ViT(Module):
     depth = depth_of(self.blocks)
     stop = depth if stop is None else stop
     alone = adapter is None and prefix is None and key is None and not return_kv
-    at_once = _images_at_once(x, ex) if alone else x.shape[0]
     dropout_keys = None if key is None else jax.random.split(key, depth)
 
     # One scan for all blocks: cutting it at the taps would copy the stacked weights of every piece.
@@ -315,8 +295,9 @@ class ViT(Module):
     def body(block, carry, extra):
       x, buffer = carry
       sub, before, slot = extra
-      if at_once < x.shape[0]:
-        x, k, v = _in_parts(lambda part: block(part, ex=ex)[0], x, at_once), None, None
+      k = v = None
+      if alone:
+        x = few_at_a_time(lambda part: block(part, ex=ex)[0], x, ex)
       else:
         x, k, v = block(x, adapter=adapter, prefix=before, key=sub, ex=ex)
       if inner:

@@ -16,9 +16,8 @@ from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import open_image
-from hrvlm_jax.language.generate import Generator, bucket
+from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
-from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from hrvlm_jax.core.attention import attention_weights
+from hrvlm_jax.core.attention import attention_weights, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, depth_of, layer_at
@@ -71,8 +71,7 @@ def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array
   context = decoder.context(valid, ex=ex)
   block = layer_at(decoder.blocks, layer)
   q, k, _ = block.attn.project(block.norm1(x), context.rope, ex=ex)
-  last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
-  one = jnp.take_along_axis(q, last[:, None, None, None], axis=1)
+  one = jnp.take_along_axis(q, last_true(valid)[:, None, None, None], axis=1)
   return attention_weights(one, k, mask=valid[:, None, None])[:, :, 0]
 
 
@@ -129,8 +128,7 @@ class FastVVLM(VLM):
     tail = [*none[:f.layer], *make(slots - less)[f.layer:]]
     x, tail = decoder.layers(x, decoder.context(real, positions=positions, ex=ex), tail,
                              start=f.layer)
-    last = room - 1 - jnp.argmax(real[:, ::-1], axis=1)
-    hidden = decoder.norm(jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0])
+    hidden = decoder.norm(jnp.take_along_axis(x, last_true(real)[:, None, None], axis=1)[:, 0])
     kept = jnp.pad(real, ((0, 0), (0, slots - length)))
     return decoder.logits(hidden), hidden, {'head': [*first, *last_head], 'tail': tail,
                                             'valid': kept}

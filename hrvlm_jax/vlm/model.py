@@ -10,10 +10,11 @@ from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
+from hrvlm_jax.core.layers import Linear, activation, torch_uniform
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.language.decoder import Cache, Decoder
 from hrvlm_jax.systems import registry
@@ -21,12 +22,11 @@ from hrvlm_jax.systems.contract import (
   CrossAttentionFusion,
   ModelConfig,
   PrefixFusion,
+  ProjectorConfig,
   TwoPassFusion,
   VisualTokens,
 )
 from hrvlm_jax.vlm.cross_attention import CrossAttention, Media
-from hrvlm_jax.vlm.prefix import merge, merge_valid
-from hrvlm_jax.vlm.projector import Projector
 
 
 class Batch(TypedDict, total=False):
@@ -46,6 +46,49 @@ class Batch(TypedDict, total=False):
   segments: jax.Array
   positions: jax.Array
   views: dict[str, jax.Array]
+
+
+class Projector(Module):
+  """fc1, activation, fc2, ... : `depth` linear layers, the hidden ones in language width."""
+
+  def __init__(self, config: ProjectorConfig, *, param_dtype=jnp.float32, rngs: Rngs):
+    self.config = config
+    depth = 1 if config.kind == 'linear' else config.depth
+    for index in range(depth):
+      n_in = config.n_in if index == 0 else config.n_out
+      setattr(self, f'fc{index + 1}', Linear(
+        n_in, config.n_out, kernel_init=torch_uniform(n_in), bias_init=torch_uniform(n_in),
+        param_dtype=param_dtype, rngs=rngs))
+    self.depth = depth
+
+  def __call__(self, x: Float[Array, '... i']) -> Float[Array, '... o']:
+    for index in range(self.depth):
+      if index:
+        x = activation(self.config.activation)(x)
+      x = getattr(self, f'fc{index + 1}')(x)
+    return x
+
+
+def merge(
+  text: Float[Array, 'b t d'], visual: VisualTokens, visual_index: Int[Array, 'b t']
+) -> Float[Array, 'b t d']:
+  """Replaces the places with visual_index >= 0 by that visual token of their row.
+
+  Places are decided on the host by index arithmetic, never by looking for zero embeddings (the
+  original's way, which a zero row of the table would break).
+  """
+  index = jnp.clip(visual_index, 0, visual.values.shape[1] - 1)
+  taken = jnp.take_along_axis(visual.values, index[..., None], axis=1)
+  return jnp.where(visual_index[..., None] >= 0, taken.astype(text.dtype), text)
+
+
+def merge_valid(
+  valid: Bool[Array, 'b t'], visual: VisualTokens, visual_index: Int[Array, 'b t']
+) -> Bool[Array, 'b t']:
+  """Drops places whose visual token is padding (counts that are known on the device only)."""
+  index = jnp.clip(visual_index, 0, visual.valid.shape[1] - 1)
+  real = jnp.take_along_axis(visual.valid, index, axis=1)
+  return valid & ((visual_index < 0) | real)
 
 
 class VLM(Module):

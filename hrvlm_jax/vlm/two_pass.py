@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hrvlm_jax.core.compact import first_true
+from hrvlm_jax.core.attention import first_true, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import List, Rngs, without_gradient
@@ -93,7 +93,7 @@ class TwoPassVLM(VLM):
     valid, visual = jnp.asarray(batch['valid']), jnp.asarray(batch['visual_index'])
     length = valid.shape[1]
     place = jnp.arange(length)
-    last = length - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    last = last_true(valid)
     end = jnp.asarray(batch.get('prompt_end', last))[:, None]
     is_high = (visual >= 0) & (visual % self.each >= self.low_tokens)
     pictured = is_high.any(axis=1, keepdims=True)
@@ -211,8 +211,8 @@ class TwoPassVLM(VLM):
       store, old.astype(store.dtype), 0, axis=axis), cache, seen)
     hidden, cache = self.language.extend(
       embeds, jnp.pad(valid, ((0, 0), (0, slots - total))), cache, start, ex=ex)
-    last = embeds.shape[1] - 1 - jnp.argmax(valid[:, start:][:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    last = last_true(valid[:, start:])[:, None, None]
+    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
     return self.logits(hidden), hidden, cache
 
   def step(self, tokens, valid, cache: Cache, slot, *, seen: Cache | None = None,

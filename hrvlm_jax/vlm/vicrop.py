@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.attention import attention
+from hrvlm_jax.core.attention import attention, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import layer_at
@@ -264,7 +264,7 @@ class ViCropAnswerer(Answerer):
     y = attention(q, k, v, mask=context.mask, ex=ex)
     values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     row = jnp.einsum('bht,bthp->bhp', probs, values)
-    last = valid.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    last = last_true(valid)
     rows = jnp.arange(x.shape[0])
     y = block.attn.out(y.at[rows, last].set(row.astype(y.dtype)).reshape(*x.shape[:2], -1),
                        ex=ex)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hrvlm_jax.core import attention as lib
+from hrvlm_jax.core import attention as lib, cpu
 from hrvlm_jax.core.execution import AXES, HERE, Execution
 
 
@@ -123,7 +123,7 @@ def test_scores_beyond_a_devices_share_go_by_queries(monkeypatch):
 
 
 def test_large_inputs_on_a_cpu_keep_one_head_of_scores(monkeypatch):
-  monkeypatch.setattr(lib, '_HEADS_FROM', 10)
+  monkeypatch.setattr(cpu, 'HEADS_FROM', 10)
   q, k, v = inputs(dtype=jnp.bfloat16)
   out = lib.attention(q, k, v)
   assert out.dtype == jnp.bfloat16

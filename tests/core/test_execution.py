@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hrvlm_jax.core import attention as attentions
+from hrvlm_jax.core import attention as attentions, cpu
 from hrvlm_jax.core.execution import AXES, HERE, Execution
 from hrvlm_jax.core.layers import Linear
 from hrvlm_jax.core.module import Functional, Module, scan_layers, stacked
@@ -113,7 +113,7 @@ def primitives(t, ex):
 
 
 def test_attention_for_a_slice_is_one_product(monkeypatch):
-  monkeypatch.setattr(attentions, '_HEADS_FROM', 0)
+  monkeypatch.setattr(cpu, 'HEADS_FROM', 0)
   assert 'scan' in primitives(128, devices(1, 'cpu'))  # one head after the other
   for ex in (devices(8, 'cpu'), devices(64), devices(1)):
     assert 'scan' not in primitives(128, ex)

@@ -10,8 +10,7 @@ import pytest
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language import config as sizes
 from hrvlm_jax.language.decoder import Decoder
-from hrvlm_jax.language.generate import TextGenerator, bucket
-from hrvlm_jax.language.sampling import Sampling, choose, restrict
+from hrvlm_jax.language.generate import Sampling, TextGenerator, bucket, choose, restrict
 
 CONFIG = sizes.qwen2(vocab_size=40, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48)
 PROMPTS = [[3, 7, 9, 11, 2], [5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9]]

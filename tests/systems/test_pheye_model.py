@@ -11,8 +11,7 @@ import pytest
 from hrvlm_jax.core import lora, paths
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.language.generate import Generator
-from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.pheye.config import tiny
 from hrvlm_jax.systems.pheye.encoder import Encoder

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hrvlm_jax.core import cpu
 from hrvlm_jax.core.execution import AXES, Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.vision import vit
@@ -29,17 +30,17 @@ def test_parts_of_images_give_the_same_tokens_and_taps(images_at_once, monkeypat
   compute = lambda ex: jax.jit(run, static_argnums=2)(params, images, ex)
   with jax.default_matmul_precision('highest'):
     whole = compute(Execution(platform='tpu'))
-    monkeypatch.setattr(vit, 'ROWS_AT_ONCE', images_at_once * 16)
+    monkeypatch.setattr(cpu, 'ROWS_AT_ONCE', images_at_once * 16)
     parts = compute(Execution(platform='cpu'))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), whole, parts)
 
 
 def test_only_a_single_cpu_without_gradients_takes_parts():
   x = jnp.zeros((13, 729, 8))
-  cpu = Execution(platform='cpu')
-  assert vit._images_at_once(x, cpu) == 3
-  assert vit._images_at_once(jnp.zeros((2, 4000, 8)), cpu) == 1
-  assert vit._images_at_once(x, cpu.replace(gradients=True)) == 13
+  one = Execution(platform='cpu')
+  assert cpu._images_at_once(x, one) == 3
+  assert cpu._images_at_once(jnp.zeros((2, 4000, 8)), one) == 1
+  assert cpu._images_at_once(x, one.replace(gradients=True)) == 13
   for platform, devices in (('cpu', 8), ('gpu', 1), ('tpu', 256)):
     mesh = jax.sharding.AbstractMesh((devices, 1, 1, 1), AXES)
-    assert vit._images_at_once(x, Execution(platform=platform, mesh=mesh)) == 13
+    assert cpu._images_at_once(x, Execution(platform=platform, mesh=mesh)) == 13

@@ -13,14 +13,8 @@ from jaxtyping import Array, Float
 import numpy as np
 
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.layers import wide
+from hrvlm_jax.core.layers import unit, wide
 from hrvlm_jax.vision.vit import ViT
-
-
-def unit(x: jax.Array) -> jax.Array:
-  """Vectors of length one, float32."""
-  x = wide(x)
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 def rows_of(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -15,17 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hrvlm_jax.core.layers import unit
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.model import covered, target_maps
 from hrvlm_jax.systems.ps3.plan import make_plan
-from hrvlm_jax.systems.ps3.text import unit
 
 WAYS = ('random', 'bottom_up', 'top_down')
 

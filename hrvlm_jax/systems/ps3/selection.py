@@ -29,6 +29,7 @@ from hrvlm_jax.core.layers import (
   normal,
   patchify,
   torch_uniform,
+  unit,
   wide,
 )
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
@@ -204,13 +205,13 @@ class Selection(Module):
     if prompt is None:
       prompt = jnp.broadcast_to(self.prior_prompt[...], (batch, width))
     prompt = wide(prompt)
-    low = jnp.einsum('bnsd,bd->bsn', _unit(features.low), _unit(prompt))
+    low = jnp.einsum('bnsd,bd->bsn', unit(features.low), unit(prompt))
     low = low.reshape(batch, scales, grid, grid)
     if features.detail is None:
       return low, None
     columns = scales * self.config.saliency.out
     asked = first_columns(self.prompt_proj, prompt, columns).reshape(batch, scales, -1)
-    high = jnp.einsum('bhwo,bso->bshw', _unit(features.detail), _unit(asked))
+    high = jnp.einsum('bhwo,bso->bshw', unit(features.detail), unit(asked))
     return low, resample.adaptive_max(high, grid, grid)
 
   def low_probabilities(self, features: Features, prompt=None) -> Float[Array, 'b s g g']:
@@ -223,13 +224,6 @@ class Selection(Module):
     """Probability maps [b rows cols] of every high scale, before any override."""
     first = self.low_probabilities(features, prompt)[:, 0]
     return tuple(resample.nearest(first, *grid) for grid in plan.grids[1:])
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  """x / max(|x|, 1e-12) along the last axis (torch's normalize); differentiable at 0."""
-  square = jnp.square(x).sum(axis=-1, keepdims=True)
-  norm = jnp.sqrt(jnp.where(square > 1e-24, square, 1.0))
-  return x / jnp.where(square > 1e-24, norm, 1e-12)
 
 
 def override(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.layers import Embedding, LayerNorm, Linear, normal, wide
+from hrvlm_jax.core.layers import Embedding, LayerNorm, Linear, normal, unit
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
 from hrvlm_jax.language.captions import CaptionTokenizer
 from hrvlm_jax.language.tokenizer import Tokenizer
@@ -28,12 +28,6 @@ def tokenizer(vocabulary: Tokenizer, config: TextConfig) -> CaptionTokenizer:
     vocabulary: c4_en 32000 (SigLIP) or Gemma 256000 (SigLIP2), or any other for own models.
   """
   return CaptionTokenizer(vocabulary, context_length=config.context, end=1, pad=config.pad)
-
-
-def unit(x: Float[Array, '... d']) -> Float[Array, '... d']:
-  """x / max(|x|, 1e-12), in float32."""
-  x = wide(x)
-  return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class TextTower(Module):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core import resample
-from hrvlm_jax.core.compact import first_true
+from hrvlm_jax.core.attention import first_true
 from hrvlm_jax.systems.ps3.losses import cell_entropy
 from hrvlm_jax.vision.blocks import BlockProjector
 

@@ -25,7 +25,7 @@ from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.vision.vit import ViT, ViTConfig
-from hrvlm_jax.vlm.prefix import merge
+from hrvlm_jax.vlm.model import merge
 from tests.parity.cases.runner import OPERATOR, Case, check
 
 

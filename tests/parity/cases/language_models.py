@@ -14,8 +14,7 @@ from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language import weights
 from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.decoder import Decoder, default_positions, inverse_frequencies, rope_table
-from hrvlm_jax.language.generate import TextGenerator
-from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.language.generate import Sampling, TextGenerator
 from hrvlm_jax.training.losses import token_cross_entropy
 from tests.parity.cases.runner import OPERATOR, Case, check
 

@@ -16,9 +16,8 @@ from hrvlm_jax.core.pixels import normalise, normalise_host
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.chat import encode_prompt, get_template, question
 from hrvlm_jax.language.conversation import SENTINEL, encode_llava, messages_from_llava, prepare
-from hrvlm_jax.language.generate import Generator, bucket
+from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import IGNORE, expand, pad_batch
-from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import tokenizer_from_files
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.llava_hr import views as host

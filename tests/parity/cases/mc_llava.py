@@ -13,15 +13,14 @@ from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise, normalise_host
 from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.decoder import default_positions
-from hrvlm_jax.language.generate import Generator, bucket
-from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava import views as host
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.systems.mc_llava.weights import table, vision_from_hf
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.projector import Projector
+from hrvlm_jax.vlm.model import Projector
 from tests.parity.cases.runner import OPERATOR, Case, check
 from tests.parity.cases.training import train_step
 

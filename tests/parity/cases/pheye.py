@@ -17,8 +17,7 @@ from hrvlm_jax.core.module import Functional, depth_of
 from hrvlm_jax.core.pixels import normalise, normalise_host
 from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
-from hrvlm_jax.language.generate import Generator
-from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.systems.pheye import views as host, weights
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model

@@ -23,9 +23,8 @@ from hrvlm_jax.language.chat import (
 )
 from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.conversation import encode_vila, messages_from_llava
-from hrvlm_jax.language.generate import Generator
+from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.language.prompt import Text, pad_batch
-from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.language.tokenizer import load_tokenizer
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights

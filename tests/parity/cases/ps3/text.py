@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.checkpoint.rows import import_tensors
+from hrvlm_jax.core.layers import unit
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language.captions import CLEANERS
 from hrvlm_jax.systems.ps3 import weights
-from hrvlm_jax.systems.ps3.text import TextTower, unit
+from hrvlm_jax.systems.ps3.text import TextTower
 from tests.parity.cases.ps3.common import waive_notes
 from tests.parity.cases.runner import Case, check
 

@@ -7,8 +7,8 @@ import pytest
 
 PROGRAM = """
 import ctypes, resource, sys
-from hrvlm_jax.core import heap
-kept = sys.argv[1] == 'keep' and heap.keep_freed()
+from hrvlm_jax.core import cpu
+kept = sys.argv[1] == 'keep' and cpu.keep_freed()
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
@@ -44,7 +44,7 @@ def test_freed_memory_is_used_again(mode):
 def test_another_c_library_is_no_error(monkeypatch):
   import ctypes
 
-  from hrvlm_jax.core import heap
+  from hrvlm_jax.core import cpu
 
   monkeypatch.setattr(ctypes, 'CDLL', lambda name: object())
-  assert heap.keep_freed() is False
+  assert cpu.keep_freed() is False
