@@ -21,24 +21,21 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 REPORTS = ROOT / 'docs' / 'plans'
 GIB = 1 << 30
 
-# Name of the report -> arguments of `hrvlm plan`. The global batch is the published one; the
-# published number of micro-batches is that of the original's GPUs. Every micro-batch gathers all
-# parameters anew, so that here there are as few as the memory allows.
+# Name of the report -> arguments of `hrvlm plan`; mesh and micro-batches are the recipe's for these
+# chips. The global batch is the published one.
 CASES = {
-  'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr_7b_stage2.py --topology v5e:16x16 '
-  '--mesh data=8,fsdp=16,tensor=2 --length 2048 --config.training.accumulate=1',
-  'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr_7b_stage2.py --topology v5p:4x4x4 '
-  '--mesh data=4,fsdp=16 --length 2048 --config.training.accumulate=1',
-  'vila_hd_8b_4k_v5e_16x16': '--config configs/vila_hd_8b_4k.py --topology v5e:16x16 '
-  '--mesh data=1,fsdp=64,tensor=4 --image 3780x3780 --config.training.accumulate=8',
-  'vila_hd_8b_4k_v5p_4x4x4': '--config configs/vila_hd_8b_4k.py --topology v5p:4x4x4 '
-  '--mesh data=1,fsdp=64 --image 3780x3780 --config.training.accumulate=4',
-  'mc_llava_3b_v5e_8x8': '--config configs/mc_llava_3b_full.py --topology v5e:8x8 '
-  '--mesh data=1,fsdp=64 --config.training.accumulate=1',
-  'pheye_x2_672_v5e_4x4': '--config configs/pheye_x2_672_stage2.py --topology v5e:4x4 '
-  '--mesh data=1,fsdp=16 --image 672x672 --config.training.accumulate=1',
-  'ps3_4k_v5e_16x16': '--config configs/ps3_4k_pretrain.py --topology v5e:16x16 '
-  '--mesh data=2,fsdp=128',
+  'llava_hr_7b_stage2_v5e_16x16': '--config configs/llava_hr.py:7b,stage2,v5e:16x16 '
+  '--topology v5e:16x16 --length 2048',
+  'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr.py:7b,stage2,v5p:4x4x4 '
+  '--topology v5p:4x4x4 --length 2048',
+  'vila_hd_8b_4k_v5e_16x16': '--config configs/vila_hd.py:4k,sft,v5e:16x16 '
+  '--topology v5e:16x16 --image 3780x3780',
+  'vila_hd_8b_4k_v5p_4x4x4': '--config configs/vila_hd.py:4k,sft,v5p:4x4x4 '
+  '--topology v5p:4x4x4 --image 3780x3780',
+  'mc_llava_3b_v5e_8x8': '--config configs/mc_llava.py:full,one_view,v5e:8x8 --topology v5e:8x8',
+  'pheye_x2_672_v5e_4x4': '--config configs/pheye.py:x2_672,stage2,v5e:4x4 '
+  '--topology v5e:4x4 --image 672x672',
+  'ps3_4k_v5e_16x16': '--config configs/ps3.py:4k,v5e:16x16 --topology v5e:16x16',
 }
 
 

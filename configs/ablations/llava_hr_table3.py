@@ -15,7 +15,7 @@ injects where, what the final concatenation concatenates, f_h as convolution and
 
 import dataclasses
 
-from hrvlm_jax.systems.llava_hr import recipes as llava_hr
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.systems.llava_hr.config import (
   PAPER_ADAPTERS,
   VICUNA_7B,
@@ -23,7 +23,7 @@ from hrvlm_jax.systems.llava_hr.config import (
   LlavaHRConfig,
   model,
 )
-from hrvlm_jax.training import recipes
+from hrvlm_jax.training.recipe import evaluate, words
 from hrvlm_jax.vision.convnext import CONVNEXT_XXL
 from hrvlm_jax.vision.vit import CLIP_L_336
 
@@ -57,9 +57,17 @@ ROWS = {
 }
 
 
-def get_config(row='default'):
-  if row not in ROWS:
-    raise ValueError(f'llava_hr_table3.py:{row} is unknown; known: {sorted(ROWS)}')
-  return recipes.config(model(ROWS[row][0], VICUNA_7B), llava_hr.run('stage2'), seed=42,
-                        init_from='weights/llava_hr_7b_start',
-                        init_allow=llava_hr.FRESH_IN_ABLATIONS)
+# A row starts from the towers and the language model; what joins them is its own, and the
+# ConvNeXt's classifier and CLIP's final norm are never read.
+FRESH = ('projector/.*', 'vision/(adapters|align|resampler)/.*',
+         'vision/(slow/head|fast/post_norm)/.*')
+
+
+def get_config(argument=''):
+  """The recipe of LLaVA-HR's second stage with a row's model."""
+  row, = words(argument, ROWS)
+  config = evaluate('llava_hr:7b,stage2')
+  config.model = to_dict(model(ROWS[row][0], VICUNA_7B))
+  config.training.init_from = 'weights/llava_hr_7b_start'
+  config.training.init_allow = FRESH
+  return config

@@ -13,14 +13,14 @@ Open:     the paper's smaller training set and its steps; the stage is `sft` of 
 
 import dataclasses
 
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.s2.config import S2Config
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3.config import SO400M, siglip
-from hrvlm_jax.systems.vila_hd import recipes as vila_hd
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.training import recipes
+from hrvlm_jax.training.recipe import evaluate, words
 
 VIEW = SO400M.image_size
 HALF = (0.5, 0.5, 0.5)
@@ -67,20 +67,27 @@ ROWS = {
 }
 
 
-def get_config(row='ps3_1512_44'):
-  if row not in ROWS:
-    raise ValueError(f'vila_hd_table1.py:{row} is unknown; known: {sorted(ROWS)}')
+# Never read: the tower's final norm and pooling, the prompt of saliency-guided selection; where all
+# patches are taken nothing learns to select.
+UNREAD = 'vision/tower/(post_norm|pool)/.*'
+UNREAD_SELECTION = (
+  'vision/ps3/(pool_head/.*|tower/(post_norm|pool)/.*|selection/prior_prompt)'
+  '|vision/(prompt_head|ps3/selection)/.*')
+
+
+def get_config(argument=''):
+  """The recipe of VILA-HD's last stage with a row's model."""
+  row, = words(argument, {'ps3_1512_44': None} | ROWS)
   model = ROWS[row][0]
-  recipe = vila_hd.run('vila_hd_table1', 'sft', weights='weights/vila_hd_table1_start')
-  training = dict(init_from='weights/vila_hd_table1_start',
-                  init_allow=('vision/(projector|prompt_head)/.*',))
+  config = evaluate('vila_hd:1_5k,sft')
+  config.model = to_dict(model)
+  config.training.init_from = 'weights/vila_hd_table1_start'
+  config.training.init_allow = ('vision/(projector|prompt_head)/.*',)
   if model.system != 'vila_hd':
-    training |= dict(objective='next_token', groups=(
-      dict(pattern='vision/tower/(post_norm|pool)/.*', frozen=True),
-      dict(pattern='.*', decay=False)))
-    recipe['data']['boxes'] = False
-  elif not model.fusion.selection_weight:
-    training |= dict(groups=(dict(pattern=vila_hd.UNREAD_WITHOUT_SELECTION, frozen=True),
-                             dict(pattern='.*', decay=False)))
-    recipe['data']['boxes'] = False
-  return recipes.config(model, recipe, **training)
+    config.training.objective = 'next_token'
+  if model.system != 'vila_hd' or not model.fusion.selection_weight:
+    unread = UNREAD_SELECTION if model.system == 'vila_hd' else UNREAD
+    config.training.groups = (
+      dict(pattern=unread, frozen=True), dict(pattern='.*', decay=False))
+    config.data.boxes = False
+  return config

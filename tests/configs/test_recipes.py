@@ -6,6 +6,7 @@ Released sizes are checked with shapes alone; nothing is computed and no weight 
 import functools
 import json
 import pathlib
+import re
 import runpy
 
 import jax
@@ -21,37 +22,17 @@ from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
 from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes
 from hrvlm_jax.training.step import execution_of, init_state, value_and_grad
 from hrvlm_jax.vlm import model as vlm
+from tests.configs.golden import RECIPES, load
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
-VILA_STAGES = ('align', 'tower', 'pretrain', 'sft')
-# The names are fixed; PS3's are checked beside their own recipes as well.
-PUBLISHED = (
-  *(f'mc_llava_3b_{stage}.py' for stage in ('projector', 'full', 'lora')),
-  *(f'pheye_x{x}_{side}_stage{n}.py' for x in (4, 2) for side in (448, 672) for n in (1, 2, 3)),
-  'pheye_x4_448_stage1.py:code',
-  *(f'llava_hr_{size}_stage{n}.py' for size in ('7b', 'x_13b') for n in (1, 2)),
-  *(f'vila_hd_8b_{size}.py:{stage}' for size in ('1_5k', '4k') for stage in VILA_STAGES),
-  'vila_hd_8b_1_5k.py:sft,siglip2', 'vila_hd_8b_1_5k.py:sft,cradio_v2')
-
-
-def load(spec):
-  return run_config.load(RunConfig, str(CONFIGS / spec))
-
-
-def every_file():
-  files = {path.name for path in CONFIGS.glob('*.py')}
-  named = {spec.partition(':')[0] for spec in PUBLISHED}
-  return sorted(name for name in files if name not in named and not name.startswith('ps3_'))
-
-
-def test_all_files_are_in_the_list():
-  assert every_file() == []
+# PS3's are checked beside the rest of PS3.
+PUBLISHED = tuple(
+  spec for spec in RECIPES if not spec.startswith('ps3:') and spec.count(':') == 1)
 
 
 def test_every_header_says_how_to_run_it():
@@ -96,34 +77,41 @@ def test_gradients_reach_every_trained_leaf(spec):
 
 
 def test_stages_follow_each_other():
-  """A stage starts where the one before it ends, in the work directory its header names."""
+  """A stage starts where a command of its header ends, for the size the header shows."""
   for spec in PUBLISHED:
     start = load(spec).training.init_from
-    folder, _, name = start.partition('/')
-    assert folder in ('weights', 'runs'), spec
-    if folder == 'runs':
-      before = [s for s in PUBLISHED if name in
-                (s.removesuffix('.py'), s.replace('.py:', '_').partition(',')[0])]
-      assert before, f'{spec} starts from {start}, which no config makes'
+    assert start.partition('/')[0] in ('weights', 'runs'), spec
+    system, _, argument = spec.partition(':')
+    header = runpy.run_path(str(CONFIGS / f'{system}.py'))['__doc__']
+    stages = ''.join(re.findall(r'for stage in (.*); do', header)).split() or ['']
+    made = [(words.replace('$stage', stage), folder.replace('$stage', stage))
+            for words, folder in re.findall(
+              r'hrvlm train --config configs/\w+\.py:(\S+)\s+--workdir (\S+)', header)
+            for stage in stages]
+    assert made and all(load(f'{system}:{words}') for words, _ in made)
+    shown, own = made[0][0].partition(',')[0], argument.partition(',')[0]
+    if start.startswith('runs/'):
+      assert start.replace(own, shown) in [folder for _, folder in made], (
+        f'{spec} starts from {start}, which no command of the header makes')
 
 
 def test_published_numbers():
-  stage = load('pheye_x2_672_stage2.py').training
+  stage = load('pheye:x2_672,stage2').training
   assert (stage.steps, stage.batch_size, stage.optimizer.learning_rate) == (7531, 128, 1e-4)
   assert stage.loss_average == 'tokens' and stage.optimizer.schedule == 'cosine'
-  stage = load('llava_hr_7b_stage2.py').training
+  stage = load('llava_hr:7b,stage2').training
   assert (stage.steps, stage.batch_size, stage.optimizer.learning_rate) == (5198, 128, 2e-5)
-  lora = load('mc_llava_3b_lora.py').model.text.lora[0]
+  lora = load('mc_llava:lora').model.text.lora[0]
   assert (lora.rank, lora.alpha, lora.dropout) == (64, 16.0, 0.05)
-  sft = load('vila_hd_8b_4k.py:sft').training
+  sft = load('vila_hd:4k,sft').training
   assert (sft.batch_size, sft.optimizer.learning_rate, sft.optimizer.clip_norm) == (
     1024, 1.5e-5, 5.0)
 
 
-@pytest.mark.parametrize('name, counts', [('pheye_x4_448', 295_136_192), ('pheye_x2_672', None)])
+@pytest.mark.parametrize('name, counts', [('x4_448', 295_136_192), ('x2_672', None)])
 def test_the_first_adapter_trains_as_the_paper_or_as_the_code(name, counts):
   """Trained parameters without the first set: the paper's own number."""
-  code, paper = (load(f'{name}_stage1.py{arg}') for arg in (':code', ''))
+  code, paper = (load(f'pheye:{name},stage1,{word}') for word in ('code', 'paper'))
   size = {}
   for key, config in (('code', code), ('paper', paper)):
     flat = paths.flatten(vlm.build(config.model).abstract)

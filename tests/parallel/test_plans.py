@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from hrvlm_jax.parallel import rules
-from hrvlm_jax.parallel.mesh import AXES, MeshConfig, batch_shards
+from hrvlm_jax.parallel.mesh import AXES, batch_shards
 from hrvlm_jax.parallel.topology import parse
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
@@ -41,9 +41,8 @@ def parts(arguments):
                if word.startswith('--config.')]  # fmt: skip
   config = run_config.load(RunConfig, str(REPO / option('--config')),
                            [tuple(pair) for pair in overrides])  # fmt: skip
-  sizes = dict(part.split('=') for part in option('--mesh').split(','))
-  topology = parse(option('--topology'))
-  mesh = MeshConfig(**{axis: int(n) for axis, n in sizes.items()}).resolve(topology.devices)
+  assert option('--config').endswith(option('--topology'))  # the recipe's own mesh for these chips
+  mesh = config.mesh.resolve(parse(option('--topology')).devices)
   return config, jax.sharding.AbstractMesh(tuple(mesh.shape.values()), AXES)
 
 

@@ -9,7 +9,6 @@ import pytest
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.llava_hr.encoder import Encoder
-from hrvlm_jax.systems.llava_hr.recipes import UNREAD
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 
@@ -21,15 +20,15 @@ TOKENS = {
     'default', 'fast_none', 'fast_vit_g', 'slow_none', 'slow_convnext_xxl',
     'direction_low_to_high', 'fusion_concat', 'struct_conv_conv', 'struct_conv_mlp',
     'gate_sigmoid', 'gate_hsigmoid', 'gate_vector', 'paper'), 576),
-  **{f'llava_hr_{size}_stage{stage}.py': {None: tokens}
-     for size in ('7b', 'x_13b') for stage, tokens in ((1, 576), (2, 1024))},
+  'llava_hr.py': {f'{size},stage{stage}': tokens for size in ('7b', 'x_13b')
+                  for stage, tokens in ((1, 576), (2, 1024))},
 }
 
 
 @pytest.mark.parametrize('file,row', [(f, row) for f, rows in TOKENS.items() for row in rows])
 def test_rows_are_run_configs(file, row):
-  stage1 = file.endswith('stage1.py')
-  config = run_config.load(RunConfig, f'{CONFIGS / file}' + ('' if row is None else f':{row}'))
+  stage1 = row.endswith('stage1')
+  config = run_config.load(RunConfig, f'{CONFIGS / file}:{row}')
   encoder = config.model.encoder
   assert encoder.tokens == TOKENS[file][row]
   assert config.model.projector.n_in == encoder.width
@@ -37,7 +36,7 @@ def test_rows_are_run_configs(file, row):
   names = [f'vision/{path}' for path in paths.flatten(fn.abstract)]
   rules = [(group.pattern, not group.frozen) for group in config.training.groups]
   trained = {n for n, on in paths.match_rules(rules, names, what='group').items() if on}
-  unread = {n for n in names if re.fullmatch(UNREAD, n)}
+  unread = {n for n in names if re.fullmatch(config.training.groups[0].pattern, n)}
   if stage1:
     assert trained == {n for n in names if n.startswith('vision/align/')}
   else:

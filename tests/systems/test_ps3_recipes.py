@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import runpy
 
 import jax
 from jax.sharding import AbstractMesh
@@ -12,25 +11,23 @@ import pytest
 from hrvlm_jax.core import paths
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
-from hrvlm_jax.systems.ps3 import recipes, weights
+from hrvlm_jax.systems.ps3 import weights
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of, schedule
 from hrvlm_jax.training.step import AFTER_UPDATE, init_state
 from hrvlm_jax.vlm import model as vlm
 
-CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'
 
 
 def load(spec):
-  return run_config.load(RunConfig, str(CONFIGS / spec))
+  return run_config.load(RunConfig, f'ps3:{spec}')
 
 
 @pytest.mark.parametrize('spec, steps, batch', [
-  ('ps3_1_5k_pretrain.py', 18_600, 4096), ('ps3_4k_pretrain.py', 18_600, 4096),
-  ('ps3_4k_pretrain.py:script', 293_100, 256), ('ps3_1_5k_pretrain.py:released,siglip2', 18_600,
-                                                4096)])
+  ('1_5k', 18_600, 4096), ('4k', 18_600, 4096), ('4k,script', 293_100, 256),
+  ('1_5k,released,siglip2', 18_600, 4096)])
 def test_published_numbers(spec, steps, batch):
   config = load(spec)
   t, o = config.training, config.training.optimizer
@@ -48,11 +45,10 @@ def test_published_numbers(spec, steps, batch):
 
 
 def test_steps_of_an_epoch():
-  assert recipes.epoch_steps(256) == 3908 and recipes.epoch_steps(4096) == 248
-  with pytest.raises(ValueError, match='batch must be one of'):
-    recipes.run('4k', batch='huge')
-  with pytest.raises(ValueError, match="size must be '1_5k' or '4k'"):
-    recipes.run('2k')
+  """As the original's loader counts: whole batches for every one of its 4 workers."""
+  for words, batch in (('4k', 4096), ('4k,script', 256)):
+    batches = -(-1_000_000 // batch)
+    assert load(words).training.steps == 75 * 4 * -(-batches // 4)
 
 
 @pytest.mark.parametrize('name', ['ps3_4k_siglip', 'ps3_1_5k_cradio_v2_l'])
@@ -60,7 +56,7 @@ def test_the_same_tensors_are_decayed_as_in_the_original(name):
   """By the original's rule over its own names and shapes, through the name table."""
   lists = [json.loads((KEYS / f'{name}.{part}.json').read_text()) for part in ('vision', 'text')]
   config = weights.vision_from_hf(lists[0]['config'], text=weights.text_from_hf(lists[1]['config']))
-  spec = load('ps3_4k_pretrain.py')
+  spec = load('4k')
   fn = vlm.build(spec.model.__class__(system='ps3', encoder=config, text=None, image_token=None))
   groups = groups_of(spec.training, fn.abstract)
   shapes = lists[0]['tensors'] | lists[1]['tensors'] | {'logit_scale': [], 'logit_bias': []}
@@ -74,7 +70,7 @@ def test_the_same_tensors_are_decayed_as_in_the_original(name):
 
 
 def test_the_state_of_the_4k_model_builds_trains_whole_and_is_cut_over_devices():
-  config = load('ps3_4k_pretrain.py')
+  config = load('4k')
   fn = vlm.build(config.model)
   groups = groups_of(config.training, fn.abstract)
   state = jax.eval_shape(lambda p: init_state(config.training, groups, p), fn.abstract)
@@ -87,12 +83,3 @@ def test_the_state_of_the_4k_model_builds_trains_whole_and_is_cut_over_devices()
   flat = paths.flatten(state['params'])
   assert [path for path, place in shardings.items()
           if place.is_fully_replicated and int(np.prod(flat[path].shape)) > 2**20] == []
-
-
-def test_headers_and_arguments():
-  for size in ('1_5k', '4k'):
-    words = runpy.run_path(str(CONFIGS / f'ps3_{size}_pretrain.py'))['__doc__']
-    for word in ('Command:', 'Hardware:', 'Time:', 'Expected:', f'configs/ps3_{size}_pretrain.py'):
-      assert word in words
-  with pytest.raises(Exception, match='batch must be one of'):
-    load('ps3_4k_pretrain.py:huge')

@@ -216,12 +216,6 @@ RELEASED = {
     dataclasses.replace(_STAGE_1, slow=CONVNEXT_XXL), VICUNA_13B, chat='plain'),
 }
 
-# Which parameters a stage trains: ordered rules over paths, the first that matches decides.
-TRAINABLE = {
-  'stage1': (('projector/.*|vision/align/.*', True), ('.*', False)),
-  'stage2': (('.*', True),),
-}
-
 # Weights the ConvNeXt starts from. The original's flag names a plain CLIP tower, but timm then
 # loads the architecture's default tag, which was fine-tuned on ImageNet: 'released' is what the
 # released models started from, 'flag' what paper and flag say.
