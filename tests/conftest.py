@@ -30,6 +30,24 @@ import pytest  # noqa: E402
 SKIP_MARKS = ('gpu', 'tpu', 'peers', 'gcloud')
 
 
+# What runs in under two minutes on two cores and touches every room: `pytest -m fast`, before each
+# commit. Folders and files below tests/.
+FAST = (
+  'test_house.py', 'lint', 'packaging/test_ruff.py', 'packaging/test_levels.py', 'core',
+  'vision/test_vit.py', 'language/test_tokenizer.py', 'language/test_conversation.py',
+  'language/test_chat.py', 'language/test_prompt.py', 'language/test_bpe.py',
+  'data/test_transforms.py', 'data/test_sources.py', 'data/test_packing.py', 'data/test_order.py',
+  'data/test_checks.py', 'checkpoint/test_hf.py', 'checkpoint/test_rows.py', 'evaluation/metrics',
+  'evaluation/test_samples.py', 'evaluation/test_bad_files.py', 'evaluation/test_runner.py',
+  'cli/test_main.py', 'cli/test_arguments.py',
+)
+
+
+def pytest_addoption(parser):
+  parser.addoption('--full', metavar='PART',
+                   help='the tests marked full(PART) and no others (scripts/test_full.sh)')
+
+
 MEMORY = 3 << 30  # of one worker, in bytes, before compiled programs are dropped
 
 
@@ -60,7 +78,17 @@ def _missing(mark: str) -> str | None:
   return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+  part, kept, left = config.getoption('--full'), [], []
+  for item in items:
+    mark = item.get_closest_marker('full')
+    (kept if part == (mark and mark.args[0]) else left).append(item)
+    place = item.path.relative_to(ROOT / 'tests').as_posix()
+    if any(place == name or place.startswith(f'{name}/') for name in FAST):
+      item.add_marker(pytest.mark.fast)
+  if left:
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
   reasons: dict[str, str | None] = {}
   for item in items:
     for mark in SKIP_MARKS:

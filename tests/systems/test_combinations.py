@@ -18,6 +18,7 @@ from hrvlm_jax.systems.contract import (
   TwoPassFusion,
 )
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 SIZES = dict(vocab_size=264, width=128, depth=2, heads=4, mlp_width=128, max_positions=512)
 TEXTS = {
@@ -39,7 +40,7 @@ def width_of(name):
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('text', sorted(TEXTS))
+@pytest.mark.parametrize('text', levels.rows('systems', sorted(TEXTS), first=['qwen2']))
 def test_every_encoder_joins_every_language_model(name, text):
   """By prefix (through a projector where the widths differ) and by cross-attention."""
   system, decoder = registry.get(name), TEXTS[text]

@@ -187,6 +187,26 @@ class Collector:
       return None
     raise UserError(f'{self.benchmark}: {self.folder} lacks {" or ".join(names)}')
 
+  def listed(self, path: Path, key: str | None = None) -> Iterator[tuple[str, dict]]:
+    """`rows` of a JSON file, or of one key of it."""
+    if key is None:
+      return self.rows(read_json(path), path.name)
+    return self.rows(self.section(path, key), f'{path.name}:{key}')
+
+  def each(self, rows: Iterable[tuple[str, dict]], **kinds: type | tuple | None
+           ) -> Iterator[tuple]:
+    """(place, row, value of each key) of the rows that have them all; a problem for any other.
+
+    Args:
+      kinds: key -> type (`get`); None: the split hides it, its value is None.
+    """
+    for where, row in rows:
+      values = [None if kind is None else self.get(row, key, where, kind)
+                for key, kind in kinds.items()]
+      if all(value is not None or kind is None
+             for value, kind in zip(values, kinds.values())):
+        yield where, row, *values
+
   def section(self, path: Path, key: str) -> Any:
     """The list under one key of a JSON file.
 

@@ -31,13 +31,10 @@ def _nocaps(folder: Path, split: str) -> Samples:
                 else 'nocaps_test_image_info.json')
   captions: dict[int, list[str]] = {}
   if split == 'val':
-    for where, row in c.rows(c.section(path, 'annotations'), f'{path.name}:annotations'):
+    for where, row in c.listed(path, 'annotations'):
       number, text = c.get(row, 'image_id', where, int), c.get(row, 'caption', where)
       captions.setdefault(number, []).append(text or '')
-  for where, row in c.rows(c.section(path, 'images'), f'{path.name}:images'):
-    number, name = c.get(row, 'id', where, int), c.get(row, 'file_name', where)
-    if number is None or name is None:
-      continue
+  for where, row, number, name in c.each(c.listed(path, 'images'), id=int, file_name=str):
     answers = tuple(captions.get(number, ())) if split == 'val' else None
     picture = first_image(folder / 'images' / name, folder / split / name)
     c.add(_caption(str(number), picture, answers, category=str(row.get('domain', '')),
@@ -49,11 +46,8 @@ def _textcaps(folder: Path, split: str) -> Samples:
   c = Collector('textcaps', folder)
   path = c.find(f'TextCaps_0.1_{split}.json')
   seen: dict[str, tuple] = {}
-  for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
-    image = c.get(row, 'image_id', where)
-    found = None if split == 'test' else c.get(row, 'reference_strs', where, list)
-    if image is None or (found is None and split != 'test'):
-      continue
+  for where, _, image, found in c.each(
+      c.listed(path, 'data'), image_id=str, reference_strs=None if split == 'test' else list):
     references = None if found is None else tuple(map(str, found))
     if image in seen:  # the file repeats an image once for each of its captions
       if seen[image] != references:
@@ -69,11 +63,10 @@ def _textcaps(folder: Path, split: str) -> Samples:
 def _docci(folder: Path, split: str) -> Samples:
   c = Collector('docci', folder)
   path = c.find('docci_descriptions.jsonlines')
-  for where, row in read_json_lines(path, c.problems):
-    part, name = c.get(row, 'split', where), c.get(row, 'image_file', where)
-    text = c.get(row, 'description', where)
-    number = c.get(row, 'example_id', where)
-    if None not in (part, name, text, number) and part == split:
+  for where, _, part, name, text, number in c.each(
+      read_json_lines(path, c.problems), split=str, image_file=str, description=str,
+      example_id=str):
+    if part == split:
       picture = first_image(folder / 'images' / name)
       c.add(_caption(number, picture, (text,), image_id=number), where)
   return c.finish()

@@ -34,31 +34,30 @@ from hrvlm_jax.evaluation.metrics import choice, exact
 def _scienceqa(folder: Path, split: str) -> Samples:
   c = Collector('scienceqa', folder)
   path = c.find('problems.json', 'data/scienceqa/problems.json')
-  rows = c.rows(read_json(path), path.name)
-  problems = {where[len(path.name) + 1:-1]: row for where, row in rows}
+  problems = {where[len(path.name) + 1:-1]: row for where, row in c.listed(path)}
   splits = c.find('pid_splits.json', 'data/scienceqa/pid_splits.json')
   part, images_only = split.removesuffix('_img'), split.endswith('_img')
+  wanted = []
   for number in c.section(splits, part):
     where = f'problems.json[{number}]'
     row = problems.get(str(number))
     if row is None:
       c.problems.append(f'{splits.name}: problem {number} is not in problems.json')
       continue
-    if images_only and not row.get('image'):
-      continue
-    question = c.get(row, 'question', where)
-    options, answer = c.get(row, 'choices', where, list), c.get(row, 'answer', where, int)
-    if None in (question, options, answer):
-      continue
+    if not images_only or row.get('image'):
+      wanted.append((where, row))
+  for where, row, question, options, answer in c.each(
+      wanted, question=str, choices=list, answer=int):
+    number = where[len('problems.json['):-1]
     if not 0 <= answer < len(options):
       c.problems.append(f'{where}: answer {answer} is not one of {len(options)} choices')
       continue
     pictures = ()
     if name := row.get('image'):
       roots = (folder / 'images' / part, folder / part)
-      pictures = (first_image(*(root / str(number) / name for root in roots)),)
+      pictures = (first_image(*(root / number / name for root in roots)),)
     hint = str(row.get('hint') or '').strip()
-    c.add(Sample(str(number), pictures, question, (choice.letters(len(options))[answer],),
+    c.add(Sample(number, pictures, question, (choice.letters(len(options))[answer],),
                  choices=tuple(map(str, options)), category=str(row.get('subject', '')),
                  fields={'hint': f'Context: {hint}\n' if hint else ''}), where)
   return c.finish()
@@ -85,15 +84,11 @@ def _seed(folder: Path, split: str) -> Samples:
   c = Collector('seed', folder)
   path = c.find('SEED-Bench.json')
   kinds = {number: name for name, number in c.section(path, 'question_type').items()}
-  for where, row in c.rows(c.section(path, 'questions'), f'{path.name}:questions'):
-    kind = c.get(row, 'data_type', where)
-    if split != 'all' and kind != split:
-      continue
-    number, question = c.get(row, 'question_id', where), c.get(row, 'question', where)
-    data, answer = c.get(row, 'data_id', where), c.get(row, 'answer', where)
-    options = [c.get(row, f'choice_{letter}', where) for letter in 'abcd']
-    if None in (number, question, data, answer, *options):
-      continue
+  rows = [(where, row) for where, row in c.listed(path, 'questions')
+          if split in ('all', row.get('data_type', split))]
+  for where, row, kind, number, question, data, answer, *options in c.each(
+      rows, data_type=str, question_id=str, question=str, data_id=str, answer=str,
+      choice_a=str, choice_b=str, choice_c=str, choice_d=str):
     if answer not in 'ABCD':
       c.problems.append(f'{where}: answer is {answer!r}, expected A, B, C or D')
       continue
@@ -164,11 +159,9 @@ def _realworldqa(folder: Path, split: str) -> Samples:
     c.find('test-*.parquet', 'data/test-*.parquet')
     files = sorted(folder.glob('test-*.parquet')) or sorted(folder.glob('data/test-*.parquet'))
     rows = read_parquet(files)
-  for number, (where, row) in enumerate(rows):
-    question, answer = c.get(row, 'question', where), c.get(row, 'answer', where)
+  for number, (where, row, question, answer) in enumerate(
+      c.each(rows, question=str, answer=str)):
     image = row.get('image')
-    if question is None or answer is None:
-      continue
     if image is None:
       c.problems.append(f'{where}: has no image')
       continue
@@ -199,10 +192,10 @@ def _mmmu_pro(folder: Path, split: str) -> Samples:
   for part in ('standard', 'vision') if split == 'both' else (split,):
     first = c.find(*_MMMU_FILES[part])
     pattern = next(p for p in _MMMU_FILES[part] if first in set(folder.glob(p)))
-    for where, row in read_parquet(sorted(folder.glob(pattern))):
-      number, answer = c.get(row, 'id', where), c.get(row, 'answer', where)
+    for where, row, number, answer in c.each(
+        read_parquet(sorted(folder.glob(pattern))), id=str, answer=str):
       options = _options(c, row, where)
-      if None in (number, answer, options):
+      if options is None:
         continue
       question, pictures = '', [row.get('image')]
       if part == 'standard':

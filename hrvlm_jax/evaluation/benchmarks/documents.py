@@ -11,7 +11,6 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Scores,
     Submission,
     first_image,
-    read_json,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import mean_score, references
 from hrvlm_jax.evaluation.metrics import anls, ocrbench
@@ -22,12 +21,9 @@ def _rrc(name: str, patterns: tuple[str, ...], picture: str, folders: tuple[str,
   def read(folder: Path, split: str) -> Samples:
     c = Collector(name, folder)
     path = c.find(*(pattern.format(split=split) for pattern in patterns))
-    for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
-      number, question = c.get(row, 'questionId', where, int), c.get(row, 'question', where)
-      image = c.get(row, picture, where)
-      answers = None if split == 'test' else c.get(row, 'answers', where, list)
-      if None in (number, question, image) or (answers is None and split != 'test'):
-        continue
+    for where, row, number, question, image, answers in c.each(
+        c.listed(path, 'data'), questionId=int, question=str,
+        **{picture: str, 'answers': None if split == 'test' else list}):
       source = first_image(*(folder / name / image for name in folders))
       kinds = row.get('question_types') or row.get('answer_type') or []
       c.add(Sample(str(number), (source,), question, answers and tuple(map(str, answers)),
@@ -47,12 +43,9 @@ _ANLS = mean_score(anls_lmms=references(anls.anls_lmms), anls_strict=references(
 def _ocrbench(folder: Path, split: str) -> Samples:
   c = Collector('ocrbench', folder)
   path = c.find('OCRBench.json', 'OCRBench/OCRBench.json')
-  for where, row in c.rows(read_json(path), path.name):
-    image, question = c.get(row, 'image_path', where), c.get(row, 'question', where)
-    answers, kind = c.get(row, 'answers', where, (list, str, int)), c.get(row, 'type', where)
-    source = c.get(row, 'dataset_name', where)
-    if None in (image, question, answers, kind, source):
-      continue
+  for where, row, image, question, answers, kind, source in c.each(
+      c.listed(path), image_path=str, question=str, answers=(list, str, int), type=str,
+      dataset_name=str):
     if kind not in ocrbench.PARTS:
       c.problems.append(f'{where}: unknown type {kind!r}; known: {", ".join(ocrbench.PARTS)}')
       continue

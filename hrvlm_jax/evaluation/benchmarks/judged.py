@@ -13,7 +13,6 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Scores,
     Submission,
     first_image,
-    read_json,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import percent
 from hrvlm_jax.evaluation.benchmarks.tables import read_parquet
@@ -25,12 +24,9 @@ MMVET_CAPABILITIES = ('rec', 'ocr', 'know', 'gen', 'spat', 'math')
 def _mmvet(folder: Path, split: str) -> Samples:
   c = Collector('mmvet', folder)
   path = c.find('mm-vet.json')
-  for where, row in c.rows(read_json(path), path.name):
+  for where, row, image, question, skills in c.each(
+      c.listed(path), imagename=str, question=str, capability=list):
     number = where[len(path.name) + 1:-1]
-    image, question = c.get(row, 'imagename', where), c.get(row, 'question', where)
-    skills = c.get(row, 'capability', where, list)
-    if None in (image, question, skills):
-      continue
     c.add(Sample(number, (first_image(folder / 'images' / image),), question, None,
                  category=', '.join(sorted(map(str, skills))),
                  meta={'capability': skills, 'answer': row.get('answer', '')}), where)
@@ -74,17 +70,12 @@ def _mathvista(folder: Path, split: str) -> Samples:
   c = Collector('mathvista', folder)
   path = c.find(f'{split}.json', f'annot_{split}.json', f'{split}-*.parquet',
                 f'data/{split}-*.parquet')
-  if path.suffix == '.json':
-    rows = list(c.rows(read_json(path), path.name))
-  else:
-    rows = list(read_parquet(sorted(path.parent.glob(f'{split}-*.parquet'))))
-  for where, row in rows:
-    number, question = c.get(row, 'pid', where), c.get(row, 'question', where)
-    kind, form = c.get(row, 'question_type', where), c.get(row, 'answer_type', where)
+  rows = c.listed(path) if path.suffix == '.json' else read_parquet(
+    sorted(path.parent.glob(f'{split}-*.parquet')))
+  for where, row, number, question, kind, form, answer in c.each(
+      rows, pid=str, question=str, question_type=str, answer_type=str,
+      answer=None if split == 'test' else str):
     image = row.get('decoded_image') or row.get('image')
-    answer = None if split == 'test' else c.get(row, 'answer', where)
-    if None in (number, question, kind, form) or (answer is None and split != 'test'):
-      continue
     if image is None:
       c.problems.append(f'{where}: has no image')
       continue

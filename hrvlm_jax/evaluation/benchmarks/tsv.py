@@ -24,14 +24,11 @@ FOUR_K_PRO_CATEGORIES = ('av', 'household', 'gaming', 'ui')
 def _choice_rows(c: Collector, path: Path, *, hidden: bool):
   """(place, row, index, question, options, answer, image) of a TSV of multiple choice questions."""
   pictures: dict[str, ImageSource] = {}
-  for where, row in read_tsv(path, c.problems):
-    index, question = c.get(row, 'index', where), c.get(row, 'question', where)
-    answer = None if hidden else c.get(row, 'answer', where)
+  for where, row, index, question, answer in c.each(
+      read_tsv(path, c.problems), index=str, question=str, answer=None if hidden else str):
     options = tuple(row[letter] for letter in choice.LETTERS if letter in row)
     image = row.get('image')
     source = pictures.get(image) if isinstance(image, str) else image
-    if None in (index, question) or (answer is None and not hidden):
-      continue
     if not index.isdigit():
       c.problems.append(f'{where}: index is {index!r}, expected a whole number')
       continue
@@ -156,12 +153,9 @@ def _four_k_tsv(c: Collector, path: Path):
 
 
 def _four_k_lines(c: Collector, path: Path, folder: Path):
-  for where, row in read_json_lines(path, c.problems):
-    number, image = c.get(row, 'id', where), c.get(row, 'image', where)
-    question, answer = c.get(row, 'question', where), c.get(row, 'answer', where)
+  for where, row, number, image, question, answer in c.each(
+      read_json_lines(path, c.problems), id=str, image=str, question=str, answer=str):
     options = row.get('options') or [row[letter] for letter in choice.LETTERS if letter in row]
-    if None in (number, image, question, answer):
-      continue
     if not isinstance(options, list) or not options or \
         answer not in choice.letters(len(options)):
       c.problems.append(f'{where}: answer {answer!r} is not the letter of one of its options')

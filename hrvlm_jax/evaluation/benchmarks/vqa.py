@@ -15,7 +15,6 @@ from hrvlm_jax.evaluation.benchmarks.base import (
   Submission,
   file_image,
   first_image,
-  read_json,
   read_json_lines,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import mean_score, percent, reference, references
@@ -57,13 +56,9 @@ def _textvqa(with_ocr: bool):
     c = Collector('textvqa_ocr' if with_ocr else 'textvqa', folder)
     path = c.find(f'TextVQA_0.5.1_{split}.json')
     tokens = _ocr_tokens(c, split) if with_ocr else {}
-    for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
-      image, question = c.get(row, 'image_id', where), c.get(row, 'question', where)
-      number = c.get(row, 'question_id', where, int)
-      hidden = split == 'test'
-      answers = None if hidden else c.get(row, 'answers', where, list)
-      if None in (image, question, number) or (answers is None and not hidden):
-        continue
+    for where, _, image, question, number, answers in c.each(
+        c.listed(path, 'data'), image_id=str, question=str, question_id=int,
+        answers=None if split == 'test' else list):
       fields = {}
       if with_ocr:
         found = tokens.get((image, question.lower()), tokens.get(image))
@@ -84,20 +79,16 @@ def _ocr_tokens(c: Collector, split: str) -> dict:
   path = c.find(f'llava_textvqa_{split}_v051_ocr.jsonl', f'TextVQA_Rosetta_OCR_v0.2_{split}.json')
   table: dict = {}
   if path.suffix == '.jsonl':
-    for where, row in read_json_lines(path, c.problems):
-      image, text = c.get(row, 'question_id', where), c.get(row, 'text', where)
-      if image is None or text is None:
-        continue
+    for where, _, image, text in c.each(
+        read_json_lines(path, c.problems), question_id=str, text=str):
       line = next((t for t in text.split('\n') if t.startswith(OCR_LINE.rstrip())), None)
       if line is None:
         c.problems.append(f'{where}: has no line that begins with {OCR_LINE!r}')
         continue
       table[image, prompt_to_question(text)] = line.removeprefix(OCR_LINE.rstrip()).strip()
     return table
-  for where, row in c.rows(c.section(path, 'data'), f'{path.name}:data'):
-    image, words = c.get(row, 'image_id', where), c.get(row, 'ocr_tokens', where, list)
-    if image is not None and words is not None:
-      table[image] = ', '.join(map(str, words))
+  for *_, image, words in c.each(c.listed(path, 'data'), image_id=str, ocr_tokens=list):
+    table[image] = ', '.join(map(str, words))
   return table
 
 
@@ -110,18 +101,15 @@ def _coco_vqa(name: str, files: dict[str, tuple[str, str | None, str]]):
     labels = {}
     if annotation_file:
       path = c.find(annotation_file)
-      for where, row in c.rows(c.section(path, 'annotations'), f'{path.name}:annotations'):
+      for where, row in c.listed(path, 'annotations'):
         number = c.get(row, 'question_id', where, int)
         answers = [c.get(answer, 'answer', place) for place, answer in
                    c.rows(c.get(row, 'answers', where, list) or [], f'{where}.answers')]
         if number in labels:
           c.problems.append(f'{where}: question_id {number} is a duplicate')
         labels[number] = (tuple(a for a in answers if a is not None), row.get('answer_type', ''))
-    for where, row in c.rows(c.section(questions, 'questions'), f'{questions.name}:questions'):
-      number, text = c.get(row, 'question_id', where, int), c.get(row, 'question', where)
-      image = c.get(row, 'image_id', where, int)
-      if None in (number, text, image):
-        continue
+    for where, _, number, text, image in c.each(
+        c.listed(questions, 'questions'), question_id=int, question=str, image_id=int):
       if annotation_file and number not in labels:
         c.problems.append(f'{where}: question_id {number} has no annotation')
         continue
@@ -142,15 +130,12 @@ def _vqav2_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[d
 def _vizwiz(folder: Path, split: str) -> Samples:
   c = Collector('vizwiz', folder)
   path = c.find(f'{split}.json', f'Annotations/{split}.json')
-  for where, row in c.rows(read_json(path), path.name):
-    image, question = c.get(row, 'image', where), c.get(row, 'question', where)
+  for where, row, image, question in c.each(c.listed(path), image=str, question=str):
     answers = None
     if split != 'test':
       found = c.get(row, 'answers', where, list)
       answers = tuple(str(c.get(answer, 'answer', place)) for place, answer in
                       c.rows(found or [], f'{where}.answers'))
-    if image is None or question is None:
-      continue
     c.add(Sample(Path(image).stem, (first_image(folder / split / image, folder / image),), question,
                  answers, category=row.get('answer_type', ''), meta={'image': image}), where)
   return c.finish()
@@ -164,12 +149,9 @@ def _vizwiz_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[
 def _gqa(folder: Path, split: str) -> Samples:
   c = Collector('gqa', folder)
   path = c.find(f'{split}_questions.json', f'questions1.2/{split}_questions.json')
-  for where, row in c.rows(read_json(path), path.name):
+  for where, row, image, question, answer in c.each(
+      c.listed(path), imageId=str, question=str, answer=str):
     number = where[len(path.name) + 1:-1]
-    image, question = c.get(row, 'imageId', where), c.get(row, 'question', where)
-    answer = c.get(row, 'answer', where)
-    if None in (image, question, answer):
-      continue
     kinds = row.get('types') if isinstance(row.get('types'), dict) else {}
     c.add(Sample(number, (file_image(folder / 'images' / f'{image}.jpg'),), question, (answer,),
                  category=str(kinds.get('structural', ''))), where)
@@ -189,11 +171,10 @@ def _ocrvqa(folder: Path, split: str) -> Samples:
   if split == 'core':
     return _ocrvqa_core(c, folder)
   path = c.find('dataset.json')
-  for where, row in c.rows(read_json(path), path.name):
+  for where, row, part, questions, answers in c.each(
+      c.listed(path), split=int, questions=list, answers=list):
     book = where[len(path.name) + 1:-1]
-    part = c.get(row, 'split', where, int)
-    questions, answers = c.get(row, 'questions', where, list), c.get(row, 'answers', where, list)
-    if part != _OCRVQA_SPLITS[split] or questions is None or answers is None:
+    if part != _OCRVQA_SPLITS[split]:
       continue
     if len(questions) != len(answers):
       c.problems.append(f'{where}: {len(questions)} questions but {len(answers)} answers')
@@ -209,11 +190,9 @@ def _ocrvqa(folder: Path, split: str) -> Samples:
 def _ocrvqa_core(c: Collector, folder: Path) -> Samples:
   path = c.find('OCRVQA_TESTCORE.tsv')
   pictures: dict[str, ImageSource] = {}
-  for where, row in read_tsv(path, c.problems):
-    index, question = c.get(row, 'index', where), c.get(row, 'question', where)
-    answer, image = c.get(row, 'answer', where), row.get('image')
-    if None in (index, question, answer):
-      continue
+  for where, row, index, question, answer in c.each(
+      read_tsv(path, c.problems), index=str, question=str, answer=str):
+    image = row.get('image')
     source = pictures.get(image) if isinstance(image, str) else image
     if source is None:
       c.problems.append(f'{where}: has no image')
@@ -228,11 +207,8 @@ def _chartqa(folder: Path, split: str) -> Samples:
   root = folder / split if (folder / split).is_dir() else folder
   for half in ('human', 'augmented'):
     path = c.find(f'{split}/{split}_{half}.json', f'{split}_{half}.json')
-    for where, row in c.rows(read_json(path), path.name):
-      image, question = c.get(row, 'imgname', where), c.get(row, 'query', where)
-      label = c.get(row, 'label', where)
-      if None in (image, question, label):
-        continue
+    for where, _, image, question, label in c.each(
+        c.listed(path), imgname=str, query=str, label=str):
       number = where[len(path.name) + 1:-1]
       c.add(Sample(f'{half}_{number}', (file_image(root / 'png' / image),), question, (label,),
                    category=half), where)

@@ -24,11 +24,8 @@ def _pope(folder: Path, split: str) -> Samples:
   c = Collector('pope', folder)
   for part in POPE_PARTS if split == 'all' else (split,):
     path = c.find(f'coco_pope_{part}.json', f'coco/coco_pope_{part}.json')
-    for where, row in read_json_lines(path, c.problems):
-      number, image = c.get(row, 'question_id', where), c.get(row, 'image', where)
-      question, label = c.get(row, 'text', where), c.get(row, 'label', where)
-      if None in (number, image, question, label):
-        continue
+    for where, _, number, image, question, label in c.each(
+        read_json_lines(path, c.problems), question_id=str, image=str, text=str, label=str):
       if label not in ('yes', 'no'):
         c.problems.append(f'{where}: label is {label!r}, expected yes or no')
         continue

@@ -1,0 +1,49 @@
+"""Keeps what a test run gave as one row of a page: commit, date, versions, counts, seconds.
+
+    python scripts/keep_run.py PAGE.md NAME JUNIT.xml
+
+The page has a table whose first column is the name; the row of that name is replaced, or added.
+"""
+
+import datetime
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+
+PACKAGES = ('jax', 'flax', 'orbax-checkpoint', 'grain', 'numpy')
+
+
+def row(name: str, report: str) -> str:
+  """A line of the table."""
+  suites = list(ElementTree.parse(report).getroot().iter('testsuite'))
+  count = lambda key: sum(int(float(suite.get(key) or 0)) for suite in suites)
+  wrong, skipped = count('failures') + count('errors'), count('skipped')
+  git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True).stdout.strip()
+  changed = git('status', '--porcelain', '--untracked-files=no')
+  packages = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)
+  return ' | '.join([
+    f'| {name}', git('rev-parse', '--short', 'HEAD') + ('+changes' if changed else ''),
+    datetime.datetime.now(datetime.UTC).date().isoformat(), f'Python {platform.python_version()}',
+    packages, str(count('tests') - wrong - skipped), str(wrong), str(skipped),
+    f'{sum(float(suite.get("time") or 0) for suite in suites):.0f} |'])
+
+
+def main(page: str, name: str, report: str) -> None:
+  """Replaces or adds the row."""
+  path = pathlib.Path(page)
+  lines, made = path.read_text(encoding='utf-8').splitlines(), row(name, report)
+  old = [i for i, line in enumerate(lines) if line.startswith(f'| {name} |')]
+  if old:
+    lines[old[0]] = made
+  else:
+    last = max(i for i, line in enumerate(lines) if line.startswith('|'))
+    lines.insert(last + 1, made)
+  path.write_text('\n'.join(lines) + '\n', encoding='utf-8')
+  print(made)
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# The second level of tests, part by part: every row, recipe, notebook and version that the first
+# level (test.sh) holds one representative of. A part takes at most an hour on two cores.
+#
+#   ./scripts/test_full.sh --list             the parts
+#   ./scripts/test_full.sh PART               one part
+#   ./scripts/test_full.sh PART -x -k word    with further pytest arguments; nothing is kept then
+#
+# A whole run writes its row of docs/test_full/README.md: commit, date, versions, counts, seconds.
+# tests/packaging/test_levels.py holds this list and the marks full(PART) of the tests together.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PARTS=(systems)
+
+part=${1:-}
+if [[ $part == --list ]]; then
+  printf '%s\n' "${PARTS[@]}"
+  exit 0
+fi
+if [[ " ${PARTS[*]} " != *" $part "* || -z $part ]]; then
+  printf 'usage: test_full.sh PART [pytest arguments]; found "%s", the parts are: %s\n' \
+    "$part" "${PARTS[*]}" >&2
+  exit 2
+fi
+shift
+
+source scripts/env.sh
+ensure_env test torch==2.13.0
+
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+status=0
+timeout 3600 .venv/bin/python -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile \
+  --full "$part" --junitxml "$report" "$@" || status=$?
+if [[ $# == 0 && -s $report ]]; then
+  .venv/bin/python scripts/keep_run.py docs/test_full/README.md "$part" "$report"
+fi
+exit "$status"
