@@ -116,12 +116,14 @@ class Table:
     unused: {pattern over our paths: reason}: parameters kept for a round trip only.
     tied: {PyTorch name: name of the tensor it shares}: may be in a file, must then be equal, and
       is never written (a tied output layer).
+    by_path: parameters without a row are stored whole under their own path.
   """
 
   rows: tuple[Row, ...]
   ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   unused: Mapping[str, str] = dataclasses.field(default_factory=dict)
   tied: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  by_path: bool = False
 
   def is_ignored(self, name: str) -> bool:
     """Whether a tensor of a file is knowingly no parameter of its own."""
@@ -133,6 +135,7 @@ class Table:
     lines = sorted(repr((row.our_paths, row.names, row.op.name, row.indices, row.optional))
                    for row in self.rows)
     lines += sorted(map(repr, (*self.ignored, *self.tied.items())))
+    lines += ['by_path'] * self.by_path
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 
@@ -145,7 +148,7 @@ def prefixed(table: Table, *, ours: str = '', theirs: str = '') -> Table:
           for row in table.rows),
     {theirs + pattern: reason for pattern, reason in table.ignored.items()},
     {ours + pattern: reason for pattern, reason in table.unused.items()},
-    {theirs + name: theirs + other for name, other in table.tied.items()})
+    {theirs + name: theirs + other for name, other in table.tied.items()}, table.by_path)
 
 
 def joined(*tables: Table) -> Table:
@@ -157,7 +160,8 @@ def joined(*tables: Table) -> Table:
     ignored |= table.ignored
     unused |= table.unused
     tied |= table.tied
-  return Table(tuple(row for table in tables for row in table.rows), ignored, unused, tied)
+  return Table(tuple(row for table in tables for row in table.rows), ignored, unused, tied,
+               any(table.by_path for table in tables))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +182,9 @@ def entries(table: Table, abstract: Mapping[str, Any]) -> Iterator[Entry]:
   """
   flat = paths.flatten(abstract)
   problems, covered, found = [], set(), []
-  for row in table.rows:
+  named = {path for row in table.rows for path in row.our_paths}
+  rest = [Row(path, path) for path in flat if path not in named] if table.by_path else []
+  for row in (*table.rows, *rest):
     missing = [path for path in row.our_paths if path not in flat]
     problems += [f'{path}: named by the table, not in the model' for path in missing]
     problems += [f'{p}: covered by two rows' for p in row.our_paths if p in covered]

@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 import numpy as np
 
+# Of CLIP's processors.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def normalise(
   pixels: UInt8[Array, '... 3'], mean: tuple[float, ...], std: tuple[float, ...]

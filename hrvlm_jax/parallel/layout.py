@@ -39,13 +39,13 @@ class Layout:
     self.mesh = make_mesh(mesh, devices=devices)
     self.shards = batch_shards(self.mesh)
 
-  def state_shardings(self, abstract: Any) -> Any:
-    """Shardings of a train state (a tree of shapes).
+  def state_shardings(self, abstract: Any, table: Sequence[rules.Rule] = rules.RULES) -> Any:
+    """Shardings of a train state (a tree of shapes) by the rules of a model.
 
     Raises:
-      UserError: leaves without a rule or that do not divide (all listed).
+      UserError: leaves that do not divide (all listed).
     """
-    return rules.state_shardings(abstract, self.mesh)
+    return rules.state_shardings(abstract, self.mesh, rules=table)
 
   def abstract(self, abstract: Any, shardings: Any) -> Any:
     """Shapes that carry their shardings: what a checkpoint is restored into."""

@@ -1,10 +1,11 @@
 """Which dimension of which array lies on which mesh axis: one table for parameters and optimizer.
 
 A rule is a pattern over parameter paths and the axes of the LAST dimensions, so that the leading
-depth axis of stacked layers needs no rule of its own. The first rule that matches wins. Every leaf
-must be covered and every named dimension must divide, or one error lists all offenders. Leaves of
-1 MB and more stay whole only by a rule that says why; smaller ones stay whole where their sizes do
-not divide, because tiny models should run on any mesh.
+depth axis of stacked layers needs no rule of its own. The first rule that matches wins: the
+system's (`System.rules`), then `RULES`. Every named dimension must divide, or one error lists all
+offenders. Leaves of 1 MB and more stay whole only by a rule that says why; smaller ones stay whole
+where their sizes do not divide, because tiny models should run on any mesh. A leaf without a rule
+is placed by its shape alone (`GENERAL`) and named in the log. On one device nothing is asked.
 
 Form after google-research/big_vision: big_vision/sharding.py (ordered path rules, one table for
 parameters and optimizer state).
@@ -13,7 +14,10 @@ parameters and optimizer state).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import functools
+import logging
 import math
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +29,8 @@ from hrvlm_jax.core.errors import raise_all
 
 # Below this size sharding saves nothing worth a message between devices.
 SMALL_BYTES = 1 << 20
+
+_log = logging.getLogger(__name__)
 
 Axis = str | tuple[str, ...] | None
 Axes = tuple[Axis, ...]
@@ -47,6 +53,7 @@ class Rule(NamedTuple):
 
 
 WHOLE_VECTORS = 'vectors: read whole by every device, a thousandth of the matrices beside them'
+DEPTHWISE = 'depthwise: 49 numbers a channel, at most a few MB in all'
 
 RULES: tuple[Rule, ...] = (
   # A look-up in a table cut by rows ends in a copy of all its results on every device before they
@@ -64,18 +71,19 @@ RULES: tuple[Rule, ...] = (
   Rule(r'.*/(q|k|v|fc1|gate|up|qkv|in_proj)/kernel', ('fsdp', 'tensor')),
   Rule(r'.*/(out|fc2|down|out_proj)/kernel', ('tensor', 'fsdp')),
   # Convolutions. Depthwise ones hold k x k numbers a channel.
-  Rule(r'.*/(conv_dw|fast_conv)/kernel', (),
-       why='depthwise: 49 numbers a channel, at most a few MB in all'),
+  Rule(r'.*/conv_dw/kernel', (), why=DEPTHWISE),
   Rule(r'.*/patch_embed/kernel', ('fsdp',)),
   Rule(r'.*/stem/.*kernel', ('fsdp',), ((),)),
   Rule(r'.*/(downsample/conv|conv\w*)/kernel', ('fsdp',)),
   # Position tables [places, width].
-  Rule(r'.*/(\w*(pos_embed|embedding|position\w*)|residual/\d+)', ('fsdp',)),
+  Rule(r'.*/\w*(pos_embed|embedding|position\w*)', ('fsdp',)),
   # Every other matrix (in, out).
   Rule(r'.*/kernel', ('fsdp', None)),
-  Rule(r'(.*/)?(bias|scale|weight|layer_scale|class_token|probe|gate|newline|query|queries'
-       r'|latents|time|logit_scale|logit_bias|\w*token\w*|\w*prompt)', (), why=WHOLE_VECTORS),
+  Rule(r'(.*/)?(bias|scale|weight|layer_scale|class_token|probe)', (), why=WHOLE_VECTORS),
 )
+
+# What no rule names: its largest dimension that divides, over fsdp; vectors and small leaves whole.
+GENERAL = Rule('(no rule)', ('fsdp',), ((),), why='no rule names it and no dimension divides')
 
 
 class Placement(NamedTuple):
@@ -126,16 +134,23 @@ def placements(leaves: Mapping[str, Any], mesh: Mesh | Mapping[str, int], *,
     small: leaves below that many bytes stay whole where they do not divide.
 
   Raises:
-    UserError: paths without a rule, dimensions that do not divide, large leaves that stay whole
-      without a reason; all of them in one message.
+    UserError: dimensions that do not divide, large leaves that stay whole without a reason; all of
+      them in one message.
   """
   sizes = _sizes(mesh)
-  found = paths.match_rules([(rule.pattern, rule) for rule in rules], leaves, what='sharding rule')
-  result, problems = {}, []
+  if math.prod(sizes.values()) == 1:
+    return {path: Placement(P(), GENERAL, tuple(leaf.shape), leaf.dtype)
+            for path, leaf in leaves.items()}
+  compiled = [(re.compile(rule.pattern), rule) for rule in rules]
+  result, problems, unnamed = {}, [], []
   for path, leaf in leaves.items():
-    rule = found[path]
     if not leaf.shape:
-      result[path] = Placement(P(), rule, (), leaf.dtype)
+      result[path] = Placement(P(), GENERAL, (), leaf.dtype)
+      continue
+    rule = next((rule for pattern, rule in compiled if pattern.fullmatch(path)), None)
+    if rule is None:
+      result[path] = Placement(_by_shape(leaf, sizes), GENERAL, tuple(leaf.shape), leaf.dtype)
+      unnamed.append(path.rpartition(':')[2])
       continue
     first_problems = None
     for axes in (rule.axes, *rule.otherwise):
@@ -154,7 +169,26 @@ def placements(leaves: Mapping[str, Any], mesh: Mesh | Mapping[str, int], *,
                       f'and rule {rule.pattern!r} gives no reason')
     result[path] = Placement(P(*_trim(aligned)), rule, shape, leaf.dtype)
   raise_all('cannot shard', problems)
+  if unnamed:
+    _say_unnamed(tuple(sorted(set(unnamed))))
   return result
+
+
+def _by_shape(leaf, sizes: Mapping[str, int]) -> P:
+  """`GENERAL`, for one leaf."""
+  parts = sizes.get('fsdp', 1)
+  dims = [i for i, size in enumerate(leaf.shape) if parts > 1 and size % parts == 0]
+  if len(leaf.shape) < 2 or _bytes(leaf) < SMALL_BYTES or not dims:
+    return P()
+  best = max(dims, key=lambda i: leaf.shape[i])
+  return P(*_trim(['fsdp' if i == best else None for i in range(len(leaf.shape))]))
+
+
+@functools.lru_cache(maxsize=64)
+def _say_unnamed(names: tuple[str, ...]) -> None:
+  """One line per set of parameters, however often their shardings are asked for."""
+  _log.info('no sharding rule names %s: placed by shape alone; rows of a system are its `rules`',
+            ', '.join(names))
 
 
 def _trim(aligned: list[Axis]) -> list[Axis]:

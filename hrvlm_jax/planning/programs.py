@@ -25,7 +25,7 @@ from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
 from hrvlm_jax.planning.plan import Program
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion
+from hrvlm_jax.systems.contract import CrossAttentionFusion, sharding_rules
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import frozen_summary, groups_of
 from hrvlm_jax.training.start import run_dtypes
@@ -102,7 +102,7 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
   groups = groups_of(t, fn.abstract)
   state = jax.eval_shape(
     lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract))
-  shardings = rules.state_shardings(state, mesh)
+  shardings = rules.state_shardings(state, mesh, rules=sharding_rules(config.model))
   rows = t.batch_size // t.accumulate
   batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
   check_batch(batch, mesh)
@@ -172,7 +172,8 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   slots = length + new_tokens
   fn = vlm.build(config.model, hold_apart=True)
   cast = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
-  params = _placed(cast, rules.param_shardings(fn.abstract, mesh))
+  table = sharding_rules(config.model)
+  params = _placed(cast, rules.param_shardings(fn.abstract, mesh, rules=table))
   batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
   del batch['labels']
   check_batch(batch, mesh)

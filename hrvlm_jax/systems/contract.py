@@ -1,4 +1,4 @@
-"""What a system is: the data types every system shares and the record that registers one.
+"""What a system is: the data types every system shares and the class a new one derives from.
 
 A system turns images into visual tokens. Host side (`views`, `batch`) makes every shape static;
 device side (`Encoder`) is pure. Nothing here knows any single system.
@@ -8,18 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
+import types
 from typing import Any
 
 import jax
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from hrvlm_jax.checkpoint.rows import Table
+from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.images import to_rgb
 from hrvlm_jax.core.layers import activation
 from hrvlm_jax.core.module import Module
 from hrvlm_jax.language.config import DecoderConfig
+from hrvlm_jax.parallel.rules import RULES, Rule
+from hrvlm_jax.systems import packing as packer, registry
+from hrvlm_jax.systems.grid import Grid
+from hrvlm_jax.systems.packing import Entry, Packing, Views
 
-Views = dict[str, np.ndarray]
+FORMAT = 'hrvlm-1'  # of the house's own layout, for systems without one of an original
+_BLANK = Image.new('RGB', (64, 64))
 
 
 @jax.tree_util.register_dataclass
@@ -165,60 +174,203 @@ class ModelConfig:
   @classmethod
   def field_types(cls, values: Mapping[str, Any]) -> dict[str, type]:
     """The encoder's dataclass follows from the system's name (see `core.config.from_dict`)."""
-    from hrvlm_jax.systems import registry  # the registry imports this module
-
     name = values.get('system')
     return {'encoder': registry.get(name).config} if isinstance(name, str) else {}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class System:
-  """One line of the registry: everything the verbs need of a system.
+  """A system: what the verbs need of it. One object of it, or of a subclass, is registered.
+
+  Every system has `config`, `encoder`, `count` and `views`; everything else has a default. The
+  parts are methods of a subclass, or functions of the same arguments given to `System(...)`. Views
+  with a number of their own per image, learned tokens between views or indices need `packing`; the
+  places of tokens on the image, `grid`; an original's checkpoint layout, `table`, `from_release`
+  and `to_release` together.
 
   Attributes:
-    config: the encoder's dataclass.
-    count: (width, height, encoder config) -> Count.
-    views: (images, encoder config) -> Views of one example, unpadded; `tokens` int32 [images] are
-      the visual tokens of each image.
-    batch: (list of Views, encoder config, slots=None) -> static arrays of a batch; crops share
-      `slots` places, per-row indices point into them.
+    name: in the registry, which sets it where it is empty.
+    config: the encoder's frozen dataclass.
     encoder: (encoder config, param_dtype=, rngs=) -> Module; called with the batch's views it
       returns VisualTokens.
-    table: (ModelConfig) -> weight table of the whole model.
-    from_release: config.json of the original -> ModelConfig, or None when it is not this system's.
-    to_release: ModelConfig -> {file name: JSON value} of the original's layout.
-    overlay: (image, encoder config, info) -> picture with crops, selection or gates drawn.
+    boxes: `views` takes `boxes=`, per image the region its question is about.
     overlay_needs_info: the picture needs the encoder's `info` (a forward pass), not only sizes.
+    released: ModelConfig by release name.
     folders: sub-folders of the original's layout that hold the tensors, in the order of the table's
       rows; a tensor is then named `folder/name`. () for one folder.
-    released: ModelConfig by release name.
-    tiny: a ModelConfig that trains on a laptop.
-    shift: (views of a batch, encoder config, slots) -> the same views, whose indices count so many
-      more crop slots before them (lanes of a batch that hosts make apart); None: the batch of this
-      system cannot be made in lanes.
-    alone: (encoder config, param_dtype=, rngs=) -> Module, the whole model of a config without a
-      language model (PS3's image-text model); None where there is none.
-    backbones: encoder config -> {parameter path: its ViTConfig, ConvNeXtConfig or PS3Config}, the
-      parts that can start from a release of their own (`vlm.starts`).
     pickled: file that the original's own loader reads where that is a pickled state dict; export
       writes it too, with PyTorch at hand.
+    alone: (encoder config, param_dtype=, rngs=) -> Module, the whole model of a config without a
+      language model (PS3's image-text model); None where there is none.
   """
 
-  name: str
+  name: str = ''
   config: type
-  count: Callable[[int, int, Any], Count]
-  views: Callable[[Sequence[Image.Image], Any], Views]
-  batch: Callable[..., Views]
   encoder: Callable[..., Module]
-  table: Callable[[ModelConfig], Table]
-  from_release: Callable[[Mapping[str, Any]], ModelConfig | None]
-  to_release: Callable[[ModelConfig], dict[str, Any]]
-  overlay: Callable[[Image.Image, Any, Mapping[str, Any]], Image.Image]
-  released: Mapping[str, ModelConfig]
-  tiny: Callable[[], ModelConfig]
+  boxes: bool = False
   overlay_needs_info: bool = False
+  released: Mapping[str, ModelConfig] = types.MappingProxyType({})
   folders: tuple[str, ...] = ()
-  shift: Callable[[Views, Any, int], Views] | None = None
-  alone: Callable[..., Module] | None = None
-  backbones: Callable[[Any], Mapping[str, Any]] = lambda encoder: {}
   pickled: str | None = None
+  alone: Callable[..., Module] | None = None
+
+  def __init__(self, **parts: Any):
+    for name, part in parts.items():
+      if not hasattr(System, name) and name not in System.__annotations__:
+        raise TypeError(f'System has no part {name!r}')
+      setattr(self, name, part)
+
+  def complete(self, name: str) -> System:
+    """Itself, once it is seen to have what a system must have, under its name in the registry.
+
+    Raises:
+      UserError: parts that are missing, another name.
+    """
+    self.name = self.name or name
+    missing = [part for part in ('config', 'encoder') if not hasattr(self, part)]
+    missing += [part for part in ('count', 'views') if self._is_default(part)]
+    raise_all(f'system {name!r}', [f'{part}: missing, every system must define it'
+                                   for part in missing])
+    if self.name != name:
+      raise UserError(f'system {name!r}: its object is named {self.name!r}')
+    return self
+
+  def _is_default(self, part: str) -> bool:
+    return getattr(getattr(self, part), '__func__', None) is getattr(System, part)
+
+  def count(self, width: int, height: int, config: Any) -> Count:
+    """What an image of that size costs."""
+    raise NotImplementedError
+
+  def views(self, images: Sequence[Image.Image], config: Any) -> Views:
+    """Arrays of one example, unpadded, as `packing` declares them.
+
+    `tokens` int32 [images] are the visual tokens of each image.
+    """
+    raise NotImplementedError
+
+  def packing(self, config: Any) -> Packing:
+    """The declaration of the views (see `systems.packing`).
+
+    Default, for a system whose images all have the same number of views and each view the same
+    number of tokens: the arrays with an entry per view or per image that a blank image has; the
+    encoder finds them with `index` into the flattened (slots x tokens of a view), and `valid`.
+    """
+    return _blank_packing(self, config)
+
+  def batch(self, examples: Sequence[Views], config: Any, *, slots: int | None = None,
+            tokens: int | None = None) -> Views:
+    """The views of a batch, see `packing.batch`."""
+    return packer.batch(examples, self.packing(config), system=self.name, slots=slots,
+                        tokens=tokens)
+
+  def shift(self, views: Views, config: Any, slots: int) -> Views:
+    """A batch's views behind `slots` others, see `packing.shift`; a subclass without: None."""
+    return packer.shift(views, self.packing(config), slots)
+
+  def tokens(self, config: Any) -> int | None:
+    """Visual tokens of every image; None: they depend on the image."""
+    if not self._is_default('packing'):
+      return None
+    return self.count(_BLANK.width, _BLANK.height, config).tokens
+
+  def width(self, config: Any) -> int:
+    """Width of the visual tokens; default: the `width` of the config, else of its `vision`."""
+    found = getattr(config, 'width', None)
+    return config.vision.width if found is None else found
+
+  def grid(self, config: Any) -> Grid | None:
+    """How the tokens lie on the image; None: not known, so that nothing that needs it can run."""
+    return None
+
+  def whole_grid(self, config: Any, *, what: str) -> Grid:
+    """The grid, one map of which (`Grid.whole`) shows the whole picture.
+
+    Args:
+      what: needs it; for the error.
+
+    Raises:
+      UserError: there is no such map.
+    """
+    grid = self.grid(config)
+    if grid is None or grid.whole is None:
+      raise UserError(f'{what} needs a map of visual tokens that shows the whole image; '
+                      f'{self.name} with these settings has none')
+    return grid
+
+  def rules(self, config: Any) -> tuple[Rule, ...]:
+    """Sharding rows of the encoder's own parameters, before the general ones of `parallel.rules`.
+
+    A parameter without any row is placed by the general rule, with a line in the log.
+    """
+    return ()
+
+  def overlay(self, image: Image.Image, config: Any, info: Mapping[str, Any]) -> Image.Image:
+    """The picture with what the encoder looks at; default: the boxes of its token maps."""
+    del info
+    grid = self.grid(config)
+    if grid is None:
+      return to_rgb(image).copy()
+    picture = to_rgb(grid.picture(image)).copy()
+    draw = ImageDraw.Draw(picture)
+    for one in grid.maps:
+      if one.box is not None:
+        ends = [round(x * n) for x, n in zip(one.box, picture.size * 2, strict=True)]
+        draw.rectangle((ends[0], ends[1], max(ends[2] - 1, ends[0]), max(ends[3] - 1, ends[1])),
+                       outline=(255, 80, 80))
+    return picture
+
+  def tiny(self) -> ModelConfig:
+    """A ModelConfig that trains on a laptop."""
+    raise UserError(f'system {self.name!r} has no tiny model; name its model in a config')
+
+  def backbones(self, config: Any) -> Mapping[str, Any]:
+    """{parameter path: its ViTConfig, ConvNeXtConfig or PS3Config}: the parts of the encoder that
+    can start from a release of their own (`interop.starts`)."""
+    return {}
+
+  def table(self, config: ModelConfig) -> Table:
+    """Weight table of the whole model; default: every parameter under its own path."""
+    del config
+    return Table((), by_path=True)
+
+  def from_release(self, values: Mapping[str, Any]) -> ModelConfig | None:
+    """The model of a config.json, or None when it is not this system's.
+
+    Raises:
+      UserError: another version of the house's own layout, keys that are no model of ours.
+    """
+    if values.get('model_type') != f'hrvlm_{self.name}':
+      return None
+    if values.get('format') != FORMAT:
+      raise UserError(f'config.json: format is {values.get("format")!r}, expected {FORMAT!r}; '
+                      'convert with the version that wrote it')
+    return from_dict(ModelConfig, values.get('model', {}), path='model', title='config.json')
+
+  def to_release(self, config: ModelConfig) -> dict[str, Any]:
+    """{file name: JSON value} of the layout beside the tensors; default: the house's own."""
+    return {'config.json': {'model_type': f'hrvlm_{self.name}', 'format': FORMAT,
+                            'model': to_dict(config)}}
+
+
+@functools.lru_cache(maxsize=64)
+def _blank_packing(system: System, config: Any) -> Packing:
+  """The declaration that the views of a blank image give."""
+  count, found = system.count(*_BLANK.size, config), system.views([_BLANK], config)
+  entry = lambda value: Entry(value.shape[1:], value.dtype)
+  views = {name: entry(value) for name, value in found.items()
+           if name != 'tokens' and len(value) == count.slots}
+  images = {name: entry(value) for name, value in found.items()
+            if name != 'tokens' and name not in views and len(value) == 1}
+  unclear = sorted(found.keys() - {'tokens', *views, *images})
+  if unclear or not views or count.tokens % count.slots:
+    raise UserError(
+      f'system {system.name!r}: its views do not declare themselves: a blank image has '
+      f'{count.slots} view slots, {count.tokens} tokens and the arrays '
+      f'{ {name: value.shape for name, value in found.items()} }; define `packing`')
+  return Packing(slots=views, images=images, each=count.tokens // count.slots, views=count.slots,
+                 tokens=count.tokens)
+
+
+def sharding_rules(model: ModelConfig) -> tuple[Rule, ...]:
+  """The sharding table of a model: its system's rows, then those for every model."""
+  return (*registry.get(model.system).rules(model.encoder), *RULES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import jax
@@ -41,7 +40,7 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int =
   if config.training.objective == 'ps3_pretrain':
     return regions.make_batches(config, host=host, hosts=hosts)
   system, data, training = registry.get(config.model.system), config.data, config.training
-  if data.boxes and 'boxes' not in inspect.signature(system.views).parameters:
+  if data.boxes and not system.boxes:
     raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
                     'remove it')
   tokenizer, rows = tokenizer_of(data.tokenizer), config.model.text.vocab_size

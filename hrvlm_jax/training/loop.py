@@ -27,6 +27,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.training import determinism
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
@@ -113,7 +114,7 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
       stored = paths.flatten(params)
     wanted = run_dtypes(t, groups, fn.abstract, stored)
     abstract = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
-    shardings = layout.state_shardings(abstract)
+    shardings = layout.state_shardings(abstract, sharding_rules(config.model))
     if jax.process_count() > 1:
       notes.append(_host_part(batches))
     state, start = _start(config, fn, groups, saver, batches, params, layout,

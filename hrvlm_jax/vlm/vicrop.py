@@ -22,7 +22,7 @@ from hrvlm_jax.core.attention import attention, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import layer_at
-from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
+from hrvlm_jax.systems.contract import PrefixFusion, TwoPassFusion
 from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.fastv import last_attention
 
@@ -61,26 +61,6 @@ class ViCrop:
     if self.layer < 0 or (self.base is not None and self.base < 1):
       raise ValueError('ViCrop: layer must be at least 0 and base at least 1, got '
                        f'{self.layer} and {self.base}')
-
-
-def token_grid(system: str, encoder: Any) -> tuple[int, int]:
-  """(first token, side): which visual tokens of an image form a square map of the WHOLE image.
-
-  Raises:
-    UserError: the system has no such map among its tokens.
-  """
-  if system == 'anyres':  # the thumbnail comes first
-    from hrvlm_jax.systems.baselines.tiled import token_side
-
-    return 0, token_side(encoder)
-  tokens = getattr(encoder, 'tokens', None)
-  cut = getattr(encoder, 'last_tokens', None) is not None or getattr(encoder, 'fit', '') == 'crop'
-  # Resampled or pruned tokens stand in no place of the image.
-  placed = system != 'reduced' or encoder.step.kind == 'pool'
-  if isinstance(tokens, int) and not cut and placed and math.isqrt(tokens) ** 2 == tokens:
-    return 0, math.isqrt(tokens)
-  raise UserError('ViCrop needs a square grid of visual tokens that shows the whole image; '
-                  f'{system} with these settings has none')
 
 
 def crop_box(weights: np.ndarray, width: int, height: int, base: int) -> Box:
@@ -143,10 +123,10 @@ def fine_structure(pixels: np.ndarray) -> np.ndarray:
   return smooth > np.median(smooth)
 
 
-def block_means(weights: np.ndarray, side: int) -> np.ndarray:
-  """[h w] -> [side side]: means of equal blocks (h and w must be multiples of `side`)."""
+def block_means(weights: np.ndarray, rows: int, columns: int) -> np.ndarray:
+  """[h w] -> [rows columns]: means of equal blocks (h and w must be multiples of those)."""
   h, w = weights.shape
-  return weights.reshape(side, h // side, side, w // side).mean(axis=(1, 3))
+  return weights.reshape(rows, h // rows, columns, w // columns).mean(axis=(1, 3))
 
 
 def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, list[Box]]:
@@ -159,11 +139,6 @@ def tile_boxes(width: int, height: int, split: int | None) -> tuple[int, int, li
   boxes = [(x * wide, y * high, min((x + 1) * wide, width), min((y + 1) * high, height))
            for y in range(rows) for x in range(columns)]
   return columns, rows, boxes
-
-
-def _inner(config: ModelConfig) -> Any:
-  """Settings of the encoder that reads the image, inside a reduction if there is one."""
-  return config.encoder.encoder if config.system == 'reduced' else config.encoder
 
 
 class ViCropAnswerer(Answerer):
@@ -187,7 +162,8 @@ class ViCropAnswerer(Answerer):
     if config.method != 'pure_grad' and config.layer >= model.text.depth:
       raise UserError(f'ViCrop: layer {config.layer} does not exist, the decoder has '
                       f'{model.text.depth}')
-    self.first, self.side = token_grid(model.system, model.encoder)
+    self.grid = answerer.system.whole_grid(model.encoder, what='ViCrop')
+    self.map = self.grid.whole
     self._map = jax.jit({'rel_att': self._attention, 'grad_att': self._weighted,
                          'pure_grad': self._pixel_gradient}[config.method], static_argnames='ex')
 
@@ -252,7 +228,7 @@ class ViCropAnswerer(Answerer):
       return jax.nn.log_softmax(logits).max(axis=-1).sum()
 
     gradient = jax.grad(score)(jnp.asarray(batch['views']['pixels'], jnp.float32))
-    scale = 255 * jnp.asarray(_inner(self.config).std, jnp.float32)
+    scale = 255 * jnp.asarray(self.grid.std, jnp.float32)
     return jnp.linalg.norm(gradient * scale, axis=-1)
 
   def _logits_from(self, decoder, x, valid, probs, ex: Execution):
@@ -280,31 +256,32 @@ class ViCropAnswerer(Answerer):
     """(float64 [images h w] lengths of the gradient, the pixels it was taken at)."""
     batch = self.batch([([image], question) for image in images])
     pixels = np.asarray(batch['views']['pixels'])
-    if len(pixels) != len(images) or pixels.shape[1] % self.side or pixels.shape[2] % self.side:
+    rows, columns = self.map.rows, self.map.columns
+    if len(pixels) != len(images) or pixels.shape[1] % rows or pixels.shape[2] % columns:
       raise UserError(
         f"ViCrop: method 'pure_grad' needs one view of the whole image per image, whose sides are "
-        f'multiples of the token grid {self.side}; {self.config.system} makes '
+        f'multiples of the token map {rows} x {columns}; {self.config.system} makes '
         f'{len(pixels)} views of {pixels.shape[2]}x{pixels.shape[1]} pixels for {len(images)} '
         "image(s); use 'rel_att' or 'grad_att'")
     return self._mapped(batch), pixels
 
   def _pure_gradient(self, tiles: Sequence[Image.Image], question: str) -> np.ndarray:
-    """float64 [tiles side side]."""
+    """float64 [tiles rows columns]."""
     asked, pixels = self._gradients(tiles, self._prompt(question))
     general, _ = self._gradients(tiles, self._prompt(GENERAL))
     ratio = asked / np.maximum(general, np.finfo(np.float32).tiny)
-    return np.stack([block_means(r * fine_structure(p), self.side)
+    return np.stack([block_means(r * fine_structure(p), self.map.rows, self.map.columns)
                      for r, p in zip(ratio, pixels, strict=True)])
 
   def _maps(self, images: Sequence[Image.Image], question: str) -> np.ndarray:
-    """float64 [images side side]."""
+    """float64 [images rows columns]."""
     batch = self.batch([([image], question) for image in images])
     weights = self._mapped(batch)
     found = []
     for row, index in zip(weights, np.asarray(batch['visual_index']), strict=True):
       visual = np.zeros(int(index.max()) + 1)
       visual[index[index >= 0]] = row[index >= 0]
-      found.append(visual[self.first:self.first + self.side**2].reshape(self.side, self.side))
+      found.append(visual[self.map.tokens].reshape(self.map.rows, self.map.columns))
     return np.stack(found)
 
   def importance(self, image: Image.Image, question: str) -> np.ndarray:
@@ -318,26 +295,15 @@ class ViCropAnswerer(Answerer):
     if self.vicrop.method == 'rel_att':
       general = self._maps(tiles, self._prompt(GENERAL))
       maps = maps / np.maximum(general, np.finfo(np.float32).tiny)
-    grid = maps.reshape(rows, columns, self.side, self.side).transpose(0, 2, 1, 3)
-    return grid.reshape(rows * self.side, columns * self.side)
+    tiled = maps.reshape(rows, columns, self.map.rows, self.map.columns).transpose(0, 2, 1, 3)
+    return tiled.reshape(rows * self.map.rows, columns * self.map.columns)
 
   def _prompt(self, question: str) -> str:
     return question if self.vicrop.suffix is None else f'{question} {self.vicrop.suffix}'
 
-  def _whole(self, image: Image.Image) -> Image.Image:
-    """The picture that the map shows: padded to a square first, where the system does so."""
-    encoder = _inner(self.config)
-    if getattr(encoder, 'fit', '') != 'pad' or image.width == image.height:
-      return image
-    side = max(image.size)
-    canvas = Image.new('RGB', (side, side), tuple(int(255 * m) for m in encoder.mean))
-    canvas.paste(image.convert('RGB'), ((side - image.width) // 2, (side - image.height) // 2))
-    return canvas
-
   def crop(self, image: Image.Image, question: str) -> tuple[Image.Image, Box]:
     """The part to look at again, and its box on the picture that was looked at."""
-    picture = self._whole(image)
-    encoder = _inner(self.config)
-    base = self.vicrop.base or encoder.vision.image_size
+    picture = self.grid.picture(image)
+    base = self.vicrop.base or self.grid.view
     box = crop_box(self.importance(picture, question), *picture.size, base)
     return picture.crop(box), box

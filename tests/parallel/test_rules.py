@@ -11,6 +11,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import single_device_mesh
 from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.vlm import model as vlm
 
 POD = {'data': 16, 'fsdp': 16, 'sequence': 1, 'tensor': 1}
@@ -54,19 +55,26 @@ def test_table(path, shape, expected):
 def test_every_released_model_is_covered(name):
   for release, config in registry.get(name).released.items():
     flat = paths.flatten(vlm.build(config).abstract)
-    placed = rules.placements(flat, POD)
+    placed = rules.placements(flat, POD, rules=sharding_rules(config))
     for path, place in placed.items():
       size = np.prod(place.shape) * 4
       whole = not any(place.spec)
       assert not whole or size < rules.SMALL_BYTES or place.rule.why, f'{release}: {path}'
+      assert place.rule is not rules.GENERAL or size < rules.SMALL_BYTES, f'{release}: {path}'
     assert len(rules.describe(placed, POD).splitlines()) == len(flat)
 
 
 def test_tiny_models_run_on_any_mesh():
   for name in registry.names():
-    flat = paths.flatten(vlm.build(registry.get(name).tiny()).abstract)
+    config = registry.get(name).tiny()
+    flat = paths.flatten(vlm.build(config).abstract)
     for axis in ('data', 'fsdp', 'tensor'):
-      rules.placements(flat, {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1} | {axis: 8})
+      placed = rules.placements(
+        flat, {'data': 1, 'fsdp': 1, 'sequence': 1, 'tensor': 1} | {axis: 8},
+        rules=sharding_rules(config))
+      general = [path for path, place in placed.items()
+                 if place.rule is rules.GENERAL and place.shape]
+      assert not general, f'{name}: {general}'
 
 
 def test_all_offenders_in_one_error():
@@ -83,10 +91,25 @@ def test_all_offenders_in_one_error():
     '  vision/blocks/attn/out/kernel (24, 1002, 1028): dim 1002 not divisible by tensor=4',
     '  vision/blocks/attn/out/kernel (24, 1002, 1028): dim 1028 not divisible by fsdp=8',
   ]
-  with pytest.raises(UserError) as caught:
-    rules.placements({'a/strange': leaf(3), 'b/stranger': leaf(3)}, MIXED)
-  assert 'a/strange: no sharding rule' in str(caught.value)
-  assert 'b/stranger: no sharding rule' in str(caught.value)
+
+
+def test_what_no_rule_names_is_placed_by_its_shape_and_told_once(caplog):
+  leaves = {
+    'vision/rings': leaf(64, 4096, 1023),  # the largest dimension that fsdp=8 divides
+    'vision/odd': leaf(1023, 1021),  # none divides
+    'vision/small': leaf(16, 16), 'vision/long': leaf(1 << 20),
+  }
+  rules._say_unnamed.cache_clear()
+  with caplog.at_level('INFO', logger=rules.__name__):
+    placed = rules.placements(leaves, MIXED)
+    rules.state_shardings({'params': paths.unflatten(leaves), 'opt': (leaves,)},
+                          jax.sharding.AbstractMesh((2, 8, 1, 4), tuple(MIXED)))
+  assert placed['vision/rings'].spec == P(None, 'fsdp')
+  assert [placed[f'vision/{name}'].spec for name in ('odd', 'small', 'long')] == [P()] * 3
+  assert all(place.rule is rules.GENERAL for place in placed.values())
+  assert len(caplog.records) == 1 and 'vision/long, vision/odd, vision/rings' in caplog.text
+  own = (rules.Rule('vision/odd', (), why='a test'), *rules.RULES)
+  assert rules.placements(leaves, MIXED, rules=own)['vision/odd'].rule.why == 'a test'
 
 
 def test_large_leaves_stay_whole_only_with_a_reason():
@@ -143,3 +166,10 @@ def test_on_one_device_everything_is_whole():
   mesh = single_device_mesh()
   shardings = rules.param_shardings({'a': {'q': {'kernel': leaf(8, 8)}}}, mesh)
   assert shardings['a']['q']['kernel'].spec == P()
+
+
+def test_on_one_device_no_rule_is_asked(caplog):
+  with caplog.at_level('INFO'):
+    placed = rules.placements({'a/strange': leaf(4096, 4096)}, single_device_mesh(), small=0,
+                              rules=(rules.Rule('(', ()),))  # no expression: reading it would fail
+  assert placed['a/strange'].spec == P() and not caplog.records

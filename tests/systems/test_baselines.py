@@ -130,7 +130,7 @@ def test_single_layer_positions_and_shape():
 
 def test_pooling_takes_means_of_neighbours():
   x = jnp.arange(16.0).reshape(1, 16, 1)
-  np.testing.assert_allclose(resamplers.pool_grid(x, 2)[0, :, 0], [2.5, 4.5, 10.5, 12.5])
+  np.testing.assert_allclose(resamplers.pool_maps(x, [(4, 4)], 2)[0, :, 0], [2.5, 4.5, 10.5, 12.5])
 
 
 STEPS = [reduced.Pool(factor=2), reduced.SingleLayer(queries=9, heads=4), reduced.ToMe(keep=10),

@@ -15,7 +15,7 @@ from hrvlm_jax.checkpoint.rows import check_names, entries, export_tensors, impo
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.systems import registry
+from hrvlm_jax.systems import pictures, registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.llava_hr import config as settings, views as host, weights
 from hrvlm_jax.systems.llava_hr.config import (
@@ -193,7 +193,7 @@ def test_released_config_as_published():
 
 def test_padding_and_cropping():
   """The worked example of the specification, and pixels that show what moved where."""
-  assert host.pad_geometry(640, 480) == (640, (0, 80))
+  assert pictures.pad_geometry(640, 480) == (640, (0, 80))
   assert host.square_geometry(640, 480, 1024) == ((1365, 1024), (170, 0))
   image = picture(64, 40)
   padded = np.asarray(host.to_square(image, 64))
@@ -212,7 +212,7 @@ def test_any_image_gives_the_same_shapes(aspect):
          Image.new('I;16', (9, 4)), picture(1, 200)]
   views = SYSTEM.views(odd, config)
   assert views['pixels'].shape == (5, 128, 128, 3) and views['pixels'].dtype == np.uint8
-  assert views['tokens'].tolist() == [config.tokens] * 5 and views['views'].tolist() == [1] * 5
+  assert views['tokens'].tolist() == [config.tokens] * 5
   none = SYSTEM.views([], config)
   assert none['pixels'].shape == (0, 128, 128, 3) and none['tokens'].shape == (0,)
 
@@ -236,7 +236,7 @@ def test_batches_share_slots():
   np.testing.assert_array_equal(batch['pixels'][1:3], rows[2]['pixels'])
   text = SYSTEM.batch([rows[1]], config)
   assert text['pixels'].shape[0] == 1 and not text['valid'].any()
-  with pytest.raises(UserError, match='3 images and .* does not fit 2 image slots'):
+  with pytest.raises(UserError, match='3 views do not fit 2 view slots'):
     SYSTEM.batch(rows, config, slots=2)
 
 

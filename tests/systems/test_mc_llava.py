@@ -16,7 +16,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.mc_llava import views as host
+from hrvlm_jax.systems.mc_llava import SYSTEM, views as host
 from hrvlm_jax.systems.mc_llava.config import RELEASED, MCLlavaConfig, tiny
 from hrvlm_jax.systems.mc_llava.encoder import Encoder
 from hrvlm_jax.systems.mc_llava.weights import table
@@ -79,7 +79,7 @@ def test_a_view_gives_at_most_all_of_its_tokens():
   large = dataclasses.replace(BASE, num_tokens=1457)
   assert host.kept_tokens(1, large) == [728] and host.kept_tokens(2, large) == [728, 728]
   config = tiny(max_crops=6, num_tokens=100).encoder
-  small = host.batch([host.views([image(30, 30)], config)], config)
+  small = SYSTEM.batch([host.views([image(30, 30)], config)], config)
   assert small['index'].shape == (1, 100) and small['valid'].sum() == 63
 
 
@@ -114,12 +114,12 @@ def test_a_mixed_batch_gives_what_single_runs_give(encoder):
   config, apply, params = encoder
   images = [[image(50, 40)], [image(200, 90, 1)], [], [image(90, 150, 2), image(40, 40, 3)]]
   examples = [host.views(row, config) for row in images]
-  mixed = apply(params, host.batch(examples, config))
+  mixed = apply(params, SYSTEM.batch(examples, config))
   for row, example in enumerate(examples):
     if not len(example['pixels']):
       assert not np.asarray(mixed.valid[row]).any()
       continue
-    alone = apply(params, host.batch([example], config))
+    alone = apply(params, SYSTEM.batch([example], config))
     n = int(example['tokens'].sum())
     np.testing.assert_allclose(mixed.values[row, :n], alone.values[0, :n], atol=1e-5)
     assert np.asarray(mixed.valid[row]).sum() == n
@@ -129,12 +129,12 @@ def test_crop_slots_are_shared_and_refused_when_too_few(encoder):
   config, apply, params = encoder
   examples = [host.views([image(200, 90, i)], config) for i in range(2)]
   total = sum(len(e['pixels']) for e in examples)
-  tight = host.batch(examples, config, slots=total)
+  tight = SYSTEM.batch(examples, config, slots=total)
   assert len(tight['pixels']) == total
   np.testing.assert_allclose(apply(params, tight).values,
-                             apply(params, host.batch(examples, config)).values, atol=1e-5)
+                             apply(params, SYSTEM.batch(examples, config)).values, atol=1e-5)
   with pytest.raises(UserError, match=f'{total} views'):
-    host.batch(examples, config, slots=total - 1)
+    SYSTEM.batch(examples, config, slots=total - 1)
 
 
 def test_the_number_of_crops_inside_a_bucket_compiles_nothing_new(encoder):
@@ -145,7 +145,7 @@ def test_the_number_of_crops_inside_a_bucket_compiles_nothing_new(encoder):
   for width, height in ((60, 90), (200, 90), (120, 120), (90, 150)):
     example = host.views([image(width, height)], config)
     counts.add(len(example['pixels']))
-    apply(params, host.batch([example], config, slots=10))
+    apply(params, SYSTEM.batch([example], config, slots=10))
   assert len(counts) > 1 and apply._cache_size() == 1
 
 

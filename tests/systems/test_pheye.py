@@ -73,7 +73,7 @@ def test_batch_and_its_refusals():
   batch = SYSTEM.batch(examples, config)
   assert batch['pixels'].shape == (3, 5, 40, 40, 3) and batch['pixels'].dtype == np.uint8
   assert SYSTEM.batch([], config)['pixels'].shape == (0, 5, 40, 40, 3)
-  with pytest.raises(UserError, match='3 images with 5 views each does not fit 14 slots'):
+  with pytest.raises(UserError, match='3 rows of pheye: 15 views do not fit 14 view slots'):
     SYSTEM.batch(examples, config, slots=14)
   for images in ([], [picture(9, 9)] * 2):
     with pytest.raises(UserError, match=f'exactly one image per prompt, got {len(images)}'):

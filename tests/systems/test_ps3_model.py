@@ -15,7 +15,7 @@ from hrvlm_jax.core import paths, resample
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.layers import patchify
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.systems.ps3 import model, selection
+from hrvlm_jax.systems.ps3 import SYSTEM, model, selection
 from hrvlm_jax.systems.ps3.config import LookConfig, tiny_encoder
 from hrvlm_jax.systems.ps3.encoder import Encoder, feature_maps
 from hrvlm_jax.systems.ps3.losses import (
@@ -27,7 +27,6 @@ from hrvlm_jax.systems.ps3.losses import (
 )
 from hrvlm_jax.systems.ps3.patches import scaled
 from hrvlm_jax.systems.ps3.plan import make_plan
-from hrvlm_jax.systems.ps3.views import batch as batch_views
 from hrvlm_jax.training.step import OBJECTIVES
 
 CONFIG = tiny_encoder(max_select=40)
@@ -116,10 +115,10 @@ def test_views_to_tokens_and_the_other_batch_row_does_not_matter():
                        'tokens': np.full(n, 75, np.int32)}
   one, two = example(1), example(2)
   call = jax.jit(lambda p, v: fn.bind(p)(v))
-  out = call(params, batch_views([one, two], config, slots=3))
+  out = call(params, SYSTEM.batch([one, two], config, slots=3))
   assert out.values.shape == (2, 150, 64)
   assert np.asarray(out.valid).sum(1).tolist() == [75, 150]
-  alone = call(params, batch_views([one, one], config, slots=3, tokens=150))
+  alone = call(params, SYSTEM.batch([one, one], config, slots=3, tokens=150))
   np.testing.assert_allclose(out.values[0, :75], alone.values[0, :75], atol=2e-5)
 
 

@@ -1,8 +1,7 @@
 """Every system honours the contract: one body over all of them."""
 
-import inspect
 import json
-import pathlib
+import sys
 
 import numpy as np
 from PIL import Image
@@ -12,19 +11,13 @@ from hrvlm_jax.checkpoint.rows import entries
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import Count, ModelConfig
+from hrvlm_jax.systems.contract import Count, ModelConfig, System
 from hrvlm_jax.vlm import model as vlm
 
 
 @pytest.fixture(params=registry.names())
 def system(request):
   return registry.get(request.param)
-
-
-def test_names_and_files(system):
-  folder = pathlib.Path(inspect.getfile(system.config)).parent
-  for name in ('config.py', 'views.py', 'encoder.py', 'weights.py', 'README.md'):
-    assert (folder / name).is_file(), f'{system.name}: no {name}'
 
 
 def test_configs_survive_json(system):
@@ -60,3 +53,33 @@ def test_release_configs_round_trip(system):
 def test_unknown_systems_are_refused_with_the_nearest_name():
   with pytest.raises(UserError, match='nearest known: mc_llava'):
     registry.get('mcllava')
+
+
+def test_a_system_of_ones_own_by_a_call_and_by_the_environment(monkeypatch, tmp_path):
+  monkeypatch.setattr(registry, '_MODULES', dict(registry._MODULES))
+  own = System(config=int, encoder=int, count=len, views=len)
+  registry.register('mine', own)
+  assert registry.get('mine') is own and own.name == 'mine' and 'mine' in registry.names()
+  with pytest.raises(UserError, match="'yours': its object is named 'mine'"):
+    registry.register('yours', own)
+    registry.get('yours')
+
+  (tmp_path / 'a_system_elsewhere.py').write_text(
+    'from hrvlm_jax.systems.contract import System\n'
+    'SYSTEM = System(config=int, encoder=int, count=len)\n')
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setenv('HRVLM_SYSTEMS', 'elsewhere=a_system_elsewhere,lost=no_such_module')
+  with pytest.raises(UserError, match="'elsewhere': views: missing, every system must define it"):
+    registry.get('elsewhere')
+  sys.modules['a_system_elsewhere'].SYSTEM.views = len
+  assert registry.get('elsewhere').name == 'elsewhere'
+  with pytest.raises(UserError, match="'lost': found No module named 'no_such_module'"):
+    registry.get('lost')
+  monkeypatch.setenv('HRVLM_SYSTEMS', 'elsewhere')
+  with pytest.raises(UserError, match="found 'elsewhere', expected name=package.module"):
+    registry.names()
+
+
+def test_a_part_that_no_system_has_is_refused():
+  with pytest.raises(TypeError, match="no part 'vews'"):
+    System(vews=len)

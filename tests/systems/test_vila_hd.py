@@ -22,7 +22,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import config as ps3
 from hrvlm_jax.systems.ps3.data import box_range, target_map
-from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
+from hrvlm_jax.systems.vila_hd import SYSTEM, format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import RELEASED, VilaHDConfig, tiny
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.step import OBJECTIVES
@@ -116,12 +116,12 @@ def test_boxes_follow_the_image():
 def test_batches_share_slots_and_refuse_what_does_not_fit():
   config = tiny().encoder
   examples = [host.views([image(64, 48, i) for i in range(n)], config) for n in (2, 0, 1)]
-  batch = host.batch(examples, config, slots=3)
+  batch = SYSTEM.batch(examples, config, slots=3)
   each = config.low_tokens + config.high_tokens
   assert batch['valid'].sum(axis=1).tolist() == [2 * each, 0, each]
   assert batch['index'][2, 0] == 2 * each
-  with pytest.raises(UserError, match='3 images'):
-    host.batch(examples, config, slots=2)
+  with pytest.raises(UserError, match='3 views do not fit 2'):
+    SYSTEM.batch(examples, config, slots=2)
 
 
 def scattered(projector, features, maps, thumbnail):

@@ -129,8 +129,10 @@ def test_vicrop_maps_are_finite_and_answers_come(answerer, method):
 
 
 def test_vicrop_needs_a_grid_of_the_whole_image():
+  config = mc_llava.tiny()
+  params = jax.jit(vlm.build(config).init)(jax.random.key(0))
   with pytest.raises(UserError, match='mc_llava'):
-    vicrop.token_grid('mc_llava', mc_llava.tiny().encoder)
+    vicrop.ViCropAnswerer(Answerer(config, params, tokenizer_of('byte')), vicrop.ViCrop(layer=1))
 
 
 def test_pure_gradient_follows_the_pixels_that_decide(answerer):
@@ -164,7 +166,8 @@ def test_pure_gradient_follows_the_pixels_that_decide(answerer):
   flat[:20, :20] = np.random.default_rng(0).random((20, 20, 3))
   mask = vicrop.fine_structure(flat)
   assert mask[3:15, 3:15].all() and not mask[25:, 25:].any()
-  assert vicrop.block_means(np.arange(16.0).reshape(4, 4), 2).tolist() == [[2.5, 4.5], [10.5, 12.5]]
+  means = vicrop.block_means(np.arange(16.0).reshape(4, 4), 2, 2)
+  assert means.tolist() == [[2.5, 4.5], [10.5, 12.5]]
 
 
 def test_pure_gradient_needs_one_view():

@@ -12,7 +12,6 @@ from PIL import Image
 
 from hrvlm_jax.core.images import open_image, to_rgb
 from hrvlm_jax.vlm.encode import ImageEncoder
-from hrvlm_jax.vlm.vicrop import token_grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +117,13 @@ def run(*, checkpoint: str, images: Sequence[str], out: str, height: int = 448) 
     UserError: a model without such a grid, bad files.
   """
   encoder = ImageEncoder.load(checkpoint)
-  first, side = token_grid(encoder.config.system, encoder.config.encoder)
+  grid = encoder.system.whole_grid(encoder.config.encoder, what='The picture of visual tokens')
+  one = grid.whole
   opened = [open_image(path, exif='apply') for path in images]
-  maps = [np.asarray(encoder(image).values[0], np.float32)[first:first + side * side]
-          .reshape(side, side, -1) for image in opened]
+  maps = [np.asarray(encoder(image).values[0], np.float32)[one.tokens]
+          .reshape(one.rows, one.columns, -1) for image in opened]
   components = fit(maps)
-  rows = [side_by_side([np.asarray(to_rgb(image)), picture], height=height)
+  rows = [side_by_side([np.asarray(to_rgb(grid.picture(image))), picture], height=height)
           for image, picture in zip(opened, colours(maps, components))]
   page = Image.new('RGB', (max(row.width for row in rows), height * len(rows)), (255, 255, 255))
   for number, row in enumerate(rows):

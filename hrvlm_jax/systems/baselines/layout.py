@@ -59,6 +59,11 @@ def table(config: ModelConfig) -> Table:
                 prefixed(language_weights.table(config.text), ours='language/'))
 
 
+def backbones(encoder: Any) -> dict[str, ViTConfig]:
+  """The tower can start from a release of its own."""
+  return {'vision/tower': encoder.vision}
+
+
 def release(config: ModelConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
   """config.json and the processor's file; `keys` are what LLaVA calls this system's settings."""
   encoder = config.encoder

@@ -7,6 +7,8 @@ b rows, f frames, n tokens, q queries, c width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -159,10 +161,19 @@ def _resampled(table: np.ndarray, side: int, target: int) -> np.ndarray:
   return np.einsum('Yy,Xx,yxc->YXc', matrix, matrix, square).reshape(target * target, -1)
 
 
-def pool_grid(x: Float[Array, 'b n c'], factor: int) -> Float[Array, 'b m c']:
-  """Mean of factor x factor neighbours of a square grid; the last windows may overlap (area)."""
-  side = int(round(x.shape[1] ** 0.5))
-  target = -(-side // factor)
-  matrix = resample.area_matrix(side, target)
-  grid = resample.resize(x.reshape(x.shape[0], side, side, -1), matrix, matrix)
-  return grid.reshape(x.shape[0], target * target, -1)
+def pool_maps(x: Float[Array, 'b n c'], sizes: Sequence[tuple[int, int]], factor: int
+              ) -> Float[Array, 'b m c']:
+  """Mean of factor x factor neighbours in each of the maps that the tokens are, in turn.
+
+  The last windows of a side may overlap (area).
+
+  Args:
+    sizes: (rows, columns) of every map.
+  """
+  out, start = [], 0
+  for rows, columns in sizes:
+    part = x[:, start:start + rows * columns].reshape(x.shape[0], rows, columns, -1)
+    matrices = [resample.area_matrix(n, -(-n // factor)) for n in (rows, columns)]
+    out.append(resample.resize(part, *matrices).reshape(x.shape[0], -1, x.shape[-1]))
+    start += rows * columns
+  return jnp.concatenate(out, axis=1)

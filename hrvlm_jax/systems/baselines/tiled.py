@@ -7,20 +7,19 @@ batch, p tokens of a tile, b rows, t visual places of a row, d width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-import numpy as np
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import normal
 from hrvlm_jax.core.module import Module, Param, Rngs
 from hrvlm_jax.core.pixels import normalise
-from hrvlm_jax.systems.contract import Views, VisualTokens
+from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
+from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.systems.packing import Entry, Packing
 from hrvlm_jax.vision.blocks import BlockProjector, block_side, is_projector
 from hrvlm_jax.vision.vit import ViT, ViTConfig
 
@@ -70,57 +69,18 @@ def token_side(config: TiledConfig) -> int:
   return -(-config.vision.grid // side)
 
 
-def batch(examples: Sequence[Views], config: TiledConfig, *, slots: int | None = None) -> Views:
-  """Packs a batch.
-
-  Args:
-    examples: pixels uint8 [n h w 3], gather int32 [t] (`NEWLINE`, or 1 + place in the example's
-      flattened tokens), tokens int32 [images].
-    slots: tile slots of the whole batch; default: rows x most images of a row x `max_views`, which
-      does not depend on image sizes.
-
-  Returns:
-    pixels uint8 [slots h w 3], index int32 [b t], valid bool [b t].
-
-  Raises:
-    UserError: more tiles than slots.
-  """
-  images = max((len(e['tokens']) for e in examples), default=1) or 1
-  total = sum(len(e['pixels']) for e in examples)
-  slots = max(len(examples), 1) * images * config.max_views if slots is None else slots
-  if total > slots:
-    raise UserError(f'a batch of {total} tiles does not fit {slots} slots')
-  size, each = config.vision.image_size, token_side(config) ** 2
-  shape = (len(examples), images * config.max_tokens)
-  out = {'pixels': np.zeros((slots, size, size, 3), np.uint8),
-         'index': np.zeros(shape, np.int32), 'valid': np.zeros(shape, bool)}
-  start = 0
-  for row, example in enumerate(examples):
-    n, gather = len(example['pixels']), example['gather']
-    out['pixels'][start:start + n] = example['pixels']
-    out['index'][row, :len(gather)] = np.where(gather == NEWLINE, NEWLINE, gather + start * each)
-    out['valid'][row, :len(gather)] = True
-    start += n
-  return out
+def packing(config: TiledConfig) -> Packing:
+  """Tiles of all rows share their slots; `gather` says which tokens an image takes, and where the
+  newline stands between them."""
+  size = config.vision.image_size
+  return Packing(slots={'pixels': Entry((size, size, 3))}, each=token_side(config) ** 2, fixed=1,
+                 gather=1, views=config.max_views, tokens=config.max_tokens)
 
 
-def shift(views_: Views, config: TiledConfig, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more tile slots before them."""
-  index, each = views_['index'], token_side(config) ** 2
-  return views_ | {'index': np.where(index == NEWLINE, NEWLINE, index + np.int32(slots * each))}
-
-
-def collect(pixels: Sequence[np.ndarray], gathers: Sequence[np.ndarray], config: TiledConfig
-            ) -> Views:
-  """The arrays of one example from those of its images."""
-  size, each = config.vision.image_size, token_side(config) ** 2
-  shifted, start = [np.zeros(0, np.int32)], 0
-  for tiles, gather in zip(pixels, gathers, strict=True):
-    shifted.append(np.where(gather == NEWLINE, NEWLINE, gather + start * each).astype(np.int32))
-    start += len(tiles)
-  return {'pixels': np.concatenate([np.zeros((0, size, size, 3), np.uint8), *pixels]),
-          'gather': np.concatenate(shifted),
-          'tokens': np.array([len(gather) for gather in gathers], np.int32)}
+def rules(config: TiledConfig) -> tuple[Rule, ...]:
+  """Sharding row of the newline."""
+  del config
+  return (Rule(r'.*/newline', (), why=WHOLE_VECTORS),)
 
 
 class TiledEncoder(Module):
@@ -136,7 +96,7 @@ class TiledEncoder(Module):
 
   def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
                ) -> VisualTokens:
-    """Views of a batch (`batch`) -> [b t d]."""
+    """Views of a batch (`packing`) -> [b t d]."""
     c = self.config
     pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
     x = self.tower(pixels, stop=c.vision.depth + 1 + c.layer, key=key, ex=ex)

@@ -14,32 +14,7 @@ import math
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, to_rgb
-
-Pair = tuple[int, int]
-
-
-def check_size(width: int, height: int) -> None:
-  """Refuses an image without pixels.
-
-  Raises:
-    UserError: a side below 1.
-  """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
-
-
-def check_elongation(width: int, height: int, size: Pair) -> None:
-  """Refuses a picture that is made square at a cost far above its worth.
-
-  Raises:
-    UserError: its intermediate form would have more than 4 x `core.images.MAX_PIXELS` pixels.
-  """
-  if size[0] * size[1] > 4 * MAX_PIXELS:
-    raise UserError(f'image of {width}x{height} pixels is too elongated: making it square needs a '
-                    f'picture of {size[0]} x {size[1]} pixels, at most {4 * MAX_PIXELS} pixels '
-                    'are allowed; crop it first')
+from hrvlm_jax.systems.pictures import Pair, check_size, squash
 
 
 def choose_resolution(width: int, height: int, candidates: Sequence[Pair]) -> Pair:
@@ -120,22 +95,12 @@ def scale_grids(width: int, height: int, scales: Sequence[int], tile: int, max_t
   return [(scale // scales[0],) * 2 for scale in scales[:-1]] + [(rows, columns)]
 
 
-def rgb(image: Image.Image) -> Image.Image:
-  """The image in RGB."""
-  return to_rgb(image)
-
-
 def padded(image: Image.Image, canvas: Pair) -> Image.Image:
   """The image resized to fit and pasted on a black canvas (see `content_box`)."""
   box = content_box(*image.size, canvas)
   out = Image.new('RGB', canvas)
-  out.paste(resize_exact(rgb(image), (box[2] - box[0], box[3] - box[1])), box[:2])
+  out.paste(squash(image, (box[2] - box[0], box[3] - box[1])), box[:2])
   return out
-
-
-def squashed(image: Image.Image, size: Pair) -> Image.Image:
-  """The whole image at that size, its aspect not kept."""
-  return resize_exact(rgb(image), size)
 
 
 def cut(image: Image.Image, tile: int) -> np.ndarray:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision.convnext import CONVNEXT_L, CONVNEXT_XXL, ConvNeXtConfig
 from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _CHOICES = {
   'direction': ('high_to_low', 'low_to_high'), 'slow_map': ('mlp', 'conv'),
@@ -188,6 +186,12 @@ class LlavaHRConfig:
     if not self.dual:
       return self.slow.widths[-1] if self.fast is None else self.fast.width
     return self.fast.width + (self.slow.widths[-1] if self.fusion == 'concat' else 0)
+
+
+def backbones(config: LlavaHRConfig) -> dict[str, ViTConfig | ConvNeXtConfig]:
+  """The towers that can start from releases of their own."""
+  towers = {'vision/fast': config.fast, 'vision/slow': config.slow}
+  return {path: tower for path, tower in towers.items() if tower is not None}
 
 
 def low_resolution(image_size: int) -> int:

@@ -7,18 +7,18 @@ Face's CLIP processor. The low-resolution image is made from the same pixels ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-import math
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, resize_on_canvas, resize_part, to_rgb
-from hrvlm_jax.systems import images as image_slots
-from hrvlm_jax.systems.contract import Count, Views
-from hrvlm_jax.systems.llava_hr.config import CLIP_MEAN, LlavaHRConfig
-
-_LIMIT = 4 * MAX_PIXELS  # of an intermediate picture, though it is never made whole
+from hrvlm_jax.core.images import resize_part, to_rgb
+from hrvlm_jax.core.pixels import CLIP_MEAN
+from hrvlm_jax.parallel.rules import DEPTHWISE, WHOLE_VECTORS, Rule
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
+from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
+from hrvlm_jax.systems.packing import Entry, Packing, Views, join
+from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, check_size, on_square
 
 
 def square_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -29,17 +29,6 @@ def square_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int]
   return resized, ((resized[0] - size) // 2, (resized[1] - size) // 2)
 
 
-def pad_geometry(width: int, height: int) -> tuple[int, tuple[int, int]]:
-  """(side of the square, (x, y) where the picture is pasted) of aspect mode 'pad'."""
-  side = max(width, height)
-  return side, ((side - width) // 2, (side - height) // 2)
-
-
-def background(mean: Sequence[float]) -> tuple[int, ...]:
-  """The colour around a padded picture: floor(255 * mean)."""
-  return tuple(int(255 * value) for value in mean)
-
-
 def to_square(image: Image.Image, size: int, *, aspect: str = 'pad',
               mean: Sequence[float] = CLIP_MEAN) -> Image.Image:
   """The picture as RGB, size x size pixels: padded ('pad') or resized and cropped ('square').
@@ -47,73 +36,70 @@ def to_square(image: Image.Image, size: int, *, aspect: str = 'pad',
   Raises:
     UserError: the picture is so elongated that the square, or the resized picture, would be huge.
   """
-  check_elongation(*image.size, size, aspect=aspect)
-  image = to_rgb(image)
+  check(*image.size, size, aspect=aspect)
   if aspect == 'pad':
-    side, place = pad_geometry(*image.size)
-    return resize_on_canvas(image, (side, side), place, background(mean), (size, size))
+    return on_square(image, size, mean)
   resized, (left, top) = square_geometry(*image.size, size)
-  return resize_part(image, resized, (left, top, left + size, top + size))
+  return resize_part(to_rgb(image), resized, (left, top, left + size, top + size))
 
 
-def check_elongation(width: int, height: int, size: int, *, aspect: str) -> None:
-  """Refuses what would cost far more than the picture is worth.
+def check(width: int, height: int, size: int, *, aspect: str) -> None:
+  """Refuses an image without pixels, or too elongated for its square or its resized form.
 
   Raises:
-    UserError: a side below 1; the picture on its square ('pad'), or resized before the crop
-      ('square'), would have more than 4 x `core.images.MAX_PIXELS` pixels.
+    UserError: see `systems.pictures`.
   """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
-  if aspect == 'pad':
-    pixels = pad_geometry(width, height)[0] ** 2
-  else:
-    pixels = math.prod(square_geometry(width, height, size)[0])
-  if pixels > _LIMIT:
-    raise UserError(f'image of {width}x{height} pixels is too elongated: making it square needs a '
-                    f'picture of {pixels} pixels, at most {_LIMIT} are allowed; crop it first')
+  check_size(width, height)
+  check_elongation(width, height, (max(width, height),) * 2 if aspect == 'pad' else
+                   square_geometry(width, height, size)[0])
 
 
 def count(width: int, height: int, config: LlavaHRConfig) -> Count:
   """Every image is one view and costs the same number of tokens.
 
   Raises:
-    UserError: see `check_elongation`.
+    UserError: see `check`.
   """
-  check_elongation(width, height, config.image_size, aspect=config.aspect)
+  check(width, height, config.image_size, aspect=config.aspect)
   return Count(1, config.tokens)
 
 
 def views(images: Sequence[Image.Image], config: LlavaHRConfig) -> Views:
-  """Arrays of one example.
-
-  Returns:
-    pixels uint8 [m s s 3], tokens int32 [images] visual tokens of each image, views int32 [images].
-  """
-  size = config.image_size
-  pixels = [np.asarray(_square(image, config), np.uint8) for image in images]
-  return {
-    'pixels': np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8),
-    'tokens': np.full(len(images), config.tokens, np.int32),
-    'views': np.ones(len(images), np.int32),
-  }
+  """Arrays of one example: pixels uint8 [m s s 3], tokens int32 [m]."""
+  return join([{'pixels': bytes_of(_square(image, config)), 'tokens': config.tokens}
+               for image in images], packing(config))
 
 
-def batch(examples: Sequence[Views], config: LlavaHRConfig, *, slots: int | None = None,
-          tokens: int | None = None) -> Views:
-  """Packs a batch: pixels uint8 [slots s s 3] and indices, see `systems.images.pack`.
+def tokens(config: LlavaHRConfig) -> int:
+  """Visual tokens of every image."""
+  return config.tokens
+
+
+def packing(config: LlavaHRConfig) -> Packing:
+  """Images of all rows share their slots.
 
   The original encodes a blank image for a row without images and discards it; here such a row uses
-  no slot and its places are invalid.
+  no slot and its positions are invalid.
   """
-  shape = (config.image_size, config.image_size, 3)
-  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, each=config.tokens, slots=slots,
-                          tokens=tokens)
+  return Packing(slots={'pixels': Entry((config.image_size, config.image_size, 3))},
+                 each=config.tokens, tokens=config.tokens)
 
 
-def shift(views_: Views, config: LlavaHRConfig, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more image slots before them."""
-  return image_slots.shift(views_, slots, each=config.tokens)
+def grid(config: LlavaHRConfig) -> Grid | None:
+  """One map, of the padded picture or of a centre crop; none where queries read the tokens."""
+  if config.reduce == 'queries':
+    return None
+  pad = config.aspect == 'pad'
+  return Grid(maps=(TokenMap(config.grid, config.grid, box=WHOLE if pad else None),),
+              view=config.image_size, background=background(config.mean) if pad else None,
+              std=config.std)
+
+
+def rules(config: LlavaHRConfig) -> tuple[Rule, ...]:
+  """Sharding rows of the adapters and the resampler."""
+  del config
+  return (Rule(r'.*/fast_conv/kernel', (), why=DEPTHWISE),
+          Rule(r'.*/queries', (), why=WHOLE_VECTORS))
 
 
 def overlay(image: Image.Image, config: LlavaHRConfig, info: Mapping[str, object]) -> Image.Image:

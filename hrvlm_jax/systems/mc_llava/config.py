@@ -61,6 +61,11 @@ class MCLlavaConfig:
     return self.vision.grid**2 - 1
 
 
+def backbones(config: MCLlavaConfig) -> dict[str, ViTConfig]:
+  """The tower can start from a release of its own."""
+  return {'vision/tower': config.vision}
+
+
 RELEASED = {
   'mc_llava_3b': ModelConfig(
     system='mc_llava',

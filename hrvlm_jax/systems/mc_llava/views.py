@@ -14,8 +14,10 @@ from PIL import Image, ImageDraw
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.packing import Entry, Packing, Views, join
+from hrvlm_jax.systems.pictures import check_size
 
 Box = tuple[int, int, int, int]
 
@@ -30,8 +32,7 @@ def crop_boxes(width: int, height: int, config: MCLlavaConfig) -> list[Box]:
   Raises:
     UserError: a side below 1, or more crops than `crop_cap`.
   """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  check_size(width, height)
   whole = [(0, 0, width, height)]
   small = config.window + config.window // 2
   if config.max_crops == 0 or (width <= small and height <= small):
@@ -67,7 +68,7 @@ def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
   """How many of its last tokens each view contributes: floor(N / M), the rest from the last view.
 
   A view gives at most all of its tokens but the first, so an image with few views may give fewer
-  than N; `batch` pads to N and masks, and no shape changes.
+  than N; a batch pads to N and masks, and no shape changes.
 
   Raises:
     UserError: with quirks='refuse', N < M.
@@ -119,86 +120,32 @@ def view_pixels(image: Image.Image, boxes: Sequence[Box], size: int) -> np.ndarr
   return out
 
 
+def view(image: Image.Image, config: MCLlavaConfig) -> Views:
+  """Arrays of one image: pixels uint8 [v h w 3], coords float32 [v 2], gather int32 [t 2] (view,
+  patch)."""
+  boxes = crop_boxes(*image.size, config)
+  gather = gather_index(len(boxes), config)
+  return {'pixels': view_pixels(image, boxes, config.vision.image_size),
+          'coords': centres(boxes, *image.size), 'gather': gather, 'tokens': len(gather)}
+
+
 def views(images: Sequence[Image.Image], config: MCLlavaConfig) -> Views:
-  """Arrays of one example: its images' views one after the other.
+  """Arrays of one example: its images' views one after the other."""
+  return join([view(image, config) for image in images], packing(config))
 
-  Returns:
-    pixels uint8 [m h w 3], coords float32 [m 2], gather int32 [t 2] (view of the example, patch),
-    tokens int32 [images] visual tokens of each image, views int32 [images].
+
+def packing(config: MCLlavaConfig) -> Packing:
+  """Crops of all rows share their slots; a position takes one patch of one crop.
+
+  A row gets the slots of the smallest view bucket that holds the largest row, so that any smaller
+  count compiles nothing new.
   """
-  pixels, coords, gather, tokens, counts = [], [], [], [], []
-  for image in images:
-    boxes = crop_boxes(*image.size, config)
-    index = gather_index(len(boxes), config)
-    index[:, 0] += sum(counts)
-    pixels.append(view_pixels(image, boxes, config.vision.image_size))
-    coords.append(centres(boxes, *image.size))
-    gather.append(index)
-    tokens.append(len(index))
-    counts.append(len(boxes))
-  size, channels = config.vision.image_size, config.vision.channels
-  join = lambda parts, shape, dtype: (
-    np.concatenate(parts) if parts else np.zeros((0, *shape), dtype))
-  return {
-    'pixels': join(pixels, (size, size, channels), np.uint8),
-    'coords': join(coords, (2,), np.float32),
-    'gather': join(gather, (2,), np.int32),
-    'tokens': np.array(tokens, np.int32),
-    'views': np.array(counts, np.int32),
-  }
-
-
-def batch(examples: Sequence[Views], config: MCLlavaConfig, *, slots: int | None = None,
-          tokens: int | None = None) -> Views:
-  """Packs the views of several examples into `slots` shared crop slots.
-
-  Args:
-    slots: crop slots of the whole batch; default: the rows times the smallest view bucket that
-      holds the largest row, so that any smaller count compiles nothing new.
-    tokens: places per row; default: num_tokens times the largest number of images of a row (at
-      least one), which does not depend on image sizes.
-
-  Returns:
-    pixels uint8 [slots h w 3] (zeros when empty), coords float32 [slots 2] (0.5 when empty),
-    index int32 [b t] into the flattened (slots x patches) tokens, valid bool [b t].
-
-  Raises:
-    UserError: the views or tokens do not fit.
-  """
-  total = sum(len(e['pixels']) for e in examples)
-  if slots is None:
-    largest = max((len(e['pixels']) for e in examples), default=1)
-    slots = len(examples) * _bucket(max(largest, 1), config.view_buckets)
-  longest = max((len(e['gather']) for e in examples), default=0)
-  if tokens is None:
-    images = max((len(e['tokens']) for e in examples), default=1)
-    tokens = max(config.num_tokens * max(images, 1), longest)
-  if total > slots or longest > tokens:
-    raise UserError(f'a batch of {total} views and {longest} tokens in one row does not fit '
-                    f'{slots} crop slots and {tokens} places')
-  size, channels = config.vision.image_size, config.vision.channels
-  patches = config.vision.grid**2
-  out = {
-    'pixels': np.zeros((slots, size, size, channels), np.uint8),
-    'coords': np.full((slots, 2), 0.5, np.float32),
-    'index': np.zeros((len(examples), tokens), np.int32),
-    'valid': np.zeros((len(examples), tokens), bool),
-  }
-  start = 0
-  for row, example in enumerate(examples):
-    n, t = len(example['pixels']), len(example['gather'])
-    out['pixels'][start:start + n] = example['pixels']
-    out['coords'][start:start + n] = example['coords']
-    view, patch = example['gather'][:, 0], example['gather'][:, 1]
-    out['index'][row, :t] = (start + view) * patches + patch
-    out['valid'][row, :t] = True
-    start += n
-  return out
-
-
-def shift(views_: Views, config: MCLlavaConfig, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more crop slots before them."""
-  return views_ | {'index': views_['index'] + np.int32(slots * config.vision.grid**2)}
+  size, patches = config.vision.image_size, config.vision.grid**2
+  return Packing(
+    slots={'pixels': Entry((size, size, config.vision.channels)),
+           'coords': Entry((2,), np.float32, fill=0.5)},
+    each=patches, gather=2, tokens=config.num_tokens,
+    bucket=lambda views_: _bucket(views_, config.view_buckets))
 
 
 def overlay(image: Image.Image, config: MCLlavaConfig, info: Mapping[str, object]) -> Image.Image:

@@ -4,8 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.pheye import config, encoder, views, weights
 
 SYSTEM = System(
-  name='pheye', config=config.PheyeConfig, count=views.count, views=views.views,
-  batch=views.batch, shift=views.shift, encoder=encoder.Encoder, table=weights.table,
-  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  overlay_needs_info=True, released=config.RELEASED, tiny=config.tiny,
-  backbones=lambda encoder: {'vision/tower': encoder.vision}, pickled='checkpoint.pt')
+  name='pheye', config=config.PheyeConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  tiny=config.tiny, backbones=config.backbones, count=views.count, views=views.views,
+  packing=views.packing, grid=views.grid, overlay=views.overlay, overlay_needs_info=True,
+  tokens=views.tokens, table=weights.table, from_release=weights.from_release,
+  to_release=weights.to_release, pickled='checkpoint.pt')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig
@@ -40,8 +41,8 @@ class PheyeConfig:
   train_first_adapter: bool = True
   norm_eps: float = 1e-5
   sub_image_rows: int = 21
-  mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-  std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+  mean: tuple[float, float, float] = CLIP_MEAN
+  std: tuple[float, float, float] = CLIP_STD
 
   def __post_init__(self):
     problems = []
@@ -88,6 +89,11 @@ class PheyeConfig:
     first = () if self.first is None else (
       dataclasses.replace(self.first, frozen=not self.train_first_adapter),)
     return dataclasses.replace(self.vision, lora=(*first, self.second))
+
+
+def backbones(config: PheyeConfig) -> dict[str, ViTConfig]:
+  """The tower can start from a release of its own."""
+  return {'vision/tower': config.vision}
 
 
 def model(encoder: PheyeConfig, text: language.DecoderConfig, *, interval: int,

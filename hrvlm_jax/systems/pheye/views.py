@@ -13,8 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
+from hrvlm_jax.systems.packing import Entry, Packing, Views
 from hrvlm_jax.systems.pheye.config import PheyeConfig
+from hrvlm_jax.systems.pictures import check_size
 
 Box = tuple[int, int, int, int]
 
@@ -40,8 +43,7 @@ def count(width: int, height: int, config: PheyeConfig) -> Count:
   Raises:
     UserError: a side below 1.
   """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  check_size(width, height)
   return Count(config.sub_images, config.tokens)
 
 
@@ -57,29 +59,27 @@ def views(images: Sequence[Image.Image], config: PheyeConfig) -> Views:
   return {'pixels': sub_images(images[0], config), 'tokens': np.array([config.tokens], np.int32)}
 
 
-def batch(examples: Sequence[Views], config: PheyeConfig, *, slots: int | None = None) -> Views:
-  """Stacks examples: pixels uint8 [b, 1 + level^2, s, s, 3].
-
-  Args:
-    slots: views the batch may hold; every example has the same number, so that nothing is padded.
-
-  Raises:
-    UserError: more views than slots.
-  """
-  needed = len(examples) * config.sub_images
-  if slots is not None and needed > slots:
-    raise UserError(f'a batch of {len(examples)} images with {config.sub_images} views each does '
-                    f'not fit {slots} slots')
-  size, channels = config.vision.image_size, config.vision.channels
-  shape = (0, config.sub_images, size, size, channels)
-  pixels = [example['pixels'] for example in examples]
-  return {'pixels': np.stack(pixels) if pixels else np.zeros(shape, np.uint8)}
+def tokens(config: PheyeConfig) -> int:
+  """Visual tokens of every image."""
+  return config.tokens
 
 
-def shift(views_: Views, config: PheyeConfig, slots: int) -> Views:
-  """The views as they are: every row has its own."""
-  del config, slots
-  return views_
+def packing(config: PheyeConfig) -> Packing:
+  """Every row has its own views; the text reads all their tokens, so there is no index."""
+  size = config.vision.image_size
+  return Packing(rows={'pixels': Entry((config.sub_images, size, size, config.vision.channels))},
+                 each=None, views=config.sub_images)
+
+
+def grid(config: PheyeConfig) -> Grid:
+  """The map of the global view, then those of the tiles; a class token is in front of each."""
+  side, each = config.vision.grid, config.vision.tokens
+  boxes = [tuple(x / config.side for x in box)
+           for box in tile_boxes(config.vision.image_size, config.level)]
+  first = each - side**2
+  return Grid(maps=tuple(TokenMap(side, side, first + number * each, box)
+                         for number, box in enumerate([WHOLE, *boxes])),
+              view=config.vision.image_size, std=config.std)
 
 
 def overlay(image: Image.Image, config: PheyeConfig, info: Mapping[str, object]) -> Image.Image:

@@ -4,8 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.ps3 import config, encoder, model, views, weights
 
 SYSTEM = System(
-  name='ps3', config=config.PS3Config, count=views.count, views=views.views, batch=views.batch,
-  shift=views.shift, encoder=encoder.Encoder, table=weights.table,
-  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  overlay_needs_info=True, released=config.RELEASED, tiny=config.tiny, alone=model.PS3,
-  backbones=lambda encoder: {'vision': encoder, 'vision/tower': encoder.vision})
+  name='ps3', config=config.PS3Config, encoder=encoder.Encoder, alone=model.PS3,
+  released=config.RELEASED, tiny=config.tiny, backbones=views.backbones, count=views.count,
+  views=views.views, packing=views.packing, grid=views.grid, rules=views.rules,
+  overlay=views.overlay, overlay_needs_info=True, tokens=views.tokens, table=weights.table,
+  from_release=weights.from_release, to_release=weights.to_release)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.layers import activation
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import ViTConfig
 
@@ -198,8 +199,6 @@ TRUNKS = {
   'vit_so400m_patch14_siglip_378': SO400M,
   'vit_large_patch16_224': C_RADIO_L,
 }
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _SIGLIP = TextConfig()
 _SIGLIP2 = TextConfig(vocab_size=256000, activation='gelu_tanh', pad=0)

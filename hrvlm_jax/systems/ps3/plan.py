@@ -12,6 +12,7 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.systems.pictures import check_size
 from hrvlm_jax.systems.ps3.config import PS3Config
 
 Size = tuple[int, int]  # (rows, columns): of pixels or of cells
@@ -74,8 +75,7 @@ def scale_sizes(height: int, width: int, config: PS3Config) -> tuple[Size, ...]:
   Raises:
     UserError: a side below 1.
   """
-  if height < 1 or width < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  check_size(width, height)
   first, patch = config.scales[0], config.vision.patch_size
   short_cells = lambda long, short: max(int(first / long * short) // patch, 1)
   sizes = [(first, first)]

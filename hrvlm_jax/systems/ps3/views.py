@@ -7,14 +7,17 @@ ps3/image_processing_ps3.py`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
-from hrvlm_jax.systems import images as image_slots
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import Grid, TokenMap
+from hrvlm_jax.systems.packing import Entry, Packing, Views, join
+from hrvlm_jax.systems.pictures import check_size
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.plan import make_plan
 
@@ -37,36 +40,37 @@ def count(width: int, height: int, config: PS3Config) -> Count:
   Raises:
     UserError: a side below 1.
   """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+  check_size(width, height)
   return Count(1, tokens(config))
 
 
 def views(images: Sequence[Image.Image], config: PS3Config) -> Views:
-  """pixels uint8 [v side side 3] and tokens int32 [v] of one example."""
-  side = config.scales[-1]
-  pixels = [squash(image, side) for image in images]
-  return {
-    'pixels': np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
-    'tokens': np.full(len(pixels), tokens(config), np.int32),
-  }
+  """Arrays of one example: pixels uint8 [m side side 3], tokens int32 [m]."""
+  each = tokens(config)
+  return join([{'pixels': squash(image, config.scales[-1])[None], 'tokens': each}
+               for image in images], packing(config))
 
 
-def batch(examples: Sequence[Views], config: PS3Config, *, slots: int | None = None,
-          tokens: int | None = None) -> Views:
-  """Packs a batch: pixels uint8 [slots side side 3] and indices, see `systems.images.pack`.
-
-  The tokens of an image are those its example counts.
-  """
-  shape = (config.scales[-1], config.scales[-1], 3)
-  each = int(next((e['tokens'][0] for e in examples if len(e['tokens'])), 0))
-  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, each=each, slots=slots,
-                          tokens=tokens)
+def packing(config: PS3Config) -> Packing:
+  """Images of all rows share their slots."""
+  side, each = config.scales[-1], tokens(config)
+  return Packing(slots={'pixels': Entry((side, side, 3))}, each=each, tokens=each)
 
 
-def shift(views_: Views, config: PS3Config, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more image slots before them."""
-  return image_slots.shift(views_, slots, each=tokens(config))
+def grid(config: PS3Config) -> Grid:
+  """The thumbnail's map; the selected tokens stand where the prompt or saliency sent them."""
+  return Grid(maps=(TokenMap(config.grid, config.grid),), view=config.scales[0], std=config.std)
+
+
+def rules(config: PS3Config) -> tuple[Rule, ...]:
+  """Sharding rows of the position residuals and the selection's prompt."""
+  del config
+  return (Rule(r'.*/residual/\d+', ('fsdp',)), Rule(r'.*/prior_prompt', (), why=WHOLE_VECTORS))
+
+
+def backbones(config: PS3Config) -> dict[str, Any]:
+  """The whole encoder, or its trunk, can start from a release of its own."""
+  return {'vision': config, 'vision/tower': config.vision}
 
 
 def overlay(image: Image.Image, config: PS3Config, info: Mapping[str, object], *,

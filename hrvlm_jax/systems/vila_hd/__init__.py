@@ -4,8 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.vila_hd import config, encoder, views, weights
 
 SYSTEM = System(
-  name='vila_hd', config=config.VilaHDConfig, count=views.count, views=views.views,
-  batch=views.batch, shift=views.shift, encoder=encoder.Encoder, table=weights.table,
-  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  released=config.RELEASED, tiny=config.tiny, overlay_needs_info=True, folders=weights.FOLDERS,
-  backbones=lambda encoder: {'vision/ps3': encoder.tower})
+  name='vila_hd', config=config.VilaHDConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  tiny=config.tiny, backbones=views.backbones, count=views.count, views=views.views, boxes=True,
+  packing=views.packing, grid=views.grid, rules=views.rules, overlay=views.overlay,
+  overlay_needs_info=True, tokens=views.tokens, table=weights.table,
+  from_release=weights.from_release, to_release=weights.to_release, folders=weights.FOLDERS)

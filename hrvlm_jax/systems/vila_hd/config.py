@@ -128,6 +128,11 @@ class VilaHDConfig:
     return max(sum(self.slots), 1)
 
   @property
+  def image_tokens(self) -> int:
+    """Places of an image in the prompt."""
+    return self.low_tokens + self.high_tokens
+
+  @property
   def looks_closer(self) -> bool:
     """Some patches are selected at all."""
     return self.plan(self.scale_choices[-1]).looks > 0

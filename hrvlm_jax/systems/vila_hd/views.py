@@ -14,9 +14,13 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
-from hrvlm_jax.systems import images as image_slots
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.parallel.rules import Rule
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import Grid, TokenMap
+from hrvlm_jax.systems.packing import Entry, Packing, Views, join
+from hrvlm_jax.systems.pictures import check_size
 from hrvlm_jax.systems.ps3 import views as ps3_views
+from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.data import box_range
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 
@@ -69,9 +73,8 @@ def count(width: int, height: int, config: VilaHDConfig) -> Count:
   Raises:
     UserError: a side below 1.
   """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
-  return Count(1, config.low_tokens + config.high_tokens)
+  check_size(width, height)
+  return Count(1, config.image_tokens)
 
 
 def views(images: Sequence[Image.Image], config: VilaHDConfig, *,
@@ -92,34 +95,42 @@ def views(images: Sequence[Image.Image], config: VilaHDConfig, *,
   boxes = [None] * len(images) if boxes is None else list(boxes)
   if len(boxes) != len(images):
     raise UserError(f'{len(boxes)} boxes for {len(images)} images; give one (or None) per image')
-  ends = [np.zeros(4, np.int32) if box is None else
-          box_range(resize_box(box, *image.size, side), side, side)
-          for image, box in zip(images, boxes, strict=True)]
-  pixels = [squash(image, side, grounded=box is not None)
-            for image, box in zip(images, boxes, strict=True)]
-  each = config.low_tokens + config.high_tokens
-  return {
-    'pixels': np.stack(pixels) if pixels else np.zeros((0, side, side, 3), np.uint8),
-    'tokens': np.full(len(pixels), each, np.int32),
-    'boxes': np.stack(ends) if ends else np.zeros((0, 4), np.int32),
-    'first': np.array([first_scales(*image.size, config) for image in images], np.int32),
-  }
+  made = []
+  for image, box in zip(images, boxes, strict=True):
+    ends = np.zeros(4, np.int32) if box is None else box_range(
+      resize_box(box, *image.size, side), side, side)
+    made.append({'pixels': squash(image, side, grounded=box is not None)[None],
+                 'boxes': ends[None], 'first': np.array([first_scales(*image.size, config)]),
+                 'tokens': config.image_tokens})
+  return join(made, packing(config))
 
 
-def batch(examples: Sequence[Views], config: VilaHDConfig, *, slots: int | None = None,
-          tokens: int | None = None) -> Views:
-  """Packs a batch: pixels uint8 [slots S S 3], boxes int32 [slots 4], first int32 [slots] and
-  indices, see `systems.images.pack`.
-  """
-  arrays = {'pixels': ((config.side, config.side, 3), np.uint8), 'boxes': ((4,), np.int32),
-            'first': ((), np.int32)}
-  return image_slots.pack(examples, arrays, each=config.low_tokens + config.high_tokens,
-                          slots=slots, tokens=tokens)
+def tokens(config: VilaHDConfig) -> int:
+  """Visual tokens of every image."""
+  return config.image_tokens
 
 
-def shift(views_: Views, config: VilaHDConfig, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more image slots before them."""
-  return image_slots.shift(views_, slots, each=config.low_tokens + config.high_tokens)
+def packing(config: VilaHDConfig) -> Packing:
+  """Images of all rows share their slots."""
+  return Packing(
+    slots={'pixels': Entry((config.side, config.side, 3)), 'boxes': Entry((4,), np.int32),
+           'first': Entry((), np.int32)}, each=config.image_tokens, tokens=config.image_tokens)
+
+
+def grid(config: VilaHDConfig) -> Grid:
+  """The low-resolution tokens' map; those behind it stand where the model looked."""
+  side = -(-config.tower.grid // config.ratio)
+  return Grid(maps=(TokenMap(side, side),), view=config.tower.scales[0], std=config.tower.std)
+
+
+def rules(config: VilaHDConfig) -> tuple[Rule, ...]:
+  """Sharding rows: PS3's."""
+  return ps3_views.rules(config.tower)
+
+
+def backbones(config: VilaHDConfig) -> dict[str, PS3Config]:
+  """PS3 can start from a release of its own."""
+  return {'vision/ps3': config.tower}
 
 
 def overlay(image: Image.Image, config: VilaHDConfig, info: Mapping[str, Any]) -> Image.Image:

@@ -20,7 +20,7 @@ from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
 from hrvlm_jax.systems.baselines.anyres.encoder import Encoder as AnyResEncoder
 from hrvlm_jax.systems.baselines.s2 import scaling
 from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
-from hrvlm_jax.systems.baselines.single_view.views import view_pixels as single_view
+from hrvlm_jax.systems.baselines.single_view.views import view as single_view
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.blocks import BlockProjector
@@ -50,7 +50,7 @@ def grid(case: Case) -> None:
   for number, row in enumerate(case.config['cases']):
     width, height = row['size_wh'].plain()
     resolution = tiles.choose_resolution(width, height, config.pinpoints)
-    columns, rows = anyres.grid(width, height, config)
+    columns, rows = anyres.tile_grid(width, height, config)
     shape = (rows * side, columns * side)
     down, across = tiles.content_cells(width, height, *shape)
     expected = {
@@ -76,12 +76,12 @@ def crops(case: Case) -> None:
     image = case.image(row['file'])
     name = row['file'].rsplit('.', 1)[0]
     case.expect_json(('images', number, 'size_wh'), list(image.size))
-    case.expect_json(('images', number, 'grid_wh'), list(anyres.grid(*image.size, config)))
+    case.expect_json(('images', number, 'grid_wh'), list(anyres.tile_grid(*image.size, config)))
     case.exact(f'{name}.padded_uint8', np.asarray(anyres.canvas(image, config)))
     values = normalise_host(anyres.view_pixels(image, config), mean, std)
     case.expect(f'{name}.crops', values.transpose(0, 3, 1, 2), tol=OPERATOR)
     if case.has(f'{name}.pad_square'):
-      values = normalise_host(single_view(image, square), mean, std)
+      values = normalise_host(np.asarray(single_view(image, square)), mean, std)
       case.expect(f'{name}.pad_square', values.transpose(2, 0, 1), tol=OPERATOR)
 
 

@@ -19,8 +19,9 @@ from hrvlm_jax.language.conversation import SENTINEL, encode_llava, messages_fro
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import IGNORE, expand, pad_batch
 from hrvlm_jax.language.tokenizer import tokenizer_from_files
+from hrvlm_jax.systems import pictures
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.llava_hr import views as host
+from hrvlm_jax.systems.llava_hr import SYSTEM, views as host
 from hrvlm_jax.systems.llava_hr.adapter import AlignModule, MRAdapter, align
 from hrvlm_jax.systems.llava_hr.config import (
   RELEASED_ADAPTERS,
@@ -187,12 +188,12 @@ def preprocess(case: Case) -> None:
   for number in range(len(cfg['geometry'])):
     image = case.image(f'img{number}.png')
     leaf = lambda name, value, number=number: case.expect_json(('geometry', number, name), value)
-    side, place = host.pad_geometry(*image.size)
+    side, place = pictures.pad_geometry(*image.size)
     resized, corner = host.square_geometry(*image.size, size)
     leaf('size_wh', image.size)
     leaf('pad_square', side)
     leaf('paste_xy', place)
-    leaf('pad_rgb', host.background(mean))
+    leaf('pad_rgb', pictures.background(mean))
     leaf('square_mode_resized_wh', resized)
     leaf('square_mode_crop_left_top', corner)
     for aspect, stack in pixels.items():
@@ -357,7 +358,7 @@ def _prompt(case, config, run, params, tokenizer, example):
   case.exact('prompt.input_ids', np.array([encoded.ids]))
   row = expand(encoded.ids, None, SENTINEL, example['tokens'].tolist())
   length = len(row['tokens'])
-  batch = pad_batch([row], length) | {'views': host.batch([example], config.encoder)}
+  batch = pad_batch([row], length) | {'views': SYSTEM.batch([example], config.encoder)}
   out = run(params, batch)
   case.expect('prompt.tower', out['tower'])
   case.expect('prompt.projected', out['projected'])
@@ -398,7 +399,7 @@ def _batch(case, name, tokenizer, examples, config):
   batch = pad_batch(rows, case.input(f'{name}.expanded_labels').shape[1])
   case.exact(f'{name}.expanded_labels', batch['labels'].astype(np.int64))
   case.exact(f'{name}.expanded_mask', batch['valid'])
-  return batch | {'views': host.batch(views, config.encoder)}
+  return batch | {'views': SYSTEM.batch(views, config.encoder)}
 
 
 def _gradients(case, config, fn, params, batches):

@@ -15,7 +15,7 @@ from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava import views as host
+from hrvlm_jax.systems.mc_llava import SYSTEM, views as host
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.systems.mc_llava.weights import table, vision_from_hf
 from hrvlm_jax.vision.vit import ViTConfig
@@ -182,7 +182,7 @@ def _infer(case, config, fn, params, image_id, specials):
   case.exact('infer/coords', example['coords'])
   ids = case.input('infer/input_ids')
   case.exact('infer/input_ids', np.array([_tokenise(infer['prompt'], specials)], ids.dtype))
-  views = host.batch([example], config.encoder, tokens=int(example['tokens'].sum()))
+  views = SYSTEM.batch([example], config.encoder, tokens=int(example['tokens'].sum()))
   batch = _expand(ids, np.ones(ids.shape, bool), np.full(ids.shape, -100), image_id,
                   views['index'].shape[1]) | {'views': views}
   module = fn.bind(params)
@@ -225,7 +225,7 @@ def _train(case, config, fn, params, image_id, train, specials):
   config = dataclasses.replace(config, encoder=encoder)
   examples = [host.views([case.image(name)], dataclasses.replace(encoder, max_crops=k))
               for name, k in zip(train['images'].plain(), crops, strict=True)]
-  views = host.batch(examples, encoder)
+  views = SYSTEM.batch(examples, encoder)
   ids, labels = case.input('train/input_ids'), case.input('train/labels')
   mask = case.input('train/attention_mask') > 0
   case.exact('train/attention_mask',

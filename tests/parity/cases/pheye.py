@@ -19,7 +19,7 @@ from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
-from hrvlm_jax.systems.pheye import views as host, weights
+from hrvlm_jax.systems.pheye import SYSTEM, views as host, weights
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
 from hrvlm_jax.systems.pheye.encoder import Encoder
 from hrvlm_jax.training.losses import token_cross_entropy
@@ -72,7 +72,7 @@ def _views(case: Case, config: PheyeConfig):
     case.expect_json(('images', index, 'height'), image.height)
     case.expect_json(('images', index, 'mode'), image.mode)
     examples.append(host.views([image], config))
-  return host.batch(examples, config)
+  return SYSTEM.batch(examples, config)
 
 
 def _pixels(views, config: PheyeConfig):

@@ -29,7 +29,7 @@ from hrvlm_jax.language.tokenizer import load_tokenizer
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.ps3.data import box_range, target_map
-from hrvlm_jax.systems.vila_hd import format as form, views as host, weights
+from hrvlm_jax.systems.vila_hd import SYSTEM, format as form, views as host, weights
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
 from hrvlm_jax.training.losses import token_cross_entropy
@@ -208,7 +208,7 @@ def _views(config: VilaHDConfig, per_row: list[int], pixels: np.ndarray, boxes=N
       'tokens': np.full(n, each, np.int32), 'first': np.zeros(n, np.int32),
       'boxes': np.zeros((n, 4), np.int32) if boxes is None else boxes[part]})
     start += n
-  packed = host.batch(examples, config, slots=max(start, 1))
+  packed = SYSTEM.batch(examples, config, slots=max(start, 1))
   return packed | {'pixels': pixels.astype(np.float32)}
 
 

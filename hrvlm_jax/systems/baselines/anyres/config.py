@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import tiled
-from hrvlm_jax.systems.baselines.single_view.config import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig
 

@@ -9,12 +9,15 @@ from PIL import Image, ImageDraw
 
 from hrvlm_jax.systems.baselines import tiled, tiles
 from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import Grid, TokenMap
+from hrvlm_jax.systems.packing import Views, join
+from hrvlm_jax.systems.pictures import squash
 
-batch, shift = tiled.batch, tiled.shift
+packing, rules = tiled.packing, tiled.rules
 
 
-def grid(width: int, height: int, config: AnyResConfig) -> tuple[int, int]:
+def tile_grid(width: int, height: int, config: AnyResConfig) -> tuple[int, int]:
   """(columns, rows) of the tiles of an image of that size."""
   wide, high = tiles.choose_resolution(width, height, config.pinpoints)
   return wide // config.vision.image_size, high // config.vision.image_size
@@ -22,7 +25,7 @@ def grid(width: int, height: int, config: AnyResConfig) -> tuple[int, int]:
 
 def gather_index(width: int, height: int, config: AnyResConfig) -> np.ndarray:
   """int32 [t]: 0 for the newline, else 1 + place in the tokens of the tiles, thumbnail first."""
-  columns, rows = grid(width, height, config)
+  columns, rows = tile_grid(width, height, config)
   side = tiled.token_side(config)
   thumbnail = np.arange(side * side)
   if config.merge == 'flat':
@@ -37,7 +40,7 @@ def gather_index(width: int, height: int, config: AnyResConfig) -> np.ndarray:
 
 def count(width: int, height: int, config: AnyResConfig) -> Count:
   """Thumbnail and tiles, and what their merged features cost."""
-  columns, rows = grid(width, height, config)
+  columns, rows = tile_grid(width, height, config)
   return Count(1 + rows * columns, len(gather_index(width, height, config)))
 
 
@@ -49,14 +52,20 @@ def canvas(image: Image.Image, config: AnyResConfig) -> Image.Image:
 def view_pixels(image: Image.Image, config: AnyResConfig) -> np.ndarray:
   """uint8 [1 + tiles, size, size, 3]: the squashed thumbnail, then the tiles row by row."""
   size = config.vision.image_size
-  thumbnail = np.asarray(tiles.squashed(image, (size, size)), np.uint8)
+  thumbnail = np.asarray(squash(image, (size, size)), np.uint8)
   return np.concatenate([thumbnail[None], tiles.cut(canvas(image, config), size)])
 
 
 def views(images: Sequence[Image.Image], config: AnyResConfig) -> Views:
-  """Arrays of one example, see `tiled.batch`."""
-  return tiled.collect([view_pixels(image, config) for image in images],
-                       [gather_index(*image.size, config) for image in images], config)
+  """Arrays of one example, see `tiled.packing`."""
+  return join([{'pixels': view_pixels(image, config), 'gather': gather_index(*image.size, config),
+                'tokens': count(*image.size, config).tokens} for image in images], packing(config))
+
+
+def grid(config: AnyResConfig) -> Grid:
+  """The thumbnail's map; the tiles' depends on the image."""
+  side = tiled.token_side(config)
+  return Grid(maps=(TokenMap(side, side),), view=config.vision.image_size, std=config.std)
 
 
 def overlay(image: Image.Image, config: AnyResConfig, info: Mapping[str, object]) -> Image.Image:

@@ -4,7 +4,8 @@ from hrvlm_jax.systems.baselines.reduced import config, encoder, views, weights
 from hrvlm_jax.systems.contract import System
 
 SYSTEM = System(
-  name='reduced', config=config.ReducedConfig, count=views.count, views=views.views,
-  batch=views.batch, encoder=encoder.Encoder, table=weights.table,
-  from_release=weights.from_release, to_release=weights.to_release, overlay=views.overlay,
-  released=config.RELEASED, tiny=config.tiny, backbones=weights.backbones)
+  name='reduced', config=config.ReducedConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  tiny=config.tiny, backbones=weights.backbones, count=views.count, views=views.views,
+  batch=views.batch, shift=None, grid=views.grid, rules=views.rules, tokens=views.tokens,
+  overlay=views.overlay, table=weights.table, from_release=weights.from_release,
+  to_release=weights.to_release)

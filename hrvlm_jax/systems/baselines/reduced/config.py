@@ -8,13 +8,14 @@ import math
 from typing import Any
 
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.baselines.single_view import config as single_view
+from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-  """Mean of factor x factor neighbours of a square grid."""
+  """Mean of factor x factor neighbours, in each map of the image's tokens."""
 
   kind: str = 'pool'
   factor: int = 2
@@ -80,8 +81,6 @@ class ReducedConfig:
   @classmethod
   def field_types(cls, values: Mapping[str, Any]) -> dict[str, type]:
     """The inner encoder's dataclass follows from its name."""
-    from hrvlm_jax.systems import registry  # the registry imports this module
-
     name = values.get('inner')
     return {'encoder': registry.get(name).config} if isinstance(name, str) else {}
 
@@ -99,10 +98,13 @@ class ReducedConfig:
 
   def _step_problems(self, tokens: int | None) -> list[str]:
     step, problems = self.step, []
-    if isinstance(step, (Pool, SingleLayer)) and tokens is not None:
-      if not self.is_grid:
-        problems.append(f'step {step.kind} needs one square grid of tokens; the {tokens} of '
-                        f'{self.inner} with these settings are none')
+    grid = self.inner_grid
+    if isinstance(step, (Pool, SingleLayer)) and tokens is not None and grid is None:
+      problems.append(f'step {step.kind} needs to know how the tokens lie on the image; the '
+                      f'{tokens} of {self.inner} with these settings form no map')
+    elif isinstance(step, SingleLayer) and tokens is not None and not self._is_square:
+      problems.append(f'step {step.kind} needs one square map of tokens; {self.inner} with these '
+                      f'settings has {[(m.rows, m.columns) for m in grid.maps]}')
     if isinstance(step, Pool) and step.factor < 1:
       problems.append(f'pool: factor must be at least 1, got {step.factor}')
     if isinstance(step, (Perceiver, SingleLayer)) and step.queries < 1:
@@ -129,26 +131,43 @@ class ReducedConfig:
     return problems
 
   @property
-  def inner_tokens(self) -> int | None:
-    """Tokens of an image before the step; None where they depend on the image."""
-    found = getattr(self.encoder, 'tokens', None)
-    return found if isinstance(found, int) else None
+  def system(self) -> Any:
+    """The inner system."""
+    return registry.get(self.inner)
 
   @property
-  def is_grid(self) -> bool:
-    """Whether the tokens before the step form one square map."""
-    tokens = self.inner_tokens
-    whole = getattr(self.encoder, 'last_tokens', None) is None
-    return (self.inner not in ('mc_llava', 'pheye') and whole and tokens is not None
-            and math.isqrt(tokens) ** 2 == tokens)
+  def inner_tokens(self) -> int | None:
+    """Tokens of an image before the step; None where they depend on the image."""
+    return self.system.tokens(self.encoder)
+
+  @property
+  def inner_grid(self) -> Grid | None:
+    """The maps of the tokens before the step, where they hold all of them."""
+    grid = self.system.grid(self.encoder)
+    return grid if grid is not None and grid.covers(self.inner_tokens) else None
+
+  @property
+  def _is_square(self) -> bool:
+    grid = self.inner_grid
+    return grid is not None and len(grid.maps) == 1 and grid.maps[0].rows == grid.maps[0].columns
+
+  @property
+  def grid(self) -> Grid | None:
+    """The maps of the tokens that leave; merged, selected or resampled ones form none."""
+    grid = self.inner_grid
+    if not isinstance(self.step, Pool) or grid is None:
+      return None
+    maps, start = [], 0
+    for one in grid.maps:
+      rows, columns = (-(-n // self.step.factor) for n in (one.rows, one.columns))
+      maps.append(dataclasses.replace(one, rows=rows, columns=columns, start=start))
+      start = maps[-1].tokens.stop
+    return dataclasses.replace(grid, maps=tuple(maps))
 
   @property
   def inner_width(self) -> int:
     """Width of the tokens before the step."""
-    for name in ('width', 'channels'):
-      if isinstance(found := getattr(self.encoder, name, None), int):
-        return found
-    return self.encoder.vision.width
+    return self.system.width(self.encoder)
 
   @property
   def width(self) -> int:
@@ -162,7 +181,7 @@ class ReducedConfig:
     """Visual tokens of an image, whatever its size."""
     step = self.step
     if isinstance(step, Pool):
-      return (-(-math.isqrt(self.inner_tokens) // step.factor)) ** 2
+      return self.grid.maps[-1].tokens.stop
     if isinstance(step, (Perceiver, SingleLayer)):
       return step.queries
     return step.keep if isinstance(step, ToMe) else step.dominant + step.contextual
@@ -174,7 +193,7 @@ RELEASED: dict[str, ModelConfig] = {}
 def tiny(*, vocab_size: int = 264, step: Step = Perceiver(queries=9, depth=2, heads=4, head_dim=24)
          ) -> ModelConfig:
   """The tiny single view and a step."""
-  base = single_view.tiny(vocab_size=vocab_size)
+  base = registry.get('single_view').tiny(vocab_size=vocab_size)
   encoder = ReducedConfig(inner='single_view', encoder=base.encoder, step=step)
   text = language.phi(vocab_size=vocab_size, width=128, depth=2, heads=4, mlp_width=256,
                       max_positions=512)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs, layer_at
 from hrvlm_jax.core.pixels import normalise
-from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines import pruning, resamplers
 from hrvlm_jax.systems.baselines.reduced.config import (
   Perceiver,
@@ -38,8 +37,7 @@ class Encoder(Module):
 
   def __init__(self, config: ReducedConfig, *, param_dtype=jnp.float32, rngs: Rngs):
     self.config = config
-    self.inner = registry.get(config.inner).encoder(config.encoder, param_dtype=param_dtype,
-                                                    rngs=rngs)
+    self.inner = config.system.encoder(config.encoder, param_dtype=param_dtype, rngs=rngs)
     self.resampler = _resampler(config, param_dtype=param_dtype, rngs=rngs)
 
   def __call__(self, views: dict[str, jax.Array], *, key=None, ex: Execution = HERE
@@ -62,7 +60,8 @@ class Encoder(Module):
     if isinstance(step, SingleLayer):
       return self.resampler(x, ex=ex)
     if isinstance(step, Pool):
-      return resamplers.pool_grid(x, step.factor)
+      sizes = [(m.rows, m.columns) for m in self.config.inner_grid.maps]
+      return resamplers.pool_maps(x, sizes, step.factor)
     assert isinstance(step, ToMe)
     return pruning.tome_reduce(x, step.keep)
 

@@ -7,22 +7,24 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.systems import registry
+from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
 from hrvlm_jax.systems.baselines.reduced.config import ReducedConfig
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import Grid
+from hrvlm_jax.systems.packing import Views
 
 IMAGE_INDEX, IMAGE_VALID = 'image_index', 'image_valid'
 
 
 def count(width: int, height: int, config: ReducedConfig) -> Count:
   """The inner system's views, the step's tokens."""
-  inner = registry.get(config.inner).count(width, height, config.encoder)
+  inner = config.system.count(width, height, config.encoder)
   return Count(inner.views, config.tokens, slots=inner.slots)
 
 
 def views(images: Sequence[Image.Image], config: ReducedConfig) -> Views:
   """Arrays of one example: those of image i under `i/`, tokens int32 [m]."""
-  system = registry.get(config.inner)
+  system = config.system
   out: Views = {'tokens': np.full(len(images), config.tokens, np.int32)}
   for number, image in enumerate(images):
     found = system.views([image], config.encoder)
@@ -36,7 +38,7 @@ def batch(examples: Sequence[Views], config: ReducedConfig, *, slots: int | None
   Returns:
     the inner arrays; image_index int32 [b m], image_valid bool [b m].
   """
-  system, inner = registry.get(config.inner), []
+  system, inner = config.system, []
   most = max((len(e['tokens']) for e in examples), default=1) or 1
   index = np.zeros((len(examples), most), np.int32)
   valid = np.zeros((len(examples), most), bool)
@@ -53,6 +55,23 @@ def batch(examples: Sequence[Views], config: ReducedConfig, *, slots: int | None
   return {**packed, IMAGE_INDEX: index, IMAGE_VALID: valid}
 
 
+def tokens(config: ReducedConfig) -> int:
+  """Visual tokens of every image."""
+  return config.tokens
+
+
+def grid(config: ReducedConfig) -> Grid | None:
+  """The inner system's maps, pooled; other steps leave none."""
+  return config.grid
+
+
+def rules(config: ReducedConfig) -> tuple[Rule, ...]:
+  """The inner system's sharding rows, and those of the resamplers."""
+  return (Rule(r'vision/resampler/(query|latents|time)', (), why=WHOLE_VECTORS),
+          Rule(r'vision/resampler/proj', ('fsdp', None)),
+          *config.system.rules(config.encoder))
+
+
 def overlay(image: Image.Image, config: ReducedConfig, info: Mapping[str, object]) -> Image.Image:
   """What the inner system draws."""
-  return registry.get(config.inner).overlay(image, config.encoder, info)
+  return config.system.overlay(image, config.encoder, info)

@@ -9,9 +9,9 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.s2.scaling import squares_per_side
-from hrvlm_jax.systems.baselines.single_view.config import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision.blocks import block_side, is_projector
 from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig

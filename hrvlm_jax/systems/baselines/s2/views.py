@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import math
 
-import numpy as np
 from PIL import Image
 
-from hrvlm_jax.core.images import resize_on_canvas, resize_part
-from hrvlm_jax.systems import images as image_slots
-from hrvlm_jax.systems.baselines import tiles
+from hrvlm_jax.core.images import resize_part, to_rgb
 from hrvlm_jax.systems.baselines.s2.config import S2Config
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
+from hrvlm_jax.systems.packing import Entry, Packing, Views, join
+from hrvlm_jax.systems.pictures import (
+  background,
+  bytes_of,
+  check_elongation,
+  check_size,
+  on_square,
+  squash,
+)
 
 
 def count(width: int, height: int, config: S2Config) -> Count:
   """Sub-images of all scales; tokens of the output scale.
 
   Raises:
-    UserError: a side below 1, or too elongated for fit='pad' or 'crop' (see `tiles`).
+    UserError: a side below 1, or too elongated for fit='pad' or 'crop' (see `pictures`).
   """
   _geometry(width, height, config)
   return Count(config.squares, config.tokens, slots=1)
@@ -26,52 +34,56 @@ def count(width: int, height: int, config: S2Config) -> Count:
 
 def _geometry(width: int, height: int, config: S2Config) -> tuple[int, int]:
   """Size of the whole picture before it is resized ('pad') or cropped ('crop')."""
-  tiles.check_size(width, height)
+  check_size(width, height)
   size, short = (width, height), min(width, height)
   if config.fit == 'pad':
     size = (max(size),) * 2
   elif config.fit == 'crop':
     # The short side gets `side`, the long one is truncated, as torchvision's resize does.
     size = tuple(config.side if n == short else int(config.side * n / short) for n in size)
-  tiles.check_elongation(width, height, size)
+  check_elongation(width, height, size)
   return size
 
 
 def square(image: Image.Image, config: S2Config) -> Image.Image:
   """The image as a square of the largest scale."""
-  picture, side = tiles.rgb(image), config.side
-  size = _geometry(*picture.size, config)
-  if picture.width == picture.height or config.fit not in ('pad', 'crop'):
-    return tiles.squashed(picture, (side, side))
+  side = config.side
+  size = _geometry(*image.size, config)
   if config.fit == 'pad':
-    place = ((size[0] - picture.width) // 2, (size[1] - picture.height) // 2)
-    colour = tuple(int(255 * m) for m in config.mean)
-    return resize_on_canvas(picture, size, place, colour, (side, side))
+    return on_square(image, side, config.mean)
+  if config.fit == 'squash' or image.width == image.height:
+    return squash(image, (side, side))
   x, y = (size[0] - side) // 2, (size[1] - side) // 2
-  return resize_part(picture, size, (x, y, x + side, y + side))
+  return resize_part(to_rgb(image), size, (x, y, x + side, y + side))
+
+
+def tokens(config: S2Config) -> int:
+  """Visual tokens of every image."""
+  return config.tokens
+
+
+def width(config: S2Config) -> int:
+  """Width of the visual tokens."""
+  return config.width or config.channels
 
 
 def views(images: Sequence[Image.Image], config: S2Config) -> Views:
   """Arrays of one example: pixels uint8 [m h w 3], tokens int32 [m]."""
-  pixels = [np.asarray(square(image, config), np.uint8) for image in images]
-  return {
-    'pixels': np.stack(pixels) if pixels else np.zeros((0, config.side, config.side, 3), np.uint8),
-    'tokens': np.full(len(images), config.tokens, np.int32),
-  }
+  return join([{'pixels': bytes_of(square(image, config)), 'tokens': config.tokens}
+               for image in images], packing(config))
 
 
-def batch(examples: Sequence[Views], config: S2Config, *, slots: int | None = None) -> Views:
-  """Packs a batch: pixels [slots h w 3], index int32 [b m] (slot of each image of a row), valid
-  bool [b m]; see `systems.images.pack`. A slot is an image, not a sub-image.
-  """
-  shape = (config.side, config.side, 3)
-  return image_slots.pack(examples, {'pixels': (shape, np.uint8)}, slots=slots)
+def packing(config: S2Config) -> Packing:
+  """Images of all rows share their slots (an image, not a sub-image); the index counts images."""
+  return Packing(slots={'pixels': Entry((config.side, config.side, 3))})
 
 
-def shift(views_: Views, config: S2Config, slots: int) -> Views:
-  """A batch's views whose indices count `slots` more view slots before them."""
-  del config
-  return image_slots.shift(views_, slots)
+def grid(config: S2Config) -> Grid:
+  """One map: of the image, of its padded square, or of a centre crop."""
+  side = math.isqrt(config.tokens)
+  return Grid(maps=(TokenMap(side, side, box=None if config.fit == 'crop' else WHOLE),),
+              view=config.vision.image_size, std=config.std,
+              background=background(config.mean) if config.fit == 'pad' else None)
 
 
 def overlay(image: Image.Image, config: S2Config, info: Mapping[str, object]) -> Image.Image:

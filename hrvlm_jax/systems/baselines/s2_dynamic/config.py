@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.baselines.tiles import Pair, grid_candidates
+from hrvlm_jax.systems.baselines.tiles import grid_candidates
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.pictures import Pair
 from hrvlm_jax.vision.blocks import block_side, is_projector
 from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
 

@@ -8,12 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

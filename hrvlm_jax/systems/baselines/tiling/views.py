@@ -9,12 +9,14 @@ from PIL import Image, ImageDraw
 
 from hrvlm_jax.systems.baselines import tiled, tiles
 from hrvlm_jax.systems.baselines.tiling.config import TilingConfig
-from hrvlm_jax.systems.contract import Count, Views
+from hrvlm_jax.systems.contract import Count
+from hrvlm_jax.systems.packing import Views, join
+from hrvlm_jax.systems.pictures import squash
 
-batch, shift = tiled.batch, tiled.shift
+packing, rules = tiled.packing, tiled.rules
 
 
-def grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
+def tile_grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
   """(columns, rows) of the tiles of an image of that size."""
   return tiles.closest_grid(width, height, config.vision.image_size,
                             tiles.grid_candidates(config.min_tiles, config.max_tiles))
@@ -22,7 +24,7 @@ def grid(width: int, height: int, config: TilingConfig) -> tuple[int, int]:
 
 def view_count(width: int, height: int, config: TilingConfig) -> int:
   """Tiles, and the thumbnail when there is more than one."""
-  columns, rows = grid(width, height, config)
+  columns, rows = tile_grid(width, height, config)
   return columns * rows + int(config.thumbnail and columns * rows > 1)
 
 
@@ -44,25 +46,29 @@ def count(width: int, height: int, config: TilingConfig) -> Count:
 def view_pixels(image: Image.Image, config: TilingConfig) -> np.ndarray:
   """uint8 [views size size 3]: tiles row by row, the thumbnail last."""
   size = config.vision.image_size
-  columns, rows = grid(*image.size, config)
-  pixels = tiles.cut(tiles.squashed(image, (columns * size, rows * size)), size)
+  columns, rows = tile_grid(*image.size, config)
+  pixels = tiles.cut(squash(image, (columns * size, rows * size)), size)
   if not (config.thumbnail and len(pixels) > 1):
     return pixels
-  thumbnail = np.asarray(tiles.squashed(image, (size, size)), np.uint8)
+  thumbnail = np.asarray(squash(image, (size, size)), np.uint8)
   return np.concatenate([pixels, thumbnail[None]])
 
 
 def views(images: Sequence[Image.Image], config: TilingConfig) -> Views:
-  """Arrays of one example, see `tiled.batch`."""
-  pixels = [view_pixels(image, config) for image in images]
-  return tiled.collect(pixels, [gather_index(len(p), config) for p in pixels], config)
+  """Arrays of one example, see `tiled.packing`."""
+  made = []
+  for image in images:
+    pixels = view_pixels(image, config)
+    gather = gather_index(len(pixels), config)
+    made.append({'pixels': pixels, 'gather': gather, 'tokens': len(gather)})
+  return join(made, packing(config))
 
 
 def overlay(image: Image.Image, config: TilingConfig, info: Mapping[str, object]) -> Image.Image:
   """The image with the borders of its tiles."""
   del info
   picture = image.convert('RGB').copy()
-  columns, rows = grid(*image.size, config)
+  columns, rows = tile_grid(*image.size, config)
   draw = ImageDraw.Draw(picture)
   for i in range(1, columns):
     x = i * picture.width // columns
