@@ -10,7 +10,7 @@ Result:   loss 0.390, accuracy 45.6% (chance 4.3%), 500 steps.
 import dataclasses
 
 from hrvlm_jax.lab import tiny
-from hrvlm_jax.lab.glyph_scenes import SceneConfig
+from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig, model

@@ -10,13 +10,12 @@ Result:   loss 0.007, accuracy 99.4% (chance 4.3%), 300 steps.
 
 import dataclasses
 
-from hrvlm_jax.cli import quickstart
-from hrvlm_jax.lab import tiny
+from hrvlm_jax.lab import quickstart, tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 
 # The model of the quickstart, with rows for the tokenizer that the tiny configs share.
-_QUICKSTART = quickstart.model(quickstart.RUNS['multi_crop'])
+_QUICKSTART = quickstart.model(quickstart.CROPS['multi_crop'])
 MODEL = dataclasses.replace(
   _QUICKSTART, text=dataclasses.replace(_QUICKSTART.text, vocab_size=tiny.VOCABULARY))
 # The tower was pre-trained, and the language model to answer from lists of signs; only the tower
@@ -36,9 +35,9 @@ def get_config():
 
 
 def preparation():
-  task = quickstart.task()
+  task = quickstart.TASK
   tower = GlyphConfig(needle=task, vision=quickstart.VISION, window=quickstart.WINDOW,
                       last_tokens=quickstart.LAST_TOKENS, steps=1500)
-  symbols = SymbolsConfig(needle=quickstart.task(turns=3), text=MODEL.text, steps=1000,
+  symbols = SymbolsConfig(needle=dataclasses.replace(task, turns=3), text=MODEL.text, steps=1000,
                           slots=(MODEL.encoder.num_tokens,), batch_size=16)
   return tiny.Preparation(task=task, towers={'vision/tower': tower, 'language': symbols})

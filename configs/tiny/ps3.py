@@ -12,7 +12,7 @@ import dataclasses
 import ml_collections
 
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.lab import tiny_regions
+from hrvlm_jax.lab import tiny_ps3
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.systems.contract import ModelConfig
@@ -48,4 +48,4 @@ def get_config():
 
 def preparation():
   tower = GlyphConfig(needle=TASK, vision=ENCODER.vision, window=40, last_tokens=25, steps=1000)
-  return tiny_regions.Preparation(task=TASK, tower=tower)
+  return tiny_ps3.Preparation(task=TASK, towers={'vision/tower': tower})

@@ -10,8 +10,8 @@ Result:   loss 1.585, accuracy 53.2% (chance 4.3%), 500 steps.
 import dataclasses
 
 from hrvlm_jax.lab import tiny
-from hrvlm_jax.lab.glyph_scenes import SceneConfig
 from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.systems.contract import TwoPassFusion
 from hrvlm_jax.systems.vila_hd.config import tiny as vila_hd

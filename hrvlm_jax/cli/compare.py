@@ -1,4 +1,4 @@
-"""`hrvlm compare`: see `evaluation.compare.compare`."""
+"""`hrvlm compare`: see `lab.compare`."""
 
 import pathlib
 
@@ -20,13 +20,13 @@ def main(argv: list[str]) -> int:
   arguments = parser.parse(argv)
 
   from hrvlm_jax.lab import compare_report
-  from hrvlm_jax.lab.compare import compare
+  from hrvlm_jax.lab.compare import Comparison
   from hrvlm_jax.lab.compare_config import CompareConfig
   from hrvlm_jax.training import run_config
 
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   only = [name for name in arguments.only.split(',') if name]
-  results = compare(config, arguments.out, only=only, progress=not arguments.quiet)
+  results = Comparison(config, arguments.out, progress=not arguments.quiet).run(only)
   if arguments.keep:
     print(f'kept: {compare_report.keep(results, pathlib.Path(arguments.out), arguments.config)}')
   if arguments.document:

@@ -1,4 +1,4 @@
-"""`hrvlm needle`: see `data.needle.write`."""
+"""`hrvlm needle`: see `lab.needle.write`."""
 
 import pathlib
 

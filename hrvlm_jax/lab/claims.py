@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from hrvlm_jax.lab.needle import SIZES, accuracy_by_size
+from hrvlm_jax.lab.report import SIZES, accuracy, accuracy_by_size, figure, markdown_table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,10 +70,7 @@ class Claim:
 
 def share(rows: Sequence[Mapping[str, Any]], size: str) -> float:
   """Right answers among those of a size."""
-  correct = [bool(row['correct']) for row in rows]
-  if size == 'all':
-    return float(np.mean(correct))
-  return float(accuracy_by_size([row['area'] for row in rows], correct)[size])
+  return accuracy(rows) if size == 'all' else accuracy_by_size(rows)[size]
 
 
 def judge(claim: Claim, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def judge(claim: Claim, answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
 
 def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
   """All claims side by side with the papers' numbers."""
-  lines = ['| claim | here | paper | order |', '| --- | --- | --- | --- |']
+  rows = []
   for claim in found.values():
     here = ', '.join(f'{label} {100 * v:.1f} ± {100 * e:.1f}' for label, v, e in zip(
       claim['labels'], claim['values'], claim['errors'], strict=True))
@@ -119,38 +116,28 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
     verdict = 'as claimed' if claim['holds'] else 'not as claimed'
     if not claim['clear']:
       verdict += ', within two standard errors'
-    lines.append(f'| {claim["says"]} | {here} | {paper} ({claim["source"]}) | {verdict} |')
-  return '\n'.join(lines) + '\n'
+    rows.append([claim['says'], here, f'{paper} ({claim["source"]})', verdict])
+  return '\n'.join(markdown_table(['claim', 'here', 'paper', 'order'], rows, rest='---')) + '\n'
 
 
 def plot(found: Mapping[str, Mapping[str, Any]], path: pathlib.Path) -> None:
   """One panel per claim: here on the left axis, the paper's numbers on the right one."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
   columns = min(3, len(found))
   rows = -(-len(found) // columns)
-  figure, panels = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.4 * rows), squeeze=False,
-                                layout='constrained')
-  for axes in panels.flat[len(found):]:
-    axes.set_axis_off()
-  for axes, claim in zip(panels.flat, found.values()):
-    places = np.arange(len(claim['labels']))
-    axes.errorbar(places, [100 * v for v in claim['values']],
-                  [100 * e for e in claim['errors']], marker='o', capsize=3, color='#1b6ca8')
-    axes.set_xticks(places, claim['labels'], fontsize=7)
-    axes.set_ylabel('here (%)', color='#1b6ca8', fontsize=8)
-    if any(v is not None for v in claim['paper']):
-      other = axes.twinx()
-      other.plot(places, [np.nan if v is None else v for v in claim['paper']], marker='s',
-                 linestyle='--', color='#c8553d')
-      other.set_ylabel('paper', color='#c8553d', fontsize=8)
-      other.tick_params(labelsize=7)
-    axes.tick_params(axis='y', labelsize=7)
-    axes.margins(x=0.15)
-    mark = 'as claimed' if claim['holds'] else 'NOT as claimed'
-    axes.set_title(f'{claim["says"]}\n({mark})', fontsize=8, wrap=True)
-  figure.savefig(path, dpi=150)
-  plt.close(figure)
+  with figure(path, rows, columns, size=(4.6 * columns, 3.4 * rows)) as panels:
+    for axes, claim in zip(panels, found.values()):
+      positions = np.arange(len(claim['labels']))
+      axes.errorbar(positions, [100 * v for v in claim['values']],
+                    [100 * e for e in claim['errors']], marker='o', capsize=3, color='#1b6ca8')
+      axes.set_xticks(positions, claim['labels'], fontsize=7)
+      axes.set_ylabel('here (%)', color='#1b6ca8', fontsize=8)
+      if any(v is not None for v in claim['paper']):
+        other = axes.twinx()
+        other.plot(positions, [np.nan if v is None else v for v in claim['paper']], marker='s',
+                   linestyle='--', color='#c8553d')
+        other.set_ylabel('paper', color='#c8553d', fontsize=8)
+        other.tick_params(labelsize=7)
+      axes.tick_params(axis='y', labelsize=7)
+      axes.margins(x=0.15)
+      mark = 'as claimed' if claim['holds'] else 'NOT as claimed'
+      axes.set_title(f'{claim["says"]}\n({mark})', fontsize=8, wrap=True)

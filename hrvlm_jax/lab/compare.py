@@ -1,7 +1,6 @@
 """Several systems on the built-in task with the same data, language model and steps: one table.
 
-Every part leaves a file when it is done, so that a comparison that was stopped goes on where it
-was. What is shared: the written task, the tokenizer, one vision encoder pre-trained on the task's
+What is shared: the written task, the tokenizer, one vision encoder pre-trained on the task's
 letters, from which the ViT of every system starts, one language model pre-trained on the task's
 text with symbols in place of images, and all training settings. What differs is what the systems
 are: views, tokens, joining. Two of them need more than that encoder: LLaVA-HR has a
@@ -11,37 +10,34 @@ on the task's scenes (`adapt`), whose steps and seconds are part of the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import re
-import shutil
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.provenance import versions
-from hrvlm_jax.lab import claims, glyph_scenes, glyphs, symbols
-from hrvlm_jax.lab.claims import Point
-from hrvlm_jax.lab.compare_config import CompareConfig, plain, systems_of, tower_path, towers
-from hrvlm_jax.lab.compare_parts import answer_records, cost
-from hrvlm_jax.lab.compare_report import machine, plot, table
-from hrvlm_jax.lab.journal import Journal
-from hrvlm_jax.lab.needle import accuracy_by_size, read_records, single_turns, write
-from hrvlm_jax.language import chat
-from hrvlm_jax.language.bpe import train_bpe
+from hrvlm_jax.lab import claims, compare_report
+from hrvlm_jax.lab.compare_config import CompareConfig, systems_of, tower_path, towers
+from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
+from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.measure import cost
+from hrvlm_jax.lab.needle import read_records, single_turns, write
+from hrvlm_jax.lab.report import accuracy, accuracy_by_size, machine
+from hrvlm_jax.lab.scenes import SceneConfig
+from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
 from hrvlm_jax.training.config import DataConfig, Group, RunConfig, TrainingConfig
-from hrvlm_jax.training.loop import train
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
 
@@ -49,12 +45,16 @@ TOWER = 'vision/tower/'  # where the shared encoder stands in its own checkpoint
 SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
 
 
-class Comparison(Journal):
-  """The parts of a comparison in one folder."""
+class Comparison(Experiment):
+  """The parts of a comparison in one folder.
+
+  Raises:
+    UserError: the folder holds another comparison.
+  """
 
   def __init__(self, config: CompareConfig, folder: str | os.PathLike, *, progress: bool = True):
-    super().__init__(folder)
-    self.config, self.progress = config, progress
+    super().__init__(folder, progress=progress)
+    self.config = config
     self._same_config()
 
   def run(self, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -63,28 +63,35 @@ class Comparison(Journal):
     Args:
       only: names of the systems to work on now; () for all. The results tell of all systems that
         are done.
+
+    Raises:
+      UserError: an unknown name, an interruption.
     """
     if wrong := sorted(set(only) - set(self.config.systems)):
       raise UserError(f'no system is called {", ".join(wrong)}; there are '
                       f'{", ".join(self.config.systems)}')
+    self.prepare()
+    for name in only or self.config.systems:
+      if name in self.config.adapt:
+        source = self.config.adapt[name].like or name
+        self.part(f'adapt {source}', self.adapt, source)
+      self.part(f'train {name}', self.learn_task, name)
+      self.part(f'answer {name}', self.answer, name)
+      self.part(f'measure {name}', self.measure, name)
+    for claim in self.config.claims.values():
+      if not only or systems_of(claim) <= set(only):
+        for point in claim.points:
+          if point.encoder:
+            self.part(f'answer {point.key}', self.answer, point.system, point)
+    return self.report()
+
+  def prepare(self) -> None:
+    """What all systems share."""
     self.part('data', self.write_data)
     self.part('tokenizer', self.tokenizer)
     self.part('encoder', self.pretrain)
     if self.config.language is not None:
       self.part('language', self.pretrain_language)
-    for name in only or self.config.systems:
-      if name in self.config.adapt:
-        source = self.config.adapt[name].like or name
-        self.part(f'adapt {source}', lambda n=source: self.adapt(n))
-      self.part(f'train {name}', lambda n=name: self.train(n))
-      self.part(f'answer {name}', lambda n=name: self.answer(n))
-      self.part(f'measure {name}', lambda n=name: self.measure(n))
-    for claim in self.config.claims.values():
-      if not only or systems_of(claim) <= set(only):
-        for point in claim.points:
-          if point.encoder:
-            self.part(f'answer {point.key}', lambda p=point: self.answer(p.system, p))
-    return self.report()
 
   def parts(self) -> set[str]:
     """Names of all parts of this comparison; the folder may hold those of others beside it."""
@@ -126,32 +133,26 @@ class Comparison(Journal):
     write(c.task, self.folder / 'data/eval', c.eval_images, seed=c.seed + 1,
           progress=self.progress)
 
+  def texts(self) -> list[str]:
+    """What the tokenizer learns from: the task's single questions in all templates."""
+    records = single_turns(read_records(self.folder / 'data/train')[:1000])
+    return spoken((messages_from_llava(record['conversations']) for record in records),
+                  sorted({model.chat for model in self.config.systems.values()}))
+
   def tokenizer(self) -> None:
-    """A byte-level BPE tokenizer: words of the questions and of all templates are single tokens."""
-    templates = [chat.get_template(name)
-                 for name in sorted({model.chat for model in self.config.systems.values()})]
-    records = read_records(self.folder / 'data/train')[:1000]
-    rows = [messages_from_llava(record['conversations']) for record in single_turns(records)]
-    texts = [chat.rendered_text(chat.render(template, messages))
-             for template in templates for messages in rows]
-    folder = self.folder / 'tokenizer'
-    folder.mkdir(exist_ok=True)
-    size = next(iter(self.config.systems.values())).text.vocab_size
-    train_bpe(texts, vocab_size=size, specials=SPECIALS,
-              roles={'pad': '<pad>', 'eos': '<|im_end|>'}).save(folder)
+    """Words of the questions and of all templates are single tokens."""
+    write_tokenizer(self.folder / 'tokenizer', self.texts(), specials=SPECIALS,
+                    vocab_size=next(iter(self.config.systems.values())).text.vocab_size,
+                    pad='<pad>', eos='<|im_end|>')
 
   def pretrain(self) -> None:
     """The shared encoder, as a checkpoint of `vision/tower`."""
     e = self.config.encoder
-    config = glyphs.GlyphConfig(
-      needle=self.config.task, vision=plain(e.vision), window=e.window,
-      last_tokens=e.last_tokens, colour_weight=e.colour_weight, steps=e.steps,
-      seed=self.config.seed)
-    with tqdm(total=e.steps, unit='step', disable=not self.progress) as bar:
-      tower, accuracy = glyphs.pretrain(config, report=_shown(bar))
-    shutil.rmtree(self.folder / 'encoder', ignore_errors=True)
-    store.save_params(self.folder / 'encoder', {'vision': {'tower': tower}},
-                      {'vision': to_dict(e.vision), 'accuracy': accuracy})
+    tower, read = self.learn('encoder', GlyphConfig(
+      needle=self.config.task, vision=e.vision, window=e.window, last_tokens=e.last_tokens,
+      colour_weight=e.colour_weight, steps=e.steps, seed=self.config.seed))
+    self._keep('encoder', {TOWER + path: leaf for path, leaf in tower.items()},
+               {'vision': to_dict(e.vision), 'accuracy': read})
 
   def pretrain_language(self) -> None:
     """The shared language model, as a checkpoint of `language`."""
@@ -159,65 +160,50 @@ class Comparison(Journal):
     models = {model.chat: model for model in c.systems.values()
               if isinstance(model.fusion, PrefixFusion)}
     tokenizer = tokenizer_of(str(self.folder / 'tokenizer'))
-    config = symbols.SymbolsConfig(
+    language, read = self.learn('language', SymbolsConfig(
       needle=dataclasses.replace(c.task, turns=c.turns), text=next(iter(models.values())).text,
       steps=c.language.steps, slots=c.language.slots, batch_size=c.language.batch_size,
-      learning_rate=c.language.learning_rate, lengths=c.lengths, seed=c.seed)
-    with tqdm(total=c.language.steps, unit='step', disable=not self.progress) as bar:
-      language, accuracy = symbols.pretrain(
-        config, tuple(text_of(models[name], tokenizer) for name in sorted(models)),
-        report=_shown(bar))
-    shutil.rmtree(self.folder / 'language', ignore_errors=True)
-    store.save_params(self.folder / 'language', {'language': language}, {'accuracy': accuracy})
+      learning_rate=c.language.learning_rate, lengths=c.lengths, seed=c.seed,
+      writing=tuple(text_of(models[name], tokenizer) for name in sorted(models))))
+    self._keep('language', {f'language/{path}': leaf for path, leaf in language.items()},
+               {'accuracy': read})
 
-  def shared(self) -> dict[str, np.ndarray]:
-    """Flat parameters of the shared tower."""
-    source = self.folder / 'encoder'
-    names = [path.removeprefix('params/') for path in store.describe(source)]
-    return {name.removeprefix(TOWER): np.asarray(store.load_leaf(source, name))
-            for name in names if name.startswith(TOWER)}
+  def _keep(self, name: str, flat: dict[str, Any], config: dict[str, Any]) -> None:
+    store.save_params(self.folder / name, paths.unflatten(flat), config, overwrite=True)
 
   def given(self, model: ModelConfig) -> dict[str, np.ndarray]:
     """The shared tower's parameters by their paths in a model; {} for one without a ViT."""
     if not any(towers(model.encoder)):
       return {}
-    shared = self.shared()
+    shared = {path.removeprefix(TOWER): leaf
+              for path, leaf in leaves(self.folder / 'encoder').items()}
     place = tower_path(model, shared)
     return {place + path: leaf for path, leaf in shared.items()}
 
   def adapt(self, name: str) -> None:
     """Pre-trains what one system needs beside the shared tower, starting from that tower."""
     c, a, model = self.config, self.config.adapt[name], self.config.systems[name]
-    config = glyph_scenes.SceneConfig(
-      needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
-      learning_rate=a.learning_rate, window=a.window, seed=c.seed)
     start = {path.removeprefix('vision/'): leaf for path, leaf in self.given(model).items()}
-    with tqdm(total=a.steps, unit='step', disable=not self.progress) as bar:
-      learned, accuracy = glyph_scenes.pretrain(config, start, report=_shown(bar))
-    folder = self.folder / 'adapted' / name
-    shutil.rmtree(folder, ignore_errors=True)
-    store.save_params(folder, paths.unflatten(learned), {'accuracy': accuracy})
+    learned, read = self.learn(name, SceneConfig(
+      needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
+      learning_rate=a.learning_rate, window=a.window, seed=c.seed), start)
+    self._keep(f'adapted/{name}', learned, {'accuracy': read})
 
   def start(self, name: str) -> tuple[pathlib.Path, list[str], list[str]]:
     """(checkpoint of all pre-trained parameters of a system, their paths, those of the encoder)."""
     model = self.config.systems[name]
     wanted = paths.flatten(vlm.build(model).abstract)
-    leaves = {path: leaf for path, leaf in self.given(model).items() if path in wanted}
+    flat = {path: leaf for path, leaf in self.given(model).items() if path in wanted}
     if name in self.config.adapt:
-      source = self.folder / 'adapted' / (self.config.adapt[name].like or name)
-      for path in store.describe(source):
-        path = path.removeprefix('params/')
-        if f'vision/{path}' in wanted:  # all of it, unless it is like another system
-          leaves[f'vision/{path}'] = np.asarray(store.load_leaf(source, path))
-    seen = sorted(leaves)
+      learned = leaves(self.folder / 'adapted' / (self.config.adapt[name].like or name))
+      # All of it, unless it is like another system.
+      flat |= {f'vision/{path}': leaf for path, leaf in learned.items()
+               if f'vision/{path}' in wanted}
+    seen = sorted(flat)
     if self.config.language is not None:
-      source = self.folder / 'language'
-      names = [path.removeprefix('params/') for path in store.describe(source)]
-      leaves |= {name: np.asarray(store.load_leaf(source, name)) for name in names}
-    folder = self.folder / 'start' / name
-    shutil.rmtree(folder, ignore_errors=True)
-    store.save_params(folder, paths.unflatten(leaves), {'system': model.system})
-    return folder, sorted(leaves), seen
+      flat |= leaves(self.folder / 'language')
+    self._keep(f'start/{name}', flat, {'system': model.system})
+    return self.folder / 'start' / name, sorted(flat), seen
 
   def run_config(self, name: str) -> RunConfig:
     """The training run of one system: all equal but the model."""
@@ -238,19 +224,19 @@ class Comparison(Journal):
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
         optimizer=c.optimizer, dtype=c.dtype, remat=c.remat, accumulate=c.accumulate))
 
-  def train(self, name: str) -> None:
-    """Resumes by itself when it was interrupted."""
-    result = train(self.run_config(name), self.folder / 'runs' / name, progress=self.progress)
-    if result.interrupted:
-      raise UserError(f'interrupted at step {result.step}; run the same command again to go on')
+  def learn_task(self, name: str) -> None:
+    """Trains one system."""
+    self.train(self.run_config(name), self.folder / 'runs' / name)
 
-  def answer(self, name: str, point: Point | None = None) -> None:
+  def asked(self, name: str, split: str, encoder: dict[str, Any] | None = None) -> list:
+    """The answers of a trained system to a written part of the task."""
+    return self.answers(
+      self.folder / 'runs' / name, self.folder / 'data' / split, encoder=encoder,
+      batch_size=self.config.answer_batch, max_new_tokens=self.config.max_new_tokens)
+
+  def answer(self, name: str, point: claims.Point | None = None) -> None:
     """Answers to the evaluation set, kept one by one; `point`: with its encoder settings."""
-    c = self.config
-    options = None if point is None else point.encoder
-    answerer = Answerer.load(self.folder / 'runs' / name, encoder_options=options)
-    rows = answer_records(answerer, self.folder / 'data/eval', batch_size=c.answer_batch,
-                          max_new_tokens=c.max_new_tokens, progress=self.progress)
+    rows = self.asked(name, 'eval', None if point is None else point.encoder)
     self.write(f'answers_{name if point is None else point.key}.json', rows)
 
   def measure(self, name: str) -> None:
@@ -271,14 +257,13 @@ class Comparison(Journal):
     for name, model in c.systems.items():
       if f'measure {name}' not in self.times:
         continue
-      answers, costs = self.read(f'answers_{name}.json'), self.read(f'cost_{name}.json')
-      correct = [row['correct'] for row in answers]
+      answers = self.read(f'answers_{name}.json')
       rows[name] = {
-        'system': model.system, 'accuracy': float(np.mean(correct)),
-        'accuracy_by_size': accuracy_by_size([row['area'] for row in answers], correct),
+        'system': model.system, 'accuracy': accuracy(answers),
+        'accuracy_by_size': accuracy_by_size(answers),
         # Two-pass models put their visual tokens into the prompt too.
         'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind),
-        **costs, 'train_seconds': self.times[f'train {name}']}
+        **self.read(f'cost_{name}.json'), 'train_seconds': self.times[f'train {name}']}
       if name in c.adapt:
         learned = c.adapt[name].like or name
         source = self.folder / 'adapted' / learned
@@ -292,10 +277,10 @@ class Comparison(Journal):
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
       'language_steps': None if c.language is None else c.language.steps,
       'machine': machine(), 'versions': versions()}
-    (self.folder / 'table.txt').write_text(table(results))
-    plot(results, self.folder / 'plot.png')
+    (self.folder / 'table.txt').write_text(compare_report.table(results))
+    compare_report.plot(results, self.folder / 'plot.png')
     self.write('results.json', results)
-    print('\n' + table(results), flush=True)
+    say('\n' + compare_report.table(results))
     if c.claims:
       results['claims'] = self.judge()
       self.write('results.json', results)
@@ -314,23 +299,3 @@ class Comparison(Journal):
       (self.folder / 'claims.md').write_text(claims.markdown(found))
       claims.plot(found, self.folder / 'claims.png')
     return found
-
-
-def _shown(bar: tqdm) -> Callable[[int, float, float], None]:
-  """Moves a bar on and says how well letters are read."""
-  def report(step: int, loss: float, accuracy: float) -> None:
-    bar.update()
-    if step % 10 == 0:
-      bar.set_postfix_str(f'loss {loss:.3f}, letters read {accuracy:.0%}')
-
-  return report
-
-
-def compare(config: CompareConfig, folder: str | os.PathLike, *, only: Sequence[str] = (),
-            progress: bool = True) -> dict[str, Any]:
-  """Runs a comparison or what is left of it; see `Comparison`.
-
-  Raises:
-    UserError: systems that cannot be compared, a folder of another comparison, an interruption.
-  """
-  return Comparison(config, folder, progress=progress).run(only)

@@ -12,7 +12,7 @@ import numpy as np
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.lab import glyph_scenes
+from hrvlm_jax.lab import scenes
 from hrvlm_jax.lab.claims import Claim
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.systems import registry
@@ -24,7 +24,7 @@ from hrvlm_jax.vlm import model as vlm
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
-  """Pre-training of the encoder that all systems share (`training.glyphs`).
+  """Pre-training of the encoder that all systems share (`lab.glyphs`).
 
   Attributes:
     window: side of the crops in canvas pixels. last_tokens: what the readout sees of a view.
@@ -40,7 +40,7 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-  """Pre-training of the language model that all systems share (`training.symbols`)."""
+  """Pre-training of the language model that all systems share (`lab.symbols`)."""
 
   steps: int
   slots: tuple[int, ...] = (25, 64)
@@ -50,7 +50,7 @@ class LanguageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
-  """Pre-training of a part of one system on scenes (`training.glyph_scenes`).
+  """Pre-training of a part of one system on scenes (`lab.scenes`).
 
   Attributes:
     like: use what another system of `adapt` learned instead; its parts must be the same.
@@ -78,7 +78,7 @@ class CompareConfig:
       same questions as rows of their own, with the box of each sign for the selection's loss.
     language: pre-training of the language model; None: every system draws its own.
     adapt: by name, systems a part of which is first pre-trained on scenes.
-    claims: by name, what papers say about some of the systems (`evaluation.claims`).
+    claims: by name, what papers say about some of the systems (`lab.claims`).
     dtype, remat, accumulate: as in `TrainingConfig`, the same for every system.
     lengths: buckets of text plus visual tokens.
     answer_batch: questions answered at once in evaluation.
@@ -131,7 +131,7 @@ def problems(config: CompareConfig) -> list[str]:
     found += [f'{name}: {reason}' for reason in _unfit(config, name, model)]
     if name in config.adapt:
       try:
-        glyph_scenes.part(model.encoder)
+        scenes.part(model.encoder)
       except UserError as error:
         found.append(f'adapt.{name}: {error}')
   return found
@@ -194,10 +194,10 @@ def _unfit(config: CompareConfig, name: str, model: ModelConfig) -> list[str]:
     tokens = system.count(config.task.width, config.task.height, model.encoder).tokens
   except UserError as error:
     return [*found, str(error)]
-  places = 0 if isinstance(model.fusion, CrossAttentionFusion) else tokens
+  taken = 0 if isinstance(model.fusion, CrossAttentionFusion) else tokens
   room = min(max(config.lengths), model.text.max_positions)
-  if places >= room:
-    found.append(f'{places} visual tokens of a {config.task.width}x{config.task.height} image '
-                 f'leave no room for text in {room} places; add a bucket, raise max_positions or '
-                 'lower its tokens')
+  if taken >= room:
+    found.append(f'{taken} visual tokens of a {config.task.width}x{config.task.height} image '
+                 f'leave no room for text in {room} positions; add a bucket, raise max_positions '
+                 'or lower its tokens')
   return found

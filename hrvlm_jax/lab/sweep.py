@@ -6,21 +6,25 @@ the table and the others go on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
 import pathlib
+import runpy
 from typing import Any
 
 import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, unknown
+from hrvlm_jax.lab.experiment import Experiment, Interrupted, say
+from hrvlm_jax.lab.report import figure, text_table
+from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
-from hrvlm_jax.training.loop import train
 from hrvlm_jax.training.metrics import read_metrics
+from hrvlm_jax.training.recipe import find
 
 RESULTS, TABLE, PLOT = 'results.json', 'table.txt', 'plot.png'
 _FAILED = 'FAILED'  # in the folder of a run that failed: why
@@ -42,50 +46,87 @@ class Entry:
   published: Sequence[float] | None = None
 
 
-def run(entries: Sequence[Entry], folder: str | os.PathLike, *,
-        say: Callable[[str], None] = print, progress: bool = True) -> bool:
-  """Trains all runs one after the other and writes results.json, table.txt and plot.png.
+def entries_of(spec: str, overrides: run_config.Overrides, *, only: str | None = None
+               ) -> list[Entry]:
+  """The runs of a grid or of a sweep file, which has `ROWS` and `get_config(row)`.
 
-  Returns:
-    Whether all runs are finished; False after a signal.
+  A value of `ROWS` may be a pair whose second part holds the paper's numbers.
+
+  Raises:
+    UserError: an unknown row, no row and no list of values, or what a config refuses.
+  """
+  path, argument = find(spec)
+  rows = _rows(path) if argument is None else {}
+  if only and not rows:
+    raise UserError(f'--only: {spec} has no ROWS to choose from')
+  chosen = list(rows) if only is None else only.split(',')
+  if wrong := [name for name in chosen if name not in rows]:
+    raise UserError(f'--only: {unknown(wrong[0], rows, what="row")}')
+  found = []
+  for row in chosen or [None]:
+    for values, config in run_config.grid(RunConfig, spec if row is None else f'{path}:{row}',
+                                          overrides):
+      parts = [*([] if row is None else [row]),
+               *(f'{key.rpartition(".")[2]}={_short(text)}' for key, text in values)]
+      found.append(Entry('_'.join(parts) or 'run', config, dict(values),
+                         None if row is None else rows[row]))
+  if len(found) == 1 and not rows:
+    raise UserError(f'{spec} with these options is one run: use `hrvlm train`, or give a key '
+                    'several values (--config.seed=0,1,2)')
+  return found
+
+
+def _rows(path: str) -> dict:
+  """Row -> the paper's numbers, where the file has `ROWS`."""
+  rows = runpy.run_path(path).get('ROWS', {})
+  return {name: value[1] if isinstance(value, tuple) and len(value) == 2 else None
+          for name, value in rows.items()}
+
+
+def _short(text: str) -> str:
+  """A value as part of a folder's name."""
+  return ''.join(c if c.isalnum() or c in '.-+' else '_' for c in text)[:40]
+
+
+def run(entries: Sequence[Entry], folder: str | os.PathLike, *, progress: bool = True) -> None:
+  """Trains all runs one after the other and writes results.json, table.txt and plot.png.
 
   Raises:
     UserError: two runs of one name, the folder holds another sweep, or some runs failed (after the
       others were done).
+    Interrupted: by a signal.
   """
-  folder = pathlib.Path(folder)
   names = [entry.name for entry in entries]
   if len(set(names)) != len(names):
     twice = sorted({name for name in names if names.count(name) > 1})
     raise UserError(f'sweep: several runs of the same name: {", ".join(twice)}')
-  folder.mkdir(parents=True, exist_ok=True)
+  experiment = Experiment(folder, progress=progress)
   failed = []
-  for number, entry in enumerate(entries, 1):
-    workdir = folder / entry.name
-    if is_finished(workdir, entry.config):
-      say(f'[{number}/{len(entries)}] {entry.name}: done before')
-      continue
-    say(f'[{number}/{len(entries)}] {entry.name}')
-    (workdir / _FAILED).unlink(missing_ok=True)
+  for entry in entries:
+    workdir = experiment.folder / entry.name
     try:
-      ended = train(entry.config, workdir, progress=progress)
+      experiment.part(entry.name, _train, experiment, entry, workdir,
+                      done=lambda e=entry, w=workdir: is_finished(w, e.config))
+    except Interrupted:
+      raise
     except UserError as error:
       workdir.mkdir(exist_ok=True)
       (workdir / _FAILED).write_text(str(error))
       say(f'{entry.name} failed: {error}')
       failed.append(entry.name)
-      continue
-    finally:
-      jax.clear_caches()  # programs of one run are of no use to the next
-    if ended.interrupted:
-      say(f'interrupted at step {ended.step} of {entry.name}; the same command goes on')
-      return False
-  write_report(entries, folder)
-  say((folder / TABLE).read_text())
+  write_report(entries, experiment.folder)
+  say((experiment.folder / TABLE).read_text())
   if failed:
     raise UserError(f'{len(failed)} of {len(entries)} runs failed: {", ".join(failed)} (see FAILED '
                     f'in their folders below {folder})')
-  return True
+
+
+def _train(experiment: Experiment, entry: Entry, workdir: pathlib.Path) -> None:
+  (workdir / _FAILED).unlink(missing_ok=True)
+  try:
+    experiment.train(entry.config, workdir)
+  finally:
+    jax.clear_caches()  # programs of one run are of no use to the next
 
 
 def is_finished(workdir: pathlib.Path, config: RunConfig) -> bool:
@@ -126,7 +167,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
   scored, known = (any(name in row for row in rows) for name in ('accuracy', 'published'))
   head = ['run', *keys, 'steps', 'loss', *(['accuracy'] if scored else []), 'tokens/s',
           *(['published'] if known else [])]
-  lines = [head]
+  lines = []
   for row in rows:
     values = [row['values'].get(key, '') for key in keys]
     if 'failed' in row:
@@ -136,26 +177,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     published = [' / '.join(f'{x:g}' for x in row.get('published', ()))] if known else []
     lines.append([row['name'], *values, str(row['steps']), f'{row["loss"]:.4f}', *accuracy,
                   f'{row["tokens_per_second"]:.0f}', *published])
-  widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-  return ''.join('  '.join(f'{cell:<{width}}' for cell, width in zip(line, widths)).rstrip() + '\n'
-                 for line in lines)
+  return text_table(head, lines)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """Loss curves of all runs in one picture."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  import matplotlib.pyplot as plt
-
-  figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-  for number, row in enumerate(rows):
-    label = row['name'] + (f' ({row["accuracy"]:.1%})' if 'accuracy' in row else '')
-    axes.plot(*zip(*row['curve'], strict=True), label=label, color=f'C{number % 10}',
-              linestyle='-' if number < 10 else '--')
-  axes.set_xlabel('step')
-  axes.set_ylabel('loss')
-  axes.spines[['top', 'right']].set_visible(False)
-  axes.legend(fontsize=8)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  with figure(path) as (axes,):
+    for number, row in enumerate(rows):
+      label = row['name'] + (f' ({row["accuracy"]:.1%})' if 'accuracy' in row else '')
+      axes.plot(*zip(*row['curve'], strict=True), label=label, color=f'C{number % 10}',
+                linestyle='-' if number < 10 else '--')
+    axes.set(xlabel='step', ylabel='loss')
+    axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""What the configs in `configs/tiny` share: task, tokenizer, pre-trained towers, kept results.
+"""What the configs in `configs/tiny` share: task, tokenizer, pre-trained parts, kept results.
 
     def get_config():
       return tiny.config('pheye', MODEL, lengths=(96, 128), groups=GROUPS,
@@ -13,12 +13,13 @@ writes `configs/tiny/results/pheye.json` and the `Result:` line of the config's 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 from typing import Any
 
@@ -29,20 +30,19 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.lab import glyph_scenes, glyphs, symbols
-from hrvlm_jax.lab.glyph_scenes import SceneConfig
-from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, write
+from hrvlm_jax.lab.pretrain import Pretraining
+from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
-from hrvlm_jax.language.bpe import train_bpe
-from hrvlm_jax.language.chat import get_template, render, rendered_text
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.training import run_config
+from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.metrics import read_metrics
+from hrvlm_jax.training.recipe import find
 from hrvlm_jax.vlm.answer import text_of
-
-Pretraining = GlyphConfig | SceneConfig | SymbolsConfig
 
 FOLDER = 'runs/tiny'
 VOCABULARY = 512  # at most: bytes, special tokens, the words of the questions
@@ -83,7 +83,7 @@ def config(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-  """What a tiny config needs before it trains.
+  """What a tiny config needs before it trains, and what is kept of its run.
 
   Attributes:
     towers: parameter path -> the pre-training of what lies there: a ViT on crops, or the parts of
@@ -98,92 +98,113 @@ class Preparation:
   eval_images: int = 500
   turns: int = 3
 
+  def prepare(self, run: RunConfig, experiment: Experiment) -> None:
+    """Writes the data, the tokenizer and the parts that a run config names; skips what is there."""
+    self.write_data(run, experiment.progress)
+    if not pathlib.Path(run.data.tokenizer).exists():
+      self.write_tokenizer(run)
+    if self.towers and not pathlib.Path(run.training.init_from).exists():
+      self._pretrain(run, experiment)
 
-def prepare(
-  preparation: Preparation, run: Any, *, say: Callable[[str], None] = print, progress: bool = True
-) -> None:
-  """Writes the data, the tokenizer and the towers that a run config names; skips what is there.
+  def write_data(self, run: RunConfig, progress: bool) -> None:
+    """Training and held-out images, as conversations."""
+    train, held_out = (pathlib.Path(part).parent for part in (run.data.train, run.data.eval))
+    say(f'the task: {train.parent}')
+    write(dataclasses.replace(self.task, turns=self.turns), train, self.train_images, seed=0,
+          progress=progress)
+    write(dataclasses.replace(self.task, turns=1), held_out, self.eval_images, seed=1,
+          progress=progress)
+
+  def write_tokenizer(self, run: RunConfig) -> None:
+    """With the words of all templates, so that systems can share the tokenizer."""
+    records = read_records(pathlib.Path(run.data.train).parent)[:1000]
+    first = (messages_from_llava(record['conversations'])[:2] for record in records)
+    write_tokenizer(run.data.tokenizer, spoken(first, _TEMPLATES), vocab_size=VOCABULARY,
+                    specials=SPECIALS, pad='<pad>', eos='<|endoftext|>', bos='<s>')
+
+  def _pretrain(self, run: RunConfig, experiment: Experiment) -> None:
+    """Learns one part after the other; what an interrupted preparation has learned is kept."""
+    flat: dict[str, Any] = {}
+    accuracy = {}
+    folder = pathlib.Path(f'{run.training.init_from}.parts')
+    for path, task in self.towers.items():
+      part = folder / path.replace('/', '_')
+      made_by = repr(task)
+      if not (store.is_whole(part) and store.load_config(part)['made_by'] == made_by):
+        before = {name.removeprefix(f'{path}/'): leaf for name, leaf in flat.items()}
+        if isinstance(task, SymbolsConfig):
+          writing = text_of(run.model, tokenizer_of(run.data.tokenizer))
+          task = dataclasses.replace(task, writing=(writing,))
+        learned, read = experiment.learn(
+          path, task, before if isinstance(task, SceneConfig) else None)
+        store.save_params(part, paths.unflatten(learned), {'accuracy': read, 'made_by': made_by},
+                          overwrite=True)
+      flat |= {f'{path}/{name}': leaf for name, leaf in leaves(part).items()}
+      accuracy[path] = store.load_config(part)['accuracy']
+    store.save_params(run.training.init_from, paths.unflatten(flat), {'accuracy': accuracy})
+    shutil.rmtree(folder)
+
+  def result(self, workdir: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
+    """What is kept of a finished run: the loss of its last 50 steps, its accuracy, what it took.
+
+    Raises:
+      UserError: the run's metrics hold no evaluation.
+    """
+    rows = read_metrics(workdir)
+    scores = [row['eval_accuracy'] for row in rows if 'eval_accuracy' in row]
+    if not scores:
+      raise UserError(f'{workdir}: metrics.jsonl holds no evaluation; set training.eval_every')
+    start = run.training.init_from
+    return self.described(workdir, run) | {
+      'accuracy': round(scores[-1], 4), 'letters_read_by_towers': {} if start is None else {
+        path: round(share, 4) for path, share in store.load_config(start)['accuracy'].items()}}
+
+  def described(self, workdir: str | os.PathLike, run: RunConfig) -> dict[str, Any]:
+    """What every kept result says of its run."""
+    losses = [row['loss'] for row in read_metrics(workdir)
+              if 'loss' in row and row['step'] > run.training.steps - 50]
+    return {'system': run.model.system, 'loss': round(float(np.mean(losses)), 4),
+            'chance': round(self.task.chance, 4), 'steps': run.training.steps,
+            'batch_size': run.training.batch_size}
+
+  def plot(self, values: Mapping[str, Any], path: pathlib.Path) -> None:
+    """A picture beside the kept result, where there is something to draw."""
+
+
+def run(spec: str, overrides: run_config.Overrides = (), *, workdir: str | None = None,
+        keep_result: bool = False, machine: str, progress: bool = True) -> None:
+  """Makes what a config of `configs/tiny` names, trains, says what the run reached.
 
   Args:
-    run: the `RunConfig`.
-  """
-  p = preparation
-  train, held_out = (pathlib.Path(part).parent for part in (run.data.train, run.data.eval))
-  say(f'the task: {train.parent}')
-  write(dataclasses.replace(p.task, turns=p.turns), train, p.train_images, seed=0,
-        progress=progress)
-  write(dataclasses.replace(p.task, turns=1), held_out, p.eval_images, seed=1, progress=progress)
-  tokenizer = pathlib.Path(run.data.tokenizer)
-  if not tokenizer.exists():
-    conversations = [messages_from_llava(record['conversations'])[:2]
-                     for record in read_records(train)[:1000]]
-    # Words of all templates, so that systems can share the tokenizer.
-    texts = [rendered_text(render(get_template(name), messages))
-             for name in _TEMPLATES for messages in conversations]
-    tokenizer.mkdir(parents=True)
-    train_bpe(texts, vocab_size=VOCABULARY, specials=SPECIALS,
-              roles={'pad': '<pad>', 'eos': '<|endoftext|>', 'bos': '<s>'}).save(tokenizer)
-  if p.towers and not pathlib.Path(run.training.init_from).exists():
-    _pretrain(p.towers, run, say)
-
-
-def _pretrain(towers: Mapping[str, Pretraining], run: Any, say: Callable[[str], None]) -> None:
-  """Learns one part after the other; what an interrupted preparation has learned is kept."""
-  flat: dict[str, Any] = {}
-  accuracy = {}
-  folder = pathlib.Path(f'{run.training.init_from}.parts')
-  for path, task in towers.items():
-    part = folder / path.replace('/', '_')
-    made_by = repr(task)
-    if not (store.is_whole(part) and store.load_config(part)['made_by'] == made_by):
-      learned, read = _learn(path, task, flat, run, say)
-      store.save_params(part, paths.unflatten(learned), {'accuracy': read, 'made_by': made_by},
-                        overwrite=True)
-    names = [name.removeprefix('params/') for name in store.describe(part)]
-    flat |= {f'{path}/{name}': store.load_leaf(part, name) for name in names}
-    accuracy[path] = store.load_config(part)['accuracy']
-  store.save_params(run.training.init_from, paths.unflatten(flat), {'accuracy': accuracy})
-  shutil.rmtree(folder)
-
-
-def _learn(path: str, task: Pretraining, before: Mapping[str, Any], run: Any,
-           say: Callable[[str], None]) -> tuple[dict[str, Any], float]:
-  """(flat parameters below `path`, accuracy); `before`: what was learned before, by whole path."""
-  def report(step: int, loss: float, read: float) -> None:
-    if step % 100 == 0 or step == task.steps:
-      say(f'{path}: step {step} of {task.steps}, loss {loss:.3f}, letters read {read:.0%}')
-
-  if isinstance(task, SceneConfig):
-    start = {name.removeprefix(f'{path}/'): leaf for name, leaf in before.items()}
-    return glyph_scenes.pretrain(task, start, report=report)
-  if isinstance(task, SymbolsConfig):
-    writing = text_of(run.model, tokenizer_of(run.data.tokenizer))
-    made, read = symbols.pretrain(task, (writing,), report=report)
-  else:
-    made, read = glyphs.pretrain(task, report=report)
-  return paths.flatten(made), read
-
-
-def result(workdir: str | os.PathLike, run: Any, *, chance: float, seconds: float, machine: str
-           ) -> dict[str, Any]:
-  """What is kept of a finished run: the loss of its last 50 steps, its accuracy, what it took.
+    workdir: default `runs/tiny/NAME`.
+    keep_result: writes `results/NAME.json` and the config's header (`keep`).
+    machine: words for the result file.
 
   Raises:
-    UserError: the run's metrics hold no evaluation.
+    UserError: a config without `preparation()`, overrides for a result that is kept.
+    Interrupted: by a signal.
   """
-  rows = read_metrics(workdir)
-  scores = [row['eval_accuracy'] for row in rows if 'eval_accuracy' in row]
-  losses = [row['loss'] for row in rows if 'loss' in row
-            and row['step'] > run.training.steps - 50]
-  if not scores or not losses:
-    raise UserError(f'{workdir}: metrics.jsonl holds no evaluation; set training.eval_every')
-  start = run.training.init_from
-  return {
-    'system': run.model.system, 'loss': round(float(np.mean(losses)), 4),
-    'accuracy': round(scores[-1], 4), 'chance': round(chance, 4), 'steps': run.training.steps,
-    'batch_size': run.training.batch_size, 'seconds': round(seconds), 'machine': machine,
-    'letters_read_by_towers': {} if start is None else {
-      path: round(share, 4) for path, share in store.load_config(start)['accuracy'].items()}}
+  if keep_result and overrides:
+    raise UserError('--keep: a kept result is that of the config as it is; leave out the '
+                    '--config.KEY options')
+  made = run_config.load(RunConfig, spec, overrides)
+  path = pathlib.Path(find(spec)[0])
+  space = runpy.run_path(str(path))
+  if 'preparation' not in space:
+    raise UserError(f'{path}: has no function preparation(); use `hrvlm train`')
+  preparation = space['preparation']()
+  experiment = Experiment(workdir or f'{FOLDER}/{path.stem}', progress=progress)
+  experiment.part('preparation', preparation.prepare, made, experiment)
+  experiment.part('training', experiment.train, made, experiment.folder)
+  values = preparation.result(experiment.folder, made) | {
+    'seconds': round(sum(experiment.times.values())), 'machine': machine,
+    # Beside other work the seconds of the clock say little.
+    'cpu_seconds': round(sum(experiment.cpu_times.values()))}
+  say(result_line(values))
+  if keep_result:
+    kept = keep(values, path)
+    say(f'kept: {kept}')
+    preparation.plot(values, kept.with_suffix('.png'))
 
 
 def result_line(values: Mapping[str, Any]) -> str:

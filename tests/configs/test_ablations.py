@@ -6,9 +6,9 @@ import runpy
 import jax
 import pytest
 
-from hrvlm_jax.cli.sweep import entries_of
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
+from hrvlm_jax.lab.sweep import entries_of
 from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes

@@ -1,4 +1,4 @@
-"""`evaluation.claims`: numbers, spread and order from answers; table and plot."""
+"""`lab.claims`: numbers, spread and order from answers; table and plot."""
 
 import numpy as np
 import pytest

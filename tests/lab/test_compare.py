@@ -1,4 +1,4 @@
-"""`evaluation.compare`: refusals, table and plot, one tiny run that is taken up again."""
+"""`lab.compare`: refusals, table and plot, one tiny run that is taken up again."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.lab import claims, compare, compare_config, compare_report, glyph_scenes
+from hrvlm_jax.lab import claims, compare, compare_config, compare_report, report, scenes
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, single_turns, write
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
@@ -55,7 +55,7 @@ def test_systems_that_cannot_be_compared_are_refused_with_all_reasons():
   text = str(error.value)
   assert 'the language models of plain, other, wide, tiled are not equal' in text
   assert 'wide: its tower (16 pixels, width 32, depth 1) is not the shared encoder' in text
-  assert 'tiled:' in text and 'leave no room for text in 256 places' in text
+  assert 'tiled:' in text and 'leave no room for text in 256 positions' in text
 
 
 def test_table_and_plot_name_machine_and_chance(tmp_path):
@@ -75,28 +75,28 @@ def test_table_and_plot_name_machine_and_chance(tmp_path):
 
 def test_a_comparison_runs_and_is_taken_up_again(tmp_path, monkeypatch):
   made = config(plain=single())
-  results = compare.compare(made, tmp_path, progress=False)
+  results = compare.Comparison(made, tmp_path, progress=False).run()
   row = results['systems']['plain']
   assert row['tokens'] == 4 and row['encoder_gflops'] > 0 and row['peak_memory_mb'] > 0
   assert (tmp_path / 'table.txt').exists() and (tmp_path / 'plot.png').exists()
-  monkeypatch.setattr(compare.Comparison, 'train', None)  # done before: not called
+  monkeypatch.setattr(compare.Comparison, 'learn_task', None)  # done before: not called
   # Parts of another comparison in the folder are not this one's time.
   compare.Comparison(made, tmp_path).part('train another', lambda: None)
-  again = compare.compare(made, tmp_path, progress=False)
+  again = compare.Comparison(made, tmp_path, progress=False).run()
   assert again['systems']['plain'] == row and again['seconds'] == results['seconds'] > 0
   with pytest.raises(UserError, match='holds another comparison .train_steps differ'):
-    compare.compare(dataclasses.replace(made, train_steps=3), tmp_path, progress=False)
+    compare.Comparison(dataclasses.replace(made, train_steps=3), tmp_path, progress=False)
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
   document = tmp_path / 'a.md'
   document.write_text('before\n<!-- compare:begin -->\nold\n<!-- compare:end -->\nafter\n')
-  compare_report.insert('new\n', document)
+  report.insert('new\n', document, name='compare')
   assert document.read_text() == (
     'before\n<!-- compare:begin -->\nnew\n<!-- compare:end -->\nafter\n')
   document.write_text('<!-- compare:end --> <!-- compare:begin -->')
   with pytest.raises(UserError, match='add them where the table belongs'):
-    compare_report.insert('new', document)
+    report.insert('new', document, name='compare')
 
 
 def test_a_document_gets_what_it_has_marks_for(tmp_path):
@@ -161,7 +161,7 @@ def test_the_large_comparison_builds_with_real_sizes():
 
 def test_what_does_not_learn_from_scenes_is_refused():
   with pytest.raises(UserError, match='SingleViewConfig: nothing of this encoder learns'):
-    glyph_scenes.part(single().encoder)
+    scenes.part(single().encoder)
   with pytest.raises(UserError, match='adapt: no system is called other'):
     dataclasses.replace(config(plain=single()),
                         adapt={'other': compare_config.AdaptConfig(steps=1)})

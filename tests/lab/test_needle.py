@@ -15,7 +15,6 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import needle
 from hrvlm_jax.lab.needle import NeedleConfig, font
 from hrvlm_jax.lab.needle.signs import overlap
-from hrvlm_jax.vlm.answer import is_correct
 
 TINY = NeedleConfig.tiny()
 PRESETS = {'tiny': TINY, 'panorama': NeedleConfig.panorama(),
@@ -284,16 +283,3 @@ def test_a_crop_looks_like_a_view_of_the_task():
       if letter >= 0:
         distance = np.abs(pixels.astype(int) - np.array(needle.COLOURS[colour])).max(axis=-1)
         assert (distance < 30).sum() > 30
-
-
-def test_scores():
-  assert is_correct(' k.\n', 'K') and is_correct('4Tz', '4TZ')
-  assert not is_correct('', 'K') and not is_correct('KK', 'K')
-  assert needle.size_thirds([0.3, 0.1, 0.2]) == ['large', 'small', 'medium']
-  thirds = needle.size_thirds([1.0] * 7)
-  assert [thirds.count(size) for size in needle.SIZES] == [3, 2, 2]
-  assert needle.accuracy_by_size([1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 0, 0]) == {
-    'small': 0.5, 'medium': 1.0, 'large': 0.0}
-  assert needle.accuracy_by_size([1.0], [True]) == {'small': 1.0}
-  with pytest.raises(ValueError, match='2 areas but 1'):
-    needle.accuracy_by_size([1, 2], [True])

@@ -9,8 +9,9 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.lab import glyph_scenes
+from hrvlm_jax.lab import scenes
 from hrvlm_jax.lab.needle import NeedleConfig, glyph_crops
+from hrvlm_jax.lab.pretrain import pretrain
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
 from hrvlm_jax.systems.ps3.encoder import Encoder
@@ -40,20 +41,20 @@ def llava():
 @pytest.mark.parametrize('encoder', [vila(), llava()], ids=['vila_hd', 'llava_hr'])
 def test_the_part_that_learns_learns(encoder):
   losses = []
-  config = glyph_scenes.SceneConfig(needle=TASK, encoder=encoder, steps=30, batch_size=8,
+  config = scenes.SceneConfig(needle=TASK, encoder=encoder, steps=30, batch_size=8,
                                     warmup=2, learning_rate=5e-3)
-  learned, accuracy = glyph_scenes.pretrain(config, report=lambda _, loss, __: losses.append(loss))
-  assert all(path.startswith(tuple(glyph_scenes.part(encoder))) for path in learned)
+  learned, accuracy = pretrain(config, report=lambda _, loss, __: losses.append(loss))
+  assert all(path.startswith(tuple(scenes.part(encoder))) for path in learned)
   assert np.mean(losses[-5:]) < 0.95 * np.mean(losses[:5]) and 0 <= accuracy <= 1
 
 
 def test_a_convnext_learns_from_crops_and_from_a_start_that_is_alive():
-  config = glyph_scenes.SceneConfig(needle=TASK, encoder=llava(), steps=1, batch_size=3, window=32,
+  config = scenes.SceneConfig(needle=TASK, encoder=llava(), steps=1, batch_size=3, window=32,
                                     learning_rate=0.0)
-  pixels, labels = glyph_scenes._draw(config, 0)
+  pixels, labels = config.draw(0)
   assert pixels.shape == (3, 32, 32, 3)  # at the scale of the whole image, 64 pixels for 64
   assert sorted(labels) == [1, 2] and labels[1][0].shape == (3, 1)
-  learned, _ = glyph_scenes.pretrain(config)
+  learned, _ = pretrain(config)
   np.testing.assert_array_equal(learned['slow/stages/1/blocks/layer_scale'], 1.0)
   kernel = learned['slow/stages/2/downsample/conv/kernel']
   np.testing.assert_allclose(kernel.std() * np.sqrt(2 * 2 * 8), 1.0, rtol=1e-5)
@@ -66,10 +67,10 @@ def test_a_convnext_learns_from_crops_and_from_a_start_that_is_alive():
 
 
 def test_it_starts_from_the_parameters_given():
-  config = glyph_scenes.SceneConfig(needle=TASK, encoder=vila(), steps=1, batch_size=2,
+  config = scenes.SceneConfig(needle=TASK, encoder=vila(), steps=1, batch_size=2,
                                     learning_rate=0.0)
   start = {'ps3/tower/pos_embed': jnp.full((4, 16), 7.0)}
-  learned, _ = glyph_scenes.pretrain(config, start)
+  learned, _ = pretrain(config, start)
   np.testing.assert_array_equal(learned['ps3/tower/pos_embed'], 7.0)
 
 

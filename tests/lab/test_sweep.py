@@ -9,7 +9,6 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.cli.main import main
-from hrvlm_jax.cli.sweep import entries_of
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import sweep
 
@@ -93,10 +92,10 @@ def test_a_sweep_file_with_a_run_that_fails(folder, capsys):
 
 def test_mistakes(folder):
   with pytest.raises(UserError, match='is one run: use `hrvlm train`'):
-    entries_of('run.py:low', [])
+    sweep.entries_of('run.py:low', [])
   with pytest.raises(UserError, match='--only: .*lwo.*low'):
-    entries_of('run.py', [], only='lwo')
+    sweep.entries_of('run.py', [], only='lwo')
   with pytest.raises(UserError, match='unknown key config.sed'):
-    entries_of('run.py', [('sed', '0,1')])
+    sweep.entries_of('run.py', [('sed', '0,1')])
   with pytest.raises(UserError, match='several runs of the same name: a'):
     sweep.run([sweep.Entry('a', None), sweep.Entry('a', None)], folder / 'x')

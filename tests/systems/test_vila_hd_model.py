@@ -18,7 +18,7 @@ from hrvlm_jax.data.rows import ImageRef, Row
 from hrvlm_jax.data.transforms import ToBatch, ToExample
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
-from hrvlm_jax.lab.compare_parts import cost
+from hrvlm_jax.lab.measure import cost
 from hrvlm_jax.language.chat import Message
 from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
 from hrvlm_jax.systems import registry

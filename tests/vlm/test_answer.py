@@ -11,7 +11,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.answer import Answerer, answer_all
+from hrvlm_jax.vlm.answer import Answerer, answer_all, is_correct
 
 
 def image(width, height, seed=0):
@@ -79,3 +79,8 @@ def test_the_last_batch_is_filled_up_and_cut():
   assert sizes == [2, 2, 2] and found == [([1, 2], [2, 4]), ([3, 4], [6, 8]), ([5], [10])]
   with pytest.raises(UserError, match='gave 1 answers to 2 questions'):
     list(answer_all(lambda batch: batch[:1], [1, 2], batch_size=2))
+
+
+def test_an_answer_is_right_whatever_its_case_and_the_space_around_it():
+  assert is_correct(' k.\n', 'K') and is_correct('4Tz', '4TZ')
+  assert not is_correct('', 'K') and not is_correct('KK', 'K')

@@ -3,22 +3,19 @@
 from hrvlm_jax.lab.needle.config import COLOURS, PLACES, SHAPES, NeedleConfig
 from hrvlm_jax.lab.needle.crops import CUT, NOTHING, GlyphCrops, glyph_crops
 from hrvlm_jax.lab.needle.generate import (
-  SIZES,
   NeedleExample,
   NeedlePlan,
-  accuracy_by_size,
   generate,
   paint,
   plan,
   record,
   single_turns,
-  size_thirds,
 )
 from hrvlm_jax.lab.needle.signs import Sign
 from hrvlm_jax.lab.needle.write import read_records, write
 
 __all__ = [
-  'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'SIZES', 'GlyphCrops', 'NeedleConfig',
-  'NeedleExample', 'NeedlePlan', 'Sign', 'accuracy_by_size', 'generate', 'glyph_crops',
-  'paint', 'plan', 'read_records', 'record', 'single_turns', 'size_thirds', 'write',
+  'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'GlyphCrops', 'NeedleConfig',
+  'NeedleExample', 'NeedlePlan', 'Sign', 'generate', 'glyph_crops',
+  'paint', 'plan', 'read_records', 'record', 'single_turns', 'write',
 ]

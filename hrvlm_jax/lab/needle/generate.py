@@ -171,34 +171,6 @@ def single_turns(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
   return rows
 
 
-SIZES = ('small', 'medium', 'large')
-
-
-def size_thirds(areas: Sequence[float]) -> list[str]:
-  """'small', 'medium' or 'large' for every relative area: thirds of the given examples by rank.
-
-  Equal areas are told apart by their order, so the thirds differ by at most one in number.
-  """
-  rank = np.empty(len(areas), np.int64)
-  rank[np.argsort(np.asarray(areas, np.float64), kind='stable')] = np.arange(len(areas))
-  return [SIZES[int(r) * 3 // len(areas)] for r in rank]
-
-
-def accuracy_by_size(areas: Sequence[float], correct: Sequence[bool]) -> dict[str, float]:
-  """Accuracy (0 to 1) in each third of the examples by relative area of the thing asked for.
-
-  Sizes without an example (fewer than three given) are left out.
-
-  Raises:
-    ValueError: sequences of different length.
-  """
-  if len(areas) != len(correct):
-    raise ValueError(f'accuracy_by_size: {len(areas)} areas but {len(correct)} results')
-  thirds = size_thirds(areas)
-  groups = {size: [c for c, t in zip(correct, thirds) if t == size] for size in SIZES}
-  return {size: float(np.mean(group)) for size, group in groups.items() if group}
-
-
 def _generator(seed: int, index: int, stream: int) -> np.random.Generator:
   if seed < 0 or index < 0:
     raise UserError(f'needle: seed {seed}, index {index}: expected whole numbers of at least 0')

@@ -1,37 +1,18 @@
-"""What a comparison does with one system at a time: answers, costs."""
+"""What answering costs: tokens, operations, memory and time of one model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-import pathlib
 import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from hrvlm_jax.core.images import open_image
-from hrvlm_jax.lab.needle import read_records
 from hrvlm_jax.parallel.flops import count_flops
-from hrvlm_jax.vlm.answer import Answerer, answer_all, is_correct
-
-
-def answer_records(answerer: Answerer, folder: pathlib.Path, *, batch_size: int,
-                   max_new_tokens: int, progress: bool = True) -> list[dict[str, Any]]:
-  """[{id, area, answer, expected, correct}] of a written needle task."""
-  records = read_records(folder)
-  rows = []
-  with tqdm(total=len(records), unit='image', disable=not progress) as bar:
-    ask = lambda part: answerer.answer([([str(folder / r['image'])], r['question']) for r in part],
-                                       max_new_tokens=max_new_tokens)
-    for part, texts in answer_all(ask, records, batch_size=batch_size):
-      rows += [{'id': r['id'], 'area': r['relative_area'], 'answer': text,
-                'expected': r['answer'], 'correct': is_correct(text, r['answer'])}
-               for r, text in zip(part, texts, strict=True)]
-      bar.update(len(part))
-  return rows
+from hrvlm_jax.vlm.answer import Answerer
 
 
 def cost(answerer: Answerer, items: Sequence[tuple[str, str]], *, answers: int,

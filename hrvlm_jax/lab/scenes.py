@@ -1,6 +1,6 @@
 """Pre-training on whole scenes of the built-in task, for encoders that see an image in one piece.
 
-A ViT that reads crops (`training.glyphs`) is not yet what PS3 or LLaVA-HR need. PS3's tower has to
+A ViT that reads crops (`lab.glyphs`) is not yet what PS3 or LLaVA-HR need. PS3's tower has to
 read small patches among other selected patches, with the thumbnail's keys and values in front, at
 positions of a larger grid (the original's PS3 pre-training teaches that); LLaVA-HR's ConvNeXt comes
 from a pre-training of its own. Here both learn to say, from every token of a scene, which letter on
@@ -12,8 +12,6 @@ Axis letters: n scenes, t tokens, d width, g side of a token grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-import concurrent.futures
 import dataclasses
 import math
 from typing import Any
@@ -21,27 +19,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from hrvlm_jax.core import paths, resample
+from hrvlm_jax.core import resample
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LayerNorm, Linear
-from hrvlm_jax.core.module import Functional, List, Module, Rngs
+from hrvlm_jax.core.module import List, Module, Rngs
 from hrvlm_jax.core.pixels import normalise
-from hrvlm_jax.lab.needle import NeedleConfig, glyph_crops
+from hrvlm_jax.lab.needle import glyph_crops
+from hrvlm_jax.lab.pretrain import NOTHING_WEIGHT, Pretraining, weighted_entropy
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 from hrvlm_jax.systems.ps3.encoder import Encoder as PS3
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
-from hrvlm_jax.training.optimizer import muon
-from hrvlm_jax.training.schedules import learning_rate
 from hrvlm_jax.vision.convnext import ConvNeXt
-
-_NOTHING_WEIGHT = 0.05  # as in `training.glyphs`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SceneConfig:
-  """The pre-training run.
+class SceneConfig(Pretraining):
+  """The head for a part of an encoder on whole scenes.
 
   Attributes:
     encoder: of a system that has something to learn from scenes (`part`).
@@ -49,25 +43,23 @@ class SceneConfig:
       crops to learn from, which show more letters per pixel than scenes do. None: whole scenes.
   """
 
-  needle: NeedleConfig
   encoder: Any
-  steps: int
-  batch_size: int = 32
-  learning_rate: float = 2e-3
-  warmup: int = 50
-  weight_decay: float = 0.01
   window: int | None = None
-  seed: int = 0
 
   def __post_init__(self):
     part(self.encoder)
     if self.window is None:
       return
-    if isinstance(self.encoder, VilaHDConfig):
+    if self.vila:
       raise UserError('SceneConfig: window is for a ConvNeXt; VILA-HD learns from whole scenes')
     if self.size % self.encoder.slow.stride:
       raise UserError(f'SceneConfig: a window of {self.window} canvas pixels is {self.size} pixels '
                       f'for the encoder, expected a multiple of {self.encoder.slow.stride}')
+
+  @property
+  def vila(self) -> bool:
+    """Whether the encoder is VILA-HD's."""
+    return isinstance(self.encoder, VilaHDConfig)
 
   @property
   def canvas(self) -> int:
@@ -77,16 +69,63 @@ class SceneConfig:
   @property
   def size(self) -> int:
     """Side in pixels of the square a scene, or a crop of it, is squashed to."""
-    vila = isinstance(self.encoder, VilaHDConfig)
-    whole = self.encoder.side if vila else self.encoder.image_size
+    whole = self.encoder.side if self.vila else self.encoder.image_size
     return whole * self.canvas // min(self.needle.width, self.needle.height)
+
+  @property
+  def grids(self) -> list[int]:
+    """Sides of the token grids that are read."""
+    if self.vila:
+      return [rows for rows, _ in self.encoder.plan().grids[1:]]
+    slow, stages = self.encoder.slow, len(self.encoder.slow.depths)
+    return [slow.grid(self.size, stage) for stage in range(stages)][-2:]
+
+  def reader(self, rngs: Rngs) -> Module:
+    """The part of the encoder with its readouts."""
+    return SceneReader(self, rngs=rngs)
+
+  def draw(self, step: int):
+    """(pixels; by side of a grid, (letter, colour) of every cell in raster order [n g*g])."""
+    scenes = glyph_crops(self.needle, self.rng(step), self.batch_size, window=self.canvas,
+                         size=self.size, whole=float(self.window is None))
+    return scenes.pixels, {g: (scenes.patch_letters(g), scenes.patch_colours(g))
+                           for g in self.grids}
+
+  def loss(self, reader, batch, key):
+    """(loss, accuracy over tokens on a letter of the last grid)."""
+    pixels, labels = batch
+    nothing, total, accuracy = len(self.needle.alphabet), 0.0, 0.0
+    for letters, colours, cells, grid in reader(pixels, key):
+      letter, colour = (jnp.take_along_axis(label, cells, axis=1) for label in labels[grid])
+      weight = jnp.where(letter >= 0, 1.0, NOTHING_WEIGHT) * (letter >= -1)
+      total += weighted_entropy(letters, jnp.where(letter < 0, nothing, letter), weight, 4)
+      shown = (letter >= 0).astype(jnp.float32)
+      total += weighted_entropy(colours, jnp.clip(colour, 0), shown)
+      accuracy = ((letters.argmax(-1) == letter) * shown).sum() / jnp.maximum(shown.sum(), 1)
+    return total, accuracy
+
+  def ready(self, flat):
+    """See `quick_start`."""
+    return quick_start(flat)
+
+  def kept(self, flat):
+    """`part` of the encoder, by paths below it."""
+    return {path: leaf for path, leaf in flat.items()
+            if path.startswith(tuple(f'{prefix}/' for prefix in part(self.encoder)))}
+
+  def judged(self):
+    """What learned from crops is judged on whole scenes."""
+    if self.window is None:
+      return None
+    whole = dataclasses.replace(self, window=None, batch_size=min(self.batch_size, 16))
+    return whole, range(self.steps, self.steps + 8)
 
 
 def part(encoder: Any) -> tuple[str, ...]:
   """Which parameters of an encoder learn from scenes: paths below the encoder.
 
   Raises:
-    UserError: an encoder that reads views of one size, for which `training.glyphs` is enough.
+    UserError: an encoder that reads views of one size, for which `lab.glyphs` is enough.
   """
   if isinstance(encoder, VilaHDConfig):
     return ('ps3/tower', 'ps3/residual')
@@ -101,7 +140,7 @@ class SceneReader(Module):
 
   def __init__(self, config: SceneConfig, *, rngs: Rngs):
     self.config, encoder = config, config.encoder
-    if isinstance(encoder, VilaHDConfig):
+    if config.vila:
       self.ps3 = PS3(encoder.tower, rngs=rngs)
       widths = [encoder.tower.vision.width] * encoder.tower.high_scales
     else:
@@ -115,10 +154,9 @@ class SceneReader(Module):
   def __call__(self, pixels, key):
     """uint8 [n s s 3] -> [(letter logits [n t c], colour logits [n t c], cells [n t], g)]."""
     encoder = self.config.encoder
-    vila = isinstance(encoder, VilaHDConfig)
-    source = encoder.tower if vila else encoder
+    source = encoder.tower if self.config.vila else encoder
     images = normalise(pixels, source.mean, source.std)
-    seen = self._looks(images, key) if vila else self._stages(images)
+    seen = self._looks(images, key) if self.config.vila else self._stages(images)
     out = []
     for number, (tokens, cells, grid) in enumerate(seen):
       x = self.norms[number](tokens)
@@ -151,42 +189,6 @@ class SceneReader(Module):
     return seen
 
 
-def scene_loss(fn: Functional, config: SceneConfig, params, pixels, key, labels):
-  """(loss, accuracy over tokens on a letter of the last grid).
-
-  Args:
-    labels: by side of a grid, (letter, colour) of every cell in raster order [n g*g].
-  """
-  nothing, total, accuracy = len(config.needle.alphabet), 0.0, 0.0
-  for letters, colours, cells, grid in fn.apply(params, pixels, key):
-    letter, colour = (jnp.take_along_axis(label, cells, axis=1) for label in labels[grid])
-    weight = jnp.where(letter >= 0, 1.0, _NOTHING_WEIGHT) * (letter >= -1)
-    entropy = optax.softmax_cross_entropy_with_integer_labels
-    lost = entropy(letters, jnp.where(letter < 0, nothing, letter))
-    total += 4 * (lost * weight).sum() / jnp.maximum(weight.sum(), 1)
-    shown = (letter >= 0).astype(jnp.float32)
-    count = jnp.maximum(shown.sum(), 1)
-    total += (entropy(colours, jnp.clip(colour, 0)) * shown).sum() / count
-    accuracy = ((letters.argmax(-1) == letter) * shown).sum() / count
-  return total, accuracy
-
-
-def _grids(config: SceneConfig) -> list[int]:
-  if isinstance(config.encoder, VilaHDConfig):
-    return [rows for rows, _ in config.encoder.plan().grids[1:]]
-  slow, stages = config.encoder.slow, len(config.encoder.slow.depths)
-  return [slow.grid(config.size, stage) for stage in range(stages)][-2:]
-
-
-def _draw(config: SceneConfig, step: int):
-  """The scenes of a step, a function of (seed, step)."""
-  rng = np.random.default_rng(np.random.SeedSequence([config.seed, step]))
-  scenes = glyph_crops(config.needle, rng, config.batch_size, window=config.canvas,
-                       size=config.size, whole=float(config.window is None))
-  labels = {g: (scenes.patch_letters(g), scenes.patch_colours(g)) for g in _grids(config)}
-  return scenes.pixels, labels
-
-
 def quick_start(flat: dict[str, Any]) -> dict[str, Any]:
   """A drawn ConvNeXt made ready for hundreds of steps; other leaves as they are.
 
@@ -210,57 +212,3 @@ def quick_start(flat: dict[str, Any]) -> dict[str, Any]:
     return leaf
 
   return {path: ready(path, leaf) for path, leaf in flat.items()}
-
-
-def pretrain(
-  config: SceneConfig, start: dict[str, Any] | None = None, *,
-  report: Callable[[int, float, float], None] | None = None,
-) -> tuple[dict[str, Any], float]:
-  """Trains `part(config.encoder)`; returns (flat parameters below the encoder, accuracy).
-
-  The accuracy is over tokens on a letter: of the last 20 fresh batches, and for crops of fresh
-  whole scenes after training.
-
-  Args:
-    start: flat parameters below the encoder to begin with (the shared tower's).
-    report: called with (step, loss, accuracy) every step.
-  """
-  fn = Functional(lambda rngs: SceneReader(config, rngs=rngs))
-  flat = quick_start(paths.flatten(jax.jit(fn.init)(jax.random.key(config.seed))))
-  flat |= {path: jnp.asarray(leaf) for path, leaf in (start or {}).items() if path in flat}
-  rate = learning_rate('cosine', peak=config.learning_rate, total_steps=config.steps,
-                       warmup_steps=min(config.warmup, config.steps))
-  tx = optax.chain(optax.clip_by_global_norm(1.0), muon(rate, config.weight_decay, b2=0.98))
-
-  @jax.jit
-  def update(flat, opt, step, pixels, labels):
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-    loss_of = lambda f: scene_loss(fn, config, paths.unflatten(f), pixels, key, labels)
-    (loss, accuracy), grads = jax.value_and_grad(loss_of, has_aux=True)(flat)
-    updates, opt = tx.update(grads, opt, flat)
-    return optax.apply_updates(flat, updates), opt, loss, accuracy
-
-  opt, history = tx.init(flat), []
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    ahead = pool.submit(_draw, config, 0)
-    for step in range(config.steps):
-      batch = ahead.result()
-      ahead = pool.submit(_draw, config, step + 1)
-      flat, opt, loss, accuracy = update(flat, opt, step, *batch)
-      history.append(float(accuracy))
-      if report is not None:
-        report(step + 1, float(loss), history[-1])
-  kept = {path: leaf for path, leaf in flat.items()
-          if any(path.startswith(prefix + '/') for prefix in part(config.encoder))}
-  if config.window is not None:
-    history = _whole_scenes(fn, config, flat)
-  return kept, float(np.mean(history[-20:]))
-
-
-def _whole_scenes(fn: Functional, config: SceneConfig, flat: dict[str, Any]) -> list[float]:
-  """Accuracy of fresh batches of whole scenes, for what learned from crops."""
-  config = dataclasses.replace(config, window=None, batch_size=min(config.batch_size, 16))
-  read = jax.jit(lambda flat, key, *batch: scene_loss(
-    fn, config, paths.unflatten(flat), batch[0], key, batch[1])[1])
-  key = jax.random.key(config.seed)
-  return [float(read(flat, key, *_draw(config, config.steps + number))) for number in range(8)]
