@@ -1,9 +1,9 @@
-"""`hrvlm convert`: see `vlm.convert.convert`, `vlm.starts.assemble` and `verify.certificate`."""
+"""`hrvlm convert`: see `interop.convert`, `interop.starts` and `interop.certificate`."""
 
 import os
 
 from hrvlm_jax.cli.arguments import Parser
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, few
 
 
 def main(argv: list[str]) -> int:
@@ -26,10 +26,10 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'),
                       help='of the stored parameters; default: that of the file')
   parser.add_argument('--check', nargs='?', const='', metavar='FOLDER',
-                      help='compare with the original and write parity.json into DIR: the recorded '
-                           'cases in FOLDER (default: $HRVLM_GOLDENS), or a folder of PyTorch '
-                           'weights, and the towers and language model side by side with '
-                           'transformers where PyTorch is installed')
+                      help='compare with the original (or with FOLDER, another copy of it) and '
+                           'write parity.json into DIR: every tensor, projector and coordinates; '
+                           'with PyTorch also language model, towers and prompts beside '
+                           'transformers; status 1 unless something was compared and all passed')
   arguments = parser.parse(argv)
   if (arguments.source is None) == (not arguments.part):
     raise UserError('give either --from FOLDER, or --config RUN.py with --part PATH=SOURCE')
@@ -56,7 +56,6 @@ def main(argv: list[str]) -> int:
 
 
 def _parts(arguments, dtype) -> int:
-  from hrvlm_jax.interop.convert import few
   from hrvlm_jax.interop.starts import assemble
   from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
@@ -76,10 +75,14 @@ def _check(arguments) -> int:
   from hrvlm_jax.interop.certificate import FILE, certify
 
   jax.config.update('jax_default_matmul_precision', 'highest')
-  result = certify(arguments.to, source=arguments.source, against=arguments.check or None,
-                   revision=arguments.revision, adapter=arguments.adapter)
+  other = bool(arguments.check)
+  result = certify(arguments.to, arguments.check or arguments.source,
+                   revision=None if other else arguments.revision, adapter=arguments.adapter)
   for line in result.lines():
     print(line)
-  verdict = 'passed' if result.passed else 'FAILED'
-  print(f'parity check {verdict}; the certificate is {arguments.to}/{FILE}')
+  if not result.compared:
+    print('parity NOT CHECKED: nothing was compared')
+  else:
+    verdict = 'passed' if result.passed else 'FAILED'
+    print(f'parity check {verdict}; the certificate is {arguments.to}/{FILE}')
   return 0 if result.passed else 1

@@ -4,7 +4,7 @@ Form of a message: what was found (with the file, config key or tensor path), wh
 what to do. The command line prints a `UserError` as it is, without a traceback, and exits with 2.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import difflib
 
 
@@ -53,3 +53,8 @@ def unknown(name: str, known: Iterable[str], *, what: str = 'key') -> str:
   if hint is None:
     return f'unknown {what} {name} (none is known here)'
   return f'unknown {what} {name} (nearest known: {hint})'
+
+
+def few(names: Sequence[str]) -> str:
+  """The first names of a list, and how many more there are."""
+  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')

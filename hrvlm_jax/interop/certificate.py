@@ -1,17 +1,18 @@
-"""The parity certificate of a converted checkpoint: largest difference per output, and of what.
+"""The parity certificate of a converted checkpoint: what was compared with its release, and how.
 
-Two kinds of comparison, both in float32 with exact matrix products: the recorded cases of the
-checkpoint's system, and, where PyTorch is installed, the checkpoint's language model and vision
-towers side by side with the classes of transformers, which get their weights from the original
-files by name, past our weight tables.
+Only comparisons that read the checkpoint at hand count: every tensor, projector and coordinate MLP
+against a NumPy replay of the release (`replay`), and, where PyTorch is installed, language model,
+towers and prompts against transformers built from the release's own config.json (`side_by_side`),
+in float32 with exact matrix products. What has no reference is NOT CHECKED and named. That our code
+computes what the originals' code does is no property of a checkpoint: tests/parity holds it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
@@ -21,152 +22,163 @@ import jax
 
 from hrvlm_jax import __version__
 from hrvlm_jax.checkpoint import files as store_files, layout
+from hrvlm_jax.checkpoint.leaves import StoredParams
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.interop import hub
+from hrvlm_jax.interop import adapters, hub, replay, side_by_side
 from hrvlm_jax.interop.convert import Release
-from hrvlm_jax.interop.export import read_source
+from hrvlm_jax.interop.export import TEXT_FOLDER, read_source
+from hrvlm_jax.interop.replay import Outputs
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vlm.answer import model_config
-from tests.parity.cases.runner import find_cases, run_case
+from hrvlm_jax.vision.convnext import ConvNeXtConfig
+from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import find_tokenizer, model_config, text_of
 
 FILE = 'parity.json'
-GOLDENS = 'HRVLM_GOLDENS'
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-  """One comparison: a recorded case or a part of the model.
+  """One comparison of a part of the checkpoint with a reference.
 
   Attributes:
     outputs: name -> {'difference': largest absolute one, 'limit': allowed, 'status': word}.
-    sha256: of the recorded case's files, None for a part.
   """
 
   name: str
   against: str
-  outputs: dict[str, dict[str, Any]]
-  passed: bool
-  sha256: str | None = None
+  outputs: Outputs
+
+  @property
+  def passed(self) -> bool:
+    """Whether every output did."""
+    return all(out['status'] == 'ok' for out in self.outputs.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-  """What `certify` found; `facts` is the content of the file."""
+  """What `certify` found.
+
+  Attributes:
+    not_checked: part -> why nothing was compared.
+    facts: the content of the file.
+  """
 
   compared: tuple[Compared, ...]
+  not_checked: dict[str, str]
   facts: dict[str, Any]
 
   @property
   def passed(self) -> bool:
-    """Whether all comparisons did."""
-    return all(c.passed for c in self.compared)
+    """Whether something was compared and all of it passed."""
+    return bool(self.compared) and all(c.passed for c in self.compared)
 
   def lines(self) -> list[str]:
-    """One line per comparison, with the output nearest to (or furthest beyond) its limit."""
+    """A line per comparison with the output nearest to (or furthest beyond) its limit, and per
+    part without one."""
     lines = []
     for c in self.compared:
-      numbers = {key: out for key, out in c.outputs.items() if out['status'] != 'waived'}
-      worst = max(numbers, key=lambda key: numbers[key]['difference'] / (
-        numbers[key]['limit'] or 1e-30), default=None)
-      detail = '' if worst is None else (
-        f'; nearest to its limit: {worst}, {numbers[worst]["difference"]:.3g} of '
-        f'{numbers[worst]["limit"]:.3g}')
-      lines.append(f'{"passed" if c.passed else "FAILED"}  {c.name}  ({c.against}, '
-                   f'{len(numbers)} outputs{detail})')
-    return lines
+      worst = max(c.outputs, key=lambda key: c.outputs[key]['difference'] / (
+        c.outputs[key]['limit'] or 1e-30))
+      out = c.outputs[worst]
+      first = f', first in {out["first"]}' if 'first' in out else ''
+      lines.append(f'{"passed" if c.passed else "FAILED"}  {c.name}  ({c.against}; nearest to its '
+                   f'limit: {worst}, {out["difference"]:.3g} of {out["limit"]:.3g}{first})')
+    return lines + [f'NOT CHECKED  {name}: {why}' for name, why in self.not_checked.items()]
 
 
 def certify(
-  checkpoint: str | os.PathLike, *, source: str | os.PathLike | None = None,
-  against: str | os.PathLike | None = None, revision: str | None = None,
+  checkpoint: str | os.PathLike, source: str | os.PathLike, *, revision: str | None = None,
   adapter: str | os.PathLike | None = None,
 ) -> Certificate:
-  """Compares a checkpoint with its original and writes `parity.json` into its folder.
+  """Compares a checkpoint with its release and writes `parity.json` into its folder.
+
+  The file is written only when something was compared.
 
   Args:
-    source: the original's folder (or name on the hub), as given to convert.
-    against: a folder of recorded cases, or one of PyTorch weights to take instead of `source`.
-      Default: the cases in $HRVLM_GOLDENS, else in tests/goldens.
-    adapter: as given to convert.
+    source, revision, adapter: the release, as given to `convert`.
 
   Raises:
-    UserError: nothing to compare with.
+    UserError: no checkpoint, no release, or one of another system.
   """
-  folder = layout.resolve(checkpoint)
-  config = model_config(checkpoint)
-  cases, weights = _cases(config, against), source
-  if against is not None and not cases:
-    weights, revision, adapter = against, None, None
-  compared = [_run(case) for case in cases]
-  skipped: list[str] = []
-  if weights is not None:
-    compared += _side_by_side(config, folder, weights, revision, adapter, skipped)
-  if not compared:
-    raise UserError(
-      f'{checkpoint}: nothing to compare with: no recorded case of {config.system} '
-      f'({GOLDENS} is {os.environ.get(GOLDENS)!r}), and ' + '; '.join(skipped or ['no original']))
-  facts = _facts(config, folder, compared, skipped)
-  layout.write_json(folder / FILE, facts)
-  return Certificate(tuple(compared), facts)
-
-
-def _cases(config: ModelConfig, against: str | os.PathLike | None) -> list[pathlib.Path]:
-  """Recorded cases of the system and of its language model's family."""
-  if against is None:
-    root = pathlib.Path(os.environ.get(GOLDENS) or 'tests/goldens')
-    if not root.is_dir():
-      return []
-  else:
-    root = pathlib.Path(against)
-  try:
-    found = find_cases(root)
-  except UserError:
-    return []
-  if against is not None:
-    return found
-  family = None if config.text is None else config.text.family
-  kept = []
-  for case in found:
-    values = json.loads((case / 'config.json').read_text())
-    language = values['system'] == 'language_models' and values.get('model_type') == family
-    if values['system'] == config.system or language:
-      kept.append(case)
-  return kept
-
-
-def _run(case: pathlib.Path) -> Compared:
-  report = run_case(case)
-  outputs = {r.key: {'difference': r.difference, 'limit': r.limit, 'status': r.status}
-             for r in report.results}
-  described = store_files.describe(store_files.all_files(case), case)
-  return Compared(f'{report.system}/{case.name}', 'recorded case', outputs, report.passed,
-                  store_files.digest(described))
-
-
-def _side_by_side(config: ModelConfig, folder: Any, source: str | os.PathLike,
-                  revision: str | None, adapter: str | os.PathLike | None,
-                  skipped: list[str]) -> list[Compared]:
-  try:
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-  except ImportError as error:
-    skipped.append(f'{error.name} is not installed (pip install hrvlm-jax[torch]), without which '
-                   'nothing runs side by side')
-    return []
-  from hrvlm_jax.interop import side_by_side
-
+  folder, config = layout.resolve(checkpoint), model_config(checkpoint)
   place, _ = hub.resolve(source, revision=revision)
   release = Release(place, adapter=adapter)
-  if registry.get(release.config.system) is not registry.get(config.system):
+  if release.config.system != config.system:
     raise UserError(f'{place}: is a {release.config.system}, the checkpoint a {config.system}')
-  return [Compared(name, against, outputs,
-                   all(out['status'] == 'ok' for out in outputs.values()))
-          for name, against, outputs in side_by_side.compare(config, folder, release, skipped)]
+  not_checked: dict[str, str] = {}
+  compared = tuple(_compare(config, checkpoint, release, adapter, not_checked))
+  facts = _facts(config, folder, compared, not_checked)
+  if compared:
+    layout.write_json(folder / FILE, facts)
+  return Certificate(compared, not_checked, facts)
 
 
-def _facts(config: ModelConfig, folder: Any, compared: list[Compared], skipped: list[str]
-           ) -> dict[str, Any]:
+def _compare(config: ModelConfig, checkpoint: Any, release: Release,
+             adapter: str | os.PathLike | None, not_checked: dict[str, str]) -> list[Compared]:
+  """All comparisons, one part in memory at a time; fills `not_checked`."""
+  stored, system = StoredParams(checkpoint), registry.get(config.system)
+  places = {f'{name}/' if name else '': release.folder / name for name in system.folders or ('',)}
+  values = side_by_side.settings(release.folder)
+  adapter = pathlib.Path(adapter or release.folder / adapters.FOLDER)
+  if adapter.is_dir():
+    places[f'{adapters.FOLDER}/'] = adapter
+    values['adapter'] = side_by_side.read_json(adapter / adapters.CONFIG)
+  plain = replay.PlainTensors(places)
+  compared = [Compared('config', 'config.json', _same_config(config, release.config))]
+  fresh = read_source(stored.directory).get('fresh', [])
+  found = replay.tensors(release.table, vlm.build(release.config).abstract, stored, plain, fresh)
+  compared += [Compared(f'{name} (tensors)', f'NumPy, {outputs["tensors"]["count"]} tensors'
+                        if 'count' in outputs['tensors'] else 'NumPy', outputs)
+               for name, outputs in sorted(found.items())]
+  for name, outputs in replay.heads(config, release.table, stored, plain):
+    compared.append(Compared(name, 'NumPy', outputs))
+
+  def run(name: str, fn: Callable[..., tuple[str, Outputs]], *arguments: Any) -> None:
+    try:
+      compared.append(Compared(name, *fn(*arguments)))
+    except side_by_side.NotChecked as reason:
+      not_checked[name] = str(reason)
+    except ImportError as error:
+      not_checked[name] = f'{error.name} is not installed (pip install hrvlm-jax[torch])'
+
+  if config.text is not None:
+    run('language', side_by_side.language, config, values, stored, plain)
+    run('prompts', _prompts, config, checkpoint, release)
+  for path, tower in system.backbones(config.encoder).items():
+    kind = {ViTConfig: side_by_side.tower, ConvNeXtConfig: side_by_side.convnext}.get(type(tower))
+    if kind is not None:
+      run(path, kind, path, tower, values, stored, plain)
+  forward = [c.name for c in compared if not c.name.endswith(' (tensors)')]
+  for name in dict.fromkeys(map(replay.part_of, stored.flat)):
+    if name not in not_checked and not any(f'{name}/'.startswith(f'{n}/') for n in forward):
+      not_checked[f'{name} (forward pass)'] = 'there is no reference for it'
+  for path in fresh:
+    not_checked[path] = 'drawn at random: the release has no tensor for it'
+  return compared
+
+
+def _prompts(config: ModelConfig, checkpoint: Any, release: Release) -> tuple[str, Outputs]:
+  folders = registry.get(config.system).folders
+  place = release.folder / TEXT_FOLDER if TEXT_FOLDER in folders else release.folder
+  if not release.tokenizer:
+    raise side_by_side.NotChecked('the release holds no tokenizer')
+  return side_by_side.prompts(config, text_of(config, find_tokenizer(checkpoint)), place)
+
+
+def _same_config(ours: ModelConfig, theirs: ModelConfig) -> Outputs:
+  """Every setting of the checkpoint against what the release's config.json says."""
+  ours, theirs = (paths.flatten(to_dict(config)) for config in (ours, theirs))
+  wrong = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+  out = {'difference': float(len(wrong)), 'limit': 0.0, 'status': 'different' if wrong else 'ok'}
+  return {'settings': out | ({'first': min(wrong)} if wrong else {})}
+
+
+def _facts(config: ModelConfig, folder: Any, compared: tuple[Compared, ...],
+           not_checked: dict[str, str]) -> dict[str, Any]:
   described = store_files.describe(
     (p for p in store_files.all_files(folder) if p.name != FILE), folder)
   source = read_source(folder)
@@ -177,8 +189,8 @@ def _facts(config: ModelConfig, folder: Any, compared: list[Compared], skipped: 
     except importlib.metadata.PackageNotFoundError:
       versions[name] = None
   return {
-    'format': 'hrvlm_jax parity certificate', 'version': 1,
-    'passed': all(c.passed for c in compared), 'system': config.system,
+    'format': 'hrvlm_jax parity certificate', 'version': 2,
+    'passed': bool(compared) and all(c.passed for c in compared), 'system': config.system,
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'arithmetic': {'dtype': 'float32', 'matmul_precision': str(
       jax.config.jax_default_matmul_precision), 'device': str(jax.devices()[0].device_kind),
@@ -186,4 +198,5 @@ def _facts(config: ModelConfig, folder: Any, compared: list[Compared], skipped: 
     'versions': versions,
     'checkpoint_sha256': store_files.digest(described),
     'source': {key: source.get(key) for key in ('origin', 'sha256', 'table')},
-    'compared': [dataclasses.asdict(c) for c in compared], 'not_compared': skipped}
+    'compared': [dataclasses.asdict(c) | {'passed': c.passed} for c in compared],
+    'not_checked': not_checked}

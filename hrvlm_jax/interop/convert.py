@@ -18,7 +18,7 @@ from hrvlm_jax.checkpoint.rows import entries, find_problems, import_tensors, jo
 from hrvlm_jax.checkpoint.safetensors import dtype_name
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, few
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.interop import adapters, hub
 from hrvlm_jax.interop.export import TEXT_FOLDER
@@ -153,8 +153,3 @@ def fresh_leaves(fn: Functional, wanted: list[str], *, dtype=None, seed: int = 0
 
   drawn = jax.device_get(jax.jit(draw)(jax.random.key(seed)))
   return {path: x if dtype is None else x.astype(dtype) for path, x in drawn.items()}
-
-
-def few(names: list[str]) -> str:
-  """The first names of a list, and how many more there are."""
-  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')

@@ -23,9 +23,8 @@ from hrvlm_jax.checkpoint import files as store_files, hf, store
 from hrvlm_jax.checkpoint.rows import Op, Row, Table, import_tensors, linear, norm, prefixed
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError, raise_all, unknown
+from hrvlm_jax.core.errors import UserError, few, raise_all, unknown
 from hrvlm_jax.interop import adapters, hub
-from hrvlm_jax.interop.convert import few
 from hrvlm_jax.language import weights as language_weights
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
 from hrvlm_jax.systems import registry

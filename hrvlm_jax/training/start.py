@@ -21,7 +21,7 @@ import numpy as np
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths, resample
 from hrvlm_jax.core.config import from_dict
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.errors import UserError, few, raise_all
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.training.config import Group, RunConfig, TrainingConfig
@@ -151,10 +151,6 @@ def _announce_trained(source, groups: Mapping[str, Group], say: Say) -> None:
   if stopped:
     say(f'{len(stopped)} parameters that were trained in {source} are frozen now: {few(stopped)}')
 
-
-def few(names: list[str]) -> str:
-  """The first names of a list, and how many more there are."""
-  return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')
 
 
 def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,

@@ -15,6 +15,7 @@ from hrvlm_jax.core import lora
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.interop.certificate import certify
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -67,6 +68,9 @@ def test_merged_and_loose_exports_are_one_model(trained, tmp_path, capsys):
   assert convert(tmp_path / 'merged', tmp_path / 'plain') == PLAIN
   again = convert(tmp_path / 'loose', tmp_path / 'with_set')
   assert again.text.lora == (SPEC,)
+  checked = certify(tmp_path / 'with_set', tmp_path / 'loose')
+  assert checked.passed, checked.lines()
+  assert 'transformers.PhiForCausalLM' in {c.against for c in checked.compared}
   ids = jax.random.randint(jax.random.key(1), (2, 9), 0, CONFIG.text.vocab_size)
   outs = [language_logits(config, store.load_params(folder, vlm.build(config).abstract), ids)
           for config, folder in ((PLAIN, tmp_path / 'plain'), (again, tmp_path / 'with_set'))]

@@ -1,0 +1,265 @@
+"""A checkpoint beside a NumPy replay of the release it was converted from.
+
+The files are read with safetensors or torch alone, past our own readers, and our layout is undone
+by rules of this file, not by the operations of the weight tables, which only pair the names. The
+replay holds every tensor against its leaf, and runs projector and coordinate MLP on random input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+
+from hrvlm_jax.checkpoint.leaves import StoredParams
+from hrvlm_jax.checkpoint.rows import Entry, Table, entries
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.layers import Mlp
+from hrvlm_jax.core.module import Functional
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.vision.blocks import BlockProjector, block_side
+from hrvlm_jax.vlm.model import Projector
+
+LIMIT = 1e-4  # of a difference, relative to the largest value of the reference but at least 1
+
+Outputs = dict[str, dict[str, Any]]
+_UNDONE = ('identity', 'transpose', 'conv_kernel', 'conv1x1', 'split_rows',
+           'reshape', 'batched', 'scale', 'scalar')
+# What stands in front of the numbered layers of a projector or coordinate MLP.
+_LAYERS = re.compile(
+  r'((?:model\.|mm_projector/)?mm_projector\.(?:layers\.)?|mm_projector/layers\.'
+  r'|multi_modal_projector\.linear_|vision_model\.coord_embed\.)(\d+)\.(weight|bias)')
+_OWN = re.compile(r'(projector/fc)(\d+)/(kernel|bias)')  # in the house's own layout
+_EPS = 1e-5  # of torch's LayerNorm
+
+
+class PlainTensors(Mapping[str, np.ndarray]):
+  """The tensors of a release by name, each read from its file when asked for.
+
+  Args:
+    parts: prefix of the names -> folder or file.
+
+  Raises:
+    ImportError: pickled files, and torch is not installed.
+  """
+
+  def __init__(self, parts: Mapping[str, pathlib.Path]):
+    self._read: dict[str, Callable[[], np.ndarray]] = {}
+    self.shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, place in parts.items():
+      for file in _files(place):
+        if file.suffix == '.safetensors':
+          self._open(prefix, file)
+        else:
+          self._unpickle(prefix, file)
+
+  def _open(self, prefix: str, path: pathlib.Path) -> None:
+    file = safe_open(path, framework='numpy')
+    for name in file.keys():  # noqa: SIM118 - no mapping
+      self._read[prefix + name] = lambda name=name: file.get_tensor(name)
+      self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
+
+  def _unpickle(self, prefix: str, path: pathlib.Path) -> None:
+    import torch
+
+    state = torch.load(path, map_location='cpu', weights_only=True)
+    state = state.get('state_dict', state)
+    for name, tensor in state.items():
+      # NumPy has no bfloat16, float32 holds its values exactly.
+      plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+      self._read[prefix + name] = lambda plain=plain: plain.detach().numpy()
+      self.shapes[prefix + name] = tuple(tensor.shape)
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._read[name]()
+
+  def __contains__(self, name: object) -> bool:
+    return name in self._read
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._read)
+
+  def __len__(self) -> int:
+    return len(self._read)
+
+
+def _files(place: pathlib.Path) -> list[pathlib.Path]:
+  """The weight files of a folder: those an index names, else `model...`, else all."""
+  if place.is_file():
+    return [place]
+  for kinds in (('.safetensors',), ('.bin', '.pt', '.pth')):
+    index = [path for kind in kinds for path in place.glob(f'*{kind}.index.json')]
+    if len(index) == 1:
+      named = json.loads(index[0].read_text())['weight_map'].values()
+      return [place / name for name in sorted(set(named))]
+    found = sorted(path for path in place.iterdir() if path.suffix in kinds)
+    preferred = [path for path in found if path.stem in ('model', 'pytorch_model')]
+    if found:
+      return preferred or found
+  return []
+
+
+def part_of(path: str) -> str:
+  """The part a parameter belongs to: `projector`, `language`, `vision/tower`, ..."""
+  return '/'.join(path.split('/')[:2]) if path.startswith('vision/') else path.split('/')[0]
+
+
+def tensors(table: Table, abstract: Any, stored: StoredParams, plain: PlainTensors,
+            fresh: list[str]) -> dict[str, Outputs]:
+  """Every tensor of the release against its leaf, by part: names, shapes, sums and values.
+
+  Args:
+    table, abstract: of the whole model; they pair names with paths and layers.
+    fresh: parameters that the release lacks and that were drawn at random.
+  """
+  found: dict[str, Outputs] = {}
+  used = set()
+
+  def add(part: str, key: str, difference: float, name: str) -> None:
+    kinds = ('tensors', 'names', 'shapes', 'sums', 'values')
+    outputs = found.setdefault(part, {kind: _output(0.0, 0.0) for kind in kinds})
+    if key == 'tensors':
+      outputs['tensors']['count'] = outputs['tensors'].get('count', 0) + 1
+    elif difference > outputs[key]['difference']:
+      outputs[key] = _output(difference, 0.0) | {'first': outputs[key].get('first', name)}
+
+  for entry in entries(table, abstract):
+    part = part_of(entry.row.our_paths[0])
+    names = [name for name in entry.names if name in plain]
+    used.update(names)
+    if not names:
+      if not entry.row.optional and not set(entry.row.our_paths) <= set(fresh):
+        add(part, 'names', 1.0, entry.names[0])
+      continue
+    for name in names:
+      add(part, 'tensors', 0.0, name)
+      theirs, ours = plain[name], _undone(entry, stored)
+      if theirs.shape != ours.shape:
+        add(part, 'shapes', 1.0, name)
+        continue
+      with np.errstate(over='ignore'):
+        theirs = theirs.astype(ours.dtype)
+      values, sums = _distance(ours, theirs)
+      add(part, 'values', values, name)
+      add(part, 'sums', sums, name)
+  for name in plain:
+    if name not in used and not table.is_ignored(name):
+      add('files', 'names', 1.0, name)
+  return found
+
+
+def _undone(entry: Entry, stored: StoredParams) -> np.ndarray:
+  """A tensor as the release has it, from our leaf or leaves."""
+  row = entry.row
+  arrays = [stored(path, entry.layer) for path in row.our_paths]
+  if entry.names == row.our_paths:  # the house's own layout
+    return arrays[0]
+  if row.op.name.split('(')[0] not in _UNDONE:  # a system's own rearrangement
+    return np.asarray(row.op.save(arrays[0] if isinstance(row.ours, str) else tuple(arrays)))
+  parts = []
+  for path, x in zip(row.our_paths, arrays, strict=True):
+    leaf = path.rpartition('/')[2]
+    if len(entry.shape) == 4 and x.ndim == 4:  # (rows, cols, in, out)
+      parts.append(x.transpose(3, 2, 0, 1))
+    elif len(entry.shape) == 4 and x.ndim == 2:
+      parts.append(x.T[:, :, None, None])
+    elif x.ndim == 2 and (leaf == 'kernel' or leaf.startswith('lora_')):  # (in, out)
+      parts.append(x.T)
+    else:
+      parts.append(x if len(arrays) > 1 else x.reshape(entry.shape))
+  return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+  """(largest difference, difference of the sums); in pieces, and 0 at once for equal bits."""
+  a, b = (np.ascontiguousarray(x).reshape(-1) for x in (a, b))
+  if np.array_equal(a.view(np.uint8), b.view(np.uint8)):
+    return 0.0, 0.0
+  largest = total = 0.0
+  for i in range(0, a.size, 1 << 22):
+    gap = a[i:i + (1 << 22)].astype(np.float64) - b[i:i + (1 << 22)].astype(np.float64)
+    largest, total = max(largest, float(np.max(np.abs(gap)))), total + float(gap.sum())
+  return (largest, abs(total)) if largest == largest else (math.inf, math.inf)
+
+
+def heads(config: ModelConfig, table: Table, stored: StoredParams, plain: PlainTensors
+          ) -> Iterator[tuple[str, Outputs]]:
+  """(part, outputs) of projector and coordinate MLP, run here and in NumPy on random input."""
+  where = {name: row.our_paths[0] for row in table.rows for name in row.names}
+  layers: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+  for name in plain:
+    if match := _LAYERS.fullmatch(name) or _OWN.fullmatch(name):
+      value, kernel = plain[name].astype(np.float32), match[3] == 'kernel'
+      layers.setdefault(match[1], {}).setdefault(int(match[2]), {})[
+        'weight' if kernel else match[3]] = value.T if kernel else value
+  for prefix, found in layers.items():
+    first = next(index for index in sorted(found) if found[index]['weight'].ndim == 2)
+    path = where.get(f'{prefix}{first}.weight', f'{prefix}1/kernel').removesuffix('/fc1/kernel')
+    width = found[first]['weight'].shape[1]
+    build = _module(config, path, width, max(found.items())[1]['weight'].shape[0])
+    if build is None:
+      continue
+    x = np.random.default_rng(0).standard_normal((8, width), np.float32)
+    module = bound(Functional(build), stored, f'{path}/')
+    run = getattr(module, 'project', module)  # blocks of patches, stacked already
+    yield path, {'outputs': difference(run(jnp.asarray(x)), _sequence(prefix, found, x))}
+
+
+def _module(config: ModelConfig, path: str, n_in: int, n_out: int) -> Callable[..., Any] | None:
+  """How to build the module at a path, None when it is none of these."""
+  if path == 'projector':
+    return lambda rngs: Projector(config.projector, rngs=rngs)
+  if path.endswith('/coord_embed'):
+    return lambda rngs: Mlp(n_in, n_out, out=n_out, activation='gelu', rngs=rngs)
+  encoder = config.encoder
+  for _ in range(path.count('/inner')):
+    encoder = encoder.encoder
+  kind = getattr(encoder, 'projector', None)
+  if not path.endswith('/projector') or not isinstance(kind, str):
+    return None
+  return lambda rngs: BlockProjector(kind, n_in // block_side(kind) ** 2, n_out, rngs=rngs)
+
+
+def _sequence(prefix: str, layers: Mapping[int, Mapping[str, np.ndarray]], x: np.ndarray
+              ) -> np.ndarray:
+  """torch's Sequential: a layer without parameters between two others is a GELU."""
+  between = not prefix.endswith('.')  # transformers numbers the linear layers alone
+  for index in range(min(layers), max(layers) + 1):
+    if index not in layers:
+      x = _gelu(x)
+      continue
+    x = _gelu(x) if between and index > min(layers) else x
+    weight, bias = layers[index]['weight'], layers[index].get('bias', np.float32(0))
+    if weight.ndim == 1:
+      x = x - x.mean(-1, keepdims=True)
+      x = x / np.sqrt((x * x).mean(-1, keepdims=True) + _EPS) * weight + bias
+    else:
+      x = x @ weight.T + bias
+  return x
+
+
+_gelu = np.vectorize(lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))), otypes=[np.float32])
+
+
+def bound(fn: Functional, stored: StoredParams, prefix: str) -> Any:
+  """A module of the checkpoint's parameters below `prefix`, in the module's own dtype."""
+  flat = {path: jnp.asarray(np.asarray(stored(prefix + path), leaf.dtype))
+          for path, leaf in paths.flatten(fn.abstract).items()}
+  return fn.bind(paths.unflatten(flat))
+
+
+def difference(found: Any, expected: np.ndarray) -> dict[str, Any]:
+  """Largest difference, what it may be, and whether it is."""
+  gap = float(np.max(np.abs(np.asarray(found, np.float64) - expected)))
+  return _output(gap, LIMIT * max(1.0, float(np.max(np.abs(expected)))))
+
+
+def _output(gap: float, limit: float) -> dict[str, Any]:
+  return {'difference': gap, 'limit': limit, 'status': 'ok' if gap <= limit else 'different'}
