@@ -55,6 +55,7 @@ def of_config(config: RunConfig, *, devices: int | None = None) -> tuple[
 
   from hrvlm_jax.core import paths
   from hrvlm_jax.parallel import mesh, rules
+  from hrvlm_jax.systems.contract import sharding_rules
   from hrvlm_jax.training import optimizer
   from hrvlm_jax.training.start import run_dtypes
   from hrvlm_jax.vlm import model
@@ -65,7 +66,8 @@ def of_config(config: RunConfig, *, devices: int | None = None) -> tuple[
   notes = {path: optimizer.describe(group) for path, group in groups.items()}
   if devices is not None:
     sizes = config.mesh.resolve(devices).shape
-    cut = rules.param_shardings(wanted, AbstractMesh(tuple(sizes.values()), mesh.AXES))
+    cut = rules.param_shardings(wanted, AbstractMesh(tuple(sizes.values()), mesh.AXES),
+                                rules=sharding_rules(config.model))
     for path, sharding in paths.flatten(cut).items():
       axes = ', '.join('-' if axis is None else axis if isinstance(axis, str) else '*'.join(axis)
                        for axis in sharding.spec)

@@ -86,6 +86,9 @@ def test_listing_parameters(folder, capsys):
   from_config = capsys.readouterr().out
   assert from_checkpoint.splitlines()[-1] == from_config.splitlines()[-1]
   assert 'vision/coord_embed' in from_config and 'no decay' in from_config
+  assert main(['params', '--config', str(folder / 'run.py'), '--devices', '2',
+               '--config.mesh.fsdp=2', '--config.mesh.data=1']) == 0
+  assert '(fsdp' in capsys.readouterr().out
   assert main(['params', '--config', str(folder / 'run.py'), '--depth', '1']) == 0
   assert 'vision/...' in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import pytest
 
 from hrvlm_jax.cli import doctor, main as cli
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.training import recipe
 
 
 def test_help_imports_nothing_heavy():
@@ -35,6 +36,12 @@ def test_every_verb_exists_and_explains_itself(verb, capsys):
     (['train', '--config', 'no.py', '--workdir', 'x'], 'hrvlm train: run config no.py: no such'),
     (['params'], 'hrvlm params: give either --config FILE.py or --checkpoint DIR'),
     (['params', '--checkpoint', '/no/such'], 'hrvlm params: checkpoint /no/such: no such folder'),
+    (['params', '--checkpoint', 'x', '--devices', '2'], 'hrvlm params: --devices belongs to'),
+    (['params', '--config', 'pheye', '--config.mesh.fdsp=8'],
+     f'hrvlm params: {recipe.folder()}/pheye.py: unknown key config.mesh.fdsp (nearest known: '
+     'config.mesh.fsdp)'),
+    (['plan', '--config', 'pheye', '--topology', 'gpu:8', '--mesh', 'fdsp=8'],
+     'hrvlm plan: mesh: unknown key mesh.fdsp (nearest known: fsdp)'),
     (['verify', '/no/such'],
      'hrvlm: the verb verify is gone; its place takes HRVLM_GOLDENS=FOLDER pytest tests/parity'),
     (['eval', '--checkpoint', 'x', '--benchmark', 'vqa3', '--data', 'x', '--out', 'x'],

@@ -21,7 +21,7 @@ from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
 from hrvlm_jax.planning.programs import batch_shapes
-from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.start import run_dtypes
@@ -64,7 +64,7 @@ def test_a_released_size_builds_abstractly(spec):
   assert sum(int(np.prod(leaf.shape)) for leaf in moments) == 2 * size
   assert all(leaf.dtype == jnp.float32 for leaf in moments)
   mesh = AbstractMesh((4, 16, 1, 1), AXES)
-  shardings = rules.state_shardings(state, mesh)
+  shardings = rules.state_shardings(state, mesh, rules=sharding_rules(config.model))
   whole = [path for path, leaf in paths.flatten(shardings['params']).items()
            if leaf.is_fully_replicated and int(np.prod(flat[path].shape)) > 2**24]
   assert not whole, 'large leaves lie whole on every device'

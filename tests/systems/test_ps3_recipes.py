@@ -11,6 +11,7 @@ import pytest
 from hrvlm_jax.core import paths
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
+from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.systems.ps3 import weights
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
@@ -79,7 +80,8 @@ def test_the_state_of_the_4k_model_builds_trains_whole_and_is_cut_over_devices()
   assert params == 575_799_872 + 452_393_712 + 2
   assert size(x for x in jax.tree.leaves(state['opt']) if x.ndim) == 2 * (params - 2)
   mesh = AbstractMesh((1, 64, 1, 1), AXES)
-  shardings = paths.flatten(rules.state_shardings(state, mesh)['params'])
+  shardings = rules.state_shardings(state, mesh, rules=sharding_rules(config.model))
+  shardings = paths.flatten(shardings['params'])
   flat = paths.flatten(state['params'])
   assert [path for path, place in shardings.items()
           if place.is_fully_replicated and int(np.prod(flat[path].shape)) > 2**20] == []
