@@ -15,8 +15,8 @@ import dataclasses
 
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
-from hrvlm_jax.systems.baselines.s2.config import S2Config
+from hrvlm_jax.systems.baselines.anyres import AnyResConfig
+from hrvlm_jax.systems.baselines.s2 import S2Config
 from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
 from hrvlm_jax.systems.ps3.config import SO400M, siglip
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig

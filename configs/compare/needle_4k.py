@@ -20,9 +20,9 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
-from hrvlm_jax.systems.baselines.s2.config import S2Config
-from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
+from hrvlm_jax.systems.baselines.anyres import AnyResConfig
+from hrvlm_jax.systems.baselines.s2 import S2Config
+from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import (
   CrossAttentionFusion,
   ModelConfig,

@@ -17,7 +17,8 @@ def main(argv: list[str]) -> int:
   """
   parser = Parser('plan', main.__doc__, config=True)
   parser.add_argument('--topology', required=True,
-                      help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8')
+                      help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
+                      'or cpu:8, which stands for no chip')
   parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
   parser.add_argument('--mesh', type=axes,
                       help='such as data=8,fsdp=16,tensor=2; default: that of the config')

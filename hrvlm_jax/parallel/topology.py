@@ -26,7 +26,7 @@ class Chip:
   Attributes:
     name: `v5e`, `h100`, ...
     device_kinds: what `jax.Device.device_kind` says on it.
-    platform: `tpu` or `gpu`.
+    platform: `tpu`, `gpu` or `cpu`.
     torus: dimensions of the chip network of a slice (2 or 3; 0: all-to-all switch).
     devices_per_chip: JAX devices a chip shows; per-device numbers are divided by it.
     chips_per_host: in slices of several hosts; the real count is asked from JAX, not computed.
@@ -103,7 +103,7 @@ class Topology:
 
   @property
   def accelerator_type(self) -> str | None:
-    """Google Cloud's name of one slice (`v5p-128`), None for GPUs."""
+    """Google Cloud's name of one slice (`v5p-128`), None where it is no TPU."""
     if not self.chip.accelerator_type:
       return None
     count = math.prod(self.shape) * (2 if self.chip.names_count == 'cores' else 1)
@@ -154,7 +154,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def parse(text: str, *, slices: int = 1) -> Topology:
-  """`v5e:16x16`, `v5p:4x4x4`, `gpu:8` -> Topology.
+  """`v5e:16x16`, `v5p:4x4x4`, `gpu:8`, `cpu:8` -> Topology.
 
   Raises:
     UserError: wrong form, unknown chip, wrong number of dimensions, more chips than a slice has.
@@ -162,12 +162,13 @@ def parse(text: str, *, slices: int = 1) -> Topology:
   match = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)', text)
   if not match:
     raise UserError(f"topology: found '{text}', expected CHIP:AxB or CHIP:AxBxC, such as "
-                    'v5e:16x16, v5p:4x4x4 or gpu:8')
+                    'v5e:16x16, v5p:4x4x4, gpu:8 or cpu:8')
   chip = chip_named(match.group(1))
   shape = tuple(int(n) for n in match.group(2).split('x'))
-  if chip.platform == 'gpu' and len(shape) != 1:
-    raise UserError(f'topology {text}: GPUs are counted, write {match.group(1)}:{math.prod(shape)}')
-  if chip.platform == 'tpu' and len(shape) != chip.torus:
+  if not chip.torus and len(shape) != 1:
+    raise UserError(f'topology {text}: {chip.platform.upper()}s are counted, write '
+                    f'{match.group(1)}:{math.prod(shape)}')
+  if chip.torus and len(shape) != chip.torus:
     raise UserError(f'topology {text}: {chip.name} slices have {chip.torus} dimensions, '
                     f'found {len(shape)}')
   if not 0 < math.prod(shape) <= chip.max_chips:

@@ -60,11 +60,11 @@ class Program:
 
 
 def devices_of(topology: Topology) -> list:
-  """The devices of a topology: described ones for TPUs, fake CPU ones for GPUs."""
+  """The devices of a topology: described ones for TPUs, else fake CPU ones."""
   import jax
   from jax.experimental import topologies
 
-  if topology.chip.platform == 'gpu':
+  if topology.chip.platform != 'tpu':
     devices = jax.devices('cpu')
     if len(devices) < topology.devices:
       raise UserError(f'{topology.name} needs {topology.devices} fake CPU devices, found '
@@ -153,7 +153,7 @@ def _out_of_memory(text: str, topology: Topology) -> dict[str, Any] | None:
 def _report(program, topology, mesh, *, memory, seconds, traced, cpu, module=None, slice_of=None):
   chip = topology.chip
   capacity = memory.pop('usable', chip.hbm_bytes)
-  estimate = chip.platform == 'gpu'
+  estimate = chip.platform != 'tpu'
   report = {
     'topology': topology.name, 'slices': topology.slices, 'chips': topology.chips,
     'devices': topology.devices, 'accelerator_type': topology.accelerator_type,
@@ -316,7 +316,7 @@ def _environment(topology: Topology, effort: str) -> dict[str, str]:
           # There is no chip that two programs could quarrel about.
           'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
           'TPU_ACCELERATOR_TYPE': topology.accelerator_type or ''}
-  if topology.chip.platform == 'gpu':
+  if topology.chip.platform != 'tpu':
     env['JAX_NUM_CPU_DEVICES'] = str(topology.devices)
   elif EFFORTS[effort]:
     env['JAX_OPTIMIZATION_LEVEL'] = EFFORTS[effort]

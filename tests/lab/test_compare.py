@@ -13,8 +13,8 @@ from hrvlm_jax.lab import claims, compare, compare_config, compare_report, repor
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, single_turns, write
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
-from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
+from hrvlm_jax.systems.baselines.anyres import AnyResConfig
+from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import OptimizerConfig

@@ -26,6 +26,7 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
     ('v4:2x2x4', 16, 16, 'v4-32'),
     ('tpu7x:4x4x4', 64, 128, 'tpu7x-128'),
     ('gpu:8', 8, 8, None),
+    ('cpu:8', 8, 8, None),
   ],
 )
 def test_topologies(text, chips, devices, name):

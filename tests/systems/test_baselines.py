@@ -12,11 +12,16 @@ from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.baselines import pruning, resamplers, tiles
-from hrvlm_jax.systems.baselines.anyres import config as anyres
-from hrvlm_jax.systems.baselines.reduced import config as reduced
-from hrvlm_jax.systems.baselines.s2 import config as s2, scaling
-from hrvlm_jax.systems.baselines.single_view import config as single_view
+from hrvlm_jax.systems.baselines import (
+  anyres,
+  pruning,
+  reduced,
+  resamplers,
+  s2,
+  scaling,
+  single_view,
+  tiles,
+)
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import ViT
 

@@ -8,8 +8,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.baselines import resamplers
-from hrvlm_jax.systems.baselines.reduced import config as reduced
+from hrvlm_jax.systems.baselines import reduced, resamplers
 from hrvlm_jax.systems.contract import Count, System
 from hrvlm_jax.systems.grid import Grid, TokenMap
 

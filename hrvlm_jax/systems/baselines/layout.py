@@ -49,7 +49,8 @@ def projector_rows(kind: str, theirs: str, *, ours: str = 'vision/projector') ->
 def table(config: ModelConfig) -> Table:
   """Rows of a whole model whose encoder has a tower, maybe a projector and a newline."""
   encoder = config.encoder
-  own = [] if encoder.projector is None else projector_rows(encoder.projector, PROJECTOR)
+  inside = getattr(encoder, 'projector', None)
+  own = [] if inside is None else projector_rows(inside, PROJECTOR)
   if getattr(encoder, 'has_newline', False):
     own.append(Row('vision/newline', NEWLINE, identity))
   if config.projector is not None:

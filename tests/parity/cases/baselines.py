@@ -14,13 +14,10 @@ from hrvlm_jax.core.layers import PatchEmbed, activation_name
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.pixels import normalise_host
 from hrvlm_jax.language.prompt import expand, pad_batch
-from hrvlm_jax.systems.baselines import layout, tiles
-from hrvlm_jax.systems.baselines.anyres import views as anyres
-from hrvlm_jax.systems.baselines.anyres.config import AnyResConfig
-from hrvlm_jax.systems.baselines.anyres.encoder import Encoder as AnyResEncoder
-from hrvlm_jax.systems.baselines.s2 import scaling
-from hrvlm_jax.systems.baselines.single_view.config import SingleViewConfig
-from hrvlm_jax.systems.baselines.single_view.views import view as single_view
+from hrvlm_jax.systems.baselines import anyres, layout, scaling, tiles
+from hrvlm_jax.systems.baselines.anyres import AnyResConfig
+from hrvlm_jax.systems.baselines.single_view import SingleViewConfig, view as single_view
+from hrvlm_jax.systems.baselines.tiled import TiledEncoder as AnyResEncoder
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.blocks import BlockProjector
