@@ -102,8 +102,9 @@ def model_card(config: ModelConfig, table: Table, *, origin: Mapping[str, Any] |
   text = 'no language model' if config.text is None else (
     f'a `{config.text.family}` language model of {config.text.depth} layers and width '
     f'{config.text.width}')
-  lines += [f'System `{config.system}` with {text}, written by hrvlm_jax {__version__} in the '
-            "original's own layout.", '']
+  whose = "the house's own layout" if table.by_path else "the original's own layout"
+  lines += [f'System `{config.system}` with {text}, written by hrvlm_jax {__version__} in {whose}.',
+            '']
   if origin:
     at = f' at revision `{origin["revision"]}`' if origin.get('revision') else ''
     lines += [f'The weights were converted from `{origin["name"]}`{at}.', '']
