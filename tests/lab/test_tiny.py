@@ -6,6 +6,7 @@ import runpy
 
 import pytest
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import tiny
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny'
@@ -57,3 +58,12 @@ def test_ps3_finds_what_the_prompt_names():
   for way in ('random', 'bottom_up', 'top_down'):  # budgets rise
     read = [s['accuracy'] for s in scores if s['way'] == way]
     assert read == sorted(read) and read[-1] > 3 * read[0], way
+
+
+def test_what_cannot_be_kept_or_prepared_is_refused(tmp_path):
+  with pytest.raises(UserError, match='--keep: a kept result is that of the config as it is'):
+    tiny.run(str(FOLDER / 'pheye.py'), [('seed', '1')], keep_result=True, machine='m')
+  config = tmp_path / 'plain.py'
+  config.write_text((FOLDER / 'pheye.py').read_text().replace('def preparation', 'def other'))
+  with pytest.raises(UserError, match='has no function preparation'):
+    tiny.run(str(config), machine='m')
