@@ -79,7 +79,7 @@ def run_config(folder: pathlib.Path, steps: int, workers: int, *, crops: int) ->
   return RunConfig(
     model=tiny(max_crops=crops, num_tokens=16),
     data=DataConfig(train=str(folder / 'data.jsonl'), lengths=(288, 384, 512), workers=workers,
-                    lanes=1, packing=Packing(rows=10, window=5)),
+                    shards=1, packing=Packing(rows=10, window=5)),
     training=TrainingConfig(steps=steps, batch_size=40, log_every=25, checkpoint_every=1000,
                             optimizer=OptimizerConfig(learning_rate=1e-3)))
 
@@ -114,7 +114,7 @@ def main() -> int:
            result.bad_rows == dict(Counter(bad.values())))
   if '3' in arguments.parts:
     config = run_config(arguments.folder / 'train', 1, arguments.workers, crops=4)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, lanes=1))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, shards=1))
     batches, sizes = make_batches(config), []
     for epoch in range(1, 21):
       start = time.perf_counter()

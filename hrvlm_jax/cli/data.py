@@ -57,8 +57,8 @@ def _show(argv: list[str]) -> int:
   for number, row in enumerate(found.rows):
     print(f'\nrow {number}')
     print(show.text_of_row(row, found.tokenizer, colour=colour))
-  for kind, message in found.faults:
-    print(f'\nnot used ({kind}): {message}')
+  for fault in found.faults:
+    print(f'\nnot used ({fault.kind}): {fault.message}')
   if arguments.out is not None:
     if not found.panels:
       raise UserError(f'--out {arguments.out}: the rows shown have no images')

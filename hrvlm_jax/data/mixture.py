@@ -1,7 +1,8 @@
 """Mixtures of data sets, each with its own prompt format and turn sampling; published ones as data.
 
-A `Mixture` is a source itself. One epoch takes a fixed number of rows from every part; which ones
-rotates from epoch to epoch, so that over time every row of a part comes equally often.
+A mixture (`mix`) is a Grain dataset of rows. One epoch takes a fixed number of rows from every
+part; which ones rotates from epoch to epoch, so that over time every row of a part comes equally
+often.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 
+import grain
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
+from hrvlm_jax.data.order import Shuffle, dataset, derived_seed
 from hrvlm_jax.data.rows import BadRow, Row, Source
-from hrvlm_jax.data.sampler import shuffled_index
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 
 
@@ -114,63 +116,70 @@ class MixtureFile:
   seed: int = 0
 
 
-class Mixture:
-  """Several data sets as one source.
+class RowsPerEpoch(grain.transforms.DatasetSelectionMap):
+  """Which row of which data set stands at an index: in every epoch so many rows of each, in turn.
+
+  Grain's own proportions interleave the data sets endlessly and round the weights; a published
+  mixture says how many rows of each an epoch has.
 
   Args:
-    shares: what is taken of each.
-    sources: the data sets by name.
-    size: rows of an epoch when shares have weights; default: the sum of all lengths.
-    seed: decides which rows of a part an epoch takes.
-
-  Raises:
-    UserError: a data set is missing or empty, or only some parts have weights; all are named.
+    amounts: rows of each data set per epoch.
   """
 
-  def __init__(self, shares: Sequence[Share], sources: Mapping[str, Source], *,
-               size: int | None = None, seed: int = 0):
-    problems = [f'data set {share.name!r} is missing' for share in shares
-                if share.name not in sources]
-    problems += [f'data set {share.name!r} has no rows' for share in shares
-                 if share.name in sources and not len(sources[share.name])]
-    weighted = [share.weight is not None for share in shares]
-    if any(weighted) and not all(weighted):
-      problems.append('some data sets have weights and some have none')
-    if not shares:
-      problems.append('has no data sets')
-    raise_all('mixture', problems)
-    self.shares, self.seed = tuple(shares), seed
-    self.sources = tuple(sources[share.name] for share in shares)
-    if all(weighted):
-      size = sum(map(len, self.sources)) if size is None else size
-      self.amounts = _apportion([share.weight for share in shares], size)
-    else:
-      self.amounts = [len(source) if share.amount is None else share.amount
-                      for share, source in zip(self.shares, self.sources, strict=True)]
+  def __init__(self, amounts: Sequence[int]):
+    self.amounts = tuple(amounts)
     self._ends = np.cumsum(self.amounts)
 
   def __len__(self):
     return int(self._ends[-1])
 
   def __getitem__(self, index):
-    return self.fetch(index, 0, np.random.default_rng(index))
-
-  def fetch(self, index: int, epoch: int, rng: np.random.Generator) -> Row:
-    """Row `index` of an epoch, in the format of its data set.
-
-    Raises:
-      BadRow: see the data set.
-    """
-    if not 0 <= index < len(self):
-      raise IndexError(index)
-    part = int(np.searchsorted(self._ends, index, side='right'))
-    place = index - int(self._ends[part]) + self.amounts[part]
-    source = self.sources[part]
-    _, own = shuffled_index(epoch * self.amounts[part] + place, len(source), self.seed + part)
-    return self.shares[part].format.apply(source[own], rng)
+    epoch, place = divmod(index, len(self))
+    part = int(np.searchsorted(self._ends, place, side='right'))
+    amount = self.amounts[part]
+    return part, epoch * amount + place - int(self._ends[part]) + amount
 
 
-def _apportion(weights: Sequence[float], size: int) -> list[int]:
+def mix(shares: Sequence[Share], sources: Mapping[str, Source], *, size: int | None = None,
+        seed: int = 0) -> grain.MapDataset:
+  """Several data sets as one, each row in the format of its data set.
+
+  Index e * n + i is row i of epoch e.
+
+  Args:
+    shares: what is taken of each.
+    sources: the data sets by name.
+    size: rows of an epoch when shares have weights; default: the sum of all lengths.
+    seed: decides which rows of a data set an epoch takes, and what their formats draw.
+
+  Raises:
+    UserError: a data set is missing or empty, or only some parts have weights; all are named.
+  """
+  problems = [f'data set {share.name!r} is missing' for share in shares
+              if share.name not in sources]
+  problems += [f'data set {share.name!r} has no rows' for share in shares
+               if share.name in sources and not len(sources[share.name])]
+  weighted = [share.weight is not None for share in shares]
+  if any(weighted) and not all(weighted):
+    problems.append('some data sets have weights and some have none')
+  if not shares:
+    problems.append('has no data sets')
+  raise_all('mixture', problems)
+  found = [sources[share.name] for share in shares]
+  if all(weighted):
+    size = sum(map(len, found)) if size is None else size
+    amounts = apportion([share.weight for share in shares], size)
+  else:
+    amounts = [len(source) if share.amount is None else share.amount
+               for share, source in zip(shares, found, strict=True)]
+  parts = [
+    Shuffle(dataset(source), seed=seed + number)
+    .random_map(share.format.apply, seed=derived_seed(seed, 2, number))
+    for number, (share, source) in enumerate(zip(shares, found, strict=True))]
+  return grain.MapDataset.select_from_datasets(parts, RowsPerEpoch(amounts))
+
+
+def apportion(weights: Sequence[float], size: int) -> list[int]:
   """Whole numbers in the ratio of the weights with sum `size` (largest remainders)."""
   exact = np.asarray(weights) / sum(weights) * size
   amounts = np.floor(exact).astype(int)
@@ -246,7 +255,8 @@ MIXTURES: dict[str, tuple[Share, ...]] = {
 }
 
 
-def published_mixture(name: str, sources: Mapping[str, Source], *, seed: int = 0) -> Mixture:
+def published_mixture(name: str, sources: Mapping[str, Source], *, seed: int = 0
+                      ) -> grain.MapDataset:
   """A mixture of `MIXTURES` over the user's copies of its data sets.
 
   Raises:
@@ -254,4 +264,4 @@ def published_mixture(name: str, sources: Mapping[str, Source], *, seed: int = 0
   """
   if name not in MIXTURES:
     raise UserError(unknown(name, MIXTURES, what='mixture'))
-  return Mixture(MIXTURES[name], sources, seed=seed)
+  return mix(MIXTURES[name], sources, seed=seed)

@@ -1,9 +1,9 @@
 """Which examples share a step, a device's crops and a row; decided from their sizes alone.
 
-The examples of a window of steps are dealt out to bins, one per step, micro-batch and lane, so that
-every bin has the same number of them and almost the same number of crops; then those of a bin are
-packed into its rows. Sizes come from image headers and token counts, so every host makes the same
-plan, and with it the same choice of bucket and crop slots, without asking the others and without
+The examples of a window of steps are dealt out to bins, one per step, micro-batch and shard, so
+that every bin has the same number of them and almost the same number of crops; then those of a bin
+are packed into its rows. Sizes come from image headers and token counts, so every host assigns them
+alike, and makes the same choice of bucket and crop slots, without asking the others and without
 decoding what it does not own.
 """
 
@@ -52,26 +52,26 @@ class Packing:
 
   @property
   def active(self) -> bool:
-    """Whether batches are planned at all."""
+    """Whether rows and crop slots are assigned beforehand at all."""
     return self.rows is not None or self.window > 1 or bool(self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-  """What an example costs: places of a row, crop slots, images."""
+  """What an example costs: positions of a row, crop slots, images."""
 
-  places: int
+  positions: int
   views: int
   images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class StepPlan:
+class PackedStep:
   """One global batch.
 
   Attributes:
-    bins: rows of every (micro-batch, lane), micro-batches outermost; a row is a tuple of offsets in
-      the window.
+    bins: rows of every (micro-batch, shard), micro-batches outermost; a row is a tuple of offsets
+      in the window.
     length: bucket of all rows.
     slots: crop slots of every bin.
     images: most images of a row.
@@ -88,35 +88,35 @@ class StepPlan:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Planner:
-  """Plans windows.
+class RowPacker:
+  """Assigns the examples of a window to bins and rows.
 
   Attributes:
     batch_size: examples of a step.
     parts: micro-batches of a step.
-    lanes: bins of a micro-batch, which hosts own and whose crops lie together.
+    shards: bins of a micro-batch, which hosts own and whose crops lie together.
     packing: see `Packing`.
     lengths: buckets of a row.
-    share: devices that a lane is cut over; its crop slots are a multiple of it.
+    share: devices that a shard is cut over; its crop slots are a multiple of it.
   """
 
   batch_size: int
   packing: Packing
   lengths: tuple[int, ...]
   parts: int = 1
-  lanes: int = 1
+  shards: int = 1
   share: int = 1
 
   def __post_init__(self):
-    bins, problems = self.parts * self.lanes, []
+    bins, problems = self.parts * self.shards, []
     if self.batch_size % bins:
       problems.append(f'batch_size={self.batch_size} is no multiple of {self.parts} micro-batches '
-                      f'x {self.lanes} lanes')
+                      f'x {self.shards} shards')
     if (rows := self.packing.rows) is not None and (rows % bins or rows > self.batch_size):
       problems.append(f'packing.rows={rows} must be a multiple of {self.parts} micro-batches x '
-                      f'{self.lanes} lanes, and at most batch_size={self.batch_size}')
-    problems += [f'packing.slots: {n} is no multiple of {self.lanes} lanes x {self.share} devices '
-                 'of a lane' for n in self.packing.slots if n % (self.lanes * self.share)]
+                      f'{self.shards} shards, and at most batch_size={self.batch_size}')
+    problems += [f'packing.slots: {n} is no multiple of {self.shards} shards x {self.share} '
+                 'devices of a shard' for n in self.packing.slots if n % (self.shards * self.share)]
     if not self.lengths:
       problems.append('lengths is empty, expected at least one bucket')
     raise_all('data packing', problems)
@@ -129,58 +129,58 @@ class Planner:
   @property
   def bin_rows(self) -> int:
     """Rows of a bin."""
-    return (self.packing.rows or self.batch_size) // (self.parts * self.lanes)
+    return (self.packing.rows or self.batch_size) // (self.parts * self.shards)
 
   def describe(self) -> str:
-    """What the plan depends on beside the sizes, for saved positions."""
+    """What the assignment depends on beside the sizes, for saved positions."""
     p = self.packing
     slots = ' '.join(map(str, p.slots)) or '6 % apart'
     return (f'{p.rows or "no"} packed rows, window {p.window}, {self.parts} micro-batches x '
-            f'{self.lanes} lanes, lengths {" ".join(map(str, sorted(self.lengths)))}, '
+            f'{self.shards} shards, lengths {" ".join(map(str, sorted(self.lengths)))}, '
             f'slots {slots}')
 
-  def plan(self, sizes: Sequence[Size | None], rng: np.random.Generator) -> list[StepPlan]:
+  def pack(self, sizes: Sequence[Size | None], rng: np.random.Generator) -> list[PackedStep]:
     """The steps of a window.
 
     Args:
       sizes: of its examples in the order of the run, `window_size` of them (fewer whole steps in
         the last window); None for one that cannot be used, which takes up one of its step's
-        `batch_size` examples but no place.
+        `batch_size` examples but no row.
       rng: decides which bin goes to which step.
     """
     if len(sizes) % self.batch_size or len(sizes) > self.window_size:
       raise ValueError(f'{len(sizes)} sizes, expected {self.window_size} or fewer whole batches of '
                        f'{self.batch_size}')
-    count = self.parts * self.lanes
+    count = self.parts * self.shards
     bins = self._deal(sizes, rng)
     return [self._step(bins[i:i + count], sizes) for i in range(0, len(bins), count)]
 
   def _deal(self, sizes, rng) -> list[list[int]]:
     """Offsets of every bin, ascending."""
-    each = self.batch_size // (self.parts * self.lanes)
+    each = self.batch_size // (self.parts * self.shards)
     number = len(sizes) // each
     if self.packing.window == 1:
       return [list(range(i * each, (i + 1) * each)) for i in range(number)]
-    cost = lambda i: (0, 0) if sizes[i] is None else (sizes[i].views, sizes[i].places)
-    heap = [(0, 0, b) for b in range(number)]  # views, places, bin: the emptiest first
+    cost = lambda i: (0, 0) if sizes[i] is None else (sizes[i].views, sizes[i].positions)
+    heap = [(0, 0, b) for b in range(number)]  # views, positions, bin: the emptiest first
     bins: list[list[int]] = [[] for _ in range(number)]
     for index in sorted(range(len(sizes)), key=lambda i: (*cost(i), -i), reverse=True):
-      views, places, b = heapq.heappop(heap)
+      views, positions, b = heapq.heappop(heap)
       bins[b].append(index)
       if len(bins[b]) < each:
         more = cost(index)
-        heapq.heappush(heap, (views + more[0], places + more[1], b))
+        heapq.heappush(heap, (views + more[0], positions + more[1], b))
     return [sorted(bins[b]) for b in rng.permutation(number)]
 
-  def _step(self, bins, sizes) -> StepPlan:
+  def _step(self, bins, sizes) -> PackedStep:
     lost: list[tuple[int, str]] = []
     kept = [self._within_slots([i for i in b if sizes[i] is not None], sizes, lost) for b in bins]
     packed = [self._rows(b, sizes, lost) for b in kept]
     rows = [row for b in packed for row in b]
-    total = lambda row: sum(sizes[i].places for i in row)
+    total = lambda row: sum(sizes[i].positions for i in row)
     longest = max((total(row) for row in rows), default=0)
     views = max((sum(sizes[i].views for row in b for i in row) for b in packed), default=0)
-    return StepPlan(
+    return PackedStep(
       bins=tuple(tuple(tuple(row) for row in b) for b in packed),
       length=min(n for n in self.lengths if n >= longest),
       slots=self._slots(views),
@@ -191,7 +191,7 @@ class Planner:
     """The members of a bin whose crops fit; the last ones that do not are lost."""
     if not self.packing.slots:
       return members
-    most, used, kept = self.packing.slots[-1] // self.lanes, 0, []
+    most, used, kept = self.packing.slots[-1] // self.shards, 0, []
     for i in members:
       if used + sizes[i].views > most:
         lost.append((i, f'no room for its {sizes[i].views} crops beside {used} others in {most} '
@@ -208,40 +208,25 @@ class Planner:
       return rows + [[] for _ in range(each - len(rows))]
     rows = [[] for _ in range(self.bin_rows)]
     heap, most = [(0, r) for r in range(self.bin_rows)], max(self.lengths)
-    for i in sorted(members, key=lambda i: (-sizes[i].places, i)):
+    for i in sorted(members, key=lambda i: (-sizes[i].positions, i)):
       used, r = heap[0]
-      if used + sizes[i].places > most:
-        lost.append((i, f'no room for its {sizes[i].places} tokens in {self.bin_rows} rows of '
+      if used + sizes[i].positions > most:
+        lost.append((i, f'no room for its {sizes[i].positions} tokens in {self.bin_rows} rows of '
                         f'{most}; raise packing.rows, or add a longer bucket to data.lengths'))
         continue
       rows[r].append(i)
-      heapq.heapreplace(heap, (used + sizes[i].places, r))
+      heapq.heapreplace(heap, (used + sizes[i].positions, r))
     return [sorted(row) for row in rows]
 
   def _slots(self, views: int) -> int:
     """Crop slots of every bin of a step whose fullest bin has so many views."""
     for size in self.packing.slots:
-      if views <= size // self.lanes:
-        return size // self.lanes
+      if views <= size // self.shards:
+        return size // self.shards
     if self.packing.slots:
-      raise UserError(f'{views} crops are more than the {self.packing.slots[-1] // self.lanes} '
+      raise UserError(f'{views} crops are more than the {self.packing.slots[-1] // self.shards} '
                       'slots of packing.slots')
     size = 1.0
     while round(size) < views:
       size *= _GROWTH
     return -(-round(size) // self.share) * self.share
-
-
-def empty_share(steps: Sequence[StepPlan], sizes: Sequence[Sequence[Size | None]], *,
-                window: int) -> float:
-  """Share of crop slots that hold nothing, over steps of consecutive windows.
-
-  Args:
-    sizes: of every window.
-  """
-  slots = used = 0
-  for number, step in enumerate(steps):
-    own = sizes[number // window]
-    slots += step.slots * len(step.bins)
-    used += sum(own[i].views for b in step.bins for row in b for i in row)
-  return 1 - used / slots if slots else 0.0

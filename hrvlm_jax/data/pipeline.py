@@ -1,15 +1,18 @@
-"""From a source to batches: order, worker processes, faults, exact resume.
+"""From a source to batches: one chain of Grain datasets below an iterator with a state.
 
-The unit of reading is a batch. Batch k is a pure function of (source, seed, k): its positions are
-fixed by `order` and `sampler.Lanes`, every position has its own random generator, and nothing is
+    MapDataset.source(source)       rows; a mixture is a dataset already (`mixture.mix`)
+      order.Shuffle                 or `GroupedShuffle`: the order of each epoch
+      .repeat(epochs)
+      .random_map(transform)        examples, each with random draws of its own
+      faults.KeepPlace              a row that cannot be used leaves a `Fault` in its place
+      OwnShards                     what this host makes of every batch
+      .batch(batch_fn=ToBatch)      batch k of this host
+    ElasticIterator                 threads, worker processes, and a state: k
+
+With packing two such chains, one that measures rows and one that opens them, meet in
+`packed.PackedBatches`. Either way batch k is a pure function of (source, options, k) and nothing is
 carried over from one batch to the next. Resuming is therefore a number, whatever the workers had
 read ahead, and stays exact when the numbers of hosts and workers change.
-
-A row that cannot be used keeps its place: the place is filled with a copy of a usable example of
-the batch in which nothing is trained, and the fault is counted by kind. So one host never has to
-tell another that it skipped something.
-
-Reading, decoding and batching run in Grain (threads, or worker processes with `workers`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import gc
 import math
-from typing import Any, Literal
+from typing import Any
 import weakref
 
 from absl import flags
@@ -27,210 +30,128 @@ import grain
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.data.order import Order, OrderName, make_order
-from hrvlm_jax.data.planned import PlannedRows, fault_of, window_of
-from hrvlm_jax.data.rows import BadRow, Row, Source
-from hrvlm_jax.data.sampler import Lanes
-from hrvlm_jax.language.prompt import IGNORE
+from hrvlm_jax.data.faults import BadRowPolicy, Batch, Example, KeepPlace, Named, ToBatch, untrained
+from hrvlm_jax.data.order import GroupedShuffle, OrderName, dataset, derived_seed, in_order
+from hrvlm_jax.data.packed import PackedBatches, RowMaker
+from hrvlm_jax.data.rows import Row, Source
 
-Example = dict[str, Any]
 Transform = Callable[[Row, np.random.Generator], Example]
-Collate = Callable[[Sequence[Example]], dict[str, Any]]
-BadRowPolicy = Literal['skip', 'fatal']
 
-_ENDLESS = 2**62
+_ENDLESS = 2**62  # rows; Grain counts batches in floating point, and sys.maxsize rounds up
 _ORDER = {'order': 'uniform', 'packing': 'none'}  # what an order's description says by default
-_DONOR_TRIES = 1000
 
 
-def untrained(example: Example) -> Example:
-  """The example with all labels -100.
+def neighbours(shards: int, *, host: int, hosts: int) -> tuple[int, ...]:
+  """The shards of a host where hosts own equally many, side by side.
 
   Raises:
-    ValueError: it has no labels, so something else must say that it does not count.
+    UserError: they cannot be dealt out evenly.
   """
-  if 'labels' not in example:
-    raise ValueError("an example without 'labels' cannot stand in for a bad row; use "
-                     "bad_rows='fatal' or give the pipeline another `blank`")
-  return example | {'labels': np.full_like(example['labels'], IGNORE)}
+  problems = []
+  if hosts < 1 or shards % max(hosts, 1):
+    problems.append(f'shards={shards} is no multiple of the {hosts} hosts')
+  if not 0 <= host < max(hosts, 1):
+    problems.append(f'host={host} of {hosts} does not exist')
+  raise_all('data.shards', problems)
+  each = shards // hosts
+  return tuple(range(host * each, (host + 1) * each))
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
-  """What a worker hands over: arrays, faults (kind, message), or the fault that ends the run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """How a source is read.
 
-  arrays: dict[str, Any] | None
-  faults: tuple[tuple[str, str], ...]
-  fatal: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class BatchReader:
-  """Batch k of this host, for any k; what Grain's threads and processes call.
-
-  Attributes: see `build`.
+  Attributes:
+    batch_size: examples of a global batch, over all hosts.
+    seed: of the order and of all random choices.
+    shuffle: a new permutation every epoch; otherwise the source's own order.
+    order: 'uniform', or 'grouped' by length and modality (see `order.GroupedShuffle`).
+    group: (examples per device and micro-batch, devices) of the grouping.
+    epochs: None: endless.
+    shards: parts of a batch that hosts make whole; a batch size they do not divide uses the
+      greatest common divisor. With packing the packer's count.
+    own: number of shards -> those this host makes, ascending; None: all (see `neighbours`).
+    workers: processes; 0 uses threads of this process only.
+    bad_rows: 'skip' counts and fills the place with an untrained copy; 'fatal' stops.
   """
 
-  source: Source
-  transform: Transform
-  collate: Collate
-  lanes: Lanes
-  seed: int
-  order: Order
-  epochs: int | None
-  bad_rows: BadRowPolicy
-  blank: Callable[[Example], Example]
-  remainder: Literal['drop', 'blank']
-  planned: PlannedRows | None = None
-  own: tuple[int, ...] | None = None
+  batch_size: int
+  seed: int = 0
+  shuffle: bool = True
+  order: OrderName = 'uniform'
+  group: tuple[int, int] | None = None
+  epochs: int | None = None
+  shards: int = 8
+  own: Callable[[int], Sequence[int]] | None = None
+  workers: int = 0
+  bad_rows: BadRowPolicy = 'skip'
 
-  @property
-  def part(self) -> tuple[tuple[int, ...], int]:
-    """(the lanes a batch of this host holds, number of lanes of the global batch).
+  def __post_init__(self):
+    if self.bad_rows not in ('skip', 'fatal'):
+      raise ValueError(f"bad_rows: expected 'skip' or 'fatal', got {self.bad_rows!r}")
+    if self.batch_size < 1:
+      raise UserError(f'batch_size: expected at least 1, got {self.batch_size}')
 
-    A host that makes the whole batch has the one lane of one.
-    """
-    count = self.lanes.lanes
-    each = count // self.lanes.hosts
-    start = self.lanes.host * each
-    own = tuple(range(start, start + each)) if self.own is None else self.own
-    return (own, count) if len(own) < count else ((0,), 1)
 
-  @property
-  def total(self) -> int | None:
-    """Positions of all epochs; None: endless."""
-    return None if self.epochs is None else self.epochs * self.order.epoch_size
+class OwnShards(grain.MapDataset):
+  """The rows of every global batch that this host makes, shard after shard; the last, incomplete
+  batch is left out.
 
-  def __len__(self) -> int:
-    if self.total is None:
-      return _ENDLESS
-    size = self.lanes.batch_size
-    return self.total // size if self.remainder == 'drop' else math.ceil(self.total / size)
+  `ElasticIterator` gives host h of n every n-th element: the same batch would lie in another order
+  for another number of hosts. Here the parts of all hosts, one after the other, are the batch.
+  """
 
-  def __getitem__(self, step: int) -> Batch:
-    if self.planned is not None:
-      return self._planned_batch(step)
-    examples: list[Example | None] = []
-    faults: list[tuple[str, str]] = []
-    for position in self.lanes.positions(step):
-      if self.total is not None and position >= self.total:
-        examples.append(None)
-        continue
-      try:
-        examples.append(self.example(position))
-      except UserError as error:
-        fault = fault_of(error)
-        if self.bad_rows == 'fatal':
-          return Batch(None, (fault,), fatal=str(error))
-        examples.append(None)
-        faults.append(fault)
-    donor = next((example for example in examples if example is not None), None)
-    if donor is None:
-      donor = self._donor(step)
-      if donor is None:
-        return Batch(None, tuple(faults), fatal=(
-          f'batch {step}: none of its rows can be used, nor any of the next {_DONOR_TRIES} '
-          f'(last fault: {faults[-1][1] if faults else "none"}); check the data set'))
-    filled = [example if example is not None else self.blank(donor) for example in examples]
-    return Batch(self.collate(filled), tuple(faults))
+  def __init__(self, parent: grain.MapDataset, *, batch_size: int, shards: int,
+               own: Sequence[int]):
+    super().__init__(parent)
+    each = batch_size // shards
+    self._size = batch_size
+    self._offsets = [shard * each + i for shard in own for i in range(each)]
 
-  def example(self, position: int) -> Example:
-    """The example at a position of the global order.
+  def __len__(self):
+    return len(self._parent) // self._size * len(self._offsets)
 
-    Raises:
-      UserError: the row cannot be used.
-    """
-    row, rng = self.row(position)
-    try:
-      return self.transform(row, rng)
-    except BadRow:
-      raise
-    except UserError as error:
-      raise BadRow('example', row.where, str(error)) from error
-
-  def positions(self, step: int) -> list[int]:
-    """Positions in the global order of a batch's examples, over all hosts."""
-    if self.planned is None:
-      return list(range(step * self.lanes.batch_size, (step + 1) * self.lanes.batch_size))
-    planner = self.planned.planner
-    window, number = divmod(step, planner.packing.window)
-    return [window * planner.window_size + i
-            for i in window_of(self, window).steps[number].members]
-
-  def row(self, position: int) -> tuple[Row, np.random.Generator] | None:
-    """The row at a position of the global order, and its own random generator.
-
-    None behind the last epoch.
-
-    Raises:
-      UserError: the row cannot be read.
-    """
-    if self.total is not None and position >= self.total:
-      return None
-    epoch, index = self.order.place(position)
-    rng = np.random.default_rng(np.random.SeedSequence([self.seed, 1, position]))
-    fetch = getattr(self.source, 'fetch', None)
-    return (self.source[index] if fetch is None else fetch(index, epoch, rng)), rng
-
-  def _planned_batch(self, step: int) -> Batch:
-    """A batch of `planned`; faults are counted by the host that owns their place in the order."""
-    planner = self.planned.planner
-    window, number = divmod(step, planner.packing.window)
-    measured = window_of(self, window)
-    plan, start = measured.steps[number], window * planner.window_size
-    if not any(row for b in plan.bins for row in b):
-      reasons = [message for _, message in measured.faults.values()]
-      return Batch(None, (), fatal=(
-        f'batch {step}: none of its rows can be used (last fault: '
-        f'{reasons[-1] if reasons else "none"}); check the data set'))
-    if self.bad_rows == 'fatal':  # every host finds the same ones in the window
-      for i in plan.members:
-        if i in measured.faults:
-          return Batch(None, (measured.faults[i],), fatal=measured.faults[i][1])
-    own, count = self.part
-    each = self.lanes.batch_size // count
-    members = [i for lane in own for i in plan.members[lane * each:(lane + 1) * each]]
-    faults = [measured.faults[i] for i in members if i in measured.faults]
-    faults += [('no room', message) for i, message in plan.lost if i in members]
-    lanes = own if count == planner.lanes else range(planner.lanes)
-    arrays, found = self.planned.step(plan, start, lanes, self.row)
-    faults += found
-    if faults and self.bad_rows == 'fatal':
-      return Batch(None, tuple(faults[:1]), fatal=faults[0][1])
-    return Batch(arrays, tuple(faults))
-
-  def _donor(self, step: int) -> Example | None:
-    """The first usable example after a batch that has none."""
-    last = self.lanes.positions(step)[-1]
-    for position in range(last + 1, last + 1 + _DONOR_TRIES):
-      try:
-        return self.example(position)
-      except UserError:
-        continue
-    return None
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, place = divmod(index, len(self._offsets))
+    return self._parent[batch * self._size + self._offsets[place]]
 
 
 class Batches:
-  """Iterator over batches with a state.
+  """Iterator over the batches of this host, as NumPy arrays, with a state.
 
   Attributes:
     counts: faults by kind in the batches handed out so far, on this host.
-    reader: reads any batch by its number (to look at one again).
+    on_fault: called with (kind, message) for every fault, if set.
+    dataset: `faults.Batch` by number (to look at one again).
+    rows: rows by position in the order of the run.
+    transform: what makes an example of a row.
+    own, shards: the shards this host makes, and how many there are.
   """
 
-  def __init__(self, reader: BatchReader, *, workers: int, threads: int, prefetch: int,
-               on_fault: Callable[[str, str], None] | None):
-    self.reader = reader
+  def __init__(self, dataset: grain.MapDataset, rows: grain.MapDataset, transform: Transform,
+               options: Options, *, own: Sequence[int], shards: int, order: dict[str, Any]):
+    self.dataset, self.rows, self.transform = dataset, rows, transform
+    self.own, self.shards = tuple(own), shards
     self.counts: Counter[str] = Counter()
-    self._workers, self._threads, self._prefetch = workers, threads, prefetch
-    self._on_fault = on_fault
-    self._step = 0
-    self._running: list[Any] = []  # Grain's iterator, once started
-    weakref.finalize(self, _close, self._running)  # also when the program ends
+    self.on_fault: Callable[[str, str], None] | None = None
+    self._options, self._order = options, order
+    workers = None
+    if options.workers:
+      if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
+        flags.FLAGS.mark_as_parsed()
+      workers = grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2)
+    # An element is this host's batch already: to choose its bucket and crop slots takes all of it.
+    self._batches = grain.experimental.ElasticIterator(
+      dataset, 1, grain.sharding.ShardOptions(shard_index=0, shard_count=1),
+      read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=2),
+      multiprocessing_options=workers)
+    weakref.finalize(self, _close, self._batches)  # also when the program ends
 
   def __len__(self) -> int:
     """Batches of all epochs (a very large number when endless)."""
-    return len(self.reader)
+    return len(self.dataset)
 
   def __iter__(self):
     return self
@@ -242,39 +163,30 @@ class Batches:
       StopIteration: after the last epoch.
       UserError: a row that cannot be used, under the policy 'fatal'; or nothing can be used.
     """
-    if not self._running:
-      self._running.append(self._start())
-    batch = next(self._running[0])
-    self._step += 1
-    for kind, message in batch.faults:
-      self.counts[kind] += 1
-      if self._on_fault is not None:
-        self._on_fault(kind, message)
+    batch: Batch = next(self._batches)[0]  # Grain makes a batch of one batch
+    for fault in batch.faults:
+      self.counts[fault.kind] += 1
+      if self.on_fault is not None:
+        self.on_fault(fault.kind, fault.message)
     if batch.fatal is not None:
       raise UserError(batch.fatal)
     return batch.arrays
 
-  def _start(self):
-    dataset = grain.MapDataset.source(self.reader)[self._step:]
-    options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
-    dataset = dataset.to_iter_dataset(options)
-    if self._workers:
-      if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
-        flags.FLAGS.mark_as_parsed()
-      dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(
-        num_workers=self._workers, per_worker_buffer_size=max(1, self._prefetch)))
-    return iter(dataset)
+  def positions(self, number: int) -> Sequence[int]:
+    """Positions in the order of the run of a batch's examples, over all hosts."""
+    if isinstance(self.dataset, PackedBatches):
+      return self.dataset.positions(number)
+    size = self._options.batch_size
+    return range(number * size, (number + 1) * size)
+
+  def mapped(self, transform: Callable[[Row, np.random.Generator], Any]) -> grain.MapDataset:
+    """What a transform makes of the row at each position (or a `Fault`); it draws as in the run."""
+    return _mapped(self.rows, transform, self._options.seed)
 
   def get_state(self) -> dict[str, Any]:
     """JSON values from which `set_state` goes on with the next batch, bit for bit."""
-    return {'version': 1, 'step': self._step, 'counts': dict(self.counts),
-            'order': self._order()}
-
-  def _order(self) -> dict[str, Any]:
-    planned = self.reader.planned
-    packing = {} if planned is None else {'packing': planned.planner.describe()}
-    return {**_ORDER, **self.reader.order.describe(), **packing,
-            'batch_size': self.reader.lanes.batch_size}
+    step = self._batches.get_state()['global_next_index']
+    return {'version': 1, 'step': step, 'counts': dict(self.counts), 'order': self._order}
 
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes on where `get_state` was called, with any number of hosts and workers.
@@ -282,99 +194,74 @@ class Batches:
     Raises:
       UserError: the state belongs to another order (each difference is named).
     """
-    stored, own = state.get('order', {}), self._order()
+    stored = {key: value.replace(' lanes', ' shards') if isinstance(value, str) else value
+              for key, value in state.get('order', {}).items()}  # as it was called until 0.2
     raise_all('the saved position belongs to another order of the data', [
-      f'{key} was {stored.get(key, _ORDER.get(key))}, is {value}' for key, value in own.items()
-      if stored.get(key, _ORDER.get(key)) != value])
-    self.close()
-    self._step = int(state['step'])
+      f'{key} was {stored.get(key, _ORDER.get(key))}, is {value}'
+      for key, value in self._order.items() if stored.get(key, _ORDER.get(key)) != value])
+    _close(self._batches, int(state['step']))
     self.counts = Counter(state.get('counts', {}))
 
   def close(self) -> None:
     """Ends worker processes; the next batch starts them again."""
-    _close(self._running)
+    _close(self._batches)
 
 
-def _close(running: list[Any]) -> None:
-  """Ends Grain's iterator now: at interpreter exit its own clean-up comes too late."""
-  for iterator in running:
-    iterator.close()
-  if running:
-    running.clear()
-    gc.collect()  # its parts refer to each other
+def _close(batches: grain.experimental.ElasticIterator, step: int | None = None) -> None:
+  """Ends Grain's workers now: at interpreter exit its own clean-up comes too late."""
+  state = batches.get_state()
+  batches.set_state(state if step is None else state | {'global_next_index': step})
+  gc.collect()  # the parts of what ran refer to each other
 
 
-def build(
-  source: Source,
-  transform: Transform,
-  *,
-  batch_size: int,
-  collate: Collate,
-  seed: int = 0,
-  shuffle: bool = True,
-  order: OrderName = 'uniform',
-  group: tuple[int, int] | None = None,
-  epochs: int | None = None,
-  lanes: int = 8,
-  host: int = 0,
-  hosts: int = 1,
-  workers: int = 0,
-  threads: int = 2,
-  prefetch: int = 2,
-  bad_rows: BadRowPolicy = 'skip',
-  blank: Callable[[Example], Example] = untrained,
-  remainder: Literal['drop', 'blank'] = 'drop',
-  on_fault: Callable[[str, str], None] | None = None,
-  planned: PlannedRows | None = None,
-  own: Sequence[int] | None = None,
-) -> Batches:
-  """Batches of this host, as NumPy arrays.
+def _mapped(rows: grain.MapDataset, transform, seed: int) -> grain.MapDataset:
+  return KeepPlace(rows.random_map(Named(transform), seed=derived_seed(seed, 1)))
+
+
+def build(source: Source, transform: Transform, options: Options, *,
+          collate: Callable[[Sequence[Example]], dict[str, Any]],
+          blank: Callable[[Example], Example] = untrained, packed: RowMaker | None = None
+          ) -> Batches:
+  """The batches of a source.
 
   Args:
-    source: rows by index; a `fetch(index, epoch, rng)` method is preferred (mixtures).
     transform: (row, random generator of its position) -> example; picklable with workers.
-    batch_size: examples of a global batch, over all hosts.
     collate: examples -> arrays of a batch.
-    seed: of the order and of all random choices.
-    shuffle: a new permutation every epoch; otherwise the source's own order.
-    order: 'uniform', or 'grouped' by length and modality (see `order.GroupedOrder`).
-    group: (examples per device and micro-batch, devices) of the grouping.
-    epochs: None: endless.
-    lanes: granularity of host ownership; a batch size it does not divide uses their greatest
-      common divisor.
-    host: this host's index among `hosts`.
-    workers: processes; 0 uses threads of this process only.
-    threads: batches being made at the same time, per process.
-    prefetch: finished batches kept, per process.
-    bad_rows: 'skip' counts and fills the place with an untrained copy; 'fatal' stops.
-    blank: makes the copy that does not count.
-    remainder: what is left at the very end is dropped, or filled up with untrained copies.
-    on_fault: called with (kind, message) for every bad row.
-    planned: makes batches whose examples share rows and crop slots by a plan; `transform`,
-      `collate`, `blank` and `lanes` are then not used.
-    own: with `planned`, the lanes to make, ascending, instead of those of `host`: hosts whose
-      devices hold no neighbouring rows.
+    blank: makes the copy of an example that does not count.
+    packed: makes batches whose examples share rows and crop slots; `transform`, `collate` and
+      `blank` are then not used.
 
   Raises:
     UserError: no rows, or sizes that do not divide.
   """
   if not len(source):
     raise UserError('the data set has no rows')
-  if bad_rows not in ('skip', 'fatal'):
-    raise ValueError(f"bad_rows: expected 'skip' or 'fatal', got {bad_rows!r}")
-  if batch_size < 1:
-    raise UserError(f'batch_size: expected at least 1, got {batch_size}')
-  lanes = math.gcd(lanes, batch_size) if planned is None else planned.planner.lanes
-  if planned is not None and planned.planner.batch_size != batch_size:
-    raise ValueError(f'the plan is for batches of {planned.planner.batch_size}, not {batch_size}')
-  split = Lanes(lanes=lanes, batch_size=batch_size, host=host, hosts=hosts)
-  ordered = make_order(order, source, batch_size=batch_size, seed=seed, shuffle=shuffle,
-                       group=group)
-  reader = BatchReader(
-    source=source, transform=transform, collate=collate, lanes=split, seed=seed, order=ordered,
-    epochs=epochs, bad_rows=bad_rows, blank=blank, remainder=remainder, planned=planned,
-    own=None if own is None else tuple(own))
-  if not len(reader):
-    raise UserError(f'{epochs} epochs of {len(source)} rows are less than one batch of '
-                    f'{batch_size}')
-  return Batches(reader, workers=workers, threads=threads, prefetch=prefetch, on_fault=on_fault)
+  size, seed = options.batch_size, options.seed
+  shards = math.gcd(options.shards, size) if packed is None else packed.packer.shards
+  if packed is not None and packed.packer.batch_size != size:
+    raise ValueError(f'the packer is for batches of {packed.packer.batch_size}, not {size}')
+  own = tuple(range(shards) if options.own is None else options.own(shards))
+  ordered = in_order(dataset(source), options.order, batch_size=size, seed=seed,
+                     shuffle=options.shuffle, group=options.group)
+  rows = ordered.repeat(options.epochs or _ENDLESS // len(ordered))
+  fatal = options.bad_rows == 'fatal'
+  if packed is None:
+    examples = _mapped(rows, transform, seed)
+    mine = OwnShards(examples, batch_size=size, shards=shards, own=own)
+    batches = mine.batch(len(own) * size // shards, batch_fn=ToBatch(
+      examples=examples, collate=collate, blank=blank, batch_size=size, fatal=fatal))
+  else:
+    batches = PackedBatches(
+      _mapped(rows, packed.example.measure, seed), _mapped(rows, packed.example.open, seed),
+      packed, own=own, seed=derived_seed(seed, 5), fatal=fatal)
+  if not len(batches):
+    raise UserError(f'{options.epochs} epochs of {len(source)} rows are less than one batch of '
+                    f'{size}')
+  grouped = isinstance(ordered, GroupedShuffle)
+  order = _ORDER | {'rows': len(source), 'seed': seed, 'shuffle': options.shuffle,
+                    'batch_size': size}
+  if grouped:
+    order['order'] = 'grouped {} x {}'.format(*ordered.group)
+  if packed is not None:
+    order['packing'] = packed.packer.describe()
+  return Batches(batches, rows, transform, options, own=own, shards=shards, order=order)

@@ -239,7 +239,7 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
 
   | path | source |
   | --- | --- |
-  | `*.mixture.json` | `Mixture` of the data sets the file lists (see `open_mixture`) |
+  | `*.mixture.json` | the mixture of the data sets it lists (see `open_mixture`) |
   | `*.json`, `*.jsonl` | `LlavaJson` |
   | `*.parquet`, `*.array_record*` (or a pattern) | `Parquet`, `ArrayRecords` |
   | folder with shards of these | the same |
@@ -310,4 +310,4 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
     return mixture.published_mixture(file.published, sources, seed=file.seed)
   shares = [mixture.Share(name=part.name or str(index), amount=part.amount, weight=part.weight,
                           format=part.format) for index, part in enumerate(file.parts)]
-  return mixture.Mixture(shares, sources, size=file.size, seed=file.seed)
+  return mixture.mix(shares, sources, size=file.size, seed=file.seed)

@@ -111,7 +111,7 @@ class ToExample:
 
     Args:
       packed: the row may hold several examples, with `segments` and `positions` (see
-        `planned.join_texts`); otherwise there is one.
+        `prompt.join_texts`); otherwise there is one.
 
     Raises:
       UserError: an image the system refuses, or that does not fit its text.
@@ -120,7 +120,7 @@ class ToExample:
     boxes = [box for item in opened for box in item.boxes]
     options = {'boxes': boxes} if self.boxes else {}
     views = self.views(images, self.encoder, **options)
-    # Systems that read the image by cross-attention have no places in the text.
+    # Systems that read the image by cross-attention have no positions in the text.
     counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
     texts, totals = [], []
     for item in opened:
@@ -173,7 +173,7 @@ class ToExample:
     return min(count, encoded.ids.count(self.text.image_id))
 
   def finish(self, row: Row, encoded: Encoded, counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """Arrays of the text with the visual places of its images.
+    """Arrays of the text with the visual positions of its images.
 
     Raises:
       UserError: placeholders do not fit the images; longer than the largest bucket.

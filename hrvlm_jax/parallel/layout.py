@@ -83,25 +83,25 @@ class Layout:
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole),
                    compiler_options=options or None)
 
-  def parts(self, lanes: int) -> tuple[int, ...]:
-    """Which of a batch's `lanes` equal, consecutive parts this process needs for its devices."""
-    return distributed.host_parts(self.mesh, lanes)
+  def parts(self, shards: int) -> tuple[int, ...]:
+    """Which of a batch's `shards` equal, consecutive parts this process needs for its devices."""
+    return distributed.host_parts(self.mesh, shards)
 
   def batch(self, batch: Any, *, leading: int = 0, own: Sequence[int] = (0,),
-            lanes: int = 1) -> Any:
+            shards: int = 1) -> Any:
     """NumPy arrays of a batch -> global arrays, cut over the mesh.
 
     Each device receives only its own rows and crops.
 
     Args:
-      batch: the lanes `own` (`parts`), one after the other; by default the whole batch, the same on
-        every process. Indices into shared crops count over the whole batch in either case.
+      batch: the shards `own` (`parts`), one after the other; by default the whole batch, the same
+        on every process. Indices into shared crops count over the whole batch in either case.
       leading: axes before the examples (micro-batches).
-      lanes: number of lanes of the whole batch.
+      shards: number of shards of the whole batch.
 
     Raises:
       UserError: arrays that cannot be cut (all listed).
     """
-    if len(own) == lanes:
+    if len(own) == shards:
       check_batch(batch, self.mesh, leading=leading)
-    return distributed.global_batch(batch, self.mesh, leading=leading, own=own, parts=lanes)
+    return distributed.global_batch(batch, self.mesh, leading=leading, own=own, parts=shards)

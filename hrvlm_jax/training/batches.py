@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 import math
-
-import jax
 
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data import pipeline
-from hrvlm_jax.data.packing import Planner
-from hrvlm_jax.data.planned import PlannedRows
+from hrvlm_jax.data.packed import RowMaker
+from hrvlm_jax.data.packing import RowPacker
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -21,24 +20,23 @@ from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vlm.answer import text_of
 
 
-def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int = 0,
-                 hosts: int = 1) -> pipeline.Batches:
+def make_batches(config: RunConfig, layout: Layout | None = None, *,
+                 own: Callable[[int], Sequence[int]] | None = None) -> pipeline.Batches:
   """The checkpointable iterator over training batches of a config.
 
-  With `data.packing`, where shapes are planned by all hosts alike, and in pre-training, where they
-  are fixed, a host makes only its lanes of a batch (`Batches.reader.part`); otherwise the whole.
+  With `data.packing`, where all hosts find the same shapes, and in pre-training, where they are
+  fixed, a host makes only its shards of a batch (`Batches.own`); otherwise the whole.
 
   Args:
-    layout: of a run; the lanes are those that the devices of this process need.
-    host, hosts: without a layout, the part of a batch to make.
+    layout: of a run; the shards are those that the devices of this process need.
+    own: without a layout, the shards to make (see `pipeline.Options`); default: all.
 
   Raises:
     UserError: data that cannot be opened, or settings the system cannot follow.
   """
-  if layout is not None:
-    host, hosts = _host(layout)
+  own = own if layout is None else layout.parts
   if config.training.objective == 'ps3_pretrain':
-    return regions.make_batches(config, host=host, hosts=hosts)
+    return regions.make_batches(config, own=own)
   system, data, training = registry.get(config.model.system), config.data, config.training
   if data.boxes and not system.boxes:
     raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
@@ -55,33 +53,22 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *, host: int =
                       boxes=data.boxes, augment=data.background)
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=data.lengths,
                   slots=data.slots, parts=training.accumulate)
-  planned = _planned(config, system, example, 1 if layout is None else layout.shards)
-  if planned is None and layout is not None:
-    host, hosts = 0, 1
-  if planned is None and hosts > 1:
+  packed = _packed(config, system, example, 1 if layout is None else layout.shards)
+  if packed is None and layout is not None:
+    own = None
+  if packed is None and own is not None:
     raise ValueError('hosts agree on shapes only with data.packing; without it each makes the '
                      'whole batch')
-  own = None
-  if planned is not None and layout is not None:
-    own, host, hosts = layout.parts(planned.planner.lanes), 0, 1
   return pipeline.build(
-    open_source(data.train, images=data.images), example, batch_size=training.batch_size,
-    collate=batch, seed=config.seed, shuffle=data.shuffle, order=data.order, group=data.group,
-    workers=data.workers, lanes=data.lanes, bad_rows=data.bad_rows, host=host, hosts=hosts,
-    planned=planned, own=own)
+    open_source(data.train, images=data.images), example,
+    pipeline.Options(batch_size=training.batch_size, seed=config.seed, shuffle=data.shuffle,
+                     order=data.order, group=data.group, shards=data.shards, own=own,
+                     workers=data.workers, bad_rows=data.bad_rows),
+    collate=batch, packed=packed)
 
 
-def _host(layout: Layout) -> tuple[int, int]:
-  """(part, parts) of a batch to make, where rows are all there is to it.
-
-  Where devices of one process hold rows of several parts, every process makes the whole batch.
-  """
-  parts = layout.parts(hosts := jax.process_count())
-  return (parts[0], hosts) if len(parts) == 1 else (0, 1)
-
-
-def _planned(config: RunConfig, system: System, example: ToExample, shards: int
-             ) -> PlannedRows | None:
+def _packed(config: RunConfig, system: System, example: ToExample, devices: int
+            ) -> RowMaker | None:
   data, training = config.data, config.training
   if not data.packing.active:
     return None
@@ -96,10 +83,10 @@ def _planned(config: RunConfig, system: System, example: ToExample, shards: int
     problems.append('data.packing.window: would undo the groups of data.order=grouped; expected 1')
   raise_all('packing', problems)
   each = (data.packing.rows or training.batch_size) // training.accumulate
-  lanes = 1 if system.shift is None else math.gcd(
-    data.lanes, each, training.batch_size // training.accumulate)
-  planner = Planner(batch_size=training.batch_size, packing=data.packing, lengths=data.lengths,
-                    parts=training.accumulate, lanes=lanes,
-                    share=shards // math.gcd(shards, lanes))
-  return PlannedRows(planner=planner, example=example, views=system.views, batch=system.batch,
-                     encoder=config.model.encoder, shift=system.shift)
+  shards = 1 if system.shift is None else math.gcd(
+    data.shards, each, training.batch_size // training.accumulate)
+  packer = RowPacker(batch_size=training.batch_size, packing=data.packing, lengths=data.lengths,
+                     parts=training.accumulate, shards=shards,
+                     share=devices // math.gcd(devices, shards))
+  return RowMaker(packer=packer, example=example, views=system.views, batch=system.batch,
+                  encoder=config.model.encoder, shift=system.shift)

@@ -166,7 +166,7 @@ class DataConfig:
     too_long: a longer text is cut ('cut_text'), cut with its visual tokens counted ('cut_row', as
       VILA), or makes a bad row ('refuse'); see `data.transforms.TextLimit`.
     slots: crop slots of one batch; None: the system's default for its rows.
-    packing: examples share rows and crop slots by a plan; `slots` is then not used, see
+    packing: examples are assigned to rows and crop slots beforehand; `slots` is then not used, see
       `data.packing.Packing`.
     shuffle: a new permutation every epoch; False keeps the order of the file.
     order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
@@ -177,8 +177,8 @@ class DataConfig:
       fewer crops where their number depends on the size). None: exact.
     bad_rows: a row that cannot be used is counted and skipped, or ends the run.
     workers: Grain worker processes; 0 reads in the main process.
-    lanes: parts of a batch that hosts own whole; a multiple of every host count. With `packing`
-      the crops of a lane lie together.
+    shards: parts of a batch that hosts make whole; a multiple of every host count. With `packing`
+      the crops of a shard lie together.
     boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
       question looks; for systems that learn to look there (VILA-HD).
     annotations: objective ps3_pretrain with tar shards: the shards that hold the JSON, where it is
@@ -203,7 +203,7 @@ class DataConfig:
   inexact_decode: int | None = None
   bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0
-  lanes: int = 8
+  shards: int = 8
   boxes: bool = False
   background: PasteOnBackground | None = None
   annotations: str | None = None

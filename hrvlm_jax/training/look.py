@@ -10,7 +10,8 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data import show
-from hrvlm_jax.data.transforms import ToExample
+from hrvlm_jax.data.faults import Fault
+from hrvlm_jax.data.transforms import Opened, ToExample
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
@@ -23,16 +24,16 @@ class Look:
   Attributes:
     batch: its arrays.
     rows: the first rows, arrays [t].
-    shares: what is not used of its places and crop slots.
+    shares: what is not used of its positions and crop slots.
     panels: a picture per image of these rows: as the system cuts it, and its crops.
-    faults: (kind, message) of rows that could not be used.
+    faults: of rows that could not be used.
   """
 
   batch: dict[str, Any]
   rows: list[dict[str, np.ndarray]]
   shares: dict[str, float]
   panels: list[Image.Image]
-  faults: tuple[tuple[str, str], ...]
+  faults: tuple[Fault, ...]
   tokenizer: Any
 
 
@@ -47,26 +48,25 @@ def look(config: RunConfig, step: int, *, rows: int = 4, draw: bool = False) -> 
     UserError: see `make_batches`; no such batch, or none of its rows can be used.
   """
   batches = make_batches(config)
-  reader = batches.reader
-  if step >= len(reader):
-    raise UserError(f'batch {step}: the data set has {len(reader)} batches')
-  made = reader[step]
+  if step >= len(batches):
+    raise UserError(f'batch {step}: the data set has {len(batches)} batches')
+  made = batches.dataset[step]
   if made.fatal is not None:
     raise UserError(made.fatal)
   texts = {key: value.reshape(-1, *value.shape[value.ndim - 1:])
            for key, value in made.arrays.items() if key in _TEXT}
   shown = [{key: value[row] for key, value in texts.items()}
            for row in range(min(rows, len(texts['tokens'])))]
-  shares = {'places not used': 1 - float(texts['valid'].mean())}
-  example, used, panels = reader.transform, 0, []
-  for place, position in enumerate(reader.positions(step)):
-    try:
-      row, rng = reader.row(position)
-      used += example.measure(row, rng).views
-      if draw and place < rows:
-        panels += _panels(config, *reader.row(position), example, place)
-    except UserError:  # it is among the faults
+  shares = {'positions not used': 1 - float(texts['valid'].mean())}
+  example, used, panels = batches.transform, 0, []
+  sizes, opened = batches.mapped(example.measure), batches.mapped(example.open)
+  for place, position in enumerate(batches.positions(step)):
+    size = sizes[position]
+    if isinstance(size, Fault):  # it is among the faults
       continue
+    used += size.views
+    if draw and place < rows and not isinstance(item := opened[position], Fault):
+      panels += _panels(config, item, example, place)
   slots = made.arrays['views'].get('pixels')
   if slots is not None and slots.shape[-4:-3] and used:
     total = int(np.prod(slots.shape[:-3]))
@@ -77,12 +77,11 @@ def look(config: RunConfig, step: int, *, rows: int = 4, draw: bool = False) -> 
 _TEXT = ('tokens', 'visual_index', 'valid', 'labels', 'segments')
 
 
-def _panels(config: RunConfig, row, rng, example: ToExample, place: int) -> list[Image.Image]:
+def _panels(config: RunConfig, opened: Opened, example: ToExample, place: int) -> list[Image.Image]:
   system, encoder = registry.get(config.model.system), config.model.encoder
-  opened = example.open(row, rng)
   out = []
   for number, (image, box) in enumerate(zip(opened.images, opened.boxes, strict=True)):
-    box = row.extra.get('box') if box is None and len(opened.images) == 1 else box
+    box = opened.row.extra.get('box') if box is None and len(opened.images) == 1 else box
     options = {'boxes': [opened.boxes[number]]} if example.boxes else {}
     crops = system.views([image], encoder, **options)['pixels']
     drawn = system.overlay(show.with_box(image, box), encoder, {})

@@ -50,7 +50,7 @@ class Result:
   """How a run ended: the step reached, the last loss, and whether a signal ended it early.
 
   Attributes:
-    bad_rows: rows that could not be used, by kind, since the run began (of this process' lanes).
+    bad_rows: rows that could not be used, by kind, since the run began (of this process' shards).
   """
 
   step: int
@@ -154,11 +154,11 @@ def _stored_before(config: RunConfig, saver: store.TrainStore) -> dict[str, Any]
 
 def _host_part(batches) -> str:
   """What of a batch this process makes, in a sentence."""
-  own, lanes = batches.reader.part
-  if len(own) == lanes:
+  own, shards = batches.own, batches.shards
+  if len(own) == shards:
     return ('every process makes the whole batch; data.packing lets each make what its devices '
             'need')
-  return f'process 0 makes {len(own)} of the {lanes} lanes of every batch'
+  return f'process 0 makes {len(own)} of the {shards} shards of every batch'
 
 
 def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
@@ -185,7 +185,6 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
          evaluate, meter):
   t = config.training
   iterator: Iterator = iter(batches)
-  own, lanes = batches.reader.part
   profile = _Profile(t.profile, workdir)
   pending: tuple[int, dict, Any, Any] | None = None
   last_logged, loss = start, None
@@ -215,7 +214,8 @@ def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step
     before = time.perf_counter()
     batch = next(iterator)
     meter.waited += time.perf_counter() - before
-    placed = layout.batch(batch, leading=int(t.accumulate > 1), own=own, lanes=lanes)
+    placed = layout.batch(batch, leading=int(t.accumulate > 1), own=batches.own,
+                          shards=batches.shards)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
     profile.before(step + 1)
     # Nothing reaches or leaves the devices inside a step but what was put there.

@@ -93,7 +93,7 @@ def test_check_names_them_all(data):
 @pytest.mark.parametrize('packing', [Packing(), Packing(window=2)], ids=['plain', 'planned'])
 def test_batches_count_them_and_use_the_rest(data, system, packing):
   _, kinds = data
-  batches = make_batches(config(data, system, len(kinds), packing=packing, lanes=1))
+  batches = make_batches(config(data, system, len(kinds), packing=packing, shards=1))
   batch = next(batches)
   wanted = Counter(kind for kind in kinds if kind)
   if packing.active:  # the second half of the window

@@ -9,7 +9,15 @@ from pyarrow import parquet
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.mixture import MIXTURES, Mixture, PromptFormat, Share, published_mixture
+from hrvlm_jax.data.mixture import (
+  MIXTURES,
+  PromptFormat,
+  RowsPerEpoch,
+  Share,
+  apportion,
+  mix,
+  published_mixture,
+)
 from hrvlm_jax.data.rows import BadRow, Row
 from hrvlm_jax.data.sources import InMemory, open_source
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
@@ -49,32 +57,43 @@ def test_prompt_format():
 
 def test_amounts_and_rotation():
   shares = [Share(name='a', amount=4), Share(name='b', amount=5), Share(name='c')]
-  mix = Mixture(shares, {'a': source('a', 10), 'b': source('b', 2), 'c': source('c', 3)})
-  assert len(mix) == 12
-  rng = np.random.default_rng(0)
-  epochs = [[mix.fetch(i, e, rng).id for i in range(12)] for e in range(5)]
+  mixed = mix(shares, {'a': source('a', 10), 'b': source('b', 2), 'c': source('c', 3)})
+  assert len(mixed) == 12
+  epochs = [[mixed[12 * e + i].id for i in range(12)] for e in range(5)]
   for epoch in epochs:
     assert [name[0] for name in epoch] == list('aaaabbbbbccc')
   every = Counter(name for epoch in epochs for name in epoch)
   assert {every[f'a{i}'] for i in range(10)} == {2}  # 20 draws over 10 rows
   assert sorted(every[f'b{i}'] for i in range(2)) == [12, 13]
   assert {every[f'c{i}'] for i in range(3)} == {5}
-  assert mix[0].id == mix[0].id
-  with pytest.raises(IndexError):
-    mix[12]
+  assert mixed[0].id == mixed[0].id
+  assert [RowsPerEpoch([4, 5, 3])[i] for i in (0, 3, 4, 11, 12, 16)] == [
+    (0, 0), (0, 3), (1, 0), (2, 2), (0, 4), (1, 5)]
+
+
+def test_draws_belong_to_the_row_of_an_epoch():
+  """The same row of the same epoch is asked the same, others are not."""
+  shares = [Share(name='a', format=PromptFormat(turns=1))]
+  mixed, again = (mix(shares, {'a': source('a', 40)}, seed=3) for _ in range(2))
+  asked = [texts(mixed[i]) for i in range(80)]
+  assert asked == [texts(again[i]) for i in range(80)]
+  assert len({tuple(text) for text in asked[:40]}) == 3
+  other = mix(shares, {'a': source('a', 40)}, seed=4)
+  assert asked != [texts(other[i]) for i in range(80)]
 
 
 def test_weights():
   sets = {'a': source('a', 10), 'b': source('b', 2)}
-  mix = Mixture([Share(name='a', weight=1), Share(name='b', weight=2)], sets, size=10)
-  assert mix.amounts == [3, 7]
-  assert len(mix) == 10
+  assert apportion([1, 2], 10) == [3, 7]
+  mixed = mix([Share(name='a', weight=1), Share(name='b', weight=2)], sets, size=10)
+  assert Counter(mixed[i].id[0] for i in range(10)) == {'a': 3, 'b': 7}
+  assert len(mixed) == 10
 
 
 def test_problems_are_all_named():
   with pytest.raises(UserError) as caught:
-    Mixture([Share(name='a', weight=1), Share(name='b'), Share(name='c')],
-            {'a': source('a', 1), 'c': InMemory([])})
+    mix([Share(name='a', weight=1), Share(name='b'), Share(name='c')],
+        {'a': source('a', 1), 'c': InMemory([])})
   for words in ("'b' is missing", "'c' has no rows", 'some have none'):
     assert words in str(caught.value)
   with pytest.raises(ValueError, match='one of them'):
@@ -86,9 +105,9 @@ def test_problems_are_all_named():
 def test_published_mixtures():
   for name, shares in MIXTURES.items():
     sets = {share.name: source(share.name, 3) for share in shares}
-    mix = published_mixture(name, sets)
-    for index in (0, len(mix) - 1):
-      assert mix.fetch(index, 1, np.random.default_rng(0)).messages
+    mixed = published_mixture(name, sets)
+    for index in (0, len(mixed) - 1):
+      assert mixed[len(mixed) + index].messages
   assert sum(share.amount for share in MIXTURES['pheye_stage_3']) == 677_000
   with pytest.raises(UserError, match='nearest known: pheye_stage_3'):
     published_mixture('pheye_stage3', {})
@@ -109,14 +128,14 @@ def test_mixture_files_open(path, tmp_path):
     else:
       name.write_text(json.dumps(rows))
   shutil.copy(path, tmp_path)
-  mix = open_source(tmp_path / path.name)
-  assert len(mix) == {'pheye_stage_3': 677_000, 'llava_1_5_parts': 664_000, 'vila_1_5_sft': 54,
+  mixed = open_source(tmp_path / path.name)
+  assert len(mixed) == {'pheye_stage_3': 677_000, 'llava_1_5_parts': 664_000, 'vila_1_5_sft': 54,
                       'own': 100_000}[path.name.split('.')[0]]
   asked = {}
-  for index in np.linspace(0, len(mix) - 1, 300).astype(int):
-    row = mix.fetch(int(index), 0, np.random.default_rng(index))
+  for index in np.linspace(0, len(mixed) - 1, 300).astype(int):
+    row = mixed[int(index)]
     asked.setdefault(row.id.split()[0], row.messages)
-  assert len(asked) >= len(mix.shares) - 1
+  assert len(asked) >= len(mixed.parents) - 1
   if path.name.startswith('pheye'):
     assert [m.text for m in asked['vqav2']] == [
       'q\nAnswer the question using a single word or phrase', 'a'] * 2

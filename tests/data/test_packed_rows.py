@@ -1,5 +1,6 @@
 """Packed rows: what the model computes of an example does not depend on its neighbours."""
 
+import functools
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.packing import Packing
+from hrvlm_jax.data.pipeline import neighbours
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.batches import make_batches
@@ -90,7 +92,9 @@ def test_packed_rows_train_as_rows_of_their_own(folder, system):
     np.testing.assert_allclose(b, a, atol=1e-6 * max(1, float(np.abs(a).max())))
 
 
-def stream(folder, count=None, **options):
+def stream(folder, count=None, host=0, hosts=None, **options):
+  if hosts is not None:
+    options['own'] = functools.partial(neighbours, host=host, hosts=hosts)
   batches = make_batches(config(
     'mc_llava', folder / options.pop('file', 'good.json'), lengths=(256, 768, 1536),
     **options.pop('run', {}), **options.pop('data', {}),
@@ -109,7 +113,7 @@ def same(a, b):
 def test_hosts_make_the_same_global_batches(folder, accumulate):
   """1, 2 and 4 hosts; the last with bad rows, which every host counts once."""
   run = {'batch_size': 16, 'accumulate': accumulate}
-  options = {'run': run, 'data': {'lanes': 4}, 'packing': {'rows': 8}, 'file': 'bad.json'}
+  options = {'run': run, 'data': {'shards': 4}, 'packing': {'rows': 8}, 'file': 'bad.json'}
   whole, alone = stream(folder, 3, **options)
   axis = int(accumulate > 1)
   for hosts in (2, 4):
@@ -125,12 +129,12 @@ def test_hosts_make_the_same_global_batches(folder, accumulate):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_resume_in_the_middle_of_a_window(folder, workers):
   """With workers, shuffling, mixing, bad rows and packing on; then on two hosts."""
-  options = {'run': {'batch_size': 4}, 'data': {'lanes': 2}, 'packing': {'rows': 2},
+  options = {'run': {'batch_size': 4}, 'data': {'shards': 2}, 'packing': {'rows': 2},
              'file': 'both.mixture.json'}
   whole, reference = stream(folder, 8, **options)
   _, batches = stream(folder, 4, **options)  # windows have 3 steps
   state = json.loads(json.dumps(batches.get_state()))
-  again = stream(folder, **options | {'data': {'lanes': 2, 'workers': workers}})
+  again = stream(folder, **options | {'data': {'shards': 2, 'workers': workers}})
   again.set_state(state)
   for want in whole[4:]:
     same(next(again), want)
@@ -182,33 +186,33 @@ def test_what_cannot_be_packed_is_refused(folder):
     Packing(window=0)
 
 
-def test_a_host_may_own_any_lanes(folder):
+def test_a_host_may_own_any_shards(folder):
   """Hosts of a torus hold rows that are no neighbours; slots are a multiple of the devices."""
-  run, data = {'batch_size': 8}, {'lanes': 4}
+  run, data = {'batch_size': 8}, {'shards': 4}
   whole, _ = stream(folder, 2, run=run, data=data)
 
   class Layout:
     shards = 8
 
-    def parts(self, lanes):
-      assert lanes in (1, 4)
-      return (0,) if lanes == 1 else (1, 3)
+    def parts(self, shards):
+      assert shards == 4
+      return 1, 3
 
   batches = make_batches(config(
     'mc_llava', folder / 'good.json', lengths=(256, 768, 1536), packing=Packing(rows=4, window=3),
     **run, **data), Layout())
-  assert batches.reader.part == ((1, 3), 4)
+  assert (batches.own, batches.shards) == ((1, 3), 4)
   for want in whole:
     found = next(batches)
-    cut = lambda x: np.concatenate([np.split(x, 4)[lane] for lane in (1, 3)])
+    cut = lambda x: np.concatenate([np.split(x, 4)[shard] for shard in (1, 3)])
     same({k: v for k, v in found.items() if k != 'views'},
          {k: cut(v) for k, v in want.items() if k != 'views'})
     slots = len(found['views']['pixels'])
-    assert slots % 4 == 0  # two lanes of two devices each
-    pictures = lambda lane, part, n: part['views']['pixels'].reshape(
-      n, -1, *part['views']['pixels'].shape[1:])[lane]
-    for i, lane in enumerate((1, 3)):
-      a, b = pictures(i, found, 2), pictures(lane, want, 4)
+    assert slots % 4 == 0  # two shards of two devices each
+    pictures = lambda shard, part, n: part['views']['pixels'].reshape(
+      n, -1, *part['views']['pixels'].shape[1:])[shard]
+    for i, shard in enumerate((1, 3)):
+      a, b = pictures(i, found, 2), pictures(shard, want, 4)
       shared = min(len(a), len(b))
       np.testing.assert_array_equal(a[:shared], b[:shared])
       assert not a[shared:].any() and not b[shared:].any()

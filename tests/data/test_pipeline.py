@@ -1,13 +1,14 @@
 """Batches: order, resume, faults, hosts, workers. Transforms are at module level: they travel."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data import pipeline
-from hrvlm_jax.data.mixture import Mixture, PromptFormat, Share
+from hrvlm_jax.data import faults, pipeline
+from hrvlm_jax.data.mixture import PromptFormat, Share, mix
 from hrvlm_jax.data.rows import BadRow, Row
 from hrvlm_jax.data.sources import InMemory
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
@@ -40,8 +41,12 @@ def stack(examples):
 
 
 def build(transform=good_example, **options):
-  options = {'batch_size': 4, 'collate': stack, 'seed': 3} | options
-  return pipeline.build(options.pop('source', rows()), transform, **options)
+  options = {'batch_size': 4, 'seed': 3} | options
+  if hosts := options.pop('hosts', None):
+    options['own'] = functools.partial(
+      pipeline.neighbours, host=options.pop('host', 0), hosts=hosts)
+  return pipeline.build(options.pop('source', rows()), transform,
+                        pipeline.Options(**options), collate=stack)
 
 
 def take(batches, count):
@@ -63,15 +68,12 @@ def test_epochs_are_permutations():
   assert list(numbers[:SIZE]) != list(numbers[SIZE:2 * SIZE])
   plain = np.concatenate([b['number'] for b in build(shuffle=False, epochs=1)])
   assert plain.tolist() == list(range(20))
-  filled = list(build(shuffle=False, epochs=1, remainder='blank'))
-  assert filled[-1]['number'][:3].tolist() == [20, 21, 22]
-  assert filled[-1]['labels'].tolist() == [[1, 2]] * 3 + [[-100, -100]]
 
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_resume_is_exact(workers):
-  mixed = Mixture([Share(name='a', amount=9, format=PromptFormat(turns=2)),
-                   Share(name='b', weight=None)], {'a': rows(30), 'b': rows(5)})
+  mixed = mix([Share(name='a', amount=9, format=PromptFormat(turns=2)),
+               Share(name='b', weight=None)], {'a': rows(30), 'b': rows(5)})
   reference = build(to_example, source=mixed)
   whole = take(reference, 12)
   batches = build(to_example, source=mixed)
@@ -114,7 +116,8 @@ def test_resume_with_another_number_of_hosts():
 
 def test_bad_rows_are_counted_and_not_trained():
   heard = []
-  batches = build(to_example, epochs=4, on_fault=lambda kind, text: heard.append((kind, text)))
+  batches = build(to_example, epochs=4)
+  batches.on_fault = lambda kind, text: heard.append((kind, text))
   seen = list(batches)
   assert len(seen) == 23
   assert dict(batches.counts) == {'damaged': 8, 'example': 4}
@@ -160,4 +163,4 @@ def test_nonsense_is_refused():
   with pytest.raises(ValueError, match='bad_rows'):
     build(bad_rows='hide')
   with pytest.raises(ValueError, match='labels'):
-    pipeline.untrained({})
+    faults.untrained({})

@@ -2,11 +2,11 @@ import json
 import os
 import pickle
 
+import grain
 from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.mixture import Mixture
 from hrvlm_jax.data.rows import (
   BadRow,
   ImageRef,
@@ -190,7 +190,7 @@ def test_mixture_files(folder):
   file = {'parts': [{'path': 'data.json', 'amount': 5, 'format': {'suffix': ' Short.'}},
                     {'path': 'a'}], 'seed': 1}
   mix = open_source(write(folder, 'x.mixture.json', json.dumps(file)))
-  assert isinstance(mix, Mixture)
+  assert isinstance(mix, grain.MapDataset)
   assert len(mix) == 6
   assert mix[0].messages[0].text.endswith(' Short.')
   file['parts'][0]['format'] = {'sufix': ''}

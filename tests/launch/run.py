@@ -36,7 +36,7 @@ def get_config(data: str):
     make_data(folder)
   config = ml_collections.ConfigDict()
   config.model = to_dict(registry.get('mc_llava').tiny())
-  config.data = dict(train=str(folder / 'train.json'), lengths=(160,), lanes=4,
+  config.data = dict(train=str(folder / 'train.json'), lengths=(160,), shards=4,
                      packing=dict(window=2))  # each host makes its own part of a batch
   config.mesh = dict(data=1, fsdp=-1)
   config.training = dict(

@@ -34,7 +34,7 @@ def test_a_run_outlives_a_host(tmp_path):
   assert [line['step'] for line in lines] == list(range(1, 13))
   # Each host made its part of every batch; together they are the batches of one process.
   log = (sim / 'host.0' / 'simulate' / 'log.0').read_text()
-  assert 'process 0 makes 2 of the 4 lanes of every batch' in log
+  assert 'process 0 makes 2 of the 4 shards of every batch' in log
   alone = subprocess.run(
     [*job, '--workdir', str(tmp_path / 'alone')], cwd=REPO, capture_output=True, text=True,
     env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'}, timeout=600,

@@ -59,11 +59,12 @@ class ToBatch:
     return {key: x.reshape(self.parts, -1, *x.shape[1:]) for key, x in batch.items()}
 
 
-def make_batches(config: Any, *, host: int = 0, hosts: int = 1) -> pipeline.Batches:
+def make_batches(config: Any, *, own: Callable[[int], Sequence[int]] | None = None
+                 ) -> pipeline.Batches:
   """The checkpointable iterator over pre-training batches.
 
   Args:
-    host, hosts: the part of a global batch to make; default: all of it.
+    own: the shards of a batch to make (see `pipeline.Options`); default: all.
 
   Raises:
     UserError: a model without a text tower, a vocabulary that does not fit it, or data that cannot
@@ -81,7 +82,8 @@ def make_batches(config: Any, *, host: int = 0, hosts: int = 1) -> pipeline.Batc
   collate = ToBatch(tokenize=tokenizer(vocabulary, encoder.text), parts=config.training.accumulate)
   return pipeline.build(
     open_regions(options.train, annotations=options.annotations),
-    ToSample(config=options.regions, side=encoder.scales[-1]), collate=collate, blank=blank,
-    batch_size=config.training.batch_size, seed=config.seed, shuffle=options.shuffle,
-    workers=options.workers, lanes=options.lanes, bad_rows=options.bad_rows, host=host,
-    hosts=hosts)
+    ToSample(config=options.regions, side=encoder.scales[-1]),
+    pipeline.Options(batch_size=config.training.batch_size, seed=config.seed,
+                     shuffle=options.shuffle, workers=options.workers, shards=options.shards,
+                     own=own, bad_rows=options.bad_rows),
+    collate=collate, blank=blank)

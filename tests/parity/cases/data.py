@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hrvlm_jax.data.sampler import even_chunks, modality_grouped_order, word_count
+from hrvlm_jax.data.order import even_chunks, modality_grouped_order, word_count
 from hrvlm_jax.language.chat import (
   ASSISTANT,
   IMAGE,
