@@ -1,10 +1,19 @@
-"""`hrvlm ask`: see `vlm.answer.Answerer`."""
+"""`hrvlm ask` and `hrvlm encode`: see `vlm.answer.Answerer` and `vlm.encode.ImageEncoder`."""
 
+import ast
+from collections.abc import Sequence
+import pathlib
 import sys
+from typing import Any
 
-from hrvlm_jax.cli.answering import KNOBS, check_overlay, take_knobs
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
+
+KNOBS = (
+  '--encoder.KEY=VALUE sets a knob of the system (max_crops, num_tokens, ...). --vicrop looks '
+  'again at a crop that the attention chose (--vicrop.layer=14); --fastv drops visual tokens after '
+  'some layers (--fastv.layer=2 --fastv.ratio=0.5); see vlm/vicrop.py and vlm/fastv.py.')
+NAMES = ('encoder', 'fastv', 'vicrop')
 
 
 def main(argv: list[str]) -> int:
@@ -58,3 +67,87 @@ def main(argv: list[str]) -> int:
     answerer.overlay(images[0], arguments.question).save(arguments.overlay)
     print(f'drawn: {arguments.overlay}', file=sys.stderr)
   return 0
+
+
+def encode(argv: list[str]) -> int:
+  """Runs a vision encoder alone on one image and prints the shape of its tokens."""
+  argv, knobs = take_knobs(argv, ('encoder',))
+  parser = Parser('encode', encode.__doc__ + ' --encoder.KEY=VALUE sets a knob of the system, for '
+                  "example --encoder.look=\"{'looks': 2}\".")
+  parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
+  parser.add_argument('image', help='image file')
+  parser.add_argument('--prompt', help='text that says where to look (PS3); default: by saliency')
+  parser.add_argument('--overlay', metavar='OUT.png', help='draw what was looked at, per scale')
+  parser.add_argument('--out', metavar='OUT.npy', help='write the tokens, float32 [n d]')
+  parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
+                      help='turn photographs upright as their EXIF block says, or not')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  arguments = parser.parse(argv)
+  check_overlay(arguments.overlay)
+  if arguments.out is not None:
+    out = pathlib.Path(arguments.out)
+    if out.suffix != '.npy' or not out.parent.is_dir():
+      raise UserError(f'--out {out}: expected a name that ends in .npy in an existing folder')
+
+  from hrvlm_jax.core.images import open_image
+
+  image = open_image(arguments.image, exif=arguments.exif)  # before a large checkpoint is read
+  import numpy as np
+
+  from hrvlm_jax.core.execution import Execution
+  from hrvlm_jax.vlm.encode import ImageEncoder
+
+  encoder = ImageEncoder.load(arguments.checkpoint, prompted=arguments.prompt is not None,
+                              encoder_options=knobs.get('encoder'))
+  tokens = encoder(image, arguments.prompt, ex=Execution(dtype=arguments.dtype))
+  values = np.asarray(tokens.values[0], np.float32)[np.asarray(tokens.valid[0])]
+  print(f'{values.shape[0]} tokens of width {values.shape[1]}')
+  if arguments.out is not None:
+    np.save(arguments.out, values)
+    print(f'written: {arguments.out}')
+  if arguments.overlay:
+    encoder.overlay(image, tokens).save(arguments.overlay)
+    print(f'drawn: {arguments.overlay}')
+  return 0
+
+
+def take_knobs(argv: Sequence[str], names: Sequence[str] = NAMES
+               ) -> tuple[list[str], dict[str, dict[str, Any]]]:
+  """Takes `--NAME` and `--NAME.KEY=VALUE` out of the arguments, for the names of `names`.
+
+  Returns:
+    The other arguments, and name -> settings, of the names that were given; values are Python
+    literals or texts.
+
+  Raises:
+    UserError: a key without a value.
+  """
+  rest: list[str] = []
+  knobs: dict[str, dict[str, Any]] = {}
+  for argument in argv:
+    name, dot, setting = argument.removeprefix('--').partition('.')
+    if not argument.startswith('--') or name not in names or (name == 'encoder' and not dot):
+      rest.append(argument)
+      continue
+    options = knobs.setdefault(name, {})
+    if not dot:
+      continue
+    key, equals, text = setting.partition('=')
+    if not equals or not key:
+      raise UserError(f'{argument}: expected --{name}.KEY=VALUE')
+    try:
+      options[key] = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+      options[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
+  return rest, knobs
+
+
+def check_overlay(path: str | None) -> None:
+  """Refuses an overlay file that could not be written, before any work is done."""
+  if path is None:
+    return
+  target = pathlib.Path(path)
+  if target.suffix.lower() not in ('.png', '.jpg', '.jpeg', '.webp'):
+    raise UserError(f'--overlay {path}: expected a name that ends in .png, .jpg or .webp')
+  if not target.parent.is_dir():
+    raise UserError(f'--overlay {path}: the folder {target.parent} does not exist')

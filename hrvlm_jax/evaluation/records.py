@@ -1,17 +1,22 @@
-"""The predictions file: one JSON object a line, appended batch by batch, safe against a kill.
+"""The files of a run: predictions, and what evaluation servers and judges ask for.
+
+The predictions file has one JSON object a line, appended batch by batch, safe against a kill.
 
 A batch is written with one `write` and forced to disk before the next one begins, so a process
 that is killed loses at most the batch in work. A last line that was torn is cut off when the file
 is opened again; anything else that is damaged is an error, never skipped.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+import csv
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample
 
 SHARDS = 'predictions-{index:05d}-of-{count:05d}.jsonl'
 MERGED = 'predictions.jsonl'
@@ -121,6 +126,41 @@ def write_whole(path: str | Path, text: str) -> None:
     os.replace(part, path)
   finally:
     part.unlink(missing_ok=True)
+
+
+def write_submission(benchmark: Benchmark, samples: Sequence[Sample], texts: Sequence[str],
+                     folder: str | Path) -> Path:
+  """Writes the benchmark's submission into a folder; returns its path.
+
+  `*.json`: JSON; `*.tsv`: rows as a tab separated table; without an ending: a folder of text files.
+
+  Raises:
+    UserError: the benchmark has no submission.
+  """
+  if benchmark.submission is None:
+    raise UserError(f'{benchmark.name} has no submission file')
+  if len(samples) != len(texts):
+    raise ValueError(f'{len(texts)} answers for {len(samples)} samples')
+  path = Path(folder) / benchmark.submission.filename
+  value = benchmark.submission.write(samples, texts)
+  if path.suffix == '.json':
+    write_whole(path, json.dumps(value, ensure_ascii=False) + '\n')
+  elif path.suffix == '.tsv':
+    write_whole(path, _table(value))
+  else:
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in value.items():
+      write_whole(path / name, text)
+  return path
+
+
+def _table(rows: Sequence[dict]) -> str:
+  keys = list(dict.fromkeys(key for row in rows for key in row))
+  text = io.StringIO(newline='')
+  writer = csv.DictWriter(text, keys, delimiter='\t', restval='', lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue()
 
 
 def _cut_torn_line(path: Path) -> None:

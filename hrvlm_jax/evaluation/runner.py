@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation import benchmarks, prompts, provenance, records, report, submission
+from hrvlm_jax.evaluation import benchmarks, prompts, provenance, records, report
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample, Samples
 from hrvlm_jax.evaluation.metrics.choice import likelihood_choice
 from hrvlm_jax.evaluation.result import Result, score_texts
@@ -349,7 +349,7 @@ def _write_folder(out: Path, task: _Task, found: Mapping[str, dict], result: Res
       'num_new_tokens': record.get('num_new_tokens')}, ensure_ascii=False))
   records.write_whole(out / records.MERGED, '\n'.join(lines) + '\n')
   if benchmark.submission and not result.n_missing:
-    submission.write(benchmark, samples, [found[s.id]['text'] for s in samples], out)
+    records.write_submission(benchmark, samples, [found[s.id]['text'] for s in samples], out)
   finished = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   value = result.to_dict() | {'finished': finished}
   records.write_whole(out / 'result.json', json.dumps(value, indent=2) + '\n')

@@ -28,7 +28,7 @@ from hrvlm_jax.evaluation.benchmarks.scoring import (
   reference,
 )
 from hrvlm_jax.evaluation.benchmarks.tables import read_parquet
-from hrvlm_jax.evaluation.metrics import choice, exact
+from hrvlm_jax.evaluation.metrics import choice, match
 
 
 def _scienceqa(folder: Path, split: str) -> Samples:
@@ -178,7 +178,7 @@ def _realworldqa_hit(text: str, sample: Sample) -> float:
   answer = sample.answers[0].strip()
   if sample.choices and answer in choice.letters(len(sample.choices)):
     return float(choice.mcq_letter(text, sample.choices) == answer)
-  return exact.em_realworldqa(text, answer)
+  return match.em_realworldqa(text, answer)
 
 
 _MMMU_FILES = {'standard': ('standard (10 options)/test-*.parquet', 'standard/test-*.parquet',
@@ -283,7 +283,7 @@ BENCHMARKS = (
         'realworldqa', 'RealWorldQA, letter or word', 'annotations.jsonl or test-*.parquet',
         {'test': 765}, _realworldqa,
         mean_score(accuracy_letter_or_word=_realworldqa_hit,
-                   em_realworldqa=reference(exact.em_realworldqa))),
+                   em_realworldqa=reference(match.em_realworldqa))),
     Benchmark(
         'mmmu_pro', 'MMMU-Pro, mean of standard (10 options) and vision',
         'standard (10 options)/test-*.parquet and vision/test-*.parquet',

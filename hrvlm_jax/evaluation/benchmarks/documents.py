@@ -13,7 +13,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     first_image,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import mean_score, references
-from hrvlm_jax.evaluation.metrics import anls, ocrbench
+from hrvlm_jax.evaluation.metrics import match
 
 
 def _rrc(name: str, patterns: tuple[str, ...], picture: str, folders: tuple[str, ...]):
@@ -37,7 +37,7 @@ def _rrc_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dic
           for sample, text in zip(samples, texts)]
 
 
-_ANLS = mean_score(anls_lmms=references(anls.anls_lmms), anls_strict=references(anls.anls_strict))
+_ANLS = mean_score(anls_lmms=references(match.anls_lmms), anls_strict=references(match.anls_strict))
 
 
 def _ocrbench(folder: Path, split: str) -> Samples:
@@ -46,8 +46,8 @@ def _ocrbench(folder: Path, split: str) -> Samples:
   for where, row, image, question, answers, kind, source in c.each(
       c.listed(path), image_path=str, question=str, answers=(list, str, int), type=str,
       dataset_name=str):
-    if kind not in ocrbench.PARTS:
-      c.problems.append(f'{where}: unknown type {kind!r}; known: {", ".join(ocrbench.PARTS)}')
+    if kind not in match.PARTS:
+      c.problems.append(f'{where}: unknown type {kind!r}; known: {", ".join(match.PARTS)}')
       continue
     answers = answers if isinstance(answers, list) else [answers]
     picture = first_image(path.parent / 'OCRBench_Images' / image, folder / image)
@@ -60,14 +60,14 @@ def _ocrbench(folder: Path, split: str) -> Samples:
 def _score_ocrbench(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   """Points: one for each answer that contains a reference (1000 in the whole benchmark)."""
   per = {
-      name: [ocrbench.point(text, s.answers, source=s.meta['source'], fold=fold)
+      name: [match.ocrbench_point(text, s.answers, source=s.meta['source'], fold=fold)
              for text, s in zip(texts, samples)]
       for name, fold in (('ocrbench_points', False), ('ocrbench_points_folded_width', True))
   }
   values = {name: sum(points) for name, points in per.items()}
   kinds: dict[str, float] = {}
   for sample, point in zip(samples, per['ocrbench_points']):
-    part = f'points_{ocrbench.PARTS[sample.category]}'
+    part = f'points_{match.PARTS[sample.category]}'
     values[part] = values.get(part, 0.0) + point
     kinds[sample.category] = kinds.get(sample.category, 0.0) + point
   points = per['ocrbench_points']

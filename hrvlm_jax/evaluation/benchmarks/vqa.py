@@ -19,8 +19,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import mean_score, percent, reference, references
 from hrvlm_jax.evaluation.benchmarks.tables import read_tsv
-from hrvlm_jax.evaluation.metrics import exact, vqa as metric
-from hrvlm_jax.evaluation.metrics.normalize import vqa_normalize
+from hrvlm_jax.evaluation.metrics import match, vqa as metric
 
 _M4C = dict(vqa_accuracy_m4c=references(metric.accuracy_m4c),
             vqa_accuracy_official=references(metric.accuracy_official))
@@ -123,7 +122,8 @@ def _coco_vqa(name: str, files: dict[str, tuple[str, str | None, str]]):
 
 def _vqav2_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:
   """EvalAI's file; answers through the m4c normaliser, as LLaVA's submissions."""
-  return [{'question_id': sample.meta['question_id'], 'answer': vqa_normalize(text, variant='m4c')}
+  return [{'question_id': sample.meta['question_id'],
+           'answer': metric.vqa_normalize(text, variant='m4c')}
           for sample, text in zip(samples, texts)]
 
 
@@ -142,7 +142,7 @@ def _vizwiz(folder: Path, split: str) -> Samples:
 
 
 def _vizwiz_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:
-  return [{'image': sample.meta['image'], 'answer': vqa_normalize(text, variant='m4c')}
+  return [{'image': sample.meta['image'], 'answer': metric.vqa_normalize(text, variant='m4c')}
           for sample, text in zip(samples, texts)]
 
 
@@ -159,7 +159,7 @@ def _gqa(folder: Path, split: str) -> Samples:
 
 
 def _gqa_submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:
-  return [{'questionId': sample.id, 'prediction': exact.clean_gqa(text)}
+  return [{'questionId': sample.id, 'prediction': match.clean_gqa(text)}
           for sample, text in zip(samples, texts)]
 
 
@@ -217,8 +217,8 @@ def _chartqa(folder: Path, split: str) -> Samples:
 
 def _score_chartqa(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   """Overall is the mean over all questions, which for the full split is the mean of the halves."""
-  scores = mean_score(em_relaxed=reference(exact.em_relaxed),
-                      em_relaxed_strict=reference(exact.em_relaxed_strict))(samples, texts)
+  scores = mean_score(em_relaxed=reference(match.em_relaxed),
+                      em_relaxed_strict=reference(match.em_relaxed_strict))(samples, texts)
   halves = list(scores.by_category.values())
   scores.values['em_relaxed_mean_of_halves'] = percent([half / 100 for half in halves])
   return scores
@@ -262,13 +262,13 @@ BENCHMARKS = (
     Benchmark(
         'gqa', "GQA, exact match after LLaVA's clean-up",
         'testdev_balanced_questions.json and images/', {'testdev_balanced': 12578}, _gqa,
-        mean_score(em_gqa=reference(exact.em_gqa)),
+        mean_score(em_gqa=reference(match.em_gqa)),
         submission=Submission('gqa_predictions.json', _gqa_submission)),
     Benchmark(
         'ocrvqa', 'OCRVQA, exact match (strip, lower case)',
         'dataset.json and images/, or OCRVQA_TESTCORE.tsv (split core)',
         {'test': None, 'core': 3072, 'val': None}, _ocrvqa,
-        mean_score(em_ocrvqa=references(exact.em_ocrvqa)), max_new_tokens=32),
+        mean_score(em_ocrvqa=references(match.em_ocrvqa)), max_new_tokens=32),
     Benchmark(
         'chartqa', 'ChartQA, relaxed accuracy', 'test/test_human.json, test/test_augmented.json, '
         'test/png/', {'test': 2500, 'val': 1920}, _chartqa, _score_chartqa),

@@ -9,7 +9,7 @@ evaluation/extract_answer.py, calculate_score.py.
 from collections.abc import Sequence
 import re
 
-from hrvlm_jax.evaluation.metrics.anls import edit_distance
+from hrvlm_jax.evaluation.metrics.match import edit_distance
 
 
 def extract_direct(response: str, *, question_type: str, answer_type: str,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from hrvlm_jax.evaluation.benchmarks.vqa import prompt_to_question
-from hrvlm_jax.evaluation.metrics import choice, exact, vqa, yesno
-from hrvlm_jax.evaluation.metrics.normalize import vqa_normalize
+from hrvlm_jax.evaluation.metrics import choice, match, vqa, yesno
 from tests.parity.cases.runner import Case, check
 
 FILE = 'scorers.json'
@@ -15,8 +14,8 @@ def eval_scorers(case: Case) -> None:
   """Answer normalisers, soft accuracies, parsers and summary lines against the original scorers."""
   data = case.json(FILE)
   pairs = {
-    'evalai_processor': lambda text: vqa_normalize(text, variant='m4c'),
-    'gqa_post': exact.clean_gqa,
+    'evalai_processor': lambda text: vqa.vqa_normalize(text, variant='m4c'),
+    'gqa_post': match.clean_gqa,
     'textvqa_prompt_to_question': prompt_to_question,
   }
   for section, function in pairs.items():
@@ -26,7 +25,7 @@ def eval_scorers(case: Case) -> None:
     'textvqa': ('score', vqa.accuracy_m4c),
     'okvqa_vqa_eval': ('score_percent', lambda text, answers: round(
       100 * vqa.accuracy_llava_hr_okvqa(text, answers), 2)),
-    'ocrvqa': ('score', exact.em_ocrvqa),
+    'ocrvqa': ('score', match.em_ocrvqa),
   }
   for section, (key, function) in scores.items():
     for i, row in enumerate(data.get(section, ())):
