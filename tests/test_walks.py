@@ -6,8 +6,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import walks
 
-# The house promises 17 and 40; until the rooms are in order, what is reached is held.
-ASK, PARAMETER = 18, 41
+# Limits: a later issue raises one in a commit of its own, with the reason.
+ASK, PARAMETER = 17, 40
 
 
 def test_an_image_passes_few_files():

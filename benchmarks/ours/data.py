@@ -26,7 +26,7 @@ from benchmarks.harness.runner import ROOT, peer_python
 from hrvlm_jax.core.images import open_image
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.tiles import choose_resolution, content_box
-from hrvlm_jax.systems.mc_llava.views import crop_boxes
+from hrvlm_jax.systems.mc_llava.encoder import crop_boxes
 
 TARGETS = {'ps3': 1.5, 'vila_hd': 1.5, 'llava_hr': 1.5, 'mc_llava': 1.2, 'pheye': 1.0,
            'anyres': 1.0}

@@ -209,6 +209,16 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
       f'is {max_pixels}; make it smaller or raise the pixel limit')
 
 
+def check_size(width: int, height: int) -> None:
+  """Refuses an image without pixels.
+
+  Raises:
+    UserError: a side below 1.
+  """
+  if width < 1 or height < 1:
+    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
+
+
 def to_rgb(image: Image.Image, *, alpha: Literal['drop', 'white'] = 'drop') -> Image.Image:
   """The image in mode RGB, 8 bits per channel, as a person would expect it to look.
 

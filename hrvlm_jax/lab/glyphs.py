@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from hrvlm_jax.core.layers import LayerNorm, Linear
 from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.lab.needle import CUT, NOTHING, glyph_crops
 from hrvlm_jax.lab.pretrain import NOTHING_WEIGHT, Pretraining, weighted_entropy
 from hrvlm_jax.vision.vit import ViT, ViTConfig

@@ -24,7 +24,7 @@ from hrvlm_jax.core import resample
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LayerNorm, Linear
 from hrvlm_jax.core.module import List, Module, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.lab.needle import glyph_crops
 from hrvlm_jax.lab.pretrain import NOTHING_WEIGHT, Pretraining, weighted_entropy
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig

@@ -126,7 +126,8 @@ def check(views: Mapping[str, Any], specs: Mapping[str, ViewSpec], *, what: str)
     if not fits:
       known = ', '.join(f'{a} = {n}' for a, n in axes.items() if a in spec.shape)
       problems.append(f'{key}: found {found}, expected {spec}' + (f' ({known})' if known else ''))
-  raise_all(what, problems)
+  if problems:
+    raise_all(what, problems)
 
 
 def join(images: Sequence[Views], packing: Packing) -> Views:
@@ -176,7 +177,8 @@ def batch(examples: Sequence[Views], packing: Packing, *, system: str, slots: in
     problems.append(f'{sum(counts)} views do not fit {slots} view slots')
   if longest > positions:
     problems.append(f'{longest} visual tokens in one row do not fit {positions} positions')
-  raise_all(f'a batch of {rows} rows of {system}', problems)
+  if problems:
+    raise_all(f'a batch of {rows} rows of {system}', problems)
   axes = {'slots': slots, 'rows': rows, 'images': images, 'positions': positions}
   fills = {name: a.fill for name, a in (packing.slots | packing.images | packing.rows).items()}
   out = {name: np.full([axes.get(n, n) for n in spec.shape], fills.get(name, 0), spec.dtype)

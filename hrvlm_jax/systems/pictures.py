@@ -13,16 +13,6 @@ from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, resize_on_canvas, to
 Pair = tuple[int, int]
 
 
-def check_size(width: int, height: int) -> None:
-  """Refuses an image without pixels.
-
-  Raises:
-    UserError: a side below 1.
-  """
-  if width < 1 or height < 1:
-    raise UserError(f'image of {width}x{height} pixels: both sides must be at least 1')
-
-
 def check_elongation(width: int, height: int, size: Pair) -> None:
   """Refuses a picture that is made square at a cost far above its worth.
 

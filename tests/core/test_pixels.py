@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hrvlm_jax.core.pixels import normalise, normalise_host
+from hrvlm_jax.core.resample import normalise, normalise_host
 
 ALL = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

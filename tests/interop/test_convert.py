@@ -12,11 +12,11 @@ import torch
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
-from hrvlm_jax.systems.mc_llava import views as host
+from hrvlm_jax.systems.mc_llava import encoder as host
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
 

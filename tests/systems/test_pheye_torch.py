@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, PhiConfig, PhiForCau
 
 from hrvlm_jax.checkpoint.rows import export_tensors
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.pheye import weights

@@ -53,7 +53,7 @@ FILES = {
     from hrvlm_jax.core.execution import HERE
     from hrvlm_jax.core.layers import normal
     from hrvlm_jax.core.module import Module, Param
-    from hrvlm_jax.core.pixels import normalise
+    from hrvlm_jax.core.resample import normalise
     from hrvlm_jax.systems.contract import System, VisualTokens
     from hrvlm_jax.vision.vit import ViT
 

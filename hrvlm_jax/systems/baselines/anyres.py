@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout, tiled, tiles
 from hrvlm_jax.systems.contract import Count, ModelConfig, System

@@ -16,7 +16,7 @@ from hrvlm_jax.checkpoint.rows import Row, Table, identity, joined, linear, norm
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs, layer_at
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.language import config as language
 from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
 from hrvlm_jax.systems import registry

@@ -16,7 +16,7 @@ from PIL import Image
 
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout, tiles
 from hrvlm_jax.systems.baselines.scaling import dynamic_map, project_blocks

@@ -15,7 +15,7 @@ from PIL import Image
 
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD, normalise
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import normal
 from hrvlm_jax.core.module import Module, Param, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.packing import Entry, Packing

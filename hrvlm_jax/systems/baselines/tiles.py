@@ -14,7 +14,8 @@ import math
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.systems.pictures import Pair, check_size, squash
+from hrvlm_jax.core.images import check_size
+from hrvlm_jax.systems.pictures import Pair, squash
 
 
 def choose_resolution(width: int, height: int, candidates: Sequence[Pair]) -> Pair:

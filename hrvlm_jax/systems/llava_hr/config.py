@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision.convnext import CONVNEXT_L, CONVNEXT_XXL, ConvNeXtConfig

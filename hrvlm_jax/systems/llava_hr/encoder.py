@@ -18,7 +18,7 @@ from hrvlm_jax.core.conv import average_pool
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Mlp, normal
 from hrvlm_jax.core.module import List, Module, Param, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.llava_hr.adapter import AlignModule, MRAdapter, align
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hrvlm_jax.core.images import resize_part, to_rgb
-from hrvlm_jax.core.pixels import CLIP_MEAN
+from hrvlm_jax.core.images import check_size, resize_part, to_rgb
+from hrvlm_jax.core.resample import CLIP_MEAN
 from hrvlm_jax.parallel.rules import DEPTHWISE, WHOLE_VECTORS, Rule
 from hrvlm_jax.systems.contract import Count
 from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, check_size, on_square
+from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, on_square
 
 
 def square_geometry(width: int, height: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:

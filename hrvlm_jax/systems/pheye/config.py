@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from hrvlm_jax.core.layers import LoRA
-from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig

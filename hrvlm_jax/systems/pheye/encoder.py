@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Embedding, LayerNorm
 from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.pheye.config import PheyeConfig
 from hrvlm_jax.vision.vit import ViT

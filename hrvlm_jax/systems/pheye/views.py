@@ -12,12 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.core.images import check_size, resize_exact, to_rgb
 from hrvlm_jax.systems.contract import Count
 from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views
 from hrvlm_jax.systems.pheye.config import PheyeConfig
-from hrvlm_jax.systems.pictures import check_size
 
 Box = tuple[int, int, int, int]
 

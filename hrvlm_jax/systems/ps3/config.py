@@ -10,7 +10,7 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.layers import activation
-from hrvlm_jax.core.pixels import CLIP_MEAN, CLIP_STD
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import ViTConfig
 

@@ -22,7 +22,7 @@ from hrvlm_jax.core import resample
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, torch_uniform
 from hrvlm_jax.core.module import List, Module, Param, Rngs, scan_layers, stacked
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.ps3 import selection
 from hrvlm_jax.systems.ps3.config import AdapterConfig, PS3Config

@@ -18,7 +18,7 @@ from hrvlm_jax.core import resample
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import unit, wide
 from hrvlm_jax.core.module import Functional, Module, Param, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.ps3 import selection
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.encoder import Encoder

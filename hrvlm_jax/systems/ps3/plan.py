@@ -12,7 +12,7 @@ import dataclasses
 from typing import Literal
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.systems.pictures import check_size
+from hrvlm_jax.core.images import check_size
 from hrvlm_jax.systems.ps3.config import PS3Config
 
 Size = tuple[int, int]  # (rows, columns): of pixels or of cells

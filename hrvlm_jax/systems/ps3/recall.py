@@ -23,7 +23,7 @@ import numpy as np
 
 from hrvlm_jax.core.layers import unit
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.model import covered, target_maps
 from hrvlm_jax.systems.ps3.plan import make_plan

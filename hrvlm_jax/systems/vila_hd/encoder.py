@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.core.pixels import normalise
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.ps3.encoder import Encoder as PS3, LowRes
 from hrvlm_jax.systems.vila_hd import format as form

@@ -13,12 +13,11 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.core.images import check_size, resize_exact, to_rgb
 from hrvlm_jax.parallel.rules import Rule
 from hrvlm_jax.systems.contract import Count
 from hrvlm_jax.systems.grid import Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import check_size
 from hrvlm_jax.systems.ps3 import views as ps3_views
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.data import box_range

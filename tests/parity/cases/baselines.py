@@ -12,7 +12,7 @@ import numpy as np
 from hrvlm_jax.checkpoint.rows import Row, Table, identity, import_tensors, prefixed
 from hrvlm_jax.core.layers import PatchEmbed, activation_name
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.language.prompt import expand, pad_batch
 from hrvlm_jax.systems.baselines import anyres, layout, scaling, tiles
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig

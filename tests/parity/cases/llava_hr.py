@@ -12,7 +12,7 @@ import numpy as np
 from hrvlm_jax.checkpoint.rows import Table, export_tensors, import_tensors
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.module import Functional, layer_at
-from hrvlm_jax.core.pixels import normalise, normalise_host
+from hrvlm_jax.core.resample import normalise, normalise_host
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.chat import encode_prompt, get_template, question
 from hrvlm_jax.language.conversation import SENTINEL, encode_llava, messages_from_llava, prepare

@@ -10,12 +10,12 @@ import numpy as np
 
 from hrvlm_jax.checkpoint.rows import Table, export_tensors, import_tensors
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.core.pixels import normalise, normalise_host
+from hrvlm_jax.core.resample import normalise, normalise_host
 from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava import SYSTEM, views as host
+from hrvlm_jax.systems.mc_llava import SYSTEM, encoder as host
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.systems.mc_llava.weights import table, vision_from_hf
 from hrvlm_jax.vision.vit import ViTConfig

@@ -14,7 +14,7 @@ from hrvlm_jax.checkpoint.rows import entries, export_tensors, import_tensors
 from hrvlm_jax.core import lora, paths
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.core.module import Functional, depth_of
-from hrvlm_jax.core.pixels import normalise, normalise_host
+from hrvlm_jax.core.resample import normalise, normalise_host
 from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.generate import Generator, Sampling

@@ -12,7 +12,7 @@ import numpy as np
 from hrvlm_jax.checkpoint.rows import import_tensors, prefixed
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.module import Functional, Module, Rngs
-from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.language.chat import (
   IMAGE,
   encode_prompt,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.core import resample
-from hrvlm_jax.core.pixels import normalise_host
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.systems.ps3 import data
 from hrvlm_jax.systems.ps3.views import squash
 from tests.parity.cases.runner import OPERATOR, Case, check
