@@ -16,7 +16,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.images import resize_part, to_rgb
+from hrvlm_jax.core.images import check_size, resize_part, to_rgb
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
 from hrvlm_jax.language import config as language
@@ -25,14 +25,7 @@ from hrvlm_jax.systems.baselines.scaling import multi_scale, squares_per_side
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens
 from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import (
-  background,
-  bytes_of,
-  check_elongation,
-  check_size,
-  on_square,
-  squash,
-)
+from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, on_square, squash
 from hrvlm_jax.vision.blocks import BlockProjector, block_side, is_projector
 from hrvlm_jax.vision.vit import CLIP_L_336, ViT, ViTConfig
 

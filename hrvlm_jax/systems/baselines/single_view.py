@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from PIL import Image
 
 from hrvlm_jax.core.execution import HERE, Execution
+from hrvlm_jax.core.images import check_size
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
 from hrvlm_jax.language import config as language
@@ -21,14 +22,7 @@ from hrvlm_jax.systems.baselines import layout
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens
 from hrvlm_jax.systems.grid import Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import (
-  background,
-  bytes_of,
-  check_elongation,
-  check_size,
-  on_square,
-  squash,
-)
+from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, on_square, squash
 from hrvlm_jax.vision.vit import CLIP_L_336, ViT, ViTConfig
 
 
