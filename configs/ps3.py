@@ -9,8 +9,8 @@ first of each where it is left out.
 Command:  hrvlm convert --config configs/ps3.py:4k --part vision/tower=SIGLIP --part text=SIGLIP
             --to weights/ps3_4k_start
           hrvlm train --config configs/ps3.py:4k --workdir runs/ps3_4k_pretrain
-            --config.data.train=IMAGES --config.data.annotations=ANNOTATIONS
-            --config.data.tokenizer=SIGLIP
+            --config.data.train=IMAGES --config.data.tokenizer=SIGLIP
+            --config.training.objective.annotations=ANNOTATIONS
           (SIGLIP: google/siglip-so400m-patch14-384; IMAGES, ANNOTATIONS: tar shards of the
           original, or without annotations the records of `hrvlm curate`)
 Hardware: 128 x A100 80 GB (16 nodes), batch 4096; the script 8 GPUs, batch 256.
@@ -84,16 +84,16 @@ def get_config(argument=''):
                 norm_eps=1e-6, **text),
       **trunk))
 
-  config.data = dict(
-    train='ps3_images', annotations='ps3_annotations', tokenizer='siglip_tokenizer',
-    regions=dict(global_share=0.25, boxes_per_sample=1, rows_per_image=1, crop_area=(0.9, 1.0),
-                 crop_ratio=(3 / 4, 4 / 3), clean=True))
+  config.data = dict(train='ps3_images', tokenizer='siglip_tokenizer')
 
   config.training = dict(
     steps=numbers['steps'], batch_size=numbers['batch_size'], accumulate=1,
-    objective='ps3_pretrain',
-    contrast=dict(prior_weight=1.0, posterior_weight=1.0, select_target=True, pool_target=True,
-                  intra_image=False, chunk=1024),
+    objective=dict(
+      name='ps3_pretrain', annotations='ps3_annotations',
+      regions=dict(global_share=0.25, boxes_per_sample=1, rows_per_image=1, crop_area=(0.9, 1.0),
+                   crop_ratio=(3 / 4, 4 / 3), clean=True),
+      contrast=dict(prior_weight=1.0, posterior_weight=1.0, select_target=True, pool_target=True,
+                    intra_image=False, chunk=1024)),
     dtype='bfloat16', remat='layers', attention='auto',
     groups=(dict(pattern=NOT_DECAYED, decay=False), dict(pattern='.*')),
     optimizer=dict(

@@ -136,3 +136,19 @@ def _local_connect(self, address):
 def no_network(monkeypatch):
   """A test that reaches for the network fails at once, and says for which host."""
   monkeypatch.setattr(socket.socket, 'connect', _local_connect)
+
+
+@pytest.fixture
+def port():
+  """A free port whose successor is free, too."""
+  for _ in range(100):
+    with socket.socket() as first:
+      first.bind(('localhost', 0))
+      number = first.getsockname()[1]
+      with socket.socket() as second:
+        try:
+          second.bind(('localhost', number + 1))
+        except OSError:
+          continue
+        return number
+  raise AssertionError('no two free ports in a row')

@@ -26,8 +26,8 @@ from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems import registry
+from hrvlm_jax.training.batches import batch_shapes
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import execution_of, init_state, make_train_step
@@ -83,7 +83,7 @@ def parameter(system: str) -> list[str]:
   run = from_dict(RunConfig, {
     'model': to_dict(model), 'data': {'train': 'none', 'lengths': (320,)},
     'training': {'steps': 1, 'batch_size': 2, 'optimizer': {'learning_rate': 1e-3}}})
-  batch = batch_shapes(run, 2, length=320, image=(90, 60))
+  batch = batch_shapes(run, 2, length=320, image=(90, 60)).arrays
   files: dict[str, None] = {}
   with tempfile.TemporaryDirectory() as folder:
     tokens = pathlib.Path(folder, 'saved/tokenizer')

@@ -37,11 +37,11 @@ def get_config():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = to_dict(ModelConfig(system='ps3', encoder=ENCODER, text=None, image_token=None))
-  config.data = dict(train=f'{FOLDER}/regions/train', tokenizer=f'{FOLDER}/regions/tokenizer',
-                     regions=dict(clean=False, global_share=0.15))
+  config.data = dict(train=f'{FOLDER}/regions/train', tokenizer=f'{FOLDER}/regions/tokenizer')
   config.training = dict(
     steps=1200, batch_size=48, log_every=20, checkpoint_every=1000, keep=1, eval_every=0, mfu=False,
-    objective='ps3_pretrain', groups=GROUPS, init_from=f'{FOLDER}/encoders/ps3', init_allow=NEW,
+    objective=dict(name='ps3_pretrain', regions=dict(clean=False, global_share=0.15)),
+    groups=GROUPS, init_from=f'{FOLDER}/encoders/ps3', init_allow=NEW,
     optimizer=dict(name='muon', learning_rate=2e-3, warmup=0.05, weight_decay=0.01, b2=0.98))
   return config
 

@@ -3,7 +3,7 @@
 import os
 
 from hrvlm_jax.cli.arguments import Parser
-from hrvlm_jax.core.errors import UserError, few
+from hrvlm_jax.core.errors import UserError, shortened
 
 
 def main(argv: list[str]) -> int:
@@ -63,7 +63,7 @@ def _parts(arguments, dtype) -> int:
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   fresh = assemble(config.model, arguments.part, arguments.to, dtype=dtype, say=print)
   if fresh:
-    print(f'{len(fresh)} parameters are in no part and start fresh: {few(fresh)}')
+    print(f'{len(fresh)} parameters are in no part and start fresh: {shortened(fresh)}')
   print(f'wrote {arguments.to}; train with --config.training.init_from={arguments.to} and name '
         'what starts fresh in training.init_allow')
   return 0

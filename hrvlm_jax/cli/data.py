@@ -45,11 +45,11 @@ def _show(argv: list[str]) -> int:
   from hrvlm_jax.data import show
   from hrvlm_jax.training import run_config
   from hrvlm_jax.training.config import RunConfig
-  from hrvlm_jax.training.look import look
+  from hrvlm_jax.training.inspection import inspect_batch
 
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   colour = arguments.colour == 'always' or (arguments.colour == 'auto' and sys.stdout.isatty())
-  found = look(config, arguments.step, rows=arguments.rows, draw=arguments.out is not None)
+  found = inspect_batch(config, arguments.step, rows=arguments.rows, draw=arguments.out is not None)
   print(f'batch {arguments.step} of {config.model.system}')
   print('\n'.join(show.shapes(found.batch)))
   for name, share in found.shares.items():

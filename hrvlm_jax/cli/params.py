@@ -57,7 +57,7 @@ def of_config(config: RunConfig, *, devices: int | None = None) -> tuple[
   from hrvlm_jax.parallel import mesh, rules
   from hrvlm_jax.systems.contract import sharding_rules
   from hrvlm_jax.training import optimizer
-  from hrvlm_jax.training.start import run_dtypes
+  from hrvlm_jax.training.program import run_dtypes
   from hrvlm_jax.vlm import model
 
   abstract = model.build(config.model).abstract

@@ -55,6 +55,6 @@ def unknown(name: str, known: Iterable[str], *, what: str = 'key') -> str:
   return f'unknown {what} {name} (nearest known: {hint})'
 
 
-def few(names: Sequence[str]) -> str:
+def shortened(names: Sequence[str]) -> str:
   """The first names of a list, and how many more there are."""
   return ', '.join(names[:6]) + (f' and {len(names) - 6} more' if len(names) > 6 else '')

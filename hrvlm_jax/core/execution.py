@@ -72,7 +72,7 @@ class Execution:
     """The platform: 'cpu', 'gpu' or 'tpu'."""
     if self.platform is not None:
       return self.platform
-    if self.mesh is not None:
+    if isinstance(self.mesh, Mesh):  # an abstract one has no devices
       return self.mesh.devices.flat[0].platform
     return jax.default_backend()
 

@@ -6,7 +6,8 @@
     HRVLM_OBJECTIVES=mine=my_module:Mine         # or for every command, without a line of code
 
 A name stands for `module:attribute`, so that a list of names costs no import and a lower room can
-name what a higher one holds.
+name what a higher one holds. Things with options in a config have them as a dataclass `Options`
+with the field `name`.
 """
 
 from __future__ import annotations
@@ -56,6 +57,33 @@ class Registry:
                       f'yours: {self.variable}={name}=module:attribute')
     where = known[name]
     return load_object(where, f'{self.what} {name}') if isinstance(where, str) else where
+
+  def options(self, value: Any) -> type:
+    """The class `Options` of the thing that a config names.
+
+    Args:
+      value: a name, a mapping with `name`, or such options.
+
+    Raises:
+      UserError: no name, an unknown one, or it cannot be imported.
+    """
+    name = value if isinstance(value, str) else (
+      value.get('name') if hasattr(value, 'get') else getattr(value, 'name', None))
+    if not isinstance(name, str):
+      raise UserError(f'{self.what} {value!r:.60}: expected its name, or a mapping with its name')
+    return self.get(name).Options
+
+  def default(self, name: str) -> Any:
+    """The options of a thing where nothing but its name is said.
+
+    Raises:
+      UserError: as `get`; or some of them have no default.
+    """
+    try:
+      return self.options(name)(name=name)
+    except TypeError as error:
+      raise UserError(f'{self.what} {name}: {error}; give a mapping with its name and these') from (
+        error)
 
   def _all(self) -> dict[str, Any]:
     found = dict(self._known)

@@ -18,7 +18,7 @@ from hrvlm_jax.checkpoint.rows import entries, find_problems, import_tensors, jo
 from hrvlm_jax.checkpoint.safetensors import dtype_name
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError, few
+from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.interop import adapters, hub
 from hrvlm_jax.interop.export import TEXT_FOLDER
@@ -117,7 +117,7 @@ def convert(
       allocate=allocate, finite=True))
     fresh = [path for path in paths.flatten(fn.abstract) if path not in flat]
     if fresh:
-      say(f'{len(fresh)} parameters are in no file and start fresh: {few(fresh)}')
+      say(f'{len(fresh)} parameters are in no file and start fresh: {shortened(fresh)}')
       flat |= fresh_leaves(fn, fresh, dtype=dtype)
     facts = {'origin': origin} | source_facts(release, fn.abstract, fresh)
     extra: dict[str, str | bytes] = {

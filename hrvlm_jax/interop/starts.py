@@ -23,7 +23,7 @@ from hrvlm_jax.checkpoint import files as store_files, hf, store
 from hrvlm_jax.checkpoint.rows import Op, Row, Table, import_tensors, linear, norm, prefixed
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError, few, raise_all, unknown
+from hrvlm_jax.core.errors import UserError, raise_all, shortened, unknown
 from hrvlm_jax.interop import adapters, hub
 from hrvlm_jax.language import weights as language_weights
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
@@ -169,7 +169,8 @@ def open_part(config: ModelConfig, flat: Mapping[str, Any], text: str, *,
   tensors = _unwrapped(tensors, table)
   other = Table((), {p: why for p, why in table.ignored.items() if why == OTHER})
   if unused := [name for name in tensors.shapes if other.is_ignored(name)]:
-    say(f'{len(unused)} tensors of {source} belong to other parts and are not used: {few(unused)}')
+    say(f'{len(unused)} tensors of {source} belong to other parts and are not used: '
+        f'{shortened(unused)}')
   if names == ('language',):
     tensors = _grown(tensors, table, flat, say)
   return Part(names, source, origin, tensors, table)

@@ -24,6 +24,7 @@ from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, unstack
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Decoder
+from hrvlm_jax.parallel.distributed import to_host
 
 # Steps of a third to a half: prompts above 64 are padded to at most 1.5 times their length, and a
 # run meets few lengths, each compiled once.
@@ -150,7 +151,7 @@ class Generator:
 
   def info(self, batch):
     """What the model says about a batch's views, for overlays."""
-    return jax.device_get(self._apply(self.params, batch, method='info', ex=self.ex))
+    return to_host(self._apply(self.params, batch, method='info', ex=self.ex))
 
   def compilations(self) -> int:
     """How many programs were compiled so far: it must not grow inside a bucket."""
@@ -218,14 +219,14 @@ class Generator:
         cross-attention, for example).
     """
     extras = extras or {}
-    valid = np.asarray(valid, bool)
+    valid = np.asarray(to_host(valid), bool)
     if not valid.any(axis=1).all():
       raise ValueError('generate: every row needs at least one real token')
     length = valid.shape[1]
     budget = -(-sampling.max_new_tokens // _BUDGET_STEP) * _BUDGET_STEP
     logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget,
                                   ex=self.ex)
-    valid = jnp.pad(valid, ((0, 0), (0, budget)))
+    valid = np.pad(valid, ((0, 0), (0, budget)))
     if sampling.beams > 1:
       step = functools.partial(self._step, self.params, ex=self.ex)
       tokens, lengths, scores = beam_search(step, logits, valid, cache, length, sampling, extras)
@@ -234,7 +235,7 @@ class Generator:
     state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
                        extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),
                        keep_logits=keep_logits, ex=self.ex)
-    state = jax.device_get(state)
+    state = to_host(state)
     n = sampling.max_new_tokens
     kept = state['logits'][:, :n] if keep_logits else None
     return Generated(state['tokens'][:, :n], state['lengths'], kept)

@@ -297,7 +297,10 @@ def replicate(value: Any, mesh: Mesh) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-  """Global arrays -> NumPy arrays, whole on every process (small values only)."""
-  if jax.process_count() == 1:
-    return jax.tree.map(np.asarray, tree)
-  return multihost_utils.process_allgather(tree, tiled=True)
+  """Arrays -> NumPy arrays, whole on every process (small values only).
+
+  Of arrays that lie on several processes every process gets all; to be called on all of them.
+  """
+  far = lambda x: isinstance(x, jax.Array) and not x.is_fully_addressable
+  return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if far(x)
+                      else np.asarray(x), tree)

@@ -1,21 +1,17 @@
 """The real steps as `parallel.plan` compiles them: training, prefill, decoding; shapes only.
 
-Nothing is computed and no weight is made. The shapes of a batch come from the system's own `views`
-and `batch` functions, run on two and on four blank images and continued to any number of rows.
+Nothing is computed and no weight is made. The shapes of a batch come from the objective.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-import numpy as np
-from PIL import Image
 
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
@@ -24,56 +20,11 @@ from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
 from hrvlm_jax.planning.plan import Program
-from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, sharding_rules
+from hrvlm_jax.systems.contract import sharding_rules
+from hrvlm_jax.training.batches import batch_shapes
 from hrvlm_jax.training.config import RunConfig
-from hrvlm_jax.training.optimizer import frozen_summary, groups_of
-from hrvlm_jax.training.start import run_dtypes
-from hrvlm_jax.training.step import execution_of, init_state, make_train_step
+from hrvlm_jax.training.program import assemble, placed
 from hrvlm_jax.vlm import model as vlm
-
-ROW_KEYS = {'tokens': np.int32, 'visual_index': np.int32, 'valid': np.bool_, 'labels': np.int32}
-
-
-def batch_shapes(config: RunConfig, rows: int, *, length: int, image: tuple[int, int],
-                 images: int = 1) -> dict[str, Any]:
-  """ShapeDtypeStructs of one batch of `rows` examples with `images` images of that size each.
-
-  Args:
-    length: bucket length of a row (text and visual places).
-
-  Raises:
-    UserError: the visual tokens alone do not fit into the bucket.
-  """
-  system, encoder = registry.get(config.model.system), config.model.encoder
-  if config.training.objective == 'ps3_pretrain':
-    return _pairs(encoder, rows)
-  blank = [Image.new('RGB', image)] * images
-  example = system.views(blank, encoder)
-  count = system.count(*image, encoder)
-  if not isinstance(config.model.fusion, CrossAttentionFusion) and count.tokens * images > length:
-    raise UserError(f'bucket of {length} places: {images} image(s) of {image[0]} x {image[1]} '
-                    f'alone take {count.tokens * images} tokens')
-  few, more = (system.batch([example] * n, encoder, slots=n * images * max(count.slots, 1))
-               for n in (2, 4))
-
-  def shape(a, b):
-    a, b = np.asarray(a), np.asarray(b)
-    sizes = tuple(x + (y - x) // 2 * (rows - 2) for x, y in zip(a.shape, b.shape))
-    return jax.ShapeDtypeStruct(sizes, a.dtype)
-
-  text = {key: jax.ShapeDtypeStruct((rows, length), dtype) for key, dtype in ROW_KEYS.items()}
-  return text | {'views': jax.tree.map(shape, few, more)}
-
-
-def _pairs(encoder: Any, rows: int) -> dict[str, Any]:
-  """The batch of PS3's pre-training: images of the largest scale, captions, maps of the boxes."""
-  side = encoder.scales[-1]
-  shapes = {'pixels': ((side, side, 3), np.uint8), 'tokens': ((encoder.text.context,), np.int32),
-            'target': ((side, side), np.uint8), 'is_global': ((1,), np.bool_),
-            'counted': ((1,), np.bool_)}
-  return {key: jax.ShapeDtypeStruct((rows, *shape), dtype)
-          for key, (shape, dtype) in shapes.items()}
 
 
 def resolve(config: Mapping[str, Any] | RunConfig) -> RunConfig:
@@ -96,36 +47,18 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
   """
   config = resolve(config)
   t = config.training
-  pretrains = t.objective == 'ps3_pretrain'
-  length = config.model.encoder.text.context if pretrains else length or max(config.data.lengths)
-  fn = vlm.build(config.model)
-  groups = groups_of(t, fn.abstract)
-  state = jax.eval_shape(
-    lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract))
-  shardings = rules.state_shardings(state, mesh, rules=sharding_rules(config.model))
-  rows = t.batch_size // t.accumulate
-  batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
-  check_batch(batch, mesh)
-  leading = int(t.accumulate > 1)
-  if leading:
-    batch = jax.tree.map(lambda s: jax.ShapeDtypeStruct((t.accumulate, *s.shape), s.dtype), batch)
-  # Chunks of the loss are counted on one device; the step sees the whole batch.
-  wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * batch_shards(mesh))
-  ex = planned(execution_of(t, mesh, platform=platform))
-  counted = make_train_step(fn, wide, groups, config.seed, ex=ex.plain)
-  model_flops = count_flops(counted, state, batch)
-  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
-  side = config.model.encoder.scales[-1] if pretrains else 0
-  seen = f'images of {side} x {side}' if pretrains else (
-    f'{images} image(s) of {image[0]} x {image[1]}')
+  program = assemble(config, mesh, platform=platform, adapt=planned)
+  batch = program.batch(length=length, image=tuple(image), images=images)
+  size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.fn.abstract))
   return Program(
-    fn=make_train_step(fn, wide, groups, config.seed, ex=ex),
-    args=(_placed(state, shardings), _placed(batch, batch_sharding(mesh, leading=leading))),
-    donate=(0,), out_shardings=(shardings, NamedSharding(mesh, P())),
-    model_flops=model_flops, examples=t.batch_size, tokens=t.batch_size * length,
+    fn=program.step, args=(program.placed_state, batch.arrays), donate=(0,),
+    out_shardings=(program.shardings, NamedSharding(mesh, P())),
+    model_flops=count_flops(program.plain, program.state, batch.arrays), examples=t.batch_size,
+    tokens=t.batch_size * batch.length,
     notes=(f'train step of {config.model.system}, {size / 1e9:.2f} billion parameters, '
-           f'{frozen_summary(groups, fn.abstract)}',
-           f'batch {t.batch_size} in {t.accumulate} part(s), bucket {length}, {seen}, {t.dtype}, '
+           f'{program.summary}',
+           f'batch {t.batch_size} in {t.accumulate} part(s), bucket {batch.length}, '
+           f'{batch.seen}, {t.dtype}, '
            f'remat {t.remat}, attention {t.attention}'))
 
 
@@ -136,14 +69,6 @@ def planned(ex: Execution) -> Execution:
   on one TPU core cannot be partitioned.
   """
   return ex.replace(attention='xla') if ex.attention == 'auto' or ex.on == 'gpu' else ex
-
-
-def _placed(tree: Any, shardings: Any) -> Any:
-  """Shapes with their shardings; one sharding may serve a whole tree."""
-  if isinstance(shardings, NamedSharding):
-    shardings = jax.tree.map(lambda _: shardings, tree)
-  return jax.tree.map(
-    lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), tree, shardings)
 
 
 def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: str,
@@ -173,11 +98,11 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   fn = vlm.build(config.model, hold_apart=True)
   cast = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
   table = sharding_rules(config.model)
-  params = _placed(cast, rules.param_shardings(fn.abstract, mesh, rules=table))
-  batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images)
+  params = placed(cast, rules.param_shardings(fn.abstract, mesh, rules=table))
+  batch = batch_shapes(config, rows, length=length, image=tuple(image), images=images).arrays
   del batch['labels']
   check_batch(batch, mesh)
-  batch = _placed(batch, batch_sharding(mesh))
+  batch = placed(batch, batch_sharding(mesh))
 
   def prefill(params, batch):
     embeds, valid, extras = fn.apply(params, batch, method='prompt', ex=ex)

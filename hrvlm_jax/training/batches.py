@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import math
 
+import jax
+import numpy as np
+from PIL import Image
+
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.packed import RowMaker
@@ -15,28 +19,44 @@ from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion
-from hrvlm_jax.systems.ps3 import pretrain as regions
+from hrvlm_jax.systems.objective import BatchShapes
 from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.training.objectives import objective_of
 from hrvlm_jax.vlm.answer import text_of
+
+ROW_KEYS = {'tokens': np.int32, 'visual_index': np.int32, 'valid': np.bool_, 'labels': np.int32}
 
 
 def make_batches(config: RunConfig, layout: Layout | None = None, *,
                  own: Callable[[int], Sequence[int]] | None = None) -> pipeline.Batches:
-  """The checkpointable iterator over training batches of a config.
-
-  With `data.packing`, where all hosts find the same shapes, and in pre-training, where they are
-  fixed, a host makes only its shards of a batch (`Batches.own`); otherwise the whole.
+  """The checkpointable iterator over training batches of a config, those of its objective.
 
   Args:
-    layout: of a run; the shards are those that the devices of this process need.
+    layout: of a run; the shards that are made are those that the devices of this process need.
     own: without a layout, the shards to make (see `pipeline.Options`); default: all.
 
   Raises:
     UserError: data that cannot be opened, or settings the system cannot follow.
   """
   own = own if layout is None else layout.parts
-  if config.training.objective == 'ps3_pretrain':
-    return regions.make_batches(config, own=own)
+  return objective_of(config.training).batches(config, layout=layout, own=own)
+
+
+def batch_shapes(config: RunConfig, rows: int, **options) -> BatchShapes:
+  """The shapes of the batches of a config's objective, see `Objective.batch_shapes`."""
+  return objective_of(config.training).batch_shapes(config, rows, **options)
+
+
+def conversations(config: RunConfig, *, layout: Layout | None = None,
+                  own: Callable[[int], Sequence[int]] | None = None) -> pipeline.Batches:
+  """Batches of conversations about images, see `Objective.batches`.
+
+  With `data.packing`, where all hosts find the same shapes, a host makes only its shards of a batch
+  (`Batches.own`); otherwise the whole.
+
+  Raises:
+    UserError: data that cannot be opened, or settings the system cannot follow.
+  """
   system, data, training = registry.get(config.model.system), config.data, config.training
   if data.boxes and not system.boxes:
     raise UserError(f'data.boxes: system {config.model.system!r} does not learn where to look; '
@@ -65,6 +85,36 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *,
                      order=data.order, group=data.group, shards=data.shards, own=own,
                      workers=data.workers, bad_rows=data.bad_rows),
     collate=batch, packed=packed)
+
+
+def conversation_shapes(config: RunConfig, rows: int, *, length: int | None = None,
+                        image: tuple[int, int] = (1024, 768), images: int = 1) -> BatchShapes:
+  """The shapes of a batch of conversations, see `Objective.batch_shapes`.
+
+  They come from the system's own `views` and `batch` functions, run on two and on four blank images
+  and continued to any number of rows.
+
+  Raises:
+    UserError: the visual tokens alone do not fit into the bucket.
+  """
+  system, encoder = registry.get(config.model.system), config.model.encoder
+  length = length or max(config.data.lengths)
+  example = system.views([Image.new('RGB', image)] * images, encoder)
+  count = system.count(*image, encoder)
+  if not isinstance(config.model.fusion, CrossAttentionFusion) and count.tokens * images > length:
+    raise UserError(f'bucket of {length} places: {images} image(s) of {image[0]} x {image[1]} '
+                    f'alone take {count.tokens * images} tokens')
+  two, four = (system.batch([example] * n, encoder, slots=n * images * max(count.slots, 1))
+               for n in (2, 4))
+
+  def shape(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    sizes = tuple(x + (y - x) // 2 * (rows - 2) for x, y in zip(a.shape, b.shape))
+    return jax.ShapeDtypeStruct(sizes, a.dtype)
+
+  text = {key: jax.ShapeDtypeStruct((rows, length), dtype) for key, dtype in ROW_KEYS.items()}
+  return BatchShapes(text | {'views': jax.tree.map(shape, two, four)}, length,
+                     f'{images} image(s) of {image[0]} x {image[1]}')
 
 
 def _packed(config: RunConfig, system: System, example: ToExample, devices: int

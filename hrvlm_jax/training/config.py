@@ -6,6 +6,7 @@ missing or mistyped key is one error with its path.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from hrvlm_jax.data.packing import Packing
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.parallel.mesh import MeshConfig
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.ps3.data import SampleConfig
-from hrvlm_jax.systems.ps3.losses import ContrastiveConfig
+from hrvlm_jax.systems.objective import ObjectiveOptions
+from hrvlm_jax.training.evaluators import EVALUATORS, EvaluatorOptions
+from hrvlm_jax.training.objectives import OBJECTIVES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,10 +89,9 @@ class TrainingConfig:
       on a CPU; benchmarks/findings.md has both measured).
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
-      'micro_batch' averages the means of micro-batches (the LLaVA trainer), and the contrast of
-      ps3_pretrain stays within them.
-    contrast: objective ps3_pretrain: weights and switches of its losses; `loss_chunk` replaces its
-      `chunk`.
+      'micro_batch' averages the means of micro-batches (the LLaVA trainer), and a contrast stays
+      within them.
+    objective: what is learned: its name, or a mapping of name and options (`training.objectives`).
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
       `training.determinism` for what that is and costs.
     keep_heap: memory that a step frees stays with the process (`core.cpu`; a CPU step is then
@@ -99,10 +100,11 @@ class TrainingConfig:
     profile: first and last step of a window that is traced into `<workdir>/profile`.
     mfu: count the operations of a step (its tracing costs seconds at the first log of a shape).
     wandb: project of Weights & Biases; None: not used.
-    eval_every: steps between evaluations on `data.eval` (see `training.evaluation`), which also
-      follow the last step; 0: none.
-    eval_images: rows of `data.eval` that are used; None: all.
-    eval_overlays: pictures kept per evaluation of where the model looked.
+    evaluators: what is measured inside the run, each with its own options
+      (`training.evaluators`).
+    eval_every: one more evaluator, the objective's own, on `data.eval`: steps between evaluations,
+      which also follow the last step; 0: none.
+    eval_images: its `rows`; None: all. eval_overlays: its `overlays`.
     init_from: checkpoint whose parameters the run starts from.
     init_allow: patterns of parameters that may be missing there and start fresh.
   """
@@ -120,8 +122,7 @@ class TrainingConfig:
   attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
   loss_chunk: int = 512
-  objective: str = 'next_token'
-  contrast: ContrastiveConfig = ContrastiveConfig()
+  objective: ObjectiveOptions | str = 'next_token'
   deterministic: bool = False
   keep_heap: bool | None = None
   profile: tuple[int, int] | None = None
@@ -131,6 +132,7 @@ class TrainingConfig:
   checkpoint_every: int = 500
   keep: int = 2
   keep_every: int | None = None
+  evaluators: tuple[EvaluatorOptions, ...] = ()
   eval_every: int = 0
   eval_images: int | None = None
   eval_overlays: int = 2
@@ -138,6 +140,8 @@ class TrainingConfig:
   init_allow: tuple[str, ...] = ()
 
   def __post_init__(self):
+    if isinstance(self.objective, str):
+      object.__setattr__(self, 'objective', OBJECTIVES.default(self.objective))
     problems = []
     for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every'):
       if getattr(self, name) < 1:
@@ -149,6 +153,13 @@ class TrainingConfig:
                       f'{self.accumulate}')
     if problems:
       raise ValueError('TrainingConfig: ' + '; '.join(problems))
+
+  @classmethod
+  def field_types(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes of options follow from the names (see `core.config.from_dict`)."""
+    evaluators = tuple(map(EVALUATORS.options, values.get('evaluators', ())))
+    return {'objective': OBJECTIVES.options(values.get('objective', 'next_token')) | str,
+            'evaluators': tuple[evaluators]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,9 +192,6 @@ class DataConfig:
       the crops of a shard lie together.
     boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
       question looks; for systems that learn to look there (VILA-HD).
-    annotations: objective ps3_pretrain with tar shards: the shards that hold the JSON, where it is
-      not beside the images.
-    regions: objective ps3_pretrain: captions, crops and maps of the samples.
     background: paste every image on a large page first (high-resolution alignment data).
   """
 
@@ -206,8 +214,6 @@ class DataConfig:
   shards: int = 8
   boxes: bool = False
   background: PasteOnBackground | None = None
-  annotations: str | None = None
-  regions: SampleConfig = SampleConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,4 +225,3 @@ class RunConfig:
   training: TrainingConfig
   seed: int = 0
   mesh: MeshConfig = MeshConfig()
-  system_options: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -7,7 +7,7 @@ hands batches over, writes metrics one step late and saves checkpoints in the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 import dataclasses
 import json
 import os
@@ -27,19 +27,17 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.training import determinism
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
-from hrvlm_jax.training.evaluation import evaluated_params, evaluation_of
+from hrvlm_jax.training.evaluators import Evaluator, evaluators_of
 from hrvlm_jax.training.metrics import MetricsWriter
-from hrvlm_jax.training.optimizer import frozen_summary, groups_of
+from hrvlm_jax.training.program import TrainProgram, assemble
 from hrvlm_jax.training.saving import Saver
-from hrvlm_jax.training.start import check_same_model, initial_params, run_dtypes, stored_params
-from hrvlm_jax.training.step import State, execution_of, init_state, make_train_step
+from hrvlm_jax.training.start import check_same_model, initial_params, stored_params
+from hrvlm_jax.training.step import State
 from hrvlm_jax.training.usage import Meter
 from hrvlm_jax.training.workdir import Workdir
-from hrvlm_jax.vlm import model as vlm
 
 # Left in the work directory by a run that was told to end; scripts/worker_run.sh looks for it.
 PREEMPTED = 'PREEMPTED'
@@ -83,9 +81,47 @@ def train(
 
 
 def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_step) -> Result:
-  workdir = place.local
-  layout = Layout(config.mesh)
-  resolved = to_dict(config)
+  workdir, t, layout = place.local, config.training, Layout(config.mesh)
+  resolved = _claim(config, place)
+  if t.deterministic:
+    determinism.check(workdir, determinism.pin_threads(workdir))
+  evaluators = evaluators_of(config)
+  batches = make_batches(config, layout)
+  for evaluator in evaluators:
+    evaluator.prepare(config, layout=layout, workdir=workdir)
+  with store.TrainStore(
+      place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as checkpoints:
+    stored = _stored_before(config, checkpoints) if params is None else paths.flatten(params)
+    program = assemble(config, layout.mesh, stored=stored)
+    notes: list[str] = [program.summary]
+    if jax.process_count() > 1:
+      notes.append(_host_part(batches))
+    state, start = _start(program, layout, checkpoints, batches, params, notes.append)
+    writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress, wandb=t.wandb,
+                            config=resolved)
+              if distributed.is_main() else _Silent())
+    for note in notes:
+      writer.log(note)
+    run = _Run(program, layout, batches, Saver(checkpoints, writer.log), writer, evaluators,
+               workdir)
+    with _Signals() as signals:
+      try:
+        step, loss = run.steps(state, start, signals, on_step)
+      finally:
+        writer.close()
+    if signals.caught and distributed.is_main():
+      # Exit code 0 is not the whole story: whoever watches the run starts it again.
+      (workdir / PREEMPTED).touch()
+  return Result(step, loss, signals.caught, run.compilations, dict(batches.counts))
+
+
+def _claim(config: RunConfig, place: Workdir) -> dict[str, Any]:
+  """Writes what the run is made of into its work directory; returns the plain config.
+
+  Raises:
+    UserError: processes with other configs, a folder of another model, or one not shared.
+  """
+  workdir, resolved = place.local, to_dict(config)
   distributed.check_same(json.dumps(resolved), what='the config')
   check_same_model(workdir, resolved, checkpoints=place.address)
   if distributed.is_main():
@@ -97,58 +133,14 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
   if not place.shared and not (workdir / 'config.json').exists():
     raise UserError(f'{workdir}: process {jax.process_index()} does not see what process 0 wrote '
                     'there; several hosts need a work directory on storage that they share')
-
-  t = config.training
-  if t.deterministic:
-    determinism.check(workdir, determinism.pin_threads(workdir))
-  fn = vlm.build(config.model)
-  groups = groups_of(t, fn.abstract)
-  batches = make_batches(config, layout)
-  evaluate = evaluation_of(config, workdir)
-  with store.TrainStore(
-      place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as saver:
-    notes: list[str] = [frozen_summary(groups, fn.abstract)]
-    if params is None:
-      stored = _stored_before(config, saver)
-    else:
-      stored = paths.flatten(params)
-    wanted = run_dtypes(t, groups, fn.abstract, stored)
-    abstract = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
-    shardings = layout.state_shardings(abstract, sharding_rules(config.model))
-    if jax.process_count() > 1:
-      notes.append(_host_part(batches))
-    state, start = _start(config, fn, groups, saver, batches, params, layout,
-                          layout.abstract(abstract, shardings), notes.append)
-    writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress, wandb=t.wandb,
-                            config=resolved)
-              if distributed.is_main() else _Silent())
-    for note in notes:
-      writer.say(note)
-    # The chunk of the loss is meant per device; the step sees the batch of all.
-    wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * layout.shards)
-    ex = execution_of(t, layout.mesh)
-    step_fn = layout.compile(
-      make_train_step(fn, wide, groups, config.seed, ex=ex), shardings,
-      options=determinism.compiler_options() if t.deterministic else None)
-    counted = make_train_step(fn, wide, groups, config.seed, ex=ex.plain) if t.mfu else None
-    meter = Meter(counted, abstract, layout.mesh.size)
-    with _Signals() as signals:
-      try:
-        loss = _run(config, state, start, step_fn, batches, Saver(saver, writer.say), writer,
-                    signals, on_step, workdir, layout, evaluate, meter)
-      finally:
-        writer.close()
-    if signals.caught and distributed.is_main():
-      # Exit code 0 is not the whole story: whoever watches the run starts it again.
-      (workdir / PREEMPTED).touch()
-  return Result(loss[0], loss[1], signals.caught, step_fn._cache_size(), dict(batches.counts))
+  return resolved
 
 
-def _stored_before(config: RunConfig, saver: store.TrainStore) -> dict[str, Any] | None:
+def _stored_before(config: RunConfig, checkpoints: store.TrainStore) -> dict[str, Any] | None:
   """What the parameters are read from: the run's own checkpoint, else where it starts."""
-  latest = saver.latest()
+  latest = checkpoints.latest()
   if latest is not None:
-    return stored_params(saver.folder(latest))
+    return stored_params(checkpoints.folder(latest))
   return None if config.training.init_from is None else stored_params(config.training.init_from)
 
 
@@ -161,88 +153,128 @@ def _host_part(batches) -> str:
   return f'process 0 makes {len(own)} of the {shards} shards of every batch'
 
 
-def _start(config, fn, groups, saver, batches, params, layout, abstract, say):
+def _start(program: TrainProgram, layout: Layout, checkpoints: store.TrainStore, batches,
+           params: Any, log: Callable[[str], None]) -> tuple[State, int]:
   """(state, first step): restored into its places, or fresh."""
-  if saver.latest() is not None:
-    restored = saver.restore(abstract)
+  if checkpoints.latest() is not None:
+    restored = checkpoints.restore(program.placed_state)
     # A process that was not there when the checkpoint was saved goes on where the others do.
-    position = restored.data_state or next(iter(saver.data_states(restored.step)), None)
+    position = restored.data_state or next(iter(checkpoints.data_states(restored.step)), None)
     if position is not None:
       batches.set_state(position)
-    say(f'resuming from step {restored.step} of {saver.workdir}')
+    log(f'resuming from step {restored.step} of {checkpoints.workdir}')
     return restored.state, restored.step
-  places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  wanted = abstract['params']
   if params is None:
-    params = initial_params(config, fn, groups, wanted, layout, places['params'], say)
+    params = initial_params(program, layout, log)
   else:
-    cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), jax.device_get(params), wanted)
-    params = layout.put(cast, places['params'])
-  return layout.make(lambda p: init_state(config.training, groups, p), places, params), 0
+    cast = jax.tree.map(lambda x, like: np.asarray(x, like.dtype), jax.device_get(params),
+                        program.state['params'])
+    params = layout.put(cast, program.shardings['params'])
+  return layout.make(program.init, program.shardings, params), 0
 
 
-def _run(config, state, start, step_fn, batches, saver, writer, signals, on_step, workdir, layout,
-         evaluate, meter):
-  t = config.training
-  iterator: Iterator = iter(batches)
-  profile = _Profile(t.profile, workdir)
-  pending: tuple[int, dict, Any, Any] | None = None
-  last_logged, loss = start, None
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+  """A step that was begun: its metrics arrive later. `whole` are the shapes of all hosts' batch."""
 
-  def settle(pending):
-    """Reads the metrics of the previous step; stops the run on a non-finite loss."""
-    nonlocal last_logged
-    number, metrics, batch, whole = pending
-    value = float(metrics['loss'])
-    meter.count(batch, whole)
-    if not np.isfinite(value):
-      path = _save_batch(workdir, number, batch)
-      before = (f'steps {start + 1} to {number - 1} were finite' if number > start + 1
-                else 'it is the first step of this start')
-      raise UserError(
-        f'the loss is {value} at step {number} ({before}); its batch is saved as {path}; lower the '
-        'learning rate, look at the batch, or resume from the last checkpoint with another seed')
-    if number % t.log_every == 0 or number == t.steps:
-      values = jax.device_get(metrics) | meter.values(batch, step_fn._cache_size())
-      values |= {f'bad_rows/{kind}': count for kind, count in sorted(batches.counts.items())}
-      writer.write(number, values, advance=number - last_logged)
-      last_logged = number
-    return value
+  step: int
+  metrics: dict[str, jax.Array]
+  batch: Any
+  whole: Any
 
-  step = start
-  while step < t.steps and not signals.stop(step):
-    before = time.perf_counter()
-    batch = next(iterator)
-    meter.waited += time.perf_counter() - before
-    placed = layout.batch(batch, leading=int(t.accumulate > 1), own=batches.own,
-                          shards=batches.shards)
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
-    profile.before(step + 1)
-    # Nothing reaches or leaves the devices inside a step but what was put there.
-    with jax.transfer_guard('disallow'):
-      state, metrics = step_fn(state, placed)
-    step += 1
-    profile.after(step, metrics)
-    if pending is not None:
-      loss = settle(pending)
-    pending = (step, metrics, batch, whole)
-    if on_step is not None:
-      on_step(step, state)
-    if step % t.checkpoint_every == 0 and step < t.steps:
-      loss, pending = settle(pending), None
-      saver.save(step, state, batches.get_state())
-    if evaluate is not None and (step % t.eval_every == 0 or step == t.steps):
-      if pending is not None:
-        loss, pending = settle(pending), None
+
+class _Run:
+  """The steps of one start of a run."""
+
+  def __init__(self, program: TrainProgram, layout: Layout, batches, saver: Saver, writer,
+               evaluators: Sequence[Evaluator], workdir: pathlib.Path):
+    t = program.config.training
+    self.training, self.layout, self.batches, self.saver = t, layout, batches, saver
+    self.writer, self.evaluators, self.workdir = writer, evaluators, workdir
+    self._step = layout.compile(
+      program.step, program.shardings,
+      options=determinism.compiler_options() if t.deterministic else None)
+    self._meter = Meter(program.plain if t.mfu else None, program.state, layout.mesh.size)
+    self._pending: _Taken | None = None
+    self._loss: float | None = None
+    self._start = self._logged = 0
+
+  @property
+  def compilations(self) -> int:
+    """Programs of the step that were compiled so far."""
+    return self._step._cache_size()
+
+  def steps(self, state: State, start: int, signals: _Signals, on_step) -> tuple[int, float | None]:
+    """Steps to the end of the run, or to a signal; returns (step reached, its loss)."""
+    t, step, iterator = self.training, start, iter(self.batches)
+    self._start = self._logged = start
+    profile = _Profile(t.profile, self.workdir)
+    while step < t.steps and not signals.stop(step):
       before = time.perf_counter()
-      writer.write(step, evaluate(step, evaluated_params(state)))
-      meter.pause(time.perf_counter() - before)
-  profile.close()
-  if pending is not None:
-    loss = settle(pending)
-  if step > start:
-    saver.finish(step, state, batches.get_state())
-  return step, loss
+      batch = next(iterator)
+      self._meter.waited += time.perf_counter() - before
+      placed = self.layout.batch(batch, leading=int(t.accumulate > 1), own=self.batches.own,
+                                 shards=self.batches.shards)
+      whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
+      profile.before(step + 1)
+      # Nothing reaches or leaves the devices inside a step but what was put there.
+      with jax.transfer_guard('disallow'):
+        state, metrics = self._step(state, placed)
+      step += 1
+      profile.after(step, metrics)
+      self._settle()
+      self._pending = _Taken(step, metrics, batch, whole)
+      if on_step is not None:
+        on_step(step, state)
+      if step % t.checkpoint_every == 0 and step < t.steps:
+        self._settle()
+        self.saver.save(step, state, self.batches.get_state())
+      self._evaluate(step, state)
+    profile.close()
+    self._settle()
+    if step > start:
+      self.saver.finish(step, state, self.batches.get_state())
+    return step, self._loss
+
+  def _settle(self) -> None:
+    """Reads the metrics of the step before; stops the run on a non-finite loss."""
+    if self._pending is None:
+      return
+    taken, self._pending = self._pending, None
+    self._loss = float(taken.metrics['loss'])
+    self._meter.count(taken.batch, taken.whole)
+    if not np.isfinite(self._loss):
+      path = _save_batch(self.workdir, taken.step, taken.batch)
+      before = (f'steps {self._start + 1} to {taken.step - 1} were finite'
+                if taken.step > self._start + 1 else 'it is the first step of this start')
+      raise UserError(
+        f'the loss is {self._loss} at step {taken.step} ({before}); its batch is saved as {path}; '
+        'lower the learning rate, look at the batch, or resume from the last checkpoint with '
+        'another seed')
+    if taken.step % self.training.log_every == 0 or taken.step == self.training.steps:
+      values = jax.device_get(taken.metrics) | self._meter.values(taken.batch, self.compilations)
+      values |= {f'bad_rows/{kind}': count for kind, count in sorted(self.batches.counts.items())}
+      self.writer.write(taken.step, values, advance=taken.step - self._logged)
+      self._logged = taken.step
+
+  def _evaluate(self, step: int, state: State) -> None:
+    """Runs what is due at a step."""
+    due = [e for e in self.evaluators if step == self.training.steps
+           or e.options.every and step % e.options.every == 0]
+    if not due:
+      return
+    self._settle()
+    before = time.perf_counter()
+    for evaluator in due:
+      self.writer.write(step, evaluator.run(evaluated_params(state), step))
+    self._meter.pause(time.perf_counter() - before)
+
+
+def evaluated_params(state: State) -> Any:
+  """The parameters to be judged: with the moving average where one is kept."""
+  if 'ema' not in state:
+    return state['params']
+  return paths.unflatten({**paths.flatten(state['params']), **state['ema']})
 
 
 class _Profile:
@@ -277,7 +309,7 @@ def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:
 class _Silent:
   """Writes nothing: the metrics writer of all processes but the first."""
 
-  def say(self, text: str) -> None: ...
+  def log(self, text: str) -> None: ...
 
   def write(self, step: int, values: Any, *, advance: int = 0) -> None: ...
 

@@ -81,7 +81,7 @@ class MetricsWriter:
     if 'loss' in plain:
       self._bar.set_postfix_str(f'loss {plain["loss"]:.4f}')
 
-  def say(self, text: str) -> None:
+  def log(self, text: str) -> None:
     """A line above the progress bar."""
     self._bar.write(text)
 

@@ -151,8 +151,11 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     raise UserError(f'config.{key}: found {text!r}, expected {expected}')
 
   if isinstance(current, ml_collections.ConfigDict):
+    if str in typing.get_args(_hint(schema, template, key)):
+      return text  # its short form
     refuse(f'one of its keys to be set ({", ".join(f"{key}.{k}" for k in list(current)[:5])})')
-  if text.lower() in ('none', 'null') and (kind is not str or _optional(schema, template, key)):
+  if text.lower() in ('none', 'null') and (
+      kind is not str or type(None) in typing.get_args(_hint(schema, template, key))):
     return None  # where none is not allowed, the schema refuses it
   if kind is bool:
     if text.lower() not in ('true', 'false', '1', '0'):
@@ -183,16 +186,16 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
   return value
 
 
-def _optional(schema: type, config: ml_collections.ConfigDict, key: str) -> bool:
-  """Whether the schema lets this key be none; a text may be the word itself otherwise."""
+def _hint(schema: type, config: ml_collections.ConfigDict, key: str) -> Any:
+  """The type that the schema gives a key; None where that cannot be told."""
   *groups, name = key.split('.')
   for group in groups:
     hint = field_types(schema, config).get(group)
     classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
     if len(classes) != 1:
-      return False
+      return None
     schema, config = classes[0], config[group]
-  return type(None) in typing.get_args(field_types(schema, config).get(name))
+  return field_types(schema, config).get(name)
 
 
 def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:

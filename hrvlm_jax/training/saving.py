@@ -23,8 +23,8 @@ class Saver:
   several processes the first failure ends the run, as all must do the same.
   """
 
-  def __init__(self, saver: store.TrainStore, say: Callable[[str], None]):
-    self.store, self._say = saver, say
+  def __init__(self, checkpoints: store.TrainStore, log: Callable[[str], None]):
+    self.store, self._log = checkpoints, log
     self._failures, self._running = 0, False
 
   def save(self, step: int, state: Any, data_state: Any) -> None:
@@ -66,7 +66,7 @@ class Saver:
 
   def _failed(self, step: int, error: Exception) -> None:
     self._failures += 1
-    self._say(f'step {step}: a checkpoint could not be written ({error}); {self._last_good()}')
+    self._log(f'step {step}: a checkpoint could not be written ({error}); {self._last_good()}')
     if self._failures >= ATTEMPTS or jax.process_count() > 1:
       raise UserError(f'{self._failures} checkpoints in a row could not be written (the last: '
                       f'{error}); the run ends at step {step}, {self._last_good()}') from error

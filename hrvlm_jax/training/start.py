@@ -21,35 +21,12 @@ import numpy as np
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths, resample
 from hrvlm_jax.core.config import from_dict
-from hrvlm_jax.core.errors import UserError, few, raise_all
-from hrvlm_jax.core.module import Functional
+from hrvlm_jax.core.errors import UserError, raise_all, shortened
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.training.config import Group, RunConfig, TrainingConfig
+from hrvlm_jax.training.config import Group
+from hrvlm_jax.training.program import TrainProgram
 
-Say = Callable[[str], None]
-
-
-def run_dtypes(
-  config: TrainingConfig, groups: Mapping[str, Group], abstract: Any,
-  stored: Mapping[str, Any] | None = None,
-) -> Any:
-  """Shapes and dtypes of a run's parameters: float32 masters, frozen leaves as they are kept.
-
-  Args:
-    abstract: parameters as the model makes them.
-    stored: by path, what the file the run starts from holds; its dtype is kept for frozen leaves
-      unless `frozen_dtype` names another.
-  """
-  def shape(path, leaf):
-    dtype = leaf.dtype
-    if groups[path].frozen and jnp.issubdtype(dtype, jnp.floating):
-      if config.frozen_dtype is not None:
-        dtype = jnp.dtype(config.frozen_dtype)
-      elif stored is not None and path in stored:
-        dtype = stored[path].dtype
-    return jax.ShapeDtypeStruct(leaf.shape, dtype)
-
-  return paths.map_with_path(shape, abstract)
+Log = Callable[[str], None]
 
 
 def stored_params(source: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -58,27 +35,27 @@ def stored_params(source: Any) -> dict[str, jax.ShapeDtypeStruct]:
           if not path.startswith('state/')}
 
 
-def initial_params(config: RunConfig, fn: Functional, groups: Mapping[str, Group],
-                   wanted: Any, layout: Layout, places: Any, say: Say) -> Any:
+def initial_params(program: TrainProgram, layout: Layout, log: Log) -> Any:
   """Random parameters, or those of `training.init_from` with the differences said aloud.
 
-  Args:
-    wanted: shapes and dtypes (`run_dtypes`).
-    places: sharding of every parameter; nothing is ever whole on one device.
+  They are made in their places: nothing is ever whole on one device.
 
   Raises:
     UserError: parameters missing there that `init_allow` does not name, or of another shape.
   """
+  config, groups = program.config, program.groups
+  wanted, places = program.state['params'], program.shardings['params']
   cast = lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
-  init = lambda: layout.make(lambda key: cast(fn.init(key)), places, jax.random.key(config.seed))
+  init = lambda: layout.make(lambda key: cast(program.fn.init(key)), places,
+                             jax.random.key(config.seed))
   source = config.training.init_from
   if source is None:
     return init()
   stored, model = stored_params(source), paths.flatten(wanted)
   tables = resampled_tables(stored, model)
   fresh = _check(config, source, stored, model, tables)
-  _announce(source, stored, model, fresh, tables, say)
-  _announce_trained(source, groups, say)
+  _announce(source, stored, model, fresh, tables, log)
+  _announce_trained(source, groups, log)
   params, where = paths.flatten(init()), paths.flatten(places)
   for path, leaf in model.items():
     if path not in stored:
@@ -126,17 +103,17 @@ def _check(config, source, stored, model, tables) -> list[str]:
   return fresh
 
 
-def _announce(source, stored, model, fresh, tables, say: Say) -> None:
+def _announce(source, stored, model, fresh, tables, log: Log) -> None:
   if fresh:
-    say(f'{len(fresh)} parameters start fresh: {few(fresh)}')
+    log(f'{len(fresh)} parameters start fresh: {shortened(fresh)}')
   unused = sorted(p for p in stored if p not in model)
   if unused:
-    say(f'{len(unused)} parameters of {source} are not used: {few(unused)}')
+    log(f'{len(unused)} parameters of {source} are not used: {shortened(unused)}')
   for path, (before, now, _) in tables.items():
-    say(f'position table {path} is resampled from {before} x {before} to {now} x {now}')
+    log(f'position table {path} is resampled from {before} x {before} to {now} x {now}')
 
 
-def _announce_trained(source, groups: Mapping[str, Group], say: Say) -> None:
+def _announce_trained(source, groups: Mapping[str, Group], log: Log) -> None:
   """What the stage before kept frozen and this one trains, and the other way round."""
   before = store.load_config(source).get('training')
   if not isinstance(before, Mapping) or not before.get('groups'):
@@ -147,10 +124,11 @@ def _announce_trained(source, groups: Mapping[str, Group], say: Say) -> None:
   freed = sorted(p for p, g in groups.items() if frozen_before[p] and not g.frozen)
   stopped = sorted(p for p, g in groups.items() if g.frozen and not frozen_before[p])
   if freed:
-    say(f'{len(freed)} parameters that were frozen in {source} are trained now: {few(freed)}')
+    log(f'{len(freed)} parameters that were frozen in {source} are trained now: '
+        f'{shortened(freed)}')
   if stopped:
-    say(f'{len(stopped)} parameters that were trained in {source} are frozen now: {few(stopped)}')
-
+    log(f'{len(stopped)} parameters that were trained in {source} are frozen now: '
+        f'{shortened(stopped)}')
 
 
 def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,

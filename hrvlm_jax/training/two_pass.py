@@ -1,4 +1,4 @@
-"""The loss of two-pass models: next tokens, and where the question made the encoder look."""
+"""The objective of two-pass models: next tokens, and where the question made the encoder look."""
 
 from __future__ import annotations
 
@@ -11,27 +11,39 @@ import jax.numpy as jnp
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.training.losses import IGNORED, chunked_cross_entropy
+from hrvlm_jax.training.next_token import NextToken
 
 
-def two_pass_loss(
-  fn: Functional, params, batch: Mapping[str, Any], *, key=None, ex: Execution = HERE,
-  chunk: int = 1024,
-) -> tuple[jax.Array, jax.Array]:
-  """(text loss + weight * selection loss, times targets; number of targets).
+class TwoPass(NextToken):
+  """Text loss + weight * selection loss; the weight is `fusion.selection_weight`.
 
-  The weight is `fusion.selection_weight`. A batch without targets (grounding questions alone)
-  counts as one, its text loss being 0; a batch without boxes has no selection loss. Source:
-  `NVlabs/VILA: llava/model/language_model/llava_topdown_llama.py`.
+  Source: `NVlabs/VILA: llava/model/language_model/llava_topdown_llama.py`.
   """
-  module = fn.bind(params)
-  hidden, info = module.run(batch, key=key, ex=ex)
-  total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk, ex=ex)
-  count = jnp.maximum(count, 1)
-  weight = module.config.fusion.selection_weight
-  if weight and info['probs']:
-    loss, _ = module.vision.selection_loss(batch['views'], info)
-    total = total + weight * loss * count * batch.get('selection_share', 1.0)
-  return total, count
+
+  def loss(self, fn: Functional, params: Any, batch: Mapping[str, Any], *, key=None,
+           ex: Execution = HERE, chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
+    """(sum of the losses, number of targets).
+
+    A batch without targets (grounding questions alone) counts as one, its text loss being 0; a
+    batch without boxes has no selection loss.
+    """
+    module = fn.bind(params)
+    hidden, info = module.run(batch, key=key, ex=ex)
+    total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk,
+                                         ex=ex)
+    count = jnp.maximum(count, 1)
+    weight = module.config.fusion.selection_weight
+    if weight and info['probs']:
+      loss, _ = module.vision.selection_loss(batch['views'], info)
+      total = total + weight * loss * count * batch.get('selection_share', 1.0)
+    return total, count
+
+  def value_and_grad(self, fn, merge, trained, batch, key, *, parts=1, mean=False, **options):
+    """See `Objective.value_and_grad`."""
+    if parts > 1 and not mean:
+      batch = micro_batches(batch)
+    return super().value_and_grad(fn, merge, trained, batch, key, parts=parts, mean=mean,
+                                  **options)
 
 
 def micro_batches(batch: Mapping[str, Any]) -> dict[str, Any]:

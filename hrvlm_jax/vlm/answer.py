@@ -121,10 +121,19 @@ class Answerer:
 
     options: fields of `Sampling` (max_new_tokens, temperature, beams, ...).
     """
-    opened = [([self._open(image) for image in images], text) for images, text in items]
-    embeds, valid, extras = self.generator.prompt(self.batch(self.shown(opened)))
+    batch = self.batch(self.shown([self.opened(item) for item in items]))
+    return self.answers(batch, key=key, **options)
+
+  def answers(self, batch: dict[str, Any], *, key=None, **options) -> list[str]:
+    """Answers to the rows of a `batch`, which may lie on several devices and processes."""
+    embeds, valid, extras = self.generator.prompt(batch)
     out = self.generator.generate(embeds, valid, self.sampling(**options), key=key, extras=extras)
     return [self.decode(row) for row in out.rows()]
+
+  def opened(self, item: tuple[Sequence[Any], str]) -> tuple[list[Image.Image], str]:
+    """(images, question) with images that are PIL images."""
+    images, text = item
+    return [self._open(image) for image in images], text
 
   def stream(self, images: Sequence[Any], text: str, **options) -> Iterator[str]:
     """The answer to one question, piece by piece."""

@@ -70,18 +70,14 @@ class ImageEncoder:
     Raises:
       UserError: the model has no text tower.
     """
-    tower = getattr(self.config.encoder, 'text', None)
-    if tower is None or self.config.text is not None or self.tokenizer is None:
+    ids = None
+    if self.config.text is None and self.tokenizer is not None:
+      ids = self.system.prompt_ids([text], self.tokenizer, self.config.encoder)
+    if ids is None:
       raise UserError(f'--prompt: a model of system {self.config.system} without a text tower and '
                       'its tokenizer takes no prompt')
-    from hrvlm_jax.systems.ps3.text import tokenizer  # the only text tower there is
-
     if not text.strip():
       raise UserError('--prompt: the text is empty')
-    ids = tokenizer(self.tokenizer, tower)([text])
-    if int(ids.max()) >= tower.vocab_size:
-      raise UserError(f'--prompt: the tokenizer gives id {int(ids.max())}, the text tower has '
-                      f'{tower.vocab_size} rows; use the tokenizer that belongs to the model')
     whole = vlm.build(self.config)
     return jax.jit(lambda p, i: whole.apply(p, i, method='prompt', ex=ex))(self.params, ids)
 

@@ -9,10 +9,10 @@ import pytest
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.lab.sweep import entries_of
-from hrvlm_jax.planning.programs import batch_shapes
+from hrvlm_jax.training.objectives import objective_of
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.start import run_dtypes
-from hrvlm_jax.training.step import OBJECTIVES, init_state
+from hrvlm_jax.training.program import run_dtypes
+from hrvlm_jax.training.step import init_state
 from hrvlm_jax.vlm import model as vlm
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'ablations'
@@ -48,8 +48,9 @@ def test_the_loss_of_a_row_can_be_traced(name, row):
   groups = groups_of(t, fn.abstract)
   wanted = run_dtypes(t, groups, fn.abstract)
   state = jax.eval_shape(lambda p: init_state(t, groups, p), wanted)
-  batch = batch_shapes(config, 1, length=max(config.data.lengths), image=(900, 700))
+  objective = objective_of(t)
+  batch = objective.batch_shapes(config, 1, image=(900, 700)).arrays
   total, count = jax.eval_shape(
-    lambda p, b: OBJECTIVES[t.objective](fn, p, b, ex=Execution(dtype='bfloat16', remat='layers')),
+    lambda p, b: objective.loss(fn, p, b, ex=Execution(dtype='bfloat16', remat='layers')),
     state['params'], batch)
   assert total.shape == count.shape == ()

@@ -20,11 +20,11 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.mesh import AXES
-from hrvlm_jax.planning.programs import batch_shapes
 from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
+from hrvlm_jax.training.batches import batch_shapes
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.start import run_dtypes
+from hrvlm_jax.training.program import run_dtypes
 from hrvlm_jax.training.step import execution_of, init_state, value_and_grad
 from hrvlm_jax.vlm import model as vlm
 from tests.configs.golden import RECIPES, load
@@ -137,7 +137,8 @@ def gradient_key(config):
   """What decides which leaves gradients reach, hashable: stages with the same share one trace."""
   t = config.training
   groups = [to_dict(group) for group in t.groups]
-  return (json.dumps(to_values(config)), json.dumps(groups), t.objective, max(config.data.lengths))
+  return (json.dumps(to_values(config)), json.dumps(groups), t.objective.name,
+          max(config.data.lengths))
 
 
 @functools.cache
@@ -149,7 +150,7 @@ def gradients(model, groups, objective, length):
   config = from_dict(RunConfig, values)
   fn = model_of(model)
   found = groups_of(config.training, fn.abstract)
-  batch = batch_shapes(config, 1, length=length, image=(900, 700))
+  batch = batch_shapes(config, 1, length=length, image=(900, 700)).arrays
   names = []
 
   def grads(params, batch):

@@ -15,7 +15,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
-from hrvlm_jax.training.step import OBJECTIVES
+from hrvlm_jax.training.next_token import NextToken
 from hrvlm_jax.vlm import model as vlm
 
 SIZES = [(20, 30), (200, 90), None, (64, 64), (150, 160), (90, 40), (33, 31), None, (128, 96),
@@ -78,8 +78,7 @@ def test_packed_rows_train_as_rows_of_their_own(folder, system):
   params = fn.init(jax.random.key(0))
 
   def loss(params, batch):
-    total, count = OBJECTIVES['next_token'](
-      fn, params, batch, key=None, chunk=64)
+    total, count = NextToken(None).loss(fn, params, batch, key=None, chunk=64)
     return total / count, count
 
   with jax.default_matmul_precision('highest'):

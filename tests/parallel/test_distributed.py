@@ -22,22 +22,6 @@ from hrvlm_jax.parallel.rendezvous import meet
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def port():
-  """A free port whose successor is free, too."""
-  for _ in range(100):
-    with socket.socket() as first:
-      first.bind(('localhost', 0))
-      number = first.getsockname()[1]
-      with socket.socket() as second:
-        try:
-          second.bind(('localhost', number + 1))
-        except OSError:
-          continue
-        return number
-  raise AssertionError('no two free ports in a row')
-
-
 def run_all(calls):
   """Runs the calls in threads; returns their results or exceptions."""
   results = [None] * len(calls)

@@ -17,7 +17,7 @@ from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
-from hrvlm_jax.training.start import run_dtypes
+from hrvlm_jax.training.program import run_dtypes
 from hrvlm_jax.training.step import init_state
 from hrvlm_jax.vlm import model as vlm
 

@@ -12,6 +12,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.mesh import make_mesh
 from hrvlm_jax.planning import programs
 from hrvlm_jax.systems import registry
+from hrvlm_jax.training.batches import batch_shapes
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 
 CONFIG = """
@@ -156,7 +157,7 @@ def test_batch_shapes_are_those_of_a_real_batch(name):
     data=DataConfig(train='x'),
     training=TrainingConfig(steps=1, batch_size=4, optimizer=OptimizerConfig(learning_rate=1.0)),
   )
-  found = programs.batch_shapes(config, 6, length=512, image=(90, 70))
+  found = batch_shapes(config, 6, length=512, image=(90, 70)).arrays
   from PIL import Image
 
   system = registry.get(name)
@@ -179,7 +180,7 @@ def test_a_batch_that_does_not_divide_is_named():
   with pytest.raises(UserError, match=r'tokens.*found 3 rows, expected a multiple of 2'):
     programs.train_program(mesh, config=to_dict(config), image=(80, 60))
   with pytest.raises(UserError, match='alone take'):
-    programs.batch_shapes(config, 4, length=4, image=(80, 60))
+    batch_shapes(config, 4, length=4, image=(80, 60))
   with pytest.raises(UserError, match="found 'train'"):
     programs.serve_program(
       make_mesh({'data': 1}, devices=jax.devices()[:1]), config=config, what='train'

@@ -27,7 +27,7 @@ from hrvlm_jax.systems.ps3.losses import (
 )
 from hrvlm_jax.systems.ps3.patches import scaled
 from hrvlm_jax.systems.ps3.plan import make_plan
-from hrvlm_jax.training.step import OBJECTIVES
+from hrvlm_jax.systems.ps3.pretrain import Pretrain, PretrainOptions
 
 CONFIG = tiny_encoder(max_select=40)
 
@@ -275,7 +275,7 @@ def test_the_objective_of_the_training_loop_is_the_sum_over_rows():
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr('hrvlm_jax.systems.ps3.losses.pretrain_losses', losses)
-    total, rows = OBJECTIVES['ps3_pretrain'](
+    total, rows = Pretrain(PretrainOptions()).loss(
       None, {}, {'tokens': np.zeros((6, 3))}, ex=Execution(remat='layers'), key=None, chunk=7)
   assert float(total) == 3 and int(rows) == 6
   assert calls == {'chunk': 7, 'ex': Execution(remat='layers')}

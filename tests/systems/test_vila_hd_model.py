@@ -24,7 +24,7 @@ from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.vila_hd import views as host, weights
 from hrvlm_jax.systems.vila_hd.config import tiny
-from hrvlm_jax.training.two_pass import two_pass_loss
+from hrvlm_jax.training.two_pass import TwoPass
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
 
@@ -162,7 +162,7 @@ def test_both_losses_and_where_their_gradients_go(params):
       fusion = dataclasses.replace(CONFIG.fusion, selection_weight=weight)
       fn = vlm.build(dataclasses.replace(CONFIG, fusion=fusion))
       out.append(jax.value_and_grad(
-        lambda p, fn=fn: (lambda s, n: s / n)(*two_pass_loss(fn, p, batch)))(params))
+        lambda p, fn=fn: (lambda s, n: s / n)(*TwoPass(None).loss(fn, p, batch)))(params))
     (text, text_grads), (both, both_grads) = out
     return text, both, text_grads, jax.tree.map(jnp.subtract, both_grads, text_grads)
 

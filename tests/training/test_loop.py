@@ -169,7 +169,7 @@ def test_a_full_disk_does_not_end_a_run_at_once(data, tmp_path, monkeypatch):
 
   monkeypatch.setattr(store.TrainStore, 'save', save)
   said = []
-  monkeypatch.setattr(MetricsWriter, 'say', lambda self, text: said.append(text))
+  monkeypatch.setattr(MetricsWriter, 'log', lambda self, text: said.append(text))
   failing = {4}
   loop.train(config(data), tmp_path / 'a', progress=False)
   assert calls == [2, 4, 6] and store.steps(tmp_path / 'a') == [2, 6]
@@ -293,7 +293,7 @@ def test_evaluation_that_cannot_be_made(data, tmp_path):
   with pytest.raises(UserError, match='data.eval names no evaluation data'):
     loop.train(config(data, eval_every=1), tmp_path, progress=False)
   with pytest.raises(UserError, match='no evaluation inside a run'):
-    loop.train(config(data, eval=data, eval_every=1, objective='unknown'), tmp_path,
+    loop.train(config(data, eval=data, eval_every=1, objective='ps3_pretrain'), tmp_path,
                progress=False)
 
 

@@ -16,10 +16,11 @@ from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.lab.needle.regions import NeedleRegions, probes
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.systems.ps3 import model, pretrain as regions
+from hrvlm_jax.systems.ps3 import model
 from hrvlm_jax.systems.ps3.config import SaliencyConfig, TextConfig, tiny_encoder
 from hrvlm_jax.systems.ps3.data import SampleConfig
-from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, objective, pretrain_losses
+from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, pretrain_losses
+from hrvlm_jax.systems.ps3.pretrain import Pretrain, PretrainOptions
 from hrvlm_jax.systems.ps3.recall import WAYS, measure
 from hrvlm_jax.systems.ps3.text import tokenizer
 from hrvlm_jax.training.batches import make_batches
@@ -33,6 +34,9 @@ SMALL = dataclasses.replace(
                                                        input_size=160),
   text=TextConfig(vocab_size=264, context=24, width=64, depth=1, heads=4, mlp_width=64, out=64,
                   prompt_width=64))
+
+
+PLAIN = SampleConfig(clean=False)
 
 
 class WithFaults(NeedleRegions):
@@ -52,13 +56,13 @@ def folder(tmp_path_factory):
   return path
 
 
-def run_config(folder, **training):
+def run_config(folder, *, regions=PLAIN, annotations=None, **training):
   return RunConfig(
     model=ModelConfig(system='ps3', encoder=SMALL, text=None, image_token=None),
-    data=DataConfig(train=str(folder), regions=SampleConfig(clean=False)),
+    data=DataConfig(train=str(folder)),
     training=TrainingConfig(**{
       'steps': 4, 'batch_size': 4, 'log_every': 1, 'checkpoint_every': 2, 'loss_chunk': 3,
-      'objective': 'ps3_pretrain',
+      'objective': PretrainOptions(regions=regions, annotations=annotations),
       'optimizer': OptimizerConfig(learning_rate=1e-3, warmup=1, clip_norm=None), **training}))
 
 
@@ -86,7 +90,7 @@ def test_rows_that_do_not_count_change_nothing():
   batch = {'pixels': rng.integers(0, 256, (3, 160, 160, 3), np.uint8),
            'tokens': rng.integers(0, 256, (3, 24), np.int32), 'target': target,
            'is_global': np.array([[False], [True], [False]])}
-  loss = jax.jit(lambda p, b: objective(fn, p, b, chunk=2))
+  loss = jax.jit(lambda p, b: Pretrain(PretrainOptions()).loss(fn, p, b, chunk=2))
   first = {key: x[:2] for key, x in batch.items()}
   total, rows = loss(params, first)
   again, counted = loss(params, batch | {'counted': np.array([[True], [True], [False]])})
@@ -98,8 +102,7 @@ def test_rows_that_do_not_count_change_nothing():
 
 def test_intra_image_contrast_and_the_target_of_all_boxes_are_options(folder):
   options = SampleConfig(clean=False, rows_per_image=2, prior_target='all')
-  config = run_config(folder)
-  config = dataclasses.replace(config, data=dataclasses.replace(config.data, regions=options))
+  config = run_config(folder, regions=options)
   batch = next(make_batches(config))
   assert batch['pixels'].shape[0] == 8 and batch['counted'].shape == (8, 1)
   assert batch['image'][:, 0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -125,8 +128,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(folder):
   params = fn.init(jax.random.key(0))
 
   def gradients(parts, **training):
-    config = run_config(folder, accumulate=parts, remat='layers', **training)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, regions=options))
+    config = run_config(folder, regions=options, accumulate=parts, remat='layers', **training)
     batch = next(make_batches(config))
     assert batch['tokens'].shape[:-1] == ((8,) if parts == 1 else (2, 4))
     groups = groups_of(config.training, fn.abstract)
@@ -181,11 +183,10 @@ def test_models_and_vocabularies_that_do_not_fit(folder):
   config = run_config(folder)
   small = dataclasses.replace(SMALL, text=dataclasses.replace(SMALL.text, vocab_size=100))
   with pytest.raises(UserError, match=r'gives ids up to 263, model.encoder.text.vocab_size is 100'):
-    regions.make_batches(dataclasses.replace(config, model=dataclasses.replace(
+    make_batches(dataclasses.replace(config, model=dataclasses.replace(
       config.model, encoder=small)))
   with pytest.raises(UserError, match='no text tower of its own'):
-    regions.make_batches(dataclasses.replace(config, model=dataclasses.replace(
+    make_batches(dataclasses.replace(config, model=dataclasses.replace(
       config.model, encoder=dataclasses.replace(SMALL, text=None))))
   with pytest.raises(UserError, match='go with tar shards only'):
-    regions.make_batches(dataclasses.replace(config, data=dataclasses.replace(
-      config.data, annotations='other')))
+    make_batches(run_config(folder, annotations='other'))

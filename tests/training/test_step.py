@@ -11,6 +11,7 @@ import pytest
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
+from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava import encoder as host
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
@@ -44,7 +45,8 @@ def batch_of(rows, seed=0, parts=1):
                'gather': host.gather_index(5, MODEL.encoder), 'tokens': np.array([8])}
               for _ in range(rows)]
   size = rows // parts
-  views = [host.batch(examples[i * size:(i + 1) * size], MODEL.encoder) for i in range(parts)]
+  system = registry.get('mc_llava')
+  views = [system.batch(examples[i * size:(i + 1) * size], MODEL.encoder) for i in range(parts)]
   out = {'tokens': tokens, 'visual_index': index, 'labels': labels,
          'valid': np.ones((rows, 20), bool)}
   if parts == 1:

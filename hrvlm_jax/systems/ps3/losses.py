@@ -33,7 +33,8 @@ class ContrastiveConfig:
     intra_image: rows that show the same image are negatives of each other ("intra-image
       contrast"; the paper found it harmful, the original draws one row of an image). Off: such
       pairs are left out.
-    chunk: columns of the logit matrix that exist at a time; None: all of them.
+    chunk: columns of the logit matrix that exist at a time; None: all of them. In a run
+      `training.loss_chunk` takes its place.
   """
 
   prior_weight: float = 1.0
@@ -207,28 +208,16 @@ def pretrain_losses(
   return losses_of(found, params, batch, config)
 
 
-def _summed(losses: Mapping[str, jax.Array], batch) -> tuple[jax.Array, jax.Array]:
-  """(total loss times rows, rows)."""
+def summed(losses: Mapping[str, jax.Array], batch) -> tuple[jax.Array, jax.Array]:
+  """(total loss times rows, rows): what adds up over devices."""
   counted = batch.get('counted')
   rows = jnp.asarray(batch['tokens'].shape[0] if counted is None else counted.sum(), jnp.int32)
   return losses['total'] * rows, rows
 
 
-def objective(fn: Functional, params, batch, *, config: ContrastiveConfig = ContrastiveConfig(),
-              key=None, ex: Execution = HERE, chunk: int = 1024) -> tuple[jax.Array, jax.Array]:
-  """(total loss times rows, rows), in the form of `training.step`'s objectives.
-
-  Contrast is over the rows at hand.
-  """
-  del key
-  config = dataclasses.replace(config, chunk=chunk)
-  return _summed(pretrain_losses(fn, params, batch, config, ex=ex), batch)
-
-
-def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
-                config: ContrastiveConfig = ContrastiveConfig(), ex: Execution = HERE,
-                chunk: int = 1024):
-  """Value and gradient of `objective` for the large batch, one micro-batch in memory at a time.
+def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch,
+                config: ContrastiveConfig, *, ex: Execution = HERE):
+  """Value and gradient of the summed loss of the large batch, one micro-batch in memory at a time.
 
   Contrast joins all rows, so that losses of micro-batches do not add up. The features of all rows
   are computed first and kept without what made them; their gradients are then carried through each
@@ -242,7 +231,6 @@ def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
   Returns:
     ((total loss times rows, rows), its gradient by trained leaf).
   """
-  config = dataclasses.replace(config, chunk=chunk)
   encode = lambda trained, micro: features(fn, merge(trained), micro, config, ex=ex)
   _, found = jax.lax.scan(lambda _, micro: (None, encode(trained, micro)), None, batch)
   names = ('tokens', 'counted', 'image')
@@ -251,7 +239,7 @@ def accumulated(fn: Functional, merge: Callable[[Any], Any], trained, batch, *,
   def loss(trained, found):
     whole = Features(_joined(found.image), _joined(found.text), found.prior.sum(),
                      found.posterior.sum(), found.local.sum())
-    return _summed(losses_of(whole, merge(trained), rows, config), rows)
+    return summed(losses_of(whole, merge(trained), rows, config), rows)
 
   value, (grads, wanted) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(trained, found)
 

@@ -1,7 +1,8 @@
-"""Batches of PS3's pre-training: region records -> augmented samples -> arrays.
+"""The objective `ps3_pretrain`: region records -> augmented samples -> arrays -> three losses.
 
-The pieces (captions, joint crops, ground-truth maps) are `systems.ps3.data`; order, workers, faults
-and exact resume are `data.pipeline`'s, as in every other stage.
+The pieces (captions, joint crops, ground-truth maps) are `systems.ps3.data`, the losses
+`systems.ps3.losses`; order, workers, faults and exact resume are `data.pipeline`'s, as in every
+other stage.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.rows import Row, open_images
 from hrvlm_jax.language.prompt import tokenizer_of
-from hrvlm_jax.systems.ps3 import data
+from hrvlm_jax.systems.objective import BatchShapes, Objective, ObjectiveOptions
+from hrvlm_jax.systems.ps3 import data, losses
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.records import regions_of
 from hrvlm_jax.systems.ps3.shards import open_regions
@@ -59,31 +63,88 @@ class ToBatch:
     return {key: x.reshape(self.parts, -1, *x.shape[1:]) for key, x in batch.items()}
 
 
-def make_batches(config: Any, *, own: Callable[[int], Sequence[int]] | None = None
-                 ) -> pipeline.Batches:
-  """The checkpointable iterator over pre-training batches.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainOptions(ObjectiveOptions):
+  """What the pre-training is told beyond the sections of every run.
 
-  Args:
-    own: the shards of a batch to make (see `pipeline.Options`); default: all.
-
-  Raises:
-    UserError: a model without a text tower, a vocabulary that does not fit it, or data that cannot
-      be opened.
+  Attributes:
+    annotations: tar shards that hold the JSON, where it is not beside the images of `data.train`.
+    regions: captions, crops and maps of the samples.
+    contrast: weights and switches of the losses.
   """
-  encoder, options = config.model.encoder, config.data
-  if not isinstance(encoder, PS3Config) or encoder.text is None or config.model.text is not None:
-    raise UserError(f'training.objective=ps3_pretrain: model.system {config.model.system!r} has no '
-                    'text tower of its own; use system ps3 with encoder.text and no language model')
-  vocabulary = tokenizer_of(options.tokenizer)
-  if vocabulary.vocab_size > encoder.text.vocab_size:
-    raise UserError(f'data.tokenizer={options.tokenizer} gives ids up to '
-                    f'{vocabulary.vocab_size - 1}, model.encoder.text.vocab_size is '
-                    f'{encoder.text.vocab_size}; use the tokenizer that belongs to the model')
-  collate = ToBatch(tokenize=tokenizer(vocabulary, encoder.text), parts=config.training.accumulate)
-  return pipeline.build(
-    open_regions(options.train, annotations=options.annotations),
-    ToSample(config=options.regions, side=encoder.scales[-1]),
-    pipeline.Options(batch_size=config.training.batch_size, seed=config.seed,
-                     shuffle=options.shuffle, workers=options.workers, shards=options.shards,
-                     own=own, bad_rows=options.bad_rows),
-    collate=collate, blank=blank)
+
+  name: str = 'ps3_pretrain'
+  annotations: str | None = None
+  regions: data.SampleConfig = data.SampleConfig()
+  contrast: losses.ContrastiveConfig = losses.ContrastiveConfig()
+
+
+class Pretrain(Objective):
+  """Images and captions find each other, and captions find their boxes.
+
+  Contrast joins all rows of a step: its micro-batches cannot be summed one by one, see
+  `losses.accumulated`.
+  """
+
+  Options = PretrainOptions
+
+  def batches(self, run: Any, *, layout: Any = None,
+              own: Callable[[int], Sequence[int]] | None = None) -> pipeline.Batches:
+    """See `Objective.batches`.
+
+    Raises:
+      UserError: a model without a text tower, a vocabulary that does not fit it, or data that
+        cannot be opened.
+    """
+    del layout
+    encoder, options = run.model.encoder, run.data
+    if not isinstance(encoder, PS3Config) or encoder.text is None or run.model.text is not None:
+      raise UserError(f'training.objective=ps3_pretrain: model.system {run.model.system!r} has no '
+                      'text tower of its own; use system ps3 with encoder.text and no language '
+                      'model')
+    vocabulary = tokenizer_of(options.tokenizer)
+    if vocabulary.vocab_size > encoder.text.vocab_size:
+      raise UserError(f'data.tokenizer={options.tokenizer} gives ids up to '
+                      f'{vocabulary.vocab_size - 1}, model.encoder.text.vocab_size is '
+                      f'{encoder.text.vocab_size}; use the tokenizer that belongs to the model')
+    collate = ToBatch(tokenize=tokenizer(vocabulary, encoder.text), parts=run.training.accumulate)
+    return pipeline.build(
+      open_regions(options.train, annotations=self.options.annotations),
+      ToSample(config=self.options.regions, side=encoder.scales[-1]),
+      pipeline.Options(batch_size=run.training.batch_size, seed=run.seed, shuffle=options.shuffle,
+                       workers=options.workers, shards=options.shards, own=own,
+                       bad_rows=options.bad_rows),
+      collate=collate, blank=blank)
+
+  def batch_shapes(self, run: Any, rows: int, **options) -> BatchShapes:
+    """Images of the largest scale, captions, maps of the boxes."""
+    encoder, length = run.model.encoder, run.model.encoder.text.context
+    side = encoder.scales[-1]
+    shapes = {'pixels': ((side, side, 3), np.uint8), 'tokens': ((length,), np.int32),
+              'target': ((side, side), np.uint8), 'is_global': ((1,), np.bool_),
+              'counted': ((1,), np.bool_)}
+    arrays = {key: jax.ShapeDtypeStruct((rows, *shape), dtype)
+              for key, (shape, dtype) in shapes.items()}
+    return BatchShapes(arrays, length, f'images of {side} x {side}')
+
+  def loss(self, fn, params, batch, *, key=None, ex: Execution = HERE,
+           chunk: int = 1024):
+    """(total loss times rows, rows). Contrast is over the rows at hand."""
+    del key
+    return losses.summed(
+      losses.pretrain_losses(fn, params, batch, self._config(chunk), ex=ex), batch)
+
+  def value_and_grad(self, fn, merge, trained, batch, key, *, parts=1, mean=False, ex=HERE,
+                     chunk=1024):
+    """See `Objective.value_and_grad`; the sum over micro-batches is that of the large batch."""
+    if parts > 1 and not mean:
+      return losses.accumulated(fn, merge, trained, batch, self._config(chunk), ex=ex)
+    return super().value_and_grad(fn, merge, trained, batch, key, parts=parts, mean=mean,
+                                  ex=ex, chunk=chunk)
+
+  def after_update(self, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """exp(logit_scale) stays within [1, 100]."""
+    return losses.clamp_logit_scale(leaves)
+
+  def _config(self, chunk: int) -> losses.ContrastiveConfig:
+    return dataclasses.replace(self.options.contrast, chunk=chunk)

@@ -8,15 +8,19 @@ t positions, d width, o feature width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+import numpy as np
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Embedding, LayerNorm, Linear, normal, unit
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
 from hrvlm_jax.language.captions import CaptionTokenizer
 from hrvlm_jax.language.tokenizer import Tokenizer
-from hrvlm_jax.systems.ps3.config import TextConfig
+from hrvlm_jax.systems.ps3.config import PS3Config, TextConfig
 from hrvlm_jax.systems.ps3.selection import ProjectionHead
 from hrvlm_jax.vision.vit import Block, ViTConfig
 
@@ -28,6 +32,21 @@ def tokenizer(vocabulary: Tokenizer, config: TextConfig) -> CaptionTokenizer:
     vocabulary: c4_en 32000 (SigLIP) or Gemma 256000 (SigLIP2), or any other for own models.
   """
   return CaptionTokenizer(vocabulary, context_length=config.context, end=1, pad=config.pad)
+
+
+def prompt_ids(texts: Sequence[str], vocabulary: Tokenizer, config: PS3Config) -> np.ndarray | None:
+  """See `System.prompt_ids`.
+
+  Raises:
+    UserError: a vocabulary that is larger than the tower's table.
+  """
+  if config.text is None:
+    return None
+  ids = tokenizer(vocabulary, config.text)(texts)
+  if int(ids.max()) >= config.text.vocab_size:
+    raise UserError(f'prompt: the tokenizer gives id {int(ids.max())}, the text tower has '
+                    f'{config.text.vocab_size} rows; use the tokenizer that belongs to the model')
+  return ids
 
 
 class TextTower(Module):

@@ -34,7 +34,7 @@ class Step(NamedTuple):
   gradients: dict[str, Any]
 
 
-def train_step(config: ModelConfig, *, objective: str = 'next_token',
+def train_step(config: ModelConfig, *, objective: Any = 'next_token',
                compile: Callable = jax.jit, **options: Any) -> Callable[[Any, Any], Step]:
   """`run(params, batch)`: the real train step, once, at learning rate 0 and without dropout.
 

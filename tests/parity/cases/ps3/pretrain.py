@@ -12,6 +12,7 @@ from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import data, model, weights
 from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, pretrain_losses
+from hrvlm_jax.systems.ps3.pretrain import PretrainOptions
 from hrvlm_jax.systems.ps3.selection import maps_of
 from hrvlm_jax.training.schedules import learning_rate
 from tests.parity.cases.ps3.common import (
@@ -124,7 +125,7 @@ class _PretrainBoundary(Run):
 
 def _gradients(case, name, config, params, table, batch, losses):
   whole = ModelConfig(system='ps3', encoder=config, text=None, image_token=None)
-  step = train_step(whole, objective='ps3_pretrain', contrast=losses,
+  step = train_step(whole, objective=PretrainOptions(contrast=losses),
                     compile=compiled)(params, batch)
   case.expect(f'{name}.loss.total', np.reshape(step.loss, case.input(f'{name}.loss.total').shape),
               tol=OPERATOR)

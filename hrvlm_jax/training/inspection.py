@@ -18,7 +18,7 @@ from hrvlm_jax.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class Inspection:
   """What `hrvlm data show` shows of a batch.
 
   Attributes:
@@ -37,8 +37,9 @@ class Look:
   tokenizer: Any
 
 
-def look(config: RunConfig, step: int, *, rows: int = 4, draw: bool = False) -> Look:
-  """One batch of a run, as `make_batches` makes it, to be looked at.
+def inspect_batch(config: RunConfig, step: int, *, rows: int = 4,
+                  draw: bool = False) -> Inspection:
+  """One batch of a run, as `make_batches` makes it, to be inspected.
 
   Args:
     rows: how many rows are taken apart.
@@ -71,7 +72,7 @@ def look(config: RunConfig, step: int, *, rows: int = 4, draw: bool = False) -> 
   if slots is not None and slots.shape[-4:-3] and used:
     total = int(np.prod(slots.shape[:-3]))
     shares['crop slots not used'] = 1 - used / total
-  return Look(made.arrays, shown, shares, panels, made.faults, example.text.tokenizer)
+  return Inspection(made.arrays, shown, shares, panels, made.faults, example.text.tokenizer)
 
 
 _TEXT = ('tokens', 'visual_index', 'valid', 'labels', 'segments')
