@@ -13,10 +13,16 @@ def main(argv: list[str]) -> int:
   """Compiles the real step of a config for a TPU topology or a GPU mesh, without having one.
 
   Prints memory per device, operations, messages between devices, and the step time that a roofline
-  predicts. Status 1 when the step does not fit.
+  predicts. Status 1 when the step does not fit. With --explain it reads a scheduled program that
+  is stored in a file and prints what its time goes into.
   """
-  parser = Parser('plan', main.__doc__, config=True)
-  parser.add_argument('--topology', required=True,
+  stored = any(word.split('=')[0] == '--explain' for word in argv)
+  parser = Parser('plan', main.__doc__, config=True, config_required=not stored)
+  parser.add_argument('--explain', type=pathlib.Path, metavar='FILE',
+                      help='a scheduled program as text (.gz, .xz, .bz2 too): time by class, by '
+                      'source and the ten dearest places, instead of a plan')
+  parser.add_argument('--chip', default='v5e', help='with --explain: v5e, v5p or v6e')
+  parser.add_argument('--topology', required=not stored,
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
                       'or cpu:8, which stands for no chip')
   parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
@@ -36,6 +42,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--json', type=pathlib.Path, help='write the report there')
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
+  if arguments.explain is not None:
+    return _explain(arguments)
 
   from hrvlm_jax.core.config import to_dict
   from hrvlm_jax.parallel.mesh import mesh_config
@@ -62,6 +70,18 @@ def main(argv: list[str]) -> int:
     arguments.json.write_text(json.dumps(report, indent=2) + '\n')
     print(f'written: {arguments.json}')
   return 0 if report['memory']['fits'] else 1
+
+
+def _explain(arguments) -> int:
+  """Prints what a stored program spends its time on; `--json` keeps the tables."""
+  from hrvlm_jax.planning import explain, schedule
+
+  reading = schedule.read(explain.load(arguments.explain), arguments.chip)
+  print(explain.describe(reading))
+  if arguments.json is not None:
+    arguments.json.write_text(json.dumps(explain.summary(reading), indent=2) + '\n')
+    print(f'written: {arguments.json}')
+  return 0
 
 
 def _search(arguments, target, options):

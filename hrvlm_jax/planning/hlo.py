@@ -7,14 +7,17 @@ they happen. Tested on programs compiled for CPU and for TPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import math
 import re
 
 import numpy as np
 
-_BITS = {
+from hrvlm_jax.planning.groups import group_size, groups_of, wire_bytes
+
+BITS = {
   'pred': 8, 's4': 4, 'u4': 4, 's8': 8, 'u8': 8, 's16': 16, 'u16': 16, 's32': 32, 'u32': 32,
   's64': 64, 'u64': 64, 'f8e4m3fn': 8, 'f8e5m2': 8, 'f8e4m3': 8, 'bf16': 16, 'f16': 16, 'f32': 32,
   'f64': 64, 'c64': 64, 'c128': 128,
@@ -22,7 +25,8 @@ _BITS = {
 _ARRAY = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 _HEAD = re.compile(r'^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$')
 _NAME = re.compile(r'^\s*(?:ROOT\s+)?%?([\w.\-]+)\s*=\s*')
-_KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
+_NEXT = re.compile(r'^\s+(?:ROOT\s+)?%[\w.\-]+\s*=\s')
+MESSAGES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'ragged-all-to-all',
           'collective-permute', 'collective-broadcast')
 
 
@@ -61,19 +65,28 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-  """Computations of a compiled program and how often each runs in one call."""
+  """Computations of a compiled program and how often each runs in one call.
+
+  Attributes:
+    computations: name -> its instructions, in the order of the schedule where there is one.
+    entry: the computation that a call runs.
+    times: runs of every computation in one call; every branch of a conditional counts.
+    unknown_loops: loops whose length is unknown; they count once.
+    partitions: devices that one program is cut over.
+  """
 
   computations: dict[str, list[Instruction]]
   entry: str
   times: dict[str, int]
   unknown_loops: int
+  partitions: int = 1
 
   @classmethod
   def parse(cls, text: str) -> Module:
     """From `compiled.as_text()`."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = '', None
-    for line in text.splitlines():
+    for line in _logical_lines(text):
       if current is None:
         if (match := _HEAD.match(line)) and not line.startswith('HloModule'):
           current = match.group(2)
@@ -85,7 +98,27 @@ class Module:
       elif instruction := _instruction(line):
         computations[current].append(instruction)
     times, unknown = _count(computations, entry)
-    return cls(computations, entry, times, unknown)
+    partitions = re.search(r'\bnum_partitions=(\d+)', text[:text.find('\n')])
+    return cls(computations, entry, times, unknown, int(partitions.group(1)) if partitions else 1)
+
+  @functools.cached_property
+  def types(self) -> dict[str, dict[str, str]]:
+    """Computation -> instruction -> its type."""
+    return {name: {inst.name: inst.type for inst in body}
+            for name, body in self.computations.items()}
+
+  def inner(self, inst: Instruction) -> list[tuple[str, Instruction]]:
+    """(computation, instruction) of everything that an instruction calls, at any depth."""
+    found, pending, seen = [], [name for _, name in callees(inst.attributes)], set()
+    while pending:
+      name = pending.pop()
+      if name in seen or name not in self.computations:
+        continue
+      seen.add(name)
+      for inner in self.computations[name]:
+        found.append((name, inner))
+        pending += [callee for _, callee in callees(inner.attributes)]
+    return found
 
   def collectives(self, slice_of: Sequence[int] | None = None) -> list[Collective]:
     """All messages; copies of one message in several fusions count once.
@@ -103,18 +136,18 @@ class Module:
       scatters = 'all-reduce-scatter' in name
       for inst in body:
         kind = inst.opcode.removesuffix('-start')
-        if kind not in _KINDS or inst.opcode.endswith('-done'):
+        if kind not in MESSAGES or inst.opcode.endswith('-done'):
           continue
-        groups = _groups(inst.attributes, len(slice_of) if slice_of else None)
-        size = groups[0] if isinstance(groups, tuple) else len(groups[0])
+        groups = groups_of(inst.attributes, len(slice_of) if slice_of else self.partitions)
+        size = group_size(groups)
         crosses = bool(slice_of) and not isinstance(groups, tuple) and any(
           len({slice_of[device] for device in group}) > 1 for group in groups)
-        payload = _payload(inst, kind)
+        payload = payload_of(inst, kind)
         if scatters and kind == 'all-reduce':
           kind, payload = 'reduce-scatter', payload // max(size, 1)
         channel = re.search(r'channel_id=(\d+)', inst.attributes)
         key = channel.group(1) if channel else f'{name}/{inst.name}'
-        entry = Collective(kind, payload, _wire(kind, payload, size), size, self.times[name],
+        entry = Collective(kind, payload, wire_bytes(kind, payload, size), size, self.times[name],
                            crosses)
         if key not in found or found[key].times > entry.times:
           found[key] = entry
@@ -133,13 +166,43 @@ class Module:
       types = {inst.name: inst.type for inst in body}
       for inst in body:
         if inst.opcode == 'dot':
-          total += times * _dot_flops(inst, types)
+          total += times * dot_flops(inst, types)
         elif inst.opcode == 'convolution':
-          total += times * _convolution_flops(inst, types)
+          total += times * convolution_flops(inst, types)
     return total
 
 
 # --- reading lines -------------------------------------------------------------------------------
+
+
+def _logical_lines(text: str) -> Iterator[str]:
+  """Lines, those of one instruction joined: Pallas writes its kernel_metadata over several.
+
+  One of them begins with `}`, which elsewhere ends a computation.
+  """
+  waiting, depth = '', 0
+  for line in text.splitlines():
+    if waiting and _NEXT.match(line):
+      yield waiting  # its braces do not close; the next instruction begins all the same
+      waiting, depth = '', 0
+    if waiting:
+      depth += _open_braces(line)
+      waiting += ' ' + line.strip()
+      if depth <= 0:
+        yield waiting
+        waiting, depth = '', 0
+    elif line.count('{') > line.count('}') and _NEXT.match(line) and _open_braces(line) > 0:
+      waiting, depth = line, _open_braces(line)
+    else:
+      yield line
+  if waiting:
+    yield waiting
+
+
+def _open_braces(line: str) -> int:
+  """Braces opened and not closed in a line, those within quotes left out."""
+  bare = re.sub(r'"(?:[^"\\]|\\.)*"', '', line)
+  return bare.count('{') - bare.count('}')
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -185,15 +248,16 @@ def _closing(text: str, start: int) -> int:
 
 
 def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-  return [(kind, tuple(int(n) for n in dims.split(',') if n))
-          for kind, dims in _ARRAY.findall(text) if kind in _BITS]
+  return [(kind, tuple(int(n) for n in sizes.split(',') if n))
+          for kind, sizes in _ARRAY.findall(text) if kind in BITS]
 
 
-def _bytes(text: str) -> int:
-  return sum(math.prod(dims) * _BITS[kind] // 8 for kind, dims in _shapes(text))
+def bytes_of(text: str) -> int:
+  """Bytes of all arrays of a type, without padding."""
+  return sum(math.prod(shape) * BITS[kind] // 8 for kind, shape in _shapes(text))
 
 
-def _elements(text: str) -> list[str]:
+def elements(text: str) -> list[str]:
   """Top-level elements of a tuple type; a plain type is its own only element."""
   if not text.startswith('('):
     return [text]
@@ -222,11 +286,11 @@ def _count(computations, entry) -> tuple[dict[str, int], int]:
     for inst in body:
       trips = None
       if inst.opcode == 'while':
-        trips = _trip_count(inst, computations)
+        trips = trip_count(inst, computations)
         if trips is None:
           unknown += 1
           trips = 1
-      for role, callee in _callees(inst.attributes):
+      for role, callee in callees(inst.attributes):
         if callee not in callers:
           continue
         if role == 'body':
@@ -250,7 +314,8 @@ def _count(computations, entry) -> tuple[dict[str, int], int]:
   return times, unknown
 
 
-def _callees(attributes: str) -> list[tuple[str, str]]:
+def callees(attributes: str) -> list[tuple[str, str]]:
+  """(role, computation) of everything that an instruction calls directly."""
   found = re.findall(
     r'\b(body|condition|calls|to_apply|called_computation)=%?([\w.\-]+)', attributes)
   for role in ('branch_computations', 'called_computations'):
@@ -261,7 +326,7 @@ def _callees(attributes: str) -> list[tuple[str, str]]:
   return found
 
 
-def _trip_count(loop: Instruction, computations) -> int | None:
+def trip_count(loop: Instruction, computations) -> int | None:
   """From the annotation if there is one, else from `i < constant` in the condition.
 
   i starts at 0 and grows by what the body adds to it: products that are computed in pieces while
@@ -282,7 +347,7 @@ def _trip_count(loop: Instruction, computations) -> int | None:
         directions += re.findall(r'direction=(\w+)', inst.attributes)
       if inst.opcode == 'get-tuple-element':
         places += re.findall(r'\bindex=(\d+)', inst.attributes)
-      pending += [name for _, name in _callees(inst.attributes)]
+      pending += [name for _, name in callees(inst.attributes)]
   if directions != ['LT'] or len(constants) != 1 or not constants[0].isdigit():
     return None
   step = _step(loop, computations, int(places[0])) if len(places) == 1 else 1
@@ -295,11 +360,11 @@ def _step(loop: Instruction, computations, place: int) -> int:
   body = computations.get(name.group(1), ()) if name else ()
   by_name = {inst.name: inst for inst in body}
   root = next((inst for inst in body if inst.root and inst.opcode == 'tuple'), None)
-  operands = _operands(root) if root else []
-  new = by_name.get(operands[place]) if place < len(operands) else None
+  results = operands(root) if root else []
+  new = by_name.get(results[place]) if place < len(results) else None
   if new is None or new.opcode != 'add':
     return 1
-  terms = [by_name.get(operand) for operand in _operands(new)]
+  terms = [by_name.get(name) for name in operands(new)]
   added = [term.operands for term in terms if term is not None and term.opcode == 'constant']
   return int(added[0]) if len(added) == 1 and added[0].isdigit() and int(added[0]) else 1
 
@@ -307,85 +372,54 @@ def _step(loop: Instruction, computations, place: int) -> int:
 # --- messages ------------------------------------------------------------------------------------
 
 
-def _payload(inst: Instruction, kind: str) -> int:
+def payload_of(inst: Instruction, kind: str) -> int:
   """Bytes of the result; `-start` operations return operands beside it."""
   if inst.opcode.endswith('-start') and kind in ('all-gather', 'collective-permute'):
-    elements = _elements(inst.type)
-    return _bytes(elements[1]) if len(elements) > 1 else _bytes(inst.type)
-  return _bytes(inst.type)
-
-
-def _wire(kind: str, size: int, group: int) -> float:
-  """Bytes that one device sends in the usual ring algorithm for a result of `size` bytes."""
-  if group <= 1 and kind != 'collective-permute':
-    return 0.0
-  share = (group - 1) / group
-  return {'all-reduce': 2 * size * share, 'reduce-scatter': size * (group - 1),
-          'collective-permute': float(size)}.get(kind, size * share)
-
-
-def _groups(attributes: str, devices: int | None) -> list[list[int]] | tuple[int]:
-  """Groups of partitions, or (size,) when only the size can be told."""
-  if match := re.search(r'source_target_pairs=\{\{(.*?)\}\}', attributes):
-    return [[int(n) for n in pair.split(',')] for pair in match.group(1).split('},{')]
-  if match := re.search(r'replica_groups=\{\{(.*?)\}\}', attributes):
-    return [[int(n) for n in group.split(',')] for group in match.group(1).split('},{')]
-  iota = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
-  if iota:
-    shape, source = ([int(n) for n in part.split(',')] for part in iota.groups()[:2])
-    numbers = np.arange(math.prod(source)).reshape(source)
-    if iota.group(3):
-      numbers = numbers.transpose([int(n) for n in iota.group(3).split(',')])
-    return numbers.reshape(shape).tolist()
-  if match := re.search(r'replica_groups=mesh\[(.*?)\]\s*(?:<=\S+\s*)?\{(.*?)\}', attributes):
-    axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match.group(1))}
-    used = re.findall(r"'(\w+)'", match.group(2))
-    if ':(' not in match.group(2) and '<=' not in match.group(0):
-      numbers = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
-      order = [i for i, name in enumerate(axes) if name not in used]
-      last = [list(axes).index(name) for name in used]
-      size = math.prod(axes[name] for name in used)
-      return numbers.transpose(order + last).reshape(-1, size).tolist()
-    return (math.prod(axes[name] for name in used),)
-  return (devices or 1,)
+    parts = elements(inst.type)
+    return bytes_of(parts[1]) if len(parts) > 1 else bytes_of(inst.type)
+  return bytes_of(inst.type)
 
 
 # --- arithmetic ----------------------------------------------------------------------------------
 
 
-def _operands(inst: Instruction) -> list[str]:
+def operands(inst: Instruction) -> list[str]:
+  """Names of the operands."""
   return re.findall(r'%([\w.\-]+)', inst.operands) or [
     word.strip() for word in inst.operands.split(',')]
 
 
-def _operand_types(inst: Instruction, types: dict[str, str]) -> list[str]:
-  return [types.get(name, '') for name in _operands(inst)]
+def operand_types(inst: Instruction, types: dict[str, str]) -> list[str]:
+  """Types of the operands, '' where it is not known."""
+  return [types.get(name, '') for name in operands(inst)]
 
 
-def _dims(text: str) -> tuple[int, ...]:
+def dims(text: str) -> tuple[int, ...]:
+  """Sizes of a type's first array."""
   shapes = _shapes(text)
   return shapes[0][1] if shapes else ()
 
 
-def _dot_flops(inst: Instruction, types: dict[str, str]) -> float:
-  left = _dims((_operand_types(inst, types) + [''])[0])
+def dot_flops(inst: Instruction, types: dict[str, str]) -> float:
+  """2 x multiply-adds of a dot; `types`: those of its computation."""
+  left = dims((operand_types(inst, types) + [''])[0])
   contracted = re.search(r'lhs_contracting_dims=\{([\d,]*)\}', inst.attributes)
-  dims = [int(n) for n in contracted.group(1).split(',') if n] if contracted else []
-  return 2.0 * math.prod(_dims(inst.type)) * math.prod(left[d] for d in dims if d < len(left))
+  summed = [int(n) for n in contracted.group(1).split(',') if n] if contracted else []
+  return 2.0 * math.prod(dims(inst.type)) * math.prod(left[d] for d in summed if d < len(left))
 
 
-def _convolution_flops(inst: Instruction, types: dict[str, str]) -> float:
+def convolution_flops(inst: Instruction, types: dict[str, str]) -> float:
   """2 x multiply-adds on real elements: taps that fall on padding or dilation holes cost nothing.
 
   On TPU every product is a convolution; batches of matrices are spatial dimensions with holes.
   """
-  operands = _operand_types(inst, types)
+  sides = operand_types(inst, types)
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', inst.attributes)
-  if len(operands) < 2 or not labels:
+  if len(sides) < 2 or not labels:
     return 0.0
   left, kernel, result = (
-    dict(zip(names, _dims(kind)))
-    for names, kind in zip(labels.groups(), (operands[0], operands[1], inst.type)))
+    dict(zip(names, dims(kind)))
+    for names, kind in zip(labels.groups(), (sides[0], sides[1], inst.type)))
   window = _window(inst.attributes)
   pairs = 1
   for i, dim in enumerate(sorted(d for d in kernel if d.isdigit())):
