@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 import types
 from typing import Any
 
@@ -24,12 +23,11 @@ from hrvlm_jax.core.layers import activation
 from hrvlm_jax.core.module import Module
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.parallel.rules import RULES, Rule
-from hrvlm_jax.systems import packing as packer, registry
+from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.grid import Grid
-from hrvlm_jax.systems.packing import Entry, Packing, Views
+from hrvlm_jax.systems.packing import BLANK, Packed, Views
 
 FORMAT = 'hrvlm-1'  # of the house's own layout, for systems without one of an original
-_BLANK = Image.new('RGB', (64, 64))
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +177,7 @@ class ModelConfig:
     return {'encoder': registry.get(name).config} if isinstance(name, str) else {}
 
 
-class System:
+class System(Packed):
   """A system: what the verbs need of it. One object of it, or of a subclass, is registered.
 
   Every system has `config`, `encoder`, `count` and `views`; everything else has a default. The
@@ -249,30 +247,11 @@ class System:
     """
     raise NotImplementedError
 
-  def packing(self, config: Any) -> Packing:
-    """The declaration of the views (see `systems.packing`).
-
-    Default, for a system whose images all have the same number of views and each view the same
-    number of tokens: the arrays with an entry per view or per image that a blank image has; the
-    encoder finds them with `index` into the flattened (slots x tokens of a view), and `valid`.
-    """
-    return _blank_packing(self, config)
-
-  def batch(self, examples: Sequence[Views], config: Any, *, slots: int | None = None,
-            tokens: int | None = None) -> Views:
-    """The views of a batch, see `packing.batch`."""
-    return packer.batch(examples, self.packing(config), system=self.name, slots=slots,
-                        tokens=tokens)
-
-  def shift(self, views: Views, config: Any, slots: int) -> Views:
-    """A batch's views behind `slots` others, see `packing.shift`; a subclass without: None."""
-    return packer.shift(views, self.packing(config), slots)
-
   def tokens(self, config: Any) -> int | None:
     """Visual tokens of every image; None: they depend on the image."""
     if not self._is_default('packing'):
       return None
-    return self.count(_BLANK.width, _BLANK.height, config).tokens
+    return self.count(BLANK.width, BLANK.height, config).tokens
 
   def width(self, config: Any) -> int:
     """Width of the visual tokens; default: the `width` of the config, else of its `vision`."""
@@ -355,25 +334,6 @@ class System:
     """{file name: JSON value} of the layout beside the tensors; default: the house's own."""
     return {'config.json': {'model_type': f'hrvlm_{self.name}', 'format': FORMAT,
                             'model': to_dict(config)}}
-
-
-@functools.lru_cache(maxsize=64)
-def _blank_packing(system: System, config: Any) -> Packing:
-  """The declaration that the views of a blank image give."""
-  count, found = system.count(*_BLANK.size, config), system.views([_BLANK], config)
-  entry = lambda value: Entry(value.shape[1:], value.dtype)
-  views = {name: entry(value) for name, value in found.items()
-           if name != 'tokens' and len(value) == count.slots}
-  images = {name: entry(value) for name, value in found.items()
-            if name != 'tokens' and name not in views and len(value) == 1}
-  unclear = sorted(found.keys() - {'tokens', *views, *images})
-  if unclear or not views or count.tokens % count.slots:
-    raise UserError(
-      f'system {system.name!r}: its views do not declare themselves: a blank image has '
-      f'{count.slots} view slots, {count.tokens} tokens and the arrays '
-      f'{ {name: value.shape for name, value in found.items()} }; define `packing`')
-  return Packing(slots=views, images=images, each=count.tokens // count.slots, views=count.slots,
-                 tokens=count.tokens)
 
 
 def sharding_rules(model: ModelConfig) -> tuple[Rule, ...]:

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from hrvlm_jax.core.errors import raise_all
+from hrvlm_jax.core.errors import UserError, raise_all
 
 Views = dict[str, np.ndarray]
+BLANK = Image.new('RGB', (64, 64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,3 +234,44 @@ def _moved(views: Views, packing: Packing, slots: int) -> Views:
   elif packing.gather and 'gather' in views:
     moved['gather'] = views['gather'] + np.array([slots, 0], np.int32)
   return views | moved
+
+
+class Packed:
+  """What of a system follows from its declaration (`contract.System` adds the rest)."""
+
+  def packing(self, config: Any) -> Packing:
+    """The declaration of the views (see `systems.packing`).
+
+    Default, for a system whose images all have the same number of views and each view the same
+    number of tokens: the arrays with an entry per view or per image that a blank image has; the
+    encoder finds them with `index` into the flattened (slots x tokens of a view), and `valid`.
+    """
+    return _blank_packing(self, config)
+
+  def batch(self, examples: Sequence[Views], config: Any, *, slots: int | None = None,
+            tokens: int | None = None) -> Views:
+    """The views of a batch, see `packing.batch`."""
+    return batch(examples, self.packing(config), system=self.name, slots=slots, tokens=tokens)
+
+  def shift(self, views: Views, config: Any, slots: int) -> Views:
+    """A batch's views behind `slots` others, see `packing.shift`; a subclass without: None."""
+    return shift(views, self.packing(config), slots)
+
+
+@functools.lru_cache(maxsize=64)
+def _blank_packing(system: Packed, config: Any) -> Packing:
+  """The declaration that the views of a blank image give."""
+  count, found = system.count(*BLANK.size, config), system.views([BLANK], config)
+  entry = lambda value: Entry(value.shape[1:], value.dtype)
+  views = {name: entry(value) for name, value in found.items()
+           if name != 'tokens' and len(value) == count.slots}
+  images = {name: entry(value) for name, value in found.items()
+            if name != 'tokens' and name not in views and len(value) == 1}
+  unclear = sorted(found.keys() - {'tokens', *views, *images})
+  if unclear or not views or count.tokens % count.slots:
+    raise UserError(
+      f'system {system.name!r}: its views do not declare themselves: a blank image has '
+      f'{count.slots} view slots, {count.tokens} tokens and the arrays '
+      f'{ {name: value.shape for name, value in found.items()} }; define `packing`')
+  return Packing(slots=views, images=images, each=count.tokens // count.slots, views=count.slots,
+                 tokens=count.tokens)
