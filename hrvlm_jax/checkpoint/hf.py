@@ -382,33 +382,3 @@ def check_manifest(folder: str | os.PathLike) -> None:
       if files.sha256(folder / name) != listed[name]['sha256']
   ]
   raise_all(str(folder), problems)
-
-
-def write_folder(
-    path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]], *,
-    config: Mapping[str, Any] | None = None, extra_files: Mapping[str, Any] | None = None,
-    metadata: Mapping[str, str] | None = None, manifest: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES, overwrite: bool = False,
-) -> None:
-  """Writes a Hugging Face style folder, whole or not at all.
-
-  For releases of several folders use `files.staged_folder` with `write_weights`, `write_extra`
-  and `write_manifest`, of which this is made.
-
-  Args:
-    path: the folder to be made; must be absent or empty unless `overwrite`.
-    tensors: (name, array) pairs, consumed one at a time.
-    config: becomes `config.json`.
-    extra_files: see `write_extra`.
-    metadata: strings for the weight files' `__metadata__`.
-    manifest: facts recorded in `manifest.json` beside the checksums.
-
-  Raises:
-    UserError: the folder is not empty; a tensor twice or of an unknown dtype; disk full.
-  """
-  with files.staged_folder(path, overwrite=overwrite) as stage:
-    write_weights(stage, tensors, metadata=metadata, max_shard_bytes=max_shard_bytes)
-    if config is not None:
-      write_extra(stage, {'config.json': dict(config)})
-    write_extra(stage, extra_files or {})
-    write_manifest(stage, manifest)

@@ -1,13 +1,18 @@
 """The folder of a checkpoint: what is in it, whether it is whole, and which one a path means.
 
-    checkpoint.json   format name, version, kind, step
-    config.json       the resolved config of the run or model
-    data/<process>.*  state of each process's data iterator (training checkpoints)
+Parameters (`store.save_params`):
+
+    checkpoint.json   format name, version, kind
+    config.json       the resolved config of the model
     arrays/           Orbax; its commit file is written last
 
+A training checkpoint, `<workdir>/checkpoints/<step>` (`store.TrainStore`), is one checkpoint of
+Orbax: `params/`, `state/`, the commit file, and in `run/` checkpoint.json with the step,
+config.json and `data/<process>.*`, the state of each process's data iterator. Version 1 had these
+files beside `arrays/` there too, and is still read.
+
 The commit file makes the folder a checkpoint: everything else is on disk before it, so that one
-interrupted at any moment is never taken for a whole one. Training checkpoints are such folders
-under `<workdir>/checkpoints/<step>`.
+interrupted at any moment is never taken for a whole one.
 """
 
 from collections.abc import Mapping
@@ -22,8 +27,10 @@ from hrvlm_jax import __version__
 from hrvlm_jax.core.errors import UserError
 
 FORMAT = 'hrvlm_jax'
-VERSION = 1
+VERSION = 2
+READ = (1, 2)
 STEPS = 'checkpoints'
+BESIDE = 'run'
 MARKER, CONFIG, ARRAYS, DATA = 'checkpoint.json', 'config.json', 'arrays', 'data'
 COMMIT = 'commit_success.txt'
 
@@ -36,16 +43,27 @@ def to_path(directory: PathLike) -> epath.Path:
   return epath.Path(text if '://' in text else os.path.abspath(text))
 
 
+def arrays(directory: PathLike) -> epath.Path:
+  """The folder of the arrays, a checkpoint of Orbax, inside the folder of a checkpoint."""
+  inside = to_path(directory) / ARRAYS
+  return inside if inside.exists() else to_path(directory)
+
+
+def beside(directory: PathLike) -> epath.Path:
+  """The folder of marker and config inside the folder of a checkpoint."""
+  inside = to_path(directory) / BESIDE
+  return inside if (inside / MARKER).exists() else to_path(directory)
+
+
 def is_whole(directory: PathLike) -> bool:
   """Whether a folder is a checkpoint that was written to its end."""
-  directory = to_path(directory)
-  return (directory / ARRAYS / COMMIT).exists() and (directory / MARKER).exists()
+  return (arrays(directory) / COMMIT).exists() and (beside(directory) / MARKER).exists()
 
 
 def is_foreign(directory: PathLike) -> bool:
   """Whether a folder holds files that no save of ours, finished or interrupted, has left."""
   directory = to_path(directory)
-  if not directory.exists() or (directory / MARKER).exists():
+  if not directory.exists() or (beside(directory) / MARKER).exists():
     return False
   return not directory.is_dir() or any(True for _ in directory.iterdir())
 
@@ -69,22 +87,23 @@ def resolve(directory: PathLike) -> epath.Path:
     old = directory.parent / f'.{directory.name}.old'
     hint = f'; an interrupted overwrite left the previous one as {old}' if old.is_dir() else ''
     raise UserError(f'checkpoint {directory}: no such folder{hint}')
-  if not (directory / MARKER).exists() and (found := steps(directory)):
+  if not (beside(directory) / MARKER).exists() and (found := steps(directory)):
     directory = directory / STEPS / str(found[-1])
-  if not (directory / MARKER).exists():
+  if not (beside(directory) / MARKER).exists():
     hint = 'its first checkpoint is not finished' if (directory / STEPS).is_dir() else (
         'to read original weights, use hrvlm convert first')
     raise UserError(f'{directory}: holds no checkpoint ({MARKER} is absent); {hint}')
   if not is_whole(directory):
     raise UserError(f'{directory}: the checkpoint is not whole, writing it was interrupted; '
                     f'remove the folder and use another checkpoint')
-  marker = read_json(directory / MARKER)
+  marker = read_json(beside(directory) / MARKER)
   if marker.get('format') != FORMAT:
-    raise UserError(f'{directory / MARKER}: format {marker.get("format")!r}, expected {FORMAT!r}')
-  if marker.get('version') != VERSION:
+    raise UserError(f'{beside(directory) / MARKER}: format {marker.get("format")!r}, expected '
+                    f'{FORMAT!r}')
+  if marker.get('version') not in READ:
     raise UserError(
         f'{directory}: checkpoint format version {marker.get("version")}, this is hrvlm_jax '
-        f'{__version__}, which reads version {VERSION}; it was written by hrvlm_jax '
+        f'{__version__}, which reads versions {READ}; it was written by hrvlm_jax '
         f'{marker.get("hrvlm_jax")}')
   return directory
 
@@ -97,9 +116,19 @@ def read_json(path: epath.Path) -> Any:
     raise UserError(f'{path}: cannot be read as JSON ({error})') from error
 
 
+def to_json(value: Any) -> str:
+  """Indented JSON, as the text of a file."""
+  return json.dumps(value, indent=2) + '\n'
+
+
 def write_json(path: epath.Path, value: Any) -> None:
   """Writes indented JSON."""
-  path.write_text(json.dumps(value, indent=2) + '\n')
+  path.write_text(to_json(value))
+
+
+def header(kind: str, **facts: Any) -> dict[str, Any]:
+  """The content of the marker file of a checkpoint that is written now."""
+  return {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, 'kind': kind, **facts}
 
 
 def write_beside(
@@ -109,15 +138,13 @@ def write_beside(
   """Everything but the arrays. Process 0 only; on disk before the arrays are committed."""
   if jax.process_index() != 0:
     return
-  directory.mkdir(parents=True, exist_ok=True)
-  # First, so that what an interrupted save left is known to be ours.
-  header = {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, **marker}
-  write_json(directory / MARKER, header)
-  write_json(directory / CONFIG, dict(config))
-  for name, content in (extra_files or {}).items():
+  # The marker first, so that what an interrupted save left is known to be ours.
+  write_files(directory, {MARKER: to_json(marker), CONFIG: to_json(config), **(extra_files or {})})
+
+
+def write_files(directory: epath.Path, contents: Mapping[str, str | bytes]) -> None:
+  """Writes files by their names below a folder, in order; folders are made."""
+  for name, content in contents.items():
     target = directory / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(content, bytes):
-      target.write_bytes(content)
-    else:
-      target.write_text(content)
+    target.write_bytes(content.encode() if isinstance(content, str) else content)

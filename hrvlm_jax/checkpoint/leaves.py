@@ -73,7 +73,7 @@ class StoredParams:
 
   def _array(self, path: str) -> ts.TensorStore:
     if path not in self._open:
-      folder = os.fspath(self.directory / layout.ARRAYS / store.PARAMS)
+      folder = os.fspath(layout.arrays(self.directory) / store.PARAMS)
       spec = {'driver': 'zarr3', 'kvstore': {
           'driver': 'ocdbt', 'base': folder if '://' in folder else f'file://{folder}',
           'path': path.replace('/', '.') + '/'}}

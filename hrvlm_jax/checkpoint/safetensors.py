@@ -1,18 +1,18 @@
 """The safetensors file format, read through a memory map and written tensor by tensor.
 
 Layout (huggingface/safetensors: README): 8 bytes little-endian header length, a JSON header
-`{name: {dtype, shape, data_offsets}}`, the tensors' bytes without gaps. Own reader and writer
-because conversion needs views of the file itself (no anonymous memory), bfloat16 in NumPy, files
-larger than memory, and one message naming everything that is wrong with a file.
+`{name: {dtype, shape, data_offsets}}`, the tensors' bytes without gaps. Here is what the library
+safetensors cannot give, and no more: its NumPy interface copies every tensor out of the map where
+conversion needs views (no anonymous memory); it refuses a damaged file at the first fault where one
+message names them all; its writer wants all tensors in memory at once where export has one.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import json
 import math
 import mmap
 import os
 import pathlib
-import shutil
 import struct
 from typing import Any
 
@@ -242,25 +242,3 @@ def _copy(source: Any, target: Any, nbytes: int) -> None:
       raise OSError('the spool file ended early')
     target.write(block)
     nbytes -= len(block)
-
-
-def write_file(
-    path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]], *,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-  """Writes one safetensors file; it appears under its name only when it is whole.
-
-  Args:
-    tensors: (name, array) pairs, consumed one at a time.
-    metadata: strings for `__metadata__`; transformers insists on `format: pt`, the default.
-  """
-  part = f'{path}.partial'
-  spool = Spool(part)
-  try:
-    for name, array in tensors:
-      spool.add(name, array)
-    spool.finish(part, {'format': 'pt'} if metadata is None else metadata)
-    shutil.move(part, path)
-  finally:
-    spool.discard()
-    pathlib.Path(part).unlink(missing_ok=True)

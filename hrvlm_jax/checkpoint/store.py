@@ -3,11 +3,12 @@
 The folder is described in `layout.py`. Every function that reads parameters accepts a checkpoint
 of parameters, a training checkpoint, or a work directory (its newest checkpoint).
 
-Orbax's v1 interface is used in this file only (it is due to become the top-level one);
+Orbax's experimental v1 interface is used in this file only and bound to orbax-checkpoint >= 0.12.8,
+< 0.13 (pyproject.toml): it may change with any minor version until it is the top-level one.
 `streaming.py` writes parameters through the older one, which lets a handler be replaced.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
 import logging
 from typing import Any, NamedTuple
@@ -26,8 +27,10 @@ from hrvlm_jax.core.errors import UserError, nearest, raise_all
 PARAMS, _REST = 'params', 'state'
 
 # Orbax's threads log the traceback of an error that is raised again, as a sentence, by the caller.
+_RAISED_AGAIN = ('_SignalingThread.run() raised an exception', 'in background save thread',
+                 '[wait_until_finished] Save Finalize thread', 'items may not be finalized')
 logging.getLogger('absl').addFilter(
-    lambda record: '_SignalingThread.run() raised an exception' not in record.getMessage())
+    lambda record: not any(text in record.getMessage() for text in _RAISED_AGAIN))
 
 
 class Restored(NamedTuple):
@@ -119,7 +122,7 @@ def save_params(
       raise UserError(f'{directory}: holds other files; choose an empty folder')
     _clear(target)
     try:
-      layout.write_beside(target, config, {'kind': 'params'}, extra_files)
+      layout.write_beside(target, config, layout.header('params'), extra_files)
       streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(_storable, dict(params)))
     except BaseException:
       if jax.process_index() == 0:
@@ -148,12 +151,12 @@ def _barrier(name: str) -> None:
 
 def load_config(directory: PathLike) -> dict[str, Any]:
   """The config saved with a checkpoint; `directory` as for `resolve`."""
-  return layout.read_json(resolve(directory) / layout.CONFIG)
+  return layout.read_json(layout.beside(resolve(directory)) / layout.CONFIG)
 
 
 def load_marker(directory: PathLike) -> dict[str, Any]:
   """Format, version, kind and, for training checkpoints, step; `directory` as for `resolve`."""
-  return layout.read_json(resolve(directory) / layout.MARKER)
+  return layout.read_json(layout.beside(resolve(directory)) / layout.MARKER)
 
 
 def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
@@ -162,7 +165,7 @@ def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _stored(directory: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
-  tree = ocp.checkpointables_metadata(directory / layout.ARRAYS).metadata.get(part) or {}
+  tree = ocp.checkpointables_metadata(layout.arrays(directory)).metadata.get(part) or {}
   leaves = flatten(tree)
   return {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype) for path, m in leaves.items()}
 
@@ -196,7 +199,7 @@ def load_params(
     if dtype not in (None, 'stored') and jnp.issubdtype(kind, jnp.floating):
       kind = jnp.dtype(dtype)
     flat[path] = _target(leaf.shape, kind, places[path])
-  return ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=PARAMS)
+  return ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
 
 
 def load_leaf(directory: PathLike, path: str) -> np.ndarray:
@@ -211,7 +214,7 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
     raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
   flat = {p: ocp.PLACEHOLDER for p in stored}
   flat[path] = np.empty(stored[path].shape, stored[path].dtype)
-  tree = ocp.load(directory / layout.ARRAYS, _nested(flat), checkpointable_name=PARAMS)
+  tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
   return paths.flatten(tree)[path]
 
 
@@ -249,18 +252,38 @@ def _target(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
   return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place)
 
 
+class _Beside:
+  """Small files of a training checkpoint as a checkpointable of Orbax, written by every process."""
+
+  def __init__(self, contents: Mapping[str, str | bytes]):
+    self._contents = contents
+
+  async def save(self, directory: Any) -> Any:
+    """Called by Orbax: what it awaits writes the files once the folder is there."""
+    async def write() -> None:
+      layout.write_files(await directory.await_creation(), self._contents)
+
+    return write()
+
+  async def load(self, directory: Any) -> Any:
+    """Part of Orbax's protocol; the files are read as files."""
+    raise NotImplementedError
+
+
 class TrainStore:
-  """Training checkpoints under `<workdir>/checkpoints/<step>`.
+  """Training checkpoints under `<workdir>/checkpoints/<step>`, written by Orbax's `Checkpointer`.
 
   Saving is asynchronous: `save` returns as soon as the arrays are copied to the host, and an error
   of the background write is raised by the next `save` or `wait`. Old checkpoints are removed only
-  when a newer one is whole. Every process makes one store and makes the same calls.
+  when a newer one is whole, and here rather than by a policy of Orbax, whose deletion may be
+  interrupted and then leave half a checkpoint with its commit file. Every process makes one store
+  and makes the same calls.
 
   Args:
     workdir: work directory of the run.
     keep: number of newest checkpoints to keep.
     keep_every: steps divisible by it are kept for good.
-    config: resolved run config, written beside every checkpoint.
+    config: resolved run config, written with every checkpoint.
   """
 
   def __init__(
@@ -274,17 +297,16 @@ class TrainStore:
     self.workdir = layout.to_path(workdir)
     self.keep, self.keep_every = keep, keep_every
     self.config = dict(config or {})
+    self._orbax: ocp.training.Checkpointer | None = None
     self._pending: tuple[int, Any] | None = None
 
   def __enter__(self) -> 'TrainStore':
     return self
 
   def __exit__(self, kind, error, trace) -> None:
-    if kind is None:
+    # The first error is the one to be seen.
+    with contextlib.suppress(UserError) if kind is not None else contextlib.nullcontext():
       self.close()
-    elif self._pending is not None:  # the first error is the one to be seen
-      with contextlib.suppress(UserError):
-        self.wait()
 
   def folder(self, step: int) -> epath.Path:
     """The folder of one step's checkpoint."""
@@ -312,31 +334,44 @@ class TrainStore:
       UserError: disk full or no permission, for this or the previous save. Whole checkpoints stay.
     """
     self.wait()
-    folder = self.folder(step)
-    if is_whole(folder):
+    if is_whole(self.folder(step)):
       return
-    with files.clear_errors(f'cannot write the checkpoint {folder}'):
-      _clear(folder)
-      marker = {'kind': 'train', 'step': step, 'processes': jax.process_count()}
-      layout.write_beside(folder, self.config, marker)
-      if data_state is not None:
-        self._write_data(folder, data_state)
-      params, rest = _split(state)
-      parts = {
-          part: _nested({path: _storable(leaf) for path, leaf in leaves.items()})
-          for part, leaves in ((PARAMS, params), (_REST, rest)) if leaves
-      }
-      with _context():
-        response = ocp.save_checkpointables_async(folder / layout.ARRAYS, parts)
-    self._pending = (step, response)
+    params, rest = _split(state)
+    parts: dict[str, Any] = {
+        part: _nested({path: _storable(leaf) for path, leaf in leaves.items()})
+        for part, leaves in ((PARAMS, params), (_REST, rest)) if leaves
+    }
+    parts[layout.BESIDE] = _Beside(self._beside(step, data_state))
+    with self._writing(step):
+      if self._orbax is None:
+        self._orbax = ocp.training.Checkpointer(self.workdir / layout.STEPS, context=_context())
+      _clear(self.folder(step))
+      self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
 
-  def _write_data(self, folder: epath.Path, data_state: Any) -> None:
-    (folder / layout.DATA).mkdir(parents=True, exist_ok=True)
-    name = folder / layout.DATA / str(jax.process_index())
+  def _beside(self, step: int, data_state: Any) -> dict[str, str | bytes]:
+    process, found = jax.process_index(), {}
+    if process == 0:
+      marker = layout.header('train', step=step, processes=jax.process_count())
+      found = {layout.MARKER: layout.to_json(marker), layout.CONFIG: layout.to_json(self.config)}
     if isinstance(data_state, bytes):
-      epath.Path(f'{name}.bin').write_bytes(data_state)
-    else:
-      layout.write_json(epath.Path(f'{name}.json'), data_state)
+      found[f'{layout.DATA}/{process}.bin'] = data_state
+    elif data_state is not None:
+      found[f'{layout.DATA}/{process}.json'] = layout.to_json(data_state)
+    return found
+
+  @contextlib.contextmanager
+  def _writing(self, step: int) -> Iterator[None]:
+    """After an error nothing half-written stays; the next save begins with a new checkpointer."""
+    try:
+      with files.clear_errors(f'cannot write the checkpoint {self.folder(step)}'):
+        yield
+    except Exception:
+      failed, self._orbax, self._pending = self._orbax, None, None
+      with contextlib.suppress(Exception):  # the same error again
+        if failed is not None:
+          failed.close()
+      self._prune()
+      raise
 
   def wait(self) -> None:
     """Waits for the save in progress, then removes checkpoints that are no longer kept.
@@ -347,35 +382,34 @@ class TrainStore:
     if self._pending is None:
       return
     (step, response), self._pending = self._pending, None
-    try:
-      with files.clear_errors(f'cannot write the checkpoint {self.folder(step)}'):
-        response.result()
-    except Exception:
-      if jax.process_index() == 0:
-        _remove(self.folder(step))
-      raise
-    if jax.process_index() == 0:
-      self._prune(step)
+    with self._writing(step):
+      response.result()
+    self._prune()
 
   def close(self) -> None:
     """Waits for the save in progress; the store can be used again."""
     self.wait()
+    if self._orbax is not None:
+      self._orbax.close()
+      self._orbax = None
 
-  def _prune(self, newest: int) -> None:
+  def _prune(self) -> None:
+    """Removes what is not kept and what interrupted or failed saves left; none may be running."""
+    root = self.workdir / layout.STEPS
+    if jax.process_index() != 0 or not root.is_dir():
+      return
     whole = self.steps()
     kept = set(whole[-self.keep:])
     if self.keep_every:
       kept |= {step for step in whole if step % self.keep_every == 0}
-    root = self.workdir / layout.STEPS
     for entry in list(root.iterdir()):
-      # Unfinished folders of older steps are left-overs of interrupted runs.
-      if entry.name.isdigit() and int(entry.name) not in kept and (
-          int(entry.name) in whole or int(entry.name) < newest):
+      # Orbax writes into `<step>.<something temporary>` and renames it.
+      if entry.name.split('.')[0].isdigit() and entry.name not in map(str, kept):
         _remove(entry)
 
   def data_states(self, step: int) -> list[Any]:
     """The data iterator states of all processes that saved the step, by process."""
-    folder = self.folder(step) / layout.DATA
+    folder = layout.beside(self.folder(step)) / layout.DATA
     if not folder.is_dir():
       return []
     found = {}
@@ -420,7 +454,7 @@ class TrainStore:
             {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()})
       wanted[part] = leaves
     raise_all(f'checkpoint {folder} and training state do not match', problems)
-    loaded = ocp.load_checkpointables(folder / layout.ARRAYS, parts)
+    loaded = ocp.load_checkpointables(layout.arrays(folder), parts)
     state = _join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
     states = self.data_states(step)
     mine = states[jax.process_index()] if jax.process_index() < len(states) else None
@@ -430,7 +464,7 @@ class TrainStore:
 def _remove(folder: epath.Path) -> None:
   """Deletes a checkpoint; the commit file goes first, so that no half of it looks whole."""
   try:
-    (folder / layout.ARRAYS / layout.COMMIT).unlink(missing_ok=True)
+    (layout.arrays(folder) / layout.COMMIT).unlink(missing_ok=True)
     folder.rmtree()
   except OSError as error:
     # Left-overs are removed again by the next save; they are never read.

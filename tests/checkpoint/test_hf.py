@@ -13,8 +13,9 @@ import pytest
 import safetensors.numpy
 import torch
 
-from hrvlm_jax.checkpoint import files, hf, safetensors as fmt
+from hrvlm_jax.checkpoint import files, hf
 from hrvlm_jax.core.errors import UserError
+from tests.checkpoint.writing import write_folder
 
 TENSORS = {
     'b.mask': np.array([True, False, True]),
@@ -34,7 +35,7 @@ def assert_same(loaded, expected=TENSORS):
 
 
 def test_round_trip_in_one_file(tmp_path):
-  hf.write_folder(tmp_path / 'out', TENSORS.items(), config={'width': 4},
+  write_folder(tmp_path / 'out', TENSORS.items(), config={'width': 4},
                   extra_files={'README.md': '# hello\n', 'sub/blob': b'\x00', 'g.json': [1]},
                   metadata={'origin': 'test'}, manifest={'table': 3})
   folder = hf.TensorFolder(tmp_path / 'out')
@@ -63,7 +64,7 @@ def test_files_of_the_reference_implementation_are_read(tmp_path):
 
 def test_shards_and_index(tmp_path):
   written = {f't{i}': np.full(100, i, np.float32) for i in range(5)} | {'big': np.ones(1000)}
-  hf.write_folder(tmp_path / 'out', iter(written.items()), max_shard_bytes=900)
+  write_folder(tmp_path / 'out', iter(written.items()), max_shard_bytes=900)
   names = sorted(p.name for p in (tmp_path / 'out').iterdir())
   assert names == ['manifest.json', *(f'model-0000{i}-of-00004.safetensors' for i in range(1, 5)),
                    'model.safetensors.index.json']
@@ -145,7 +146,7 @@ def test_damaged_files_are_refused(tmp_path, content, message):
 
 def test_truncation_names_every_tensor_that_is_cut(tmp_path):
   path = tmp_path / 'model.safetensors'
-  fmt.write_file(path, {'a': np.ones(4), 'b': np.ones(4), 'c': np.ones(4)}.items())
+  safetensors.numpy.save_file({'a': np.ones(4), 'b': np.ones(4), 'c': np.ones(4)}, path)
   path.write_bytes(path.read_bytes()[:-40])
   with pytest.raises(UserError) as caught:
     hf.TensorFolder(tmp_path)
@@ -168,10 +169,10 @@ def test_choosing_a_file(tmp_path):
   with pytest.raises(UserError, match='no weights'):
     hf.TensorFolder(tmp_path)
   for name in ('x.safetensors', 'y.safetensors'):
-    fmt.write_file(tmp_path / name, {name[0]: np.ones(1)}.items())
+    safetensors.numpy.save_file({name[0]: np.ones(1)}, tmp_path / name)
   with pytest.raises(UserError, match='several weight files without an index .x.safetensors, y'):
     hf.TensorFolder(tmp_path)
-  fmt.write_file(tmp_path / 'model.safetensors', {'m': np.ones(1)}.items())
+  safetensors.numpy.save_file({'m': np.ones(1)}, tmp_path / 'model.safetensors')
   (tmp_path / 'pytorch_model.bin').write_bytes(b'never looked at')
   assert list(hf.TensorFolder(tmp_path)) == ['m']
 
@@ -219,15 +220,15 @@ def test_writing_is_all_or_nothing(tmp_path):
     raise RuntimeError('the source broke')
 
   with pytest.raises(RuntimeError, match='the source broke'):
-    hf.write_folder(tmp_path / 'out', failing())
+    write_folder(tmp_path / 'out', failing())
   assert list(tmp_path.iterdir()) == []
-  hf.write_folder(tmp_path / 'out', {'a': np.ones(3)}.items())
+  write_folder(tmp_path / 'out', {'a': np.ones(3)}.items())
   with pytest.raises(UserError, match='the folder is not empty'):
-    hf.write_folder(tmp_path / 'out', {'a': np.zeros(3)}.items())
+    write_folder(tmp_path / 'out', {'a': np.zeros(3)}.items())
   with pytest.raises(RuntimeError):
-    hf.write_folder(tmp_path / 'out', failing(), overwrite=True)
+    write_folder(tmp_path / 'out', failing(), overwrite=True)
   np.testing.assert_array_equal(hf.TensorFolder(tmp_path / 'out')['a'], np.ones(3))
-  hf.write_folder(tmp_path / 'out', {'a': np.zeros(3)}.items(), overwrite=True)
+  write_folder(tmp_path / 'out', {'a': np.zeros(3)}.items(), overwrite=True)
   np.testing.assert_array_equal(hf.TensorFolder(tmp_path / 'out')['a'], np.zeros(3))
   assert [p.name for p in tmp_path.iterdir()] == ['out']
 
@@ -239,19 +240,19 @@ def test_writing_is_all_or_nothing(tmp_path):
 ])
 def test_what_cannot_be_written(tmp_path, tensors, message):
   with pytest.raises(UserError, match=message):
-    hf.write_folder(tmp_path / 'out', tensors)
+    write_folder(tmp_path / 'out', tensors)
   assert list(tmp_path.iterdir()) == []
   with pytest.raises(UserError, match='leaves the folder'):
-    hf.write_folder(tmp_path / 'out', [('a', np.ones(1))], extra_files={'../x': 'y'})
+    write_folder(tmp_path / 'out', [('a', np.ones(1))], extra_files={'../x': 'y'})
 
 
 def test_metadata_holds_strings(tmp_path):
   with pytest.raises(TypeError, match=r"strings only; others at \['a'\]"):
-    hf.write_folder(tmp_path / 'out', [('a', np.ones(1))], metadata={'a': {}})
+    write_folder(tmp_path / 'out', [('a', np.ones(1))], metadata={'a': {}})
 
 
 def test_manifest_notices_every_change(tmp_path):
-  hf.write_folder(tmp_path / 'o', [('a', np.ones(1))], extra_files={'x': '1', 'y': '2'})
+  write_folder(tmp_path / 'o', [('a', np.ones(1))], extra_files={'x': '1', 'y': '2'})
   (tmp_path / 'o' / 'x').write_text('3')
   (tmp_path / 'o' / 'y').unlink()
   (tmp_path / 'o' / 'z').write_text('4')
@@ -271,10 +272,11 @@ def test_a_full_disk_is_a_sentence(tmp_path):
   program = textwrap.dedent("""
       import resource, signal, sys, numpy as np
       from hrvlm_jax.checkpoint import hf
+      from tests.checkpoint.writing import write_folder
       from hrvlm_jax.core.errors import UserError
       signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
       resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-      try: hf.write_folder(sys.argv[1] + '/out', [('a', np.ones(1 << 16))])
+      try: write_folder(sys.argv[1] + '/out', [('a', np.ones(1 << 16))])
       except UserError as error: print(error)
   """)
   run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,
@@ -295,12 +297,13 @@ def test_large_tensors_cost_no_anonymous_memory(tmp_path):
   program = textwrap.dedent("""
       import sys, numpy as np
       from hrvlm_jax.checkpoint import hf
+      from tests.checkpoint.writing import write_folder
       def anonymous():
         for line in open('/proc/self/status'):
           if line.startswith('RssAnon'): return int(line.split()[1]) * 1024
       names = [f't{i}' for i in range(4)]
       zeros = lambda: np.zeros((6, 1 << 20), np.float32)
-      hf.write_folder(sys.argv[1] + '/a', ((name, zeros()) for name in names))
+      write_folder(sys.argv[1] + '/a', ((name, zeros()) for name in names))
       before, peak = anonymous(), 0
       folder = hf.TensorFolder(sys.argv[1] + '/a')
       def tensors():
@@ -310,7 +313,7 @@ def test_large_tensors_cost_no_anonymous_memory(tmp_path):
           assert array.sum() == 0
           yield name, array
           peak = max(peak, anonymous() - before)
-      hf.write_folder(sys.argv[1] + '/b', tensors())
+      write_folder(sys.argv[1] + '/b', tensors())
       print(peak)
   """)
   run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,

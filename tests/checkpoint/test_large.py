@@ -56,6 +56,7 @@ def test_sixteen_layers_pass_through_little_memory(tmp_path):
   program = textwrap.dedent("""
       import sys, threading, numpy as np, jax, ml_dtypes
       from hrvlm_jax.checkpoint import files, hf, store, streaming
+      from tests.checkpoint.writing import write_folder
       from hrvlm_jax.checkpoint.rows import Row, Table, import_tensors, transpose
       folder = sys.argv[1]
       def anonymous():
@@ -67,7 +68,7 @@ def test_sixteen_layers_pass_through_little_memory(tmp_path):
         for i in range(16):
           bits = rng.integers(0, 0x7f00, (2048, 2048), dtype=np.uint16)
           yield f'layers.{i}.weight', bits.view(ml_dtypes.bfloat16)
-      hf.write_folder(folder + '/original', source())
+      write_folder(folder + '/original', source())
       table = Table((Row('layers/kernel', 'layers.{i}.weight', transpose),))
       abstract = {'layers': {'kernel': jax.ShapeDtypeStruct((16, 2048, 2048), np.float32)}}
       jax.devices()

@@ -54,7 +54,7 @@ def test_params_round_trip(saved):
   assert_same(store.load_params(saved, shardings='host'), PARAMS)
   assert store.load_config(saved) == {'model': {'width': 4}}
   marker = store.load_marker(saved)
-  assert (marker['format'], marker['version'], marker['kind']) == ('hrvlm_jax', 1, 'params')
+  assert (marker['format'], marker['version'], marker['kind']) == ('hrvlm_jax', 2, 'params')
   assert (saved / 'tokenizer' / 'tokenizer.json').read_text() == '{}'
   assert store.describe(saved)['language/embedding'].dtype == ml_dtypes.bfloat16
 
@@ -149,6 +149,26 @@ def test_training_state_round_trip(tmp_path):
   # Everything that reads parameters reads them from the work directory as well.
   assert_same(store.load_params(tmp_path, abstract(state['params'])), state['params'])
   assert store.load_config(tmp_path) == {'seed': 1}
+
+
+def test_a_training_checkpoint_of_version_1_is_read(tmp_path):
+  """Marker, config and data states lay beside `arrays/` there."""
+  state = make_state()
+  with store.TrainStore(tmp_path, config={'seed': 1}) as checkpoints:
+    checkpoints.save(7, state, {'position': 1})
+  folder = tmp_path / 'checkpoints' / '7'
+  (folder / 'arrays').mkdir()
+  for entry in list((folder / 'run').iterdir()):
+    entry.rename(folder / entry.name)
+  for name in ('params', 'state', '_CHECKPOINT_METADATA', layout.COMMIT):
+    (folder / name).rename(folder / 'arrays' / name)
+  marker = json.loads((folder / 'checkpoint.json').read_text()) | {'version': 1}
+  (folder / 'checkpoint.json').write_text(json.dumps(marker))
+  step, restored, data = store.TrainStore(tmp_path).restore(make_state())
+  assert (step, data) == (7, {'position': 1})
+  assert_same(restored['params'], state['params'])
+  assert_same(store.load_params(tmp_path), state['params'])
+  assert store.load_config(tmp_path) == {'seed': 1} and store.load_marker(tmp_path)['step'] == 7
 
 
 def test_data_states_are_opaque(tmp_path):
@@ -293,6 +313,7 @@ def test_missing_permission_is_a_sentence_and_loses_nothing():
   program = textwrap.dedent("""
       import os, sys, numpy as np
       from hrvlm_jax.checkpoint import hf, store
+      from tests.checkpoint.writing import write_folder
       from hrvlm_jax.core.errors import UserError
       root = sys.argv[1]
       store.save_params(root + '/p', {'a': np.ones(3)}, {'n': 1})
@@ -305,7 +326,7 @@ def test_missing_permission_is_a_sentence_and_loses_nothing():
                    lambda: store.save_params(root + '/q', {'a': np.zeros(3)}, {}),
                    lambda: (checkpoints.save(2, {'params': {'a': np.zeros(3)}}),
                             checkpoints.wait()),
-                   lambda: hf.write_folder(root + '/out', [('a', np.ones(1))])):
+                   lambda: write_folder(root + '/out', [('a', np.ones(1))])):
         try: save()
         except UserError as error: print(error)
   """)
@@ -371,7 +392,7 @@ def test_eight_devices_four_one(tmp_path):
   run = subprocess.run([sys.executable, '-c', program, str(tmp_path)], capture_output=True,
                        text=True, env=environment)
   assert run.stdout.strip() == 'done', run.stderr
-  assert json.loads((tmp_path / 'checkpoints/1/checkpoint.json').read_text())['step'] == 1
+  assert json.loads((tmp_path / 'checkpoints/1/run/checkpoint.json').read_text())['step'] == 1
 
 
 def test_two_processes_then_one(tmp_path):

@@ -19,6 +19,7 @@ from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.mc_llava import encoder as host
 from hrvlm_jax.systems.mc_llava.config import tiny
 from hrvlm_jax.vlm import model as vlm
+from tests.checkpoint.writing import write_folder
 
 CONFIG = tiny(max_crops=6, num_tokens=20)
 
@@ -107,7 +108,7 @@ def test_a_damaged_folder_is_refused_whole(exported, tmp_path):
   del tensors['vision_model.coord_embed.0.bias'], tensors['language_model.lm_head.bias']
   tensors['surprise'] = np.zeros(2, np.float32)
   settings = json.loads((folder / 'config.json').read_text())
-  hf.write_folder(tmp_path / 'damaged', tensors.items(), config=settings, extra_files={})
+  write_folder(tmp_path / 'damaged', tensors.items(), config=settings, extra_files={})
   with pytest.raises(UserError) as error:
     convert(tmp_path / 'damaged', tmp_path / 'out')
   for text in ('missing tensor vision_model.coord_embed.0.bias',

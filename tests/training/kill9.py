@@ -161,7 +161,7 @@ def unfinished(workdir):
   folder = workdir / layout.STEPS
   entries = list(folder.iterdir()) if folder.exists() else []
   return [entry.name for entry in entries
-          if entry.name.isdigit() and not layout.is_whole(layout.to_path(entry))]
+          if not layout.is_whole(layout.to_path(entry))]
 
 
 def wait_for(condition, pid, workdir):
