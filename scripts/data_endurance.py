@@ -104,7 +104,7 @@ def main() -> int:
     source = open_source(arguments.folder / 'check' / 'data.jsonl')
     found = check_source(source, RowCheck(image='decode'), workers=2, progress=False)
     report(f'check: {found.summary()}; {time.perf_counter() - start:.0f} s',
-           {fault.index: fault.kind for fault in found.faults} == bad)
+           {fault.position: fault.kind for fault in found.faults} == bad)
   bad = write(arguments.folder / 'train', 5000, 0.01, images=300)
   if '2' in arguments.parts:
     work = arguments.folder / f'work-{os.getpid()}'

@@ -98,7 +98,7 @@ def _check(argv: list[str]) -> int:
   if arguments.out is not None:
     part = pathlib.Path(f'{arguments.out}.part')
     part.write_text(''.join(
-        json.dumps({'row': fault.index, 'kind': fault.kind, 'message': fault.message},
+        json.dumps({'row': fault.position, 'kind': fault.kind, 'message': fault.message},
                    ensure_ascii=False) + '\n' for fault in report.faults), encoding='utf-8')
     os.replace(part, arguments.out)
   print(report.summary())

@@ -6,18 +6,19 @@ Rows are checked in parallel. An image that many rows share is opened once per p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 import dataclasses
 import functools
-import multiprocessing
 import os
 from typing import Literal
 
+import grain
 from tqdm import tqdm
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.faults import Fault
+from hrvlm_jax.data.pipeline import processes
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, inside
 from hrvlm_jax.language.chat import IMAGE, Template, check_messages
 from hrvlm_jax.language.conversation import prepare
@@ -27,15 +28,6 @@ ImageCheck = Literal['none', 'header', 'decode']
 _CHUNK = 2000
 # Below this a pool of processes costs more time than it saves.
 _WORTH_A_POOL = 20_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Fault:
-  """One bad row: its index, the kind of fault, and the sentence that names file and line."""
-
-  index: int
-  kind: str
-  message: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,55 +112,42 @@ def check_source(
   size = len(source)
   if workers is None:
     workers = (os.cpu_count() or 1) if size >= _WORTH_A_POOL or _decodes(check) else 0
-  spans = [(start, min(start + _CHUNK, size)) for start in range(0, size, _CHUNK)]
+  chunks = grain.MapDataset.range(0, size, _CHUNK).map(_Chunk(source, check))
+  # Reading ahead in threads would only get in the way of processes.
+  chunks = chunks.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+  if workers > 1 and size > _CHUNK:
+    chunks = chunks.mp_prefetch(processes(min(workers, -(-size // _CHUNK))))
   faults: list[Fault] = []
   with tqdm(total=size, desc='rows', unit='row', disable=not progress) as bar:
-
-    def note(found: Sequence[Fault], rows: int) -> None:
+    for rows, found in chunks if size else ():
       faults.extend(found)
       bar.update(rows)
       bar.set_postfix(bad=len(faults))
+  return CheckReport(size, tuple(faults))
 
-    if workers < 2 or len(spans) < 2:
-      for start, end in spans:
-        note(_check_span(source, check, start, end), end - start)
-    else:
-      context = multiprocessing.get_context('spawn')  # the parent may hold accelerator threads
-      with ProcessPoolExecutor(min(workers, len(spans)), mp_context=context,
-                               initializer=_hold, initargs=(source, check)) as pool:
-        jobs = {pool.submit(_check_held, *span): span for span in spans}
-        for job in as_completed(jobs):
-          start, end = jobs[job]
-          note(job.result(), end - start)
-  return CheckReport(size, tuple(sorted(faults, key=lambda fault: fault.index)))
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk(grain.transforms.Map):
+  """First row of a chunk -> number of its rows, and the faults among them.
+
+  A chunk and not a row is the element: what Grain does for each costs as much as reading a row.
+  """
+
+  source: Source
+  check: Callable[[Row], None]
+
+  def map(self, element: int) -> tuple[int, list[Fault]]:
+    rows, faults = range(element, min(element + _CHUNK, len(self.source))), []
+    for index in rows:
+      try:
+        self.check(self.source[index])
+      except UserError as error:
+        faults.append(Fault.of(error, index))
+    return len(rows), faults
 
 
 def _decodes(check: Callable[[Row], None]) -> bool:
   return isinstance(check, RowCheck) and check.image == 'decode'
-
-
-_held: tuple[Source, Callable[[Row], None]] | None = None
-
-
-def _hold(source, check):
-  global _held
-  _held = source, check
-
-
-def _check_held(start: int, end: int) -> list[Fault]:
-  return _check_span(*_held, start, end)
-
-
-def _check_span(source, check, start: int, end: int) -> list[Fault]:
-  faults = []
-  for index in range(start, end):
-    try:
-      check(source[index])
-    except BadRow as error:
-      faults.append(Fault(index, error.kind, str(error)))
-    except UserError as error:
-      faults.append(Fault(index, 'example', str(error)))
-  return faults
 
 
 def _check_image(ref: ImageRef, how: ImageCheck, max_pixels: int) -> None:

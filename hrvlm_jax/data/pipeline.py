@@ -137,16 +137,11 @@ class Batches:
     self.counts: Counter[str] = Counter()
     self.on_fault: Callable[[str, str], None] | None = None
     self._options, self._order = options, order
-    workers = None
-    if options.workers:
-      if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
-        flags.FLAGS.mark_as_parsed()
-      workers = grain.MultiprocessingOptions(num_workers=options.workers, per_worker_buffer_size=2)
     # An element is this host's batch already: to choose its bucket and crop slots takes all of it.
     self._batches = grain.experimental.ElasticIterator(
       dataset, 1, grain.sharding.ShardOptions(shard_index=0, shard_count=1),
       read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=2),
-      multiprocessing_options=workers)
+      multiprocessing_options=processes(options.workers))
     weakref.finalize(self, _close, self._batches)  # also when the program ends
 
   def __len__(self) -> int:
@@ -205,6 +200,15 @@ class Batches:
   def close(self) -> None:
     """Ends worker processes; the next batch starts them again."""
     _close(self._batches)
+
+
+def processes(workers: int) -> grain.MultiprocessingOptions | None:
+  """What Grain is told for so many worker processes; None: this process reads."""
+  if not workers:
+    return None
+  if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
+    flags.FLAGS.mark_as_parsed()
+  return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
 
 
 def _close(batches: grain.experimental.ElasticIterator, step: int | None = None) -> None:

@@ -8,6 +8,7 @@ words with commas, read by `words`; a recipe takes its numbers from nowhere but 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+import functools
 import importlib.util
 import os
 import pathlib
@@ -27,6 +28,8 @@ RENAMED = (
   (r'ps3_(1_5k|4k)_pretrain', 'ps3', r'\1', ''),
   (r'vila_hd_8b_(1_5k|4k)', 'vila_hd', r'\1', 'sft'),
 )
+# Keys of a run config that had another name. Answered until 0.3.
+RENAMED_KEYS = {'data.lanes': 'data.shards'}
 
 
 def folder() -> pathlib.Path:
@@ -96,7 +99,21 @@ def evaluate(spec: str) -> ml_collections.ConfigDict:
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'run config {path}: get_config() returned {type(config).__name__}, '
                     f'expected ml_collections.ConfigDict')
+  for old in RENAMED_KEYS:
+    group, _, name = old.rpartition('.')
+    if name in config.get(group, {}):
+      with config.unlocked():
+        config[group][key_now(old).rpartition('.')[2]] = config[group][name]
+        del config[group][name]
   return config
+
+
+@functools.cache  # a line is said once
+def key_now(key: str) -> str:
+  """The key path by its name of today; a line on standard error where that is another one."""
+  if key in RENAMED_KEYS:
+    _warn(f'config.{key} is now config.{RENAMED_KEYS[key]}; used that')
+  return RENAMED_KEYS.get(key, key)
 
 
 def words(argument: str, *choices: Collection[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import ml_collections
 
 from hrvlm_jax.core.config import field_types, from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
-from hrvlm_jax.training.recipe import evaluate, find
+from hrvlm_jax.training.recipe import evaluate, find, key_now
 
 T = TypeVar('T')
 Overrides = Sequence[tuple[str, str]]
@@ -58,6 +58,7 @@ def grid(
   path, argument = find(spec)
   spec = path if argument is None else f'{path}:{argument}'
   template = _complete(schema, evaluate(spec))
+  overrides = [(key_now(key), text) for key, text in overrides]
   problems: list[str] = []
   choices: list[list[tuple[str, str]]] = []
   for key, text in overrides:

@@ -7,7 +7,7 @@ import pytest
 
 from hrvlm_jax.cli import arguments
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.training import run_config
+from hrvlm_jax.training import recipe, run_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,3 +160,22 @@ def test_a_config_without_a_mesh_takes_one(tmp_path):
     load(('mesh.fdsp', '8'))
   with pytest.raises(UserError, match=r'config.mesh: at most one of .* may be -1'):
     load(('mesh.tensor', '-1'))
+
+
+def test_a_key_that_was_renamed_is_answered(tmp_path, capsys):
+  from hrvlm_jax.training.config import RunConfig
+
+  path = tmp_path / 'run.py'
+  path.write_text(textwrap.dedent("""
+      from hrvlm_jax.core.config import to_dict
+      from hrvlm_jax.systems.mc_llava.config import tiny
+      import ml_collections
+      def get_config():
+        return ml_collections.ConfigDict(dict(
+          model=to_dict(tiny()), data=dict(train='x.json', lanes=4),
+          training=dict(steps=1, batch_size=8, optimizer=dict(learning_rate=0.1))))
+  """))
+  recipe.key_now.cache_clear()
+  assert run_config.load(RunConfig, str(path)).data.shards == 4
+  assert capsys.readouterr().err == 'config.data.lanes is now config.data.shards; used that\n'
+  assert run_config.load(RunConfig, str(path), [('data.lanes', '2')]).data.shards == 2

@@ -84,9 +84,9 @@ def test_check_names_them_all(data):
   root, kinds = data
   source = open_source(root / 'data.jsonl', images=root / 'images')
   report = check_source(source, workers=0, progress=False)
-  assert {fault.index: fault.kind for fault in report.faults} == {
+  assert {fault.position: fault.kind for fault in report.faults} == {
     index: kind for index, kind in enumerate(kinds) if kind}
-  assert all(f'(line {fault.index + 1})' in fault.message for fault in report.faults)
+  assert all(f'(line {fault.position + 1})' in fault.message for fault in report.faults)
 
 
 @pytest.mark.parametrize('system', ['mc_llava', 'llava_hr', 'pheye', 'vila_hd', 'anyres'])

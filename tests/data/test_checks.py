@@ -46,9 +46,9 @@ def test_every_bad_row_is_found(folder):
   }
   rows = [row for pair in zip([good] * len(bad), bad.values()) for row in pair]
   report = check_source(write(folder, rows), workers=0, progress=False)
-  assert [(fault.index, fault.kind) for fault in report.faults] == [
+  assert [(fault.position, fault.kind) for fault in report.faults] == [
     (2 * i + 1, kind) for i, kind in enumerate(bad)]
-  assert all(f'row {fault.index} (line {fault.index + 1})' in fault.message
+  assert all(f'row {fault.position} (line {fault.position + 1})' in fault.message
              for fault in report.faults)
   assert report.counts == dict.fromkeys(bad, 1)
   assert report.summary() == f'18 rows, 9 bad: {", ".join(f"1 {kind}" for kind in bad)}'
@@ -85,4 +85,4 @@ def test_hundred_thousand_rows(tmp_path):
   chosen = {index: list(kinds)[int(rng.integers(len(kinds)))] for index in where}
   rows = [kinds[chosen[index]] if index in chosen else good for index in range(100_000)]
   report = check_source(write(tmp_path, rows), workers=2, progress=False)
-  assert {fault.index: fault.kind for fault in report.faults} == chosen
+  assert {fault.position: fault.kind for fault in report.faults} == chosen
