@@ -19,7 +19,7 @@ from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.faults import Fault
 from hrvlm_jax.data.pipeline import processes
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, inside
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, each_image, inside
 from hrvlm_jax.language.chat import IMAGE, Template, check_messages
 from hrvlm_jax.language.conversation import prepare
 
@@ -70,13 +70,7 @@ class RowCheck:
     """Raises:
       BadRow: what is wrong with the row.
     """
-    try:
-      for ref in row.images:
-        _check_image(ref, self.image, self.max_pixels)
-    except images.ImageError as error:
-      raise BadRow(error.kind, row.where, str(error)) from error
-    except UserError as error:
-      raise BadRow('path', row.where, str(error)) from error
+    each_image(row, lambda ref: _check_image(ref, self.image, self.max_pixels))
     if not row.messages and not self.answers:
       return
     try:

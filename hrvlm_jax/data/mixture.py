@@ -81,7 +81,7 @@ class Share:
     format: how its questions are asked.
   """
 
-  name: str
+  name: str = ''
   amount: int | None = None
   weight: float | None = None
   format: PromptFormat = PromptFormat()
@@ -95,15 +95,11 @@ class Share:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixturePart:
-  """One data set of a mixture file; see `sources.open_mixture` and `Share`."""
+class MixturePart(Share):
+  """One data set of a mixture file, and where it is; see `sources.open_mixture`."""
 
   path: str
-  name: str = ''
   images: str = ''
-  amount: int | None = None
-  weight: float | None = None
-  format: PromptFormat = PromptFormat()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ crop slots of its shards, and the shards stand one after the other.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
@@ -149,38 +148,18 @@ class Pack(grain.transforms.RandomMap):
     return Window(tuple(element), tuple(self.packer.pack(usable, rng)))
 
 
-class Remembered(grain.MapDataset):
-  """The last elements of the parent, each made once per process though several threads ask.
+_lock = threading.Lock()
 
-  Grain keeps elements of iterators only (`CacheIterDataset`), and those belong to one reader.
-  """
 
-  _KEPT = 8
+@functools.lru_cache(maxsize=8)
+def _made(windows: grain.MapDataset, number: int) -> Window:
+  return windows[number]
 
-  def __init__(self, parent: grain.MapDataset):
-    super().__init__(parent)
-    self.__setstate__({})
 
-  def __len__(self):
-    return len(self._parent)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return self.slice(index)
-    with self._lock:
-      if index not in self._made:
-        self._made[index] = self._parent[index]
-        while len(self._made) > self._KEPT:
-          self._made.popitem(last=False)
-      return self._made[index]
-
-  def __getstate__(self):
-    return {key: value for key, value in self.__dict__.items() if key not in ('_made', '_lock')}
-
-  def __setstate__(self, state):
-    self.__dict__.update(state)
-    self._made: OrderedDict[int, Any] = OrderedDict()
-    self._lock = threading.Lock()
+def window_of(windows: grain.MapDataset, number: int) -> Window:
+  """A window, made once per process though several threads ask for it."""
+  with _lock:
+    return _made(windows, number)
 
 
 class PackedBatches(grain.MapDataset):
@@ -204,7 +183,7 @@ class PackedBatches(grain.MapDataset):
     packer = maker.packer
     whole = sizes[:len(sizes) // packer.batch_size * packer.batch_size]
     windows = whole.batch(packer.window_size, batch_fn=list).random_map(Pack(packer), seed=seed)
-    super().__init__([Remembered(windows), opened])
+    super().__init__([windows, opened])
     self._length = len(whole) // packer.batch_size
     self._maker, self._own, self._fatal = maker, tuple(own), fatal
 
@@ -220,7 +199,7 @@ class PackedBatches(grain.MapDataset):
     """(position of the window's first example, the window, its step)."""
     packer = self._maker.packer
     number, step = divmod(index, packer.packing.window)
-    window = self._parents[0][number]
+    window = window_of(self._parents[0], number)
     return number * packer.window_size, window, window.steps[step]
 
   def __getitem__(self, index):

@@ -7,12 +7,12 @@ that says which row of which file and what kind of fault, so that faults can be 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import os
 import struct
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 import zlib
 
 from PIL import Image
@@ -20,6 +20,8 @@ from PIL import Image
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.chat import Message
+
+T = TypeVar('T')
 
 _MAGIC = b'HRV1'
 
@@ -133,15 +135,7 @@ def open_images(
   Raises:
     BadRow: the first image that cannot be used, with its kind of fault.
   """
-  opened = []
-  for ref in row.images:
-    try:
-      opened.append(ref.open(exif=exif, max_pixels=max_pixels, inexact=inexact))
-    except images.ImageError as error:
-      raise BadRow(error.kind, row.where, str(error)) from error
-    except UserError as error:
-      raise BadRow('path', row.where, str(error)) from error
-  return opened
+  return each_image(row, lambda ref: ref.open(exif=exif, max_pixels=max_pixels, inexact=inexact))
 
 
 def image_sizes(
@@ -153,17 +147,23 @@ def image_sizes(
   Raises:
     BadRow: the first image whose header shows that it cannot be used.
   """
-  sizes = []
-  for ref in row.images:
-    try:
-      source = ref.data if ref.data is not None else inside(ref.folder, ref.path)
-      sizes.append(images.image_size(source, max_pixels=max_pixels, name=ref.name, exif=exif,
-                                     inexact=inexact))
-    except images.ImageError as error:
-      raise BadRow(error.kind, row.where, str(error)) from error
-    except UserError as error:
-      raise BadRow('path', row.where, str(error)) from error
-  return sizes
+  return each_image(row, lambda ref: images.image_size(
+    ref.data if ref.data is not None else inside(ref.folder, ref.path), max_pixels=max_pixels,
+    name=ref.name, exif=exif, inexact=inexact))
+
+
+def each_image(row: Row, function: Callable[[ImageRef], T]) -> list[T]:
+  """What a function gives for every image of a row.
+
+  Raises:
+    BadRow: the first image it refuses, with its kind of fault.
+  """
+  try:
+    return [function(ref) for ref in row.images]
+  except images.ImageError as error:
+    raise BadRow(error.kind, row.where, str(error)) from error
+  except UserError as error:
+    raise BadRow('path', row.where, str(error)) from error
 
 
 def encode_record(row: Row) -> bytes:
@@ -223,6 +223,14 @@ class Fields:
   question: str | None = None
   answer: str | None = None
   prompt: str = ''
+
+  def check(self, found: Sequence[str], where: str, *, what: str) -> None:
+    """Raises:
+      UserError: fields that are not among those found.
+    """
+    wanted = (self.image, self.id, self.conversations, self.question, self.answer)
+    if missing := [name for name in wanted if name and name not in found]:
+      raise UserError(f'{where}: has no {what} {missing}; found {list(found)}')
 
 
 def question_answers(questions: Any, answers: Any) -> list[tuple[str, str]]:

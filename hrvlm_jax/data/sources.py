@@ -8,6 +8,7 @@ to worker processes: it holds paths and offsets, and opens its files where it is
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+import dataclasses
 import json
 import mmap
 import os
@@ -302,12 +303,11 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
   except ValueError as error:
     raise UserError(f'{path}: not valid JSON ({error})') from error
   file = from_dict(mixture.MixtureFile, values, title=str(path))
-  sources = {}
-  for index, part in enumerate(file.parts):
-    own = path.parent / part.images if part.images else images
-    sources[part.name or str(index)] = open_source(path.parent / part.path, images=own)
+  shares = [dataclasses.replace(part, name=part.name or str(index))
+            for index, part in enumerate(file.parts)]
+  sources = {part.name: open_source(path.parent / part.path,
+                                    images=path.parent / part.images if part.images else images)
+             for part in shares}
   if file.published:
     return mixture.published_mixture(file.published, sources, seed=file.seed)
-  shares = [mixture.Share(name=part.name or str(index), amount=part.amount, weight=part.weight,
-                          format=part.format) for index, part in enumerate(file.parts)]
   return mixture.mix(shares, sources, size=file.size, seed=file.seed)

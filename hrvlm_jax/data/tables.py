@@ -116,13 +116,9 @@ class Parquet:
     self.fields = fields
     groups = []  # file, group, first row of the group in the file, first row of the group at all
     total = 0
-    wanted = [name for name in (self.fields.image, self.fields.id, self.fields.conversations,
-                                self.fields.question, self.fields.answer) if name]
     for number, path in enumerate(self.paths):
       file = _parquet_file(path)
-      names = file.schema_arrow.names
-      if missing := [name for name in wanted if name not in names]:
-        raise UserError(f'{path}: has no columns {missing}; found {names}')
+      self.fields.check(file.schema_arrow.names, path, what='columns')
       first = total
       for group in range(file.num_row_groups):
         groups.append((number, group, total - first, total))
@@ -254,11 +250,7 @@ class Tfds:
       if self.fields is None:
         self.fields = guess_fields(list(builder.info.features))
       fields = self.fields
-      wanted = [name for name in (fields.image, fields.id, fields.conversations, fields.question,
-                                  fields.answer) if name]
-      if missing := [name for name in wanted if name not in builder.info.features]:
-        raise UserError(f'{self.folder}: has no features {missing}; found '
-                        f'{sorted(builder.info.features)}')
+      fields.check(list(builder.info.features), self.folder, what='features')
       decoders = {fields.image: tfds.decode.SkipDecoding()} if fields.image else None
       self._source = builder.as_data_source(self.split, decoders=decoders)
     return self._source
