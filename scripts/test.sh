@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv with the test extras (first run only) and runs the whole test suite on CPU.
+# Makes .venv with the test extras (first run only) and runs the first level of tests on CPU: every
+# contract and one representative per family. test_full.sh has the second level, part by part.
 #
-#   ./scripts/test.sh                    everything
+#   ./scripts/test.sh                    the whole level
+#   ./scripts/test.sh -m fast            the subset of a commit, under two minutes
 #   ./scripts/test.sh tests/core -x      any pytest arguments
 #   HRVLM_TEST_WORKERS=0 ./scripts/test.sh    in one process (for a debugger)
 #
