@@ -22,7 +22,8 @@ def row(name: str, report: str) -> str:
   count = lambda key: sum(int(float(suite.get(key) or 0)) for suite in suites)
   wrong, skipped = count('failures') + count('errors'), count('skipped')
   git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True).stdout.strip()
-  changed = git('status', '--porcelain', '--untracked-files=no')
+  # The page itself has changed when the part before this one was kept.
+  changed = git('status', '--porcelain', '--untracked-files=no', '--', ':!docs')
   packages = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)
   return ' | '.join([
     f'| {name}', git('rev-parse', '--short', 'HEAD') + ('+changes' if changed else ''),

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems)
+PARTS=(systems training parallel interop recipes)
 
 part=${1:-}
 if [[ $part == --list ]]; then

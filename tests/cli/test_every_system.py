@@ -12,6 +12,7 @@ import pytest
 
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.cli.main import main
+from tests import levels
 
 CONFIG = textwrap.dedent("""
     import ml_collections
@@ -28,7 +29,8 @@ CONFIG = textwrap.dedent("""
 SIZES = ((30, 90), (120, 40), (64, 64), (33, 40))
 
 
-@pytest.fixture(scope='module', params=['pheye', 'llava_hr'])
+@pytest.fixture(scope='module', params=levels.rows(
+  'systems', ['pheye', 'llava_hr'], first=['pheye']))
 def run(request, tmp_path_factory):
   """(system, folder): a work directory after two steps on pictures of different sizes."""
   root = tmp_path_factory.mktemp(request.param)

@@ -14,6 +14,7 @@ from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.program import run_dtypes
 from hrvlm_jax.training.step import init_state
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs' / 'ablations'
 FILES = sorted(path.name for path in FOLDER.glob('*.py'))
@@ -40,7 +41,8 @@ def test_a_sweep_takes_the_file(name):
     entries_of(str(FOLDER / name), [], only='nothing_of_the_kind')
 
 
-@pytest.mark.parametrize('name, row', ROWS)
+@pytest.mark.parametrize('name, row', levels.rows(
+  'recipes', ROWS, first={name: (name, row) for name, row in reversed(ROWS)}.values()))
 def test_the_loss_of_a_row_can_be_traced(name, row):
   """State and loss, from shapes alone: nothing is computed."""
   config = entries_of(str(FOLDER / name), [], only=row)[0].config

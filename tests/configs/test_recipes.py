@@ -27,12 +27,15 @@ from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.program import run_dtypes
 from hrvlm_jax.training.step import execution_of, init_state, value_and_grad
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 from tests.configs.golden import RECIPES, load
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
 # PS3's are checked beside the rest of PS3.
 PUBLISHED = tuple(
   spec for spec in RECIPES if not spec.startswith('ps3:') and spec.count(':') == 1)
+# One of each file; the others are the second level's.
+FIRST = tuple({spec.partition(':')[0]: spec for spec in reversed(PUBLISHED)}.values())
 
 
 def test_every_header_says_how_to_run_it():
@@ -46,7 +49,7 @@ def test_every_header_says_how_to_run_it():
   assert not problems
 
 
-@pytest.mark.parametrize('spec', PUBLISHED)
+@pytest.mark.parametrize('spec', levels.rows('recipes', PUBLISHED, first=FIRST))
 def test_a_released_size_builds_abstractly(spec):
   """Shapes, shardings on 64 devices, optimizer state: float32 masters, frozen leaves without."""
   config = load(spec)
@@ -70,7 +73,7 @@ def test_a_released_size_builds_abstractly(spec):
   assert not whole, 'large leaves lie whole on every device'
 
 
-@pytest.mark.parametrize('spec', sorted({spec: None for spec in PUBLISHED}))
+@pytest.mark.parametrize('spec', levels.rows('recipes', PUBLISHED, first=FIRST))
 def test_gradients_reach_every_trained_leaf(spec):
   reached, trained = gradients(*gradient_key(load(spec)))
   assert sorted(trained - reached) == []

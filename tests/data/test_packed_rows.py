@@ -17,6 +17,7 @@ from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.next_token import NextToken
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 SIZES = [(20, 30), (200, 90), None, (64, 64), (150, 160), (90, 40), (33, 31), None, (128, 96),
          (40, 40), (300, 50), (77, 99)]
@@ -62,7 +63,7 @@ LENGTHS = {'mc_llava': (256, 320, 768, 1536), 'anyres': (160, 320, 768, 1536),
            'llava_hr': (320, 512, 768, 1536)}
 
 
-@pytest.mark.parametrize('system', sorted(LENGTHS))
+@pytest.mark.parametrize('system', levels.rows('training', sorted(LENGTHS), first=['mc_llava']))
 def test_packed_rows_train_as_rows_of_their_own(folder, system):
   """Loss, number of targets and gradients of a step, 1e-6."""
   lengths = LENGTHS[system]

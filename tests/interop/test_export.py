@@ -17,6 +17,7 @@ from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
+from tests import levels
 from tests.interop.releases import random_params
 
 FILES = {f'tokenizer/{n}': data for n, data in tokenizer_of('byte').files.items()}
@@ -29,7 +30,9 @@ def saved(folder, name, change=lambda path, x: x):
   return config
 
 
-@pytest.mark.parametrize('name', ['mc_llava', 'pheye', 'llava_hr', 'vila_hd', 'ps3', 's2'])
+@pytest.mark.parametrize('name', levels.rows(
+  'interop', ['mc_llava', 'pheye', 'llava_hr', 'vila_hd', 'ps3', 's2'],
+  first=['mc_llava', 'vila_hd', 'ps3']))
 def test_all_files_are_there_and_known_to_transformers(name, tmp_path):
   config = saved(tmp_path / 'c', name)
   export(tmp_path / 'c', tmp_path / 'out')

@@ -9,6 +9,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.interop.convert import convert, recognise
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.systems import registry
+from tests import levels
 from tests.interop.releases import KINDS, layout, random_tensors, read_release, write_release
 
 
@@ -23,7 +24,7 @@ def assert_bit_equal(found, expected):
     np.testing.assert_array_equal(bits(found[name]), bits(value), err_msg=name)
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', levels.rows('interop', KINDS, first=['bfloat16']))
 @pytest.mark.parametrize('name', registry.names())
 def test_original_to_orbax_to_original_is_bit_exact(name, kind, tmp_path):
   config = registry.get(name).tiny()
@@ -57,7 +58,7 @@ def test_storage_that_differs_inside_one_stacked_leaf_is_kept(tmp_path):
 DAMAGED = [name for name in registry.names() if name not in ('s2', 's2_dynamic', 'tiling')]
 
 
-@pytest.mark.parametrize('name', DAMAGED)
+@pytest.mark.parametrize('name', levels.rows('interop', DAMAGED, first=['pheye', 'vila_hd']))
 def test_everything_wrong_with_a_folder_is_one_message_and_nothing_is_written(name, tmp_path):
   """Missing, extra, renamed, misshapen, not a number, and a shard that was cut short."""
   config = registry.get(name).tiny()

@@ -17,6 +17,7 @@ from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import execution_of, value_and_grad
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs' / 'tiny'
 
@@ -30,7 +31,8 @@ def data(tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize('name', sorted(path.stem for path in CONFIGS.glob('*.py')))
+@pytest.mark.parametrize('name', levels.rows(
+  'recipes', sorted(path.stem for path in CONFIGS.glob('*.py')), first=['mc_llava', 'vila_hd']))
 def test_gradients_reach_what_trains_and_nothing_else(name, data):
   source = data / ('regions' if name == 'ps3' else 'needle/needle.json')
   config = run_config.load(RunConfig, str(CONFIGS / f'{name}.py'), [

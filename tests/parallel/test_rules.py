@@ -13,6 +13,7 @@ from hrvlm_jax.parallel.mesh import single_device_mesh
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 POD = {'data': 16, 'fsdp': 16, 'sequence': 1, 'tensor': 1}
 MIXED = {'data': 2, 'fsdp': 8, 'sequence': 1, 'tensor': 4}
@@ -51,7 +52,8 @@ def test_table(path, shape, expected):
   assert spec(path, shape) == expected
 
 
-@pytest.mark.parametrize('name', registry.names())
+@pytest.mark.parametrize('name', levels.rows(
+  'parallel', registry.names(), first=['mc_llava', 'vila_hd']))
 def test_every_released_model_is_covered(name):
   for release, config in registry.get(name).released.items():
     flat = paths.flatten(vlm.build(config).abstract)

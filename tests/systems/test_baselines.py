@@ -24,6 +24,7 @@ from hrvlm_jax.systems.baselines import (
 )
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vision.vit import ViT
+from tests import levels
 
 KEYS = np.array([[1, 0], [0.9, 0.1], [0, 1], [0.1, 1], [1, 0.2], [-1, 0.1]], np.float32)[None]
 VALUES = np.arange(1, 7, dtype=np.float32)[None, :, None]
@@ -170,7 +171,8 @@ def test_combinations_that_cannot_work_are_refused_with_the_reason():
   reduced.ReducedConfig(inner='anyres', encoder=tiled, step=reduced.Perceiver(queries=4))
 
 
-@pytest.mark.parametrize('name', ['anyres', 'tiling', 's2', 's2_dynamic'])
+@pytest.mark.parametrize('name', levels.rows(
+  'systems', ['anyres', 'tiling', 's2', 's2_dynamic'], first=['anyres', 's2']))
 def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
   system = registry.get(name)
   config = system.tiny().encoder
@@ -186,7 +188,7 @@ def test_a_row_does_not_depend_on_the_others_of_its_batch(name):
   assert np.isfinite(together.values).all()
 
 
-@pytest.mark.parametrize('class_token', [False, True])
+@pytest.mark.parametrize('class_token', levels.rows('systems', [False, True], first=[True]))
 def test_tome_inside_the_tower(class_token):
   """Nothing merged: the plain tower. Identical patches: merging them changes no result."""
   config = dataclasses.replace(single_view.tiny().encoder.vision, class_token=class_token)

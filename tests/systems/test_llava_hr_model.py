@@ -16,6 +16,7 @@ from hrvlm_jax.systems.llava_hr.adapter import MRAdapter, align
 from hrvlm_jax.systems.llava_hr.config import PAPER_ADAPTERS, RELEASED_ADAPTERS, AdapterConfig, tiny
 from hrvlm_jax.systems.llava_hr.encoder import Encoder
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
+from tests import levels
 
 TINY = tiny(image_size=64).encoder
 
@@ -120,7 +121,8 @@ def test_every_form_gives_the_tokens_it_counts(name):
   assert ('gates' in info) == (config.adapters is not None)
 
 
-@pytest.mark.parametrize('name', ['low_to_high', 'queries'])
+@pytest.mark.parametrize('name', levels.rows(
+  'systems', ['low_to_high', 'queries'], first=['queries']))
 def test_forms_of_our_own_run_and_train(name):
   """Forms no golden case holds: finite, and a gradient reaches all but the known unused leaves."""
   small = dict(fast=dataclasses.replace(TINY.fast, depth=2, width=8, mlp_width=8),

@@ -19,6 +19,7 @@ from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig, model
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 FAST = ViTConfig(image_size=140, patch_size=28, width=60, depth=4, heads=3, mlp_width=44,
                  activation='quick_gelu', norm_eps=1e-5, class_token=True, patch_bias=False,
@@ -123,7 +124,8 @@ def reference(state, images, ids, visual_index, valid, config):
   return llama.eval()(inputs_embeds=x, attention_mask=valid.long()).logits
 
 
-@pytest.mark.parametrize('size, adapters', [(192, True), (384, False), (768, True)])
+@pytest.mark.parametrize('size, adapters', levels.rows(
+  'systems', [(192, True), (384, False), (768, True)], first=[(768, True)]))
 def test_logits_of_an_exported_model(size, adapters):
   """Slow grids of 6, 12 and 24 on a fast grid of 12; with adapters and as in stage 1."""
   encoder = LlavaHRConfig(image_size=size, fast=FAST, slow=slow(), aspect='pad',

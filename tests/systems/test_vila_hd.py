@@ -27,6 +27,7 @@ from hrvlm_jax.systems.vila_hd.config import RELEASED, VilaHDConfig, tiny
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.vision.blocks import PROJECTORS, BlockProjector, block_slots
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 
 KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'
 
@@ -142,9 +143,9 @@ def scattered(projector, features, maps, thumbnail):
   return np.concatenate(kept)
 
 
-@pytest.mark.parametrize('kind, grids', [
+@pytest.mark.parametrize('kind, grids', levels.rows('systems', [
   ('mlp_downsample', (6, 9)), ('mlp_downsample_3x3_fix', (7, 10)), ('linear', (3, 6)),
-  ('mlp2x_gelu', (3, 4))])
+  ('mlp2x_gelu', (3, 4))], first=[('mlp_downsample', (6, 9)), ('linear', (3, 6))]))
 def test_gathered_blocks_equal_projected_canvases(kind, grids):
   """Odd and even grids, side 1 to 3, selections of different sizes in one batch."""
   rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, Tr
 from hrvlm_jax.training.optimizer import groups_of
 from hrvlm_jax.training.step import execution_of, value_and_grad
 from hrvlm_jax.vlm import model as vlm
+from tests import levels
 from tests.parity.cases.training import without_dropout
 
 
@@ -35,8 +36,9 @@ def data(tmp_path_factory):
   return str(root / 'train.json')
 
 
-@pytest.mark.parametrize('system, objective', [
-  ('pheye', 'next_token'), ('llava_hr', 'next_token'), ('vila_hd', 'two_pass')])
+@pytest.mark.parametrize('system, objective', levels.rows('training', [
+  ('pheye', 'next_token'), ('llava_hr', 'next_token'), ('vila_hd', 'two_pass')],
+  first=[('pheye', 'next_token'), ('vila_hd', 'two_pass')]))
 def test_accumulated_gradients_equal_those_of_the_large_batch(system, objective, data):
   model = without_dropout(registry.get(system).tiny())
   fn = vlm.build(model)

@@ -12,12 +12,13 @@ import sys
 
 import pytest
 
+from tests import levels
 from tests.training import kill9
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize('system', kill9.SYSTEMS)
+@pytest.mark.parametrize('system', levels.rows('training', kill9.SYSTEMS, first=['mc_llava']))
 def test_losses_are_the_same_bits_after_two_kills(system, tmp_path):
   done = subprocess.run(
     [sys.executable, '-m', 'tests.training.kill9', '--kills', '2', '--systems', system,
