@@ -8,6 +8,8 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 REPO=$(cd "$HERE/.." && pwd)
 # shellcheck source=scripts/launch/common.sh
 . "$HERE/launch/common.sh"
+# shellcheck source=scripts/launch/settings.sh
+. "$HERE/launch/settings.sh"
 # shellcheck source=scripts/launch/types.sh
 . "$HERE/launch/types.sh"
 # shellcheck source=scripts/launch/qr.sh
@@ -16,6 +18,8 @@ REPO=$(cd "$HERE/.." && pwd)
 . "$HERE/launch/gce.sh"
 # shellcheck source=scripts/launch/machines.sh
 . "$HERE/launch/machines.sh"
+# shellcheck source=scripts/launch/source.sh
+. "$HERE/launch/source.sh"
 # shellcheck source=scripts/launch/job.sh
 . "$HERE/launch/job.sh"
 # shellcheck source=scripts/launch/babysit.sh
@@ -63,9 +67,12 @@ job
   --run-name R          name of the run, kept over restarts            (name of the machines)
   --bucket gs://B       source and logs also go there (survives preemption)
   --env K=V             set for the job; repeat. Not for secrets.
-  --env-file F          secrets as KEY=VALUE lines; mode 600; copied, never in a command line
+  --env-file F          secrets as a shell writes them (KEY=VALUE, export, quotes); mode 600;
+                        copied, never in a command line
   --python 3.12, --extra tpu                                           for setup
   --max-retries 20      preemptions (and stock-outs in a row) that babysit accepts
+  --patience 30m        how long babysit and up try again what fails in passing: no answer, rate
+                        limits, copies, package installs (15, 30, 60, ... 300 s apart)
   --keep                keep the machines after success
   --force               run: end a live job first
   --worker W            logs, ssh: worker (slice.worker with several slices), logs also all  (0)
@@ -90,7 +97,7 @@ TEXT
 
 # name=default for options with a value, then switches (0 or 1).
 VALUES='name= zone= zones= type= project= backend= slices=1 runtime= valid-until= max-run-duration=
-wait-timeout=6h python=3.12 extra=tpu env-file= bucket= run-name= service-account= network= subnet=
+wait-timeout=6h patience=30m python=3.12 extra=tpu env-file= bucket= run-name= service-account= network= subnet=
 labels= max-retries=20 worker=0 lines=+1 poll=30 ssh-tries=4 hosts=2 devices=4 kill-host=1
 kill-at-step=10 workdir= rtol=1e-5 end-within=60 capacity=on-demand'
 SWITCHES='internal-ip keep dry-run yes force prefix'
@@ -101,7 +108,7 @@ upper() { printf '%s' "$1" | tr 'a-z-' 'A-Z_'; }
 from_file() {
   case $1 in
     HRVLM_*) ;;
-    *) die "$EX_USAGE" "scripts/launch.env: found $1, expected names that begin with HRVLM_." ;;
+    *) die "$EX_USAGE" "launch.env: found $1, expected names that begin with HRVLM_." ;;
   esac
   # The environment wins over the file.
   if [ -z "${!1+set}" ]; then
@@ -112,7 +119,7 @@ from_file() {
 defaults() {
   local entry name variable
   local file=${HRVLM_LAUNCH_ENV:-$HERE/launch.env}
-  [ ! -f "$file" ] || each_setting "$file" from_file
+  [ ! -f "$file" ] || each_setting "$file" from_file strict
   for entry in $VALUES; do
     name=$(upper "${entry%%=*}")
     variable=HRVLM_$name
@@ -191,19 +198,13 @@ check_env() {
   local pair key
   for pair in ${OPT_ENV[@]+"${OPT_ENV[@]}"}; do
     key=${pair%%=*}
-    case $pair in
-      *=*) ;;
-      *) die "$EX_USAGE" "--env: found '$pair', expected KEY=VALUE." ;;
-    esac
-    case $key in
-      '' | [0-9]* | *[!A-Za-z0-9_]*) die "$EX_USAGE" "--env: '$key' is no name of a variable." ;;
-    esac
-    case $(upper "$key") in
-      *TOKEN* | *SECRET* | *PASSWORD* | *CREDENTIAL* | *API_KEY*)
-        die "$EX_USAGE" "--env $key: this looks like a secret and a command line can be read by" \
-          'others; put it into a file of mode 600 and use --env-file.'
-        ;;
-    esac
+    # The value is never shown: it may be a secret all the same.
+    [ "$key" != "$pair" ] || die "$EX_USAGE" '--env: found a word without =, expected KEY=VALUE.'
+    is_name "$key" || die "$EX_USAGE" "--env: what stands before = is no name of a variable (letters, digits, _)."
+    if secret_name "$key" || secret_value "${pair#*=}"; then
+      die "$EX_USAGE" "--env $key: this looks like a secret and a command line can be read by" \
+        'others; put it into a file of mode 600 and use --env-file.'
+    fi
   done
   [ -n "$OPT_ENV_FILE" ] || return 0
   [ -f "$OPT_ENV_FILE" ] || die "$EX_USAGE" "--env-file: there is no file $OPT_ENV_FILE."
@@ -212,7 +213,7 @@ check_env() {
     *) die "$EX_USAGE" "--env-file: $OPT_ENV_FILE has mode $(mode_of "$OPT_ENV_FILE"), expected 600;" \
       "run: chmod 600 $OPT_ENV_FILE" ;;
   esac
-  each_setting "$OPT_ENV_FILE" :
+  each_setting "$OPT_ENV_FILE" : strict
 }
 
 check_options() {
@@ -252,7 +253,7 @@ check_options() {
       ;;
     *) die "$EX_USAGE" "--backend: found '$OPT_BACKEND', expected qr or gce." ;;
   esac
-  for name in wait-timeout valid-until max-run-duration; do
+  for name in wait-timeout patience valid-until max-run-duration; do
     variable=OPT_$(upper "$name")
     [ -z "${!variable}" ] || seconds "${!variable}" >/dev/null ||
       die "$EX_USAGE" "--$name: found '${!variable}', expected a duration such as 90s, 30m, 6h or 2d."
@@ -270,17 +271,30 @@ check_options() {
 }
 
 need_job() {
-  local word
+  local word name flag i=0
   [ "${#JOB[@]}" -gt 0 ] ||
     die "$EX_USAGE" "$COMMAND needs the job's command after --, for example:" \
       '-- python -m hrvlm_jax.cli train --config configs/C.py --workdir gs://BUCKET/RUN'
   for word in "${JOB[@]}"; do
+    i=$((i + 1))
+    name=${word%%=*}
     case $word in
-      hf_??????????????????????????????* | *=hf_??????????????????????????????* | *_TOKEN=?* | *API_KEY=?* | *PASSWORD=?* | *SECRET=?*)
-        die "$EX_USAGE" "the job's command holds what looks like a secret (${word%%=*}...) and command" \
-          'lines can be read by others; put it into a file of mode 600 and use --env-file.'
-        ;;
+      *=*) ;;
+      *) name='' ;;
     esac
+    case $name in
+      *[!A-Z0-9_]*) flag=0 ;; # --config.model.pad_token=0 is none
+      ?*) if secret_name "$name"; then flag=1; else flag=0; fi ;;
+      *) flag=0 ;;
+    esac
+    case $word in
+      *_TOKEN=?* | *API_KEY=?* | *PASSWORD=?* | *SECRET=?* | --password=?* | --api[-_]key=?*) flag=1 ;;
+    esac
+    if [ "$flag" = 1 ] || secret_value "$word"; then
+      [ -z "$name" ] || ! secret_value "$name" || name=''
+      die "$EX_USAGE" "the job's command holds what looks like a secret (word $i${name:+, $name=...}) and" \
+        'command lines can be read by others; put it into a file of mode 600 and use --env-file.'
+    fi
   done
 }
 
@@ -295,6 +309,31 @@ need_nodes() {
 
 delete_hint() {
   printf 'scripts/launch.sh delete --name %s --zone %s --type %s' "$OPT_NAME" "$ZONE" "$OPT_TYPE"
+  [ "$OPT_BACKEND" = "$(default_backend "$OPT_TYPE")" ] || printf ' --backend %s' "$OPT_BACKEND"
+  [ -z "$OPT_PROJECT" ] || printf ' --project %s' "$OPT_PROJECT"
+}
+
+# Whatever way babysit and up end: machines that were asked for and may be there are named, with the
+# command that deletes them.
+# shellcheck disable=SC2329 # called by trap
+finish() {
+  local code=$?
+  trap - EXIT
+  if [ "$code" -ne 0 ] && [ "$ASKED" = 1 ] && ! dry_run; then
+    case $COMMAND in
+      up | babysit)
+        backend state ACTIVE || true
+        case $STATE in
+          MISSING) ;;
+          FAILED) note "the request $OPT_NAME in $ZONE failed and keeps its name. Delete it with: $(delete_hint)" ;;
+          UNKNOWN) note "gcloud does not say whether $OPT_NAME in $ZONE is up: it may cost money. Delete it with: $(delete_hint)" ;;
+          *) note "$OPT_NAME in $ZONE is still there ($STATE) and costs money. Delete it with: $(delete_hint)" ;;
+        esac
+        ;;
+    esac
+  fi
+  rm -rf "$SCRATCH"
+  exit "$code"
 }
 
 # --- commands ------------------------------------------------------------------------------------
@@ -310,10 +349,10 @@ do_wait() {
 
 do_up() {
   local code=0
-  create || return "$?"
+  patiently known create || return "$?"
   do_wait || return "$?"
-  need_nodes
-  setup || return "$?"
+  patiently any count_hosts || need_nodes
+  patiently any setup || return "$?"
   [ "$SENT" = 1 ] || sync_source || return "$?" # setup needs the source and has sent it
   if [ "$OPT_FORCE" = 1 ]; then run_job --force || code=$?; else run_job || code=$?; fi
   [ "$code" -ne 0 ] || note "started. Follow it with: scripts/launch.sh logs --name $OPT_NAME --zone $ZONE --type $OPT_TYPE"
@@ -334,7 +373,8 @@ do_ssh() {
 
 # shellcheck disable=SC2329 # called by trap
 interrupted() {
-  trap - INT TERM
+  trap - INT TERM HUP
+  ASKED=0 # said here
   # shellcheck disable=SC2046
   [ -z "$(jobs -p)" ] || kill $(jobs -p) 2>/dev/null || true
   if [ "$COMMAND" != simulate ]; then
@@ -355,8 +395,9 @@ main() {
   defaults
   parse "$@"
   SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/hrvlm_launch.XXXXXX")
-  trap 'rm -rf "$SCRATCH"' EXIT
-  trap interrupted INT TERM
+  ASKED=0 SOURCE_CHECKED=0 ATTEMPT=''
+  trap finish EXIT
+  trap interrupted INT TERM HUP
   NAPPED=0 SENT=0 REUSE_SOURCE=0 EXISTED=0 DRY_REPLY='' ANSWER='' COMPLAINT=''
   WORKERS=() NODES=() STATUS=()
   if [ "$COMMAND" = simulate ]; then

@@ -90,7 +90,7 @@ start() {
     fi
   done
   settle "$DIR"
-  rm -f "$DIR/pid" "$DIR/supervisor" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED"
+  rm -f "$DIR/pid" "$DIR/supervisor" "$DIR/exit_code" "$DIR/ended" "$DIR/PREEMPTED" "$DIR/killed"
   write attempt "$ATTEMPT"
   detach=(nohup)
   ! command -v setsid >/dev/null || detach=(setsid)
@@ -127,14 +127,13 @@ settle() {
   done
 }
 
+export_setting() { export "$1=$2"; }
+
 load_env() {
-  local line
-  while IFS= read -r line || [ -n "$line" ]; do
-    case $line in
-      '' | \#*) ;;
-      *=*) export "${line%%=*}=${line#*=}" ;;
-    esac
-  done <"$1"
+  # shellcheck source=scripts/launch/settings.sh
+  . "$(dirname "$0")/launch/settings.sh"
+  [ -r "$1" ] || die 1 "--env-file: $1 cannot be read."
+  each_setting "$1" export_setting
 }
 
 upload_logs() {
@@ -148,7 +147,13 @@ obituary() {
   case $1 in
     0) return 0 ;;
     134) printf 'The program was aborted (signal 6). If another host of the run died, this is how JAX ends on the others: read the log of the worker that failed first.' ;;
-    137) printf 'The program was killed (signal 9): by hand, by the out-of-memory killer, or with the machine.' ;;
+    137)
+      [ ! -e "$DIR/killed" ] || {
+        printf 'The program was asked to end, did not within its time (--grace), and was killed.'
+        return 0
+      }
+      printf 'The program was killed (signal 9): by hand, by the out-of-memory killer, or with the machine.'
+      ;;
     139) printf 'The program crashed in native code (signal 11).' ;;
     143) printf 'The program was asked to end (signal 15).' ;;
     *) printf 'The program ended with exit code %s.' "$1" ;;
@@ -280,6 +285,7 @@ end_job() {
   kill -TERM -- "-$pid" 2>/dev/null || true
   while alive "$1"; do
     if [ "$waited" -ge $(($2 * 10)) ]; then
+      : >"$1/killed"
       kill -KILL -- "-$pid" 2>/dev/null || true
     fi
     waited=$((waited + 1))

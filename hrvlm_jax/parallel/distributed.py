@@ -86,14 +86,27 @@ def detect(*, coordinator: str | None = None, num_processes: int | None = None,
                    int(env['TPU_WORKER_ID']), dict(enumerate(n.strip() for n in names)))
   if len(names) > 1:
     return Cluster('TPU_WORKER_HOSTNAMES')
-  # A batch script sees SLURM_NTASKS, too; only what srun started has a process number.
-  if int(env.get('SLURM_NTASKS') or 1) > 1 and 'SLURM_PROCID' in env:
+  if _slurm_tasks(env) > 1:
     return Cluster(f'Slurm (hosts {env.get("SLURM_JOB_NODELIST", "unknown")})')
   if int(env.get('OMPI_COMM_WORLD_SIZE') or 1) > 1:
     return Cluster('Open MPI')
   if glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'):
     return _tpu_metadata()
   return None
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+  """Processes of the Slurm step this one belongs to; 1 outside a step.
+
+  A batch script is one process, yet it sees SLURM_NTASKS of its whole job and SLURM_PROCID=0; only
+  `srun` makes a step (SLURM_STEP_*) or a process with another number.
+  """
+  if 'SLURM_PROCID' not in env:
+    return 1
+  if step := env.get('SLURM_STEP_NUM_TASKS'):
+    return int(step)
+  in_step = env.get('SLURM_STEP_NODELIST') or env['SLURM_PROCID'] != '0'
+  return int(env.get('SLURM_NTASKS') or 1) if in_step else 1
 
 
 def _metadata(key: str) -> str:

@@ -16,35 +16,44 @@ job_workdir() {
   done
 }
 
+# The bucket's list of checkpoints in ANSWER; fails only when the bucket did not answer.
+list_checkpoints() {
+  ask '' gcloud storage ls "$1/checkpoints/" ${PROJECT_FLAG[@]+"${PROJECT_FLAG[@]}"} && return 0
+  passing "$COMPLAINT" && return "$EX_USAGE"
+  ANSWER='' # there are none yet
+}
+
 # Sets STEP: the newest checkpoint, -1 if there is none. Workers report local ones in their status.
+# A bucket that does not answer leaves STEP as it was.
 newest_step() {
-  local line found directory
+  local line found directory best=-1
   directory=$(job_workdir)
-  STEP=-1
   case $directory in
     gs://*)
-      ask '' gcloud storage ls "$directory/checkpoints/" ${PROJECT_FLAG[@]+"${PROJECT_FLAG[@]}"} || true
+      patiently known list_checkpoints "$directory" || return 0
       while IFS= read -r line; do
         line=${line%/}
         found=${line##*/}
         case $found in '' | *[!0-9]*) continue ;; esac
-        [ "$found" -le "$STEP" ] || STEP=$found
+        [ "$found" -le "$best" ] || best=$found
       done <<<"$ANSWER"
       ;;
     *)
       for line in ${STATUS[@]+"${STATUS[@]}"}; do
         found=$(field step "$line")
         case $found in '' | *[!0-9]*) continue ;; esac
-        [ "$found" -le "$STEP" ] || STEP=$found
+        [ "$found" -le "$best" ] || best=$found
       done
       ;;
   esac
+  STEP=$best
 }
 
-# Sets VERDICT from STATUS: running, success, preempted, failed or unreachable. A preempted host makes
+# Sets VERDICT from STATUS: running, success, preempted, failed, unreachable or unknown (gcloud did not
+# answer for a host, or none of several hosts could be reached: the fault may be on this side). A preempted host makes
 # the others crash, so preemption is looked for first; exit code 0 with a marker is preemption too.
 judge() {
-  local line state ok=1 failed=0 lost=0 preempted=0
+  local line state ok=1 failed=0 lost=0 preempted=0 unknown=0 heard=0
   for line in "${STATUS[@]}"; do
     state=$(field state "$line")
     [ "$(field marker "$line")" != PREEMPTED ] || preempted=1
@@ -52,15 +61,19 @@ judge() {
     [ "$state" = success ] || ok=0
     case $state in
       failed | dead | none) failed=1 ;;
-      unreachable) lost=1 ;;
+      unreachable) lost=1 && continue ;;
+      unknown) unknown=1 && continue ;;
     esac
+    heard=1
   done
   if [ "$preempted" = 1 ]; then
     VERDICT=preempted
   elif [ "$failed" = 1 ]; then
     VERDICT=failed
-  elif [ "$lost" = 1 ]; then
+  elif [ "$lost" = 1 ] && [ "$heard" = 1 ]; then
     VERDICT=unreachable
+  elif [ "$lost" = 1 ] || [ "$unknown" = 1 ]; then
+    VERDICT=unknown
   elif [ "$ok" = 1 ]; then
     VERDICT=success
   else
@@ -68,29 +81,32 @@ judge() {
   fi
 }
 
-# Are all nodes still ours? Sets MACHINES to ready, lost or unknown.
+# Are all nodes still ours? Sets MACHINES to ready, lost or unknown. Lost is only what the cloud says is
+# gone or going; a node that is repaired or starts again comes back.
 check_machines() {
   local node
   MACHINES=ready
   backend state ACTIVE
   case $STATE in
     ACTIVE) ;;
-    UNKNOWN) MACHINES=unknown && return 0 ;;
-    *) MACHINES=lost && return 0 ;;
+    SUSPENDING | SUSPENDED | DELETING | FAILED | MISSING) MACHINES=lost && return 0 ;;
+    *) MACHINES=unknown && return 0 ;;
   esac
   for node in "${NODES[@]}"; do
     backend node_state "$node"
     case $STATE in
       READY) ;;
-      UNKNOWN) MACHINES=unknown ;;
-      *) MACHINES=lost && return 0 ;;
+      PREEMPTED | TERMINATED | STOPPING | STOPPED | DELETING | HIDING | HIDDEN | SUSPENDING | SUSPENDED | MISSING)
+        MACHINES=lost && return 0
+        ;;
+      *) MACHINES=unknown ;;
     esac
   done
 }
 
-# Watches the running job. Sets VERDICT to success, preempted or failed.
+# Watches the running job. Sets VERDICT to success, preempted, failed or silent (no host answers).
 watch_job() {
-  local unreachable=0 before='' line now
+  local unreachable=0 before='' line now silent=0 deaf=0
   while :; do
     nap "$OPT_POLL"
     check_machines
@@ -99,9 +115,23 @@ watch_job() {
       return 0
     fi
     # When gcloud itself does not answer (a laptop without network), nothing is known: keep waiting.
-    [ "$MACHINES" = ready ] || continue
-    collect_status
-    judge
+    if [ "$MACHINES" = ready ]; then
+      collect_status
+      judge
+    fi
+    if [ "$MACHINES" != ready ] || [ "$VERDICT" = unknown ]; then
+      [ $((silent % 20)) -ne 0 ] ||
+        note "no answer about the machines ($STATE; ${COMPLAINT:-no words}): the run is left alone, looking again."
+      silent=$((silent + 1))
+      case $MACHINES${STATUS[*]} in *state=unknown*) ;; ready*) deaf=$((deaf + OPT_POLL)) ;; esac
+      if [ "$deaf" -ge "$(seconds "$OPT_PATIENCE")" ]; then
+        note "the cloud calls the machines READY, and no host has answered for $OPT_PATIENCE (--patience)."
+        VERDICT=silent
+        return 0
+      fi
+      continue
+    fi
+    silent=0 deaf=0
     now=''
     for line in "${STATUS[@]}"; do now+="$(cut -d' ' -f2 <<<"$line")=$(field state "$line") "; done
     [ "$now" = "$before" ] || note "workers: $now"
@@ -150,26 +180,60 @@ show_failure() {
   fi
 }
 
+# on_machines COMMAND...: EX_PREEMPTED when it fails because the cloud says that the machines are gone.
+# COMPLAINT stays that of the command.
+on_machines() {
+  local code=0 complaint
+  "$@" || code=$?
+  if [ "$code" -ne 0 ] && ! dry_run; then
+    complaint=$COMPLAINT
+    check_machines
+    COMPLAINT=$complaint
+    [ "$MACHINES" != lost ] || code=$EX_PREEMPTED
+  fi
+  return "$code"
+}
+
+count_hosts() { find_nodes || return "$EX_SETUP"; }
+
+# What runs on machines that were there already? Fails while that is not known: a job must not be
+# started over one that runs.
+look() {
+  collect_status
+  judge
+  case $VERDICT in
+    unknown) return "$EX_SETUP" ;;
+    unreachable)
+      case "${STATUS[*]}" in *state=running*) VERDICT=running ;; *) return "$EX_SETUP" ;; esac
+      ;;
+  esac
+}
+
+# Starts the job. Asked again, it is the same request (worker_run.sh start --attempt).
+start_job() {
+  ATTEMPT=$(date +%s).$$.$RANDOM
+  patiently known on_machines run_job --force
+}
+
 # Machines, set-up and start; returns the exit codes of those functions. Machines that already run
 # this very job (babysit was interrupted and started again) are left alone and only watched.
 bring_up() {
   WORKERS=()
   EXISTED=0 SENT=0
-  create || return "$?"
+  patiently known create || return "$?"
   await_active || return "$?"
-  find_nodes || return "$EX_PREEMPTED"
+  patiently any on_machines count_hosts || return "$?"
   if [ "$EXISTED" = 1 ] && ! dry_run; then
-    collect_status
-    judge
+    patiently any on_machines look || return "$?"
     if [ "$VERDICT" = running ] || [ "$VERDICT" = success ]; then
       note "run $OPT_RUN_NAME is there already: watching it."
       [ -z "$OPT_BUCKET" ] && [ ! -f "$SNAPSHOT" ] || REUSE_SOURCE=1
       return 0
     fi
   fi
-  setup || return "$?"
+  patiently any on_machines setup || return "$?"
   REUSE_SOURCE=1
-  run_job --force || return "$?"
+  start_job || return "$?"
 }
 
 # Another zone, if there is one, after a stock-out.
@@ -186,16 +250,12 @@ next_zone() {
 
 babysit() {
   local preemptions=0 failures=0 stockouts=0 delay=60 code began=-1
-  STATUS=()
+  STATUS=() STEP=-1
   while :; do
     code=0
     bring_up || code=$?
     if dry_run; then
       return "$code"
-    fi
-    if [ "$code" -eq "$EX_SETUP" ]; then
-      check_machines
-      [ "$MACHINES" != lost ] || code=$EX_PREEMPTED
     fi
     case $code in
       0) ;;
@@ -209,6 +269,8 @@ babysit() {
           return "$EX_STOCKOUT"
         fi
         note "stock-out $stockouts: waiting $delay s."
+        # A request that failed keeps its name in the zone that is left.
+        [ "${#ZONES[@]}" -eq 1 ] || [ "$STATE" != FAILED ] || remove || true
         nap "$delay"
         delay=$(grow "$delay" 200 900)
         next_zone
@@ -235,30 +297,35 @@ babysit() {
       show_failure
       stop_job >/dev/null || true
       if [ "$failures" -ge 3 ]; then
-        note "giving up; the machines are kept. Delete them with: $(delete_hint)"
+        note 'giving up; the machines are kept.'
         return "$EX_TRAINING"
       fi
       nap "$((10 * failures))"
-      run_job --force || code=$?
-      if [ "$code" -ne 0 ]; then
-        check_machines
-        [ "$MACHINES" = lost ] || return "$code"
-        VERDICT=preempted
-      fi
+      start_job || code=$?
+      case $code in
+        0) ;;
+        "$EX_PREEMPTED") VERDICT=preempted ;;
+        *) return "$code" ;;
+      esac
     done
+    if [ "$VERDICT" = silent ]; then
+      return "$EX_TIMEOUT"
+    fi
     if [ "$VERDICT" = success ]; then
       note 'all workers ended with exit code 0.'
       if [ "$OPT_KEEP" = 0 ]; then
-        remove || return "$?"
+        patiently known remove || return "$?"
+      else
+        note "the machines are kept and cost money. Delete them with: $(delete_hint)"
       fi
       return 0
     fi
     preemptions=$((preemptions + 1))
     note "preemption $preemptions (of at most $OPT_MAX_RETRIES): deleting what is left and asking again."
     if [ "$preemptions" -gt "$OPT_MAX_RETRIES" ]; then
-      remove || true
+      patiently known remove || true
       return "$EX_PREEMPTED"
     fi
-    remove || return "$?"
+    patiently known remove || return "$?"
   done
 }

@@ -95,20 +95,95 @@ seconds() {
   printf '%s' "$number"
 }
 
-# One word for what gcloud complained about.
+# One word for what gcloud complained about. The order matters: a rate limit speaks of quota, a lost
+# connection of signing in, a stock-out of status 429 or 503.
 classify() {
+  local text
+  text=$(printf '%s' "$1" | tr '[:upper:]' '[:lower:]')
+  case $text in
+    *'no more capacity'* | *resource_pool_exhausted* | *stockout* | *'enough resources'* | *'unavailable in the '*zone*)
+      say stockout
+      ;;
+    *'per minute'* | *perminute* | *'per second'* | *'seconds per user'* | *'per 100 seconds'* | *'requests per day'* | \
+      *ratelimitexceeded* | *rate_limit* | *'rate limit'* | *'too many requests'* | *'error 429'* | *'http 429'*)
+      say rate
+      ;;
+    *nameresolution* | *'name resolution'* | *'name or service not known'* | *'nodename nor servname'* | \
+      *getaddrinfo* | *'unable to find the server'* | *servernotfound* | *'could not resolve'* | \
+      *'no address associated'* | *connectionerror* | *'max retries exceeded'* | *'connection aborted'* | \
+      *'connection reset'* | *'connection refused'* | *'connection timed out'* | *'connection closed'* | \
+      *'lost connection'* | *'network is unreachable'* | *'no network'* | *'no route to host'* | *'host is down'* | \
+      *remotedisconnected* | *'unexpected eof'* | *'eof occurred'* | *sslerror* | *'tls handshake'* | \
+      *incompleteread* | *'incomplete read'* | *'broken pipe'* | *transporterror* | *'timed out'*)
+      say network
+      ;;
+    *quota*) say quota ;;
+    *resource_exhausted*) say stockout ;;
+    *'has not been used in project'* | *service_disabled* | *'is disabled'*) say api_off ;;
+    *'unrecognized arguments'* | *'invalid choice'*) say old_sdk ;;
+    *'auth login'* | *eauthentication* | *unauthenticated*) say login ;;
+    *already_exists* | *'already exists'*) say exists ;;
+    *'accelerator type'* | *'machine type'* | *machinetypes*) say no_type ;;
+    *permission* | *'error 403'*) say denied ;;
+    *not_found* | *'was not found'* | *notfound*) say gone ;;
+    *unavailable* | *internal:* | *'internal error'* | *'internal server error'* | *'backend error'* | \
+      *backenderror* | *internalerror* | *deadline_exceeded* | *'deadline exceeded'* | *'bad gateway'* | \
+      *'gateway timeout'* | *'aborted:'* | *'try again'* | *'gcloud crashed'*)
+      say server
+      ;;
+    *)
+      if [[ $text =~ (^|[^0-9])(408|500|502|503|504)([^0-9]|$) ]]; then say server; else say other; fi
+      ;;
+  esac
+}
+
+# passing TEXT: is it a complaint that passes by itself?
+passing() {
+  case $(classify "$1") in
+    rate | network | server) ;;
+    *) return 1 ;;
+  esac
+}
+
+# patiently known|any COMMAND...: tries again what fails in passing, 15, 30, 60, ... 300 s apart, for
+# --patience in all (a success starts it anew). `any`: whatever a machine complains about (a package
+# index that does not answer has many words) passes, except what is known not to.
+# Returns the last exit code.
+patiently() {
+  local which=$1 code delay=15 napped=$NAPPED clock=$SECONDS spent limit
+  shift
+  limit=$(seconds "$OPT_PATIENCE")
+  while :; do
+    code=0
+    "$@" || code=$?
+    if [ "$code" -eq 0 ] || dry_run || ! passes "$code" "$which"; then
+      return "$code"
+    fi
+    spent=$((NAPPED - napped))
+    [ $((SECONDS - clock)) -le "$spent" ] || spent=$((SECONDS - clock))
+    if [ "$spent" -ge "$limit" ]; then
+      note "it did not pass within $OPT_PATIENCE (--patience): giving up."
+      return "$code"
+    fi
+    [ $((spent + delay)) -le "$limit" ] || delay=$((limit - spent))
+    note "that may pass: trying again in $delay s (after $spent s of at most $limit; --patience)."
+    nap "$delay"
+    delay=$(grow "$delay" 200 300)
+  done
+}
+
+# passes CODE WHICH: may the failure that COMPLAINT tells of be over soon?
+passes() {
   case $1 in
-    *[Qq]uota* | *QUOTA*) say quota ;;
-    *'no more capacity'* | *RESOURCE_EXHAUSTED* | *RESOURCE_POOL_EXHAUSTED* | *[Ss]tockout* | \
-      *STOCKOUT* | *'enough resources'*) say stockout ;;
-    *'has not been used in project'* | *SERVICE_DISABLED* | *'is disabled'*) say api_off ;;
-    *'unrecognized arguments'* | *'Invalid choice'* | *'invalid choice'*) say old_sdk ;;
-    *'auth login'* | *eauthentication*) say login ;;
-    *ALREADY_EXISTS* | *'already exists'*) say exists ;;
-    *[Aa]ccelerator' type'* | *'machine type'* | *machineTypes*) say no_type ;;
-    *NOT_FOUND* | *'was not found'* | *notFound*) say gone ;;
-    *PERMISSION_DENIED* | *'ermission'*) say denied ;;
-    *) say other ;;
+    "$EX_STOCKOUT" | "$EX_PREEMPTED" | "$EX_TIMEOUT" | "$EX_TRAINING") return 1 ;;
+  esac
+  if [ -z "$COMPLAINT" ] || passing "$COMPLAINT" || connection_failed "$1"; then
+    return 0
+  fi
+  [ "$2" = any ] && [ "$1" -eq "$EX_SETUP" ] || return 1
+  case $COMPLAINT in *'FAILED at: the check'*) return 1 ;; esac
+  case $(classify "$COMPLAINT") in
+    denied | login | api_off | old_sdk | quota | no_type) return 1 ;;
   esac
 }
 
@@ -142,6 +217,11 @@ explain() {
       note "zone $ZONE does not offer $OPT_TYPE; see:" \
         "gcloud compute tpus accelerator-types list --zone=$ZONE"
       ;;
+    rate)
+      note "the API's own limit of requests is reached (no accelerator quota): it passes after a minute;" \
+        'gcloud failed; its own words are above.'
+      ;;
+    network | server) note 'gcloud failed in passing; its own words are above. Try again.' ;;
     *) note 'gcloud failed; its own words are above.' ;;
   esac
   return "$EX_USAGE"
@@ -151,18 +231,6 @@ sdk_version() {
   local version
   version=$(gcloud --version 2>/dev/null | head -n 1) || version=''
   printf '%s' "${version##* }"
-}
-
-# Reads KEY=VALUE lines without executing them. $2 is called with each key and value.
-each_setting() {
-  local line
-  while IFS= read -r line || [ -n "$line" ]; do
-    case $line in
-      '' | \#*) continue ;;
-      *=*) "$2" "${line%%=*}" "${line#*=}" ;;
-      *) die "$EX_USAGE" "$1: expected KEY=VALUE, found: $line" ;;
-    esac
-  done <"$1"
 }
 
 # Permission bits as octal digits; stat differs between Linux and macOS.

@@ -30,6 +30,10 @@ check_bucket() {
   [ -n "$OPT_BUCKET" ] || return 0
   printf 'write test\n' >"$SCRATCH/write_test"
   if ! act gcloud storage cp "$SCRATCH/write_test" "$probe" ${PROJECT_FLAG[@]+"${PROJECT_FLAG[@]}"}; then
+    if passing "$COMPLAINT"; then
+      note "--bucket: $OPT_BUCKET did not answer the write test; that may pass."
+      return "$EX_SETUP"
+    fi
     note "--bucket: $OPT_BUCKET cannot be written to: create it in region $region or ask for" \
       'roles/storage.objectAdmin on it.'
     return "$EX_USAGE"
@@ -41,42 +45,6 @@ check_bucket() {
       *) note "warning: $OPT_BUCKET lies in $ANSWER, the machines in $region: slower, and traffic costs." ;;
     esac
   fi
-}
-
-# Writes $SNAPSHOT: the files git knows (tracked and staged) as they are now, and SOURCE_STATE. Left
-# out whatever git says: secrets, data, checkpoints, runs.
-make_snapshot() {
-  local file commit dirty=''
-  if dry_run; then
-    show git -C "$REPO" ls-files -z
-    show tar -czf "$SNAPSHOT" SOURCE_STATE ...
-    return 0
-  fi
-  git -C "$REPO" rev-parse --git-dir >/dev/null 2>&1 ||
-    die "$EX_USAGE" "sync: $REPO is not a git checkout, so it is unknown which files to send."
-  commit=$(git -C "$REPO" rev-parse --verify -q HEAD) || commit=none
-  if [ -n "$(git -C "$REPO" status --porcelain)" ]; then
-    dirty=$(git -C "$REPO" diff HEAD 2>/dev/null | git hash-object --stdin)
-    note "warning: the working tree has changes that are not committed (diff $dirty)."
-    note '  tracked and staged files are sent as they are; untracked files are not.'
-  fi
-  {
-    printf 'commit=%s\n' "$commit"
-    printf 'diff=%s\n' "${dirty:-clean}"
-  } >"$SCRATCH/SOURCE_STATE"
-  while IFS= read -r -d '' file; do
-    case $file in
-      .env.* | */.env.* | *.env | *.pem | data/* | checkpoints/* | runs/*) continue ;;
-    esac
-    if [ -f "$REPO/$file" ]; then
-      printf '%s\0' "$file"
-    fi
-  done < <(git -C "$REPO" ls-files -z) >"$SCRATCH/files"
-  mkdir -p "$(dirname "$SNAPSHOT")"
-  # Two steps, because GNU and BSD tar disagree on changing the directory half-way.
-  (cd "$REPO" && COPYFILE_DISABLE=1 tar -cf "$SCRATCH/src.tar" --null -T "$SCRATCH/files")
-  (cd "$SCRATCH" && tar -rf src.tar SOURCE_STATE && gzip -c src.tar >"$SNAPSHOT.part")
-  mv "$SNAPSHOT.part" "$SNAPSHOT"
 }
 
 UNPACK='rm -rf hrvlm.new && mkdir hrvlm.new && tar -xzf src.tgz -C hrvlm.new && rm -rf hrvlm.old && { [ ! -d hrvlm ] || mv hrvlm hrvlm.old; } && mv hrvlm.new hrvlm && rm -rf hrvlm.old'
@@ -100,7 +68,7 @@ distribute() {
 }
 
 sync_source() {
-  make_snapshot
+  make_snapshot || return "$?"
   upload_snapshot || return "$EX_SETUP"
   distribute
 }
@@ -147,12 +115,13 @@ worker_command() {
   fi
 }
 
-# run_job [--force]: starts the command detached on every worker.
+# run_job [--force]: starts the command detached on every worker. ATTEMPT: the number of this request,
+# where the caller may have to ask again.
 run_job() {
   local i code pair attempt
   # A worker that started and could not say so, because the connection broke, is asked again: it
   # knows the request by this.
-  attempt=$(date +%s).$$
+  attempt=${ATTEMPT:-$(date +%s).$$}
   for ((i = 0; i < ${#NODES[@]}; i++)); do
     worker_command start "$i"
     REMOTE+=(--attempt "$attempt")
@@ -180,26 +149,44 @@ run_job() {
   done
 }
 
-# Sets STATUS: one line for each expected worker, from worker_run.sh or `state=unreachable`.
+# silence CODE: the state of a host whose answer did not come. `unknown`: gcloud itself did not answer,
+# which says nothing about the host; `none`: the host answers and has no source yet.
+silence() {
+  if [ "$1" -ne 0 ] && ! connection_failed "$1"; then
+    if passing "$COMPLAINT"; then printf unknown && return 0; fi
+    case $COMPLAINT in *'hrvlm: No such file'* | *'worker_run.sh: No such file'*) printf none && return 0 ;; esac
+  fi
+  printf unreachable
+}
+
+# Sets STATUS: one line for each expected worker, from worker_run.sh or made up here (`silence`).
 collect_status() {
-  local i w name line reply
+  local i w name line reply code absent silent
   STATUS=()
   for ((i = 0; i < ${#NODES[@]}; i++)); do
     worker_command status "$i"
-    on "${NODES[i]}" all "cd hrvlm && $(quote "${REMOTE[@]}")" || true
+    code=0
+    on "${NODES[i]}" all "cd hrvlm && $(quote "${REMOTE[@]}")" || code=$?
     reply=$ANSWER
+    silent=$(silence "$code")
+    absent=''
     # One dead host makes gcloud drop the answers of the others: then ask one by one.
     if ! dry_run && [ "${WORKERS[i]}" -gt 1 ] &&
       [ "$(grep -c '^status ' <<<"$reply")" -lt "${WORKERS[i]}" ]; then
       reply=''
       for ((w = 0; w < WORKERS[i]; w++)); do
-        on "${NODES[i]}" "$w" "cd hrvlm && $(quote "${REMOTE[@]}")" || true
+        code=0
+        on "${NODES[i]}" "$w" "cd hrvlm && $(quote "${REMOTE[@]}")" || code=$?
         reply+="$ANSWER"$'\n'
+        absent+=" $w=$(silence "$code") "
       done
     fi
     for ((w = 0; w < WORKERS[i]; w++)); do
       name=$(label "$i" "$w")
-      line=$(grep -m 1 "^status $name " <<<"$reply") || line="status $name state=unreachable"
+      line=$(grep -m 1 "^status $name " <<<"$reply") || {
+        [ -z "$absent" ] || silent=$(field "$w" "$absent")
+        line="status $name state=$silent"
+      }
       STATUS+=("$line")
     done
   done

@@ -14,6 +14,11 @@ create() {
   local code=0
   backend state ''
   case $STATE in
+    ACTIVE | ACCEPTED | WAITING_FOR_RESOURCES | CREATING | PROVISIONING) ASKED=1 ;;
+    UNKNOWN) ;;
+    *) check_source ;;
+  esac
+  case $STATE in
     ACTIVE)
       note "$OPT_NAME is ACTIVE already: nothing to create."
       EXISTED=1
@@ -33,6 +38,7 @@ create() {
       return "$code"
       ;;
   esac
+  ASKED=1 # even when the answer is an error: it may have been lost on the way
   backend create || code=$?
   if [ "$code" -eq 0 ]; then
     return 0
@@ -51,11 +57,12 @@ remove() {
   local tries=0 delay=10
   while :; do
     if backend delete || [ "$(classify "$COMPLAINT")" = gone ]; then
+      ASKED=0
       return 0
     fi
     tries=$((tries + 1))
     if [ "$tries" -ge 5 ]; then
-      note "could not delete $OPT_NAME after $tries tries: it may still cost money."
+      note "could not delete $OPT_NAME after $tries tries: it may still cost money. Delete it with: $(delete_hint)"
       return "$EX_USAGE"
     fi
     nap "$delay" # SUSPENDING and DELETING refuse for a while
@@ -65,8 +72,9 @@ remove() {
 
 # Waits for ACTIVE. Returns 0, EX_STOCKOUT (failed), EX_PREEMPTED (taken away or gone) or EX_TIMEOUT.
 await_active() {
-  local delay=10 before='' unknown=0 started=$NAPPED limit code
+  local delay=10 before='' silent='' started=$NAPPED limit patience code
   limit=$(seconds "$OPT_WAIT_TIMEOUT")
+  patience=$(seconds "$OPT_PATIENCE")
   while :; do
     backend state ACTIVE
     if [ "$STATE" != "$before" ]; then
@@ -84,14 +92,14 @@ await_active() {
         ;;
       SUSPENDING | SUSPENDED | DELETING | MISSING) return "$EX_PREEMPTED" ;;
       UNKNOWN)
-        unknown=$((unknown + 1))
-        if [ "$unknown" -ge 10 ]; then
+        silent=${silent:-$NAPPED}
+        if [ $((NAPPED - silent)) -ge "$patience" ]; then
           printf '%s\n' "$COMPLAINT" >&2
-          note 'gcloud did not answer ten times in a row.'
+          note "gcloud did not answer for $OPT_PATIENCE (--patience)."
           return "$EX_TIMEOUT"
         fi
         ;;
-      *) unknown=0 ;;
+      *) silent='' ;;
     esac
     if [ $((NAPPED - started)) -ge "$limit" ]; then
       note "$OPT_NAME is still $STATE after $OPT_WAIT_TIMEOUT (--wait-timeout); it stays in the queue."
@@ -135,7 +143,7 @@ label() {
 connection_failed() {
   [ "$1" -eq 255 ] && return 0
   case $COMPLAINT in
-    *'return code [255]'* | *'Connection refused'* | *'Connection timed out'* | *'Connection reset'*)
+    *'return code [255]'* | *'Permission denied (publickey'* | *'Connection refused'* | *'Connection timed out'* | *'Connection reset'*)
       return 0
       ;;
   esac

@@ -23,7 +23,8 @@ qr_state() {
   ask "$1" gcloud compute tpus queued-resources describe "$OPT_NAME" "--zone=$ZONE" \
     ${PROJECT_FLAG[@]+"${PROJECT_FLAG[@]}"} '--format=value(state.state)' || code=$?
   if [ "$code" -eq 0 ]; then
-    STATE=${ANSWER:-MISSING}
+    STATE=${ANSWER:-UNKNOWN} # an empty answer does not say that the machines are gone
+    ! dry_run || STATE=${ANSWER:-MISSING}
   elif [ "$(classify "$COMPLAINT")" = gone ]; then
     STATE=MISSING
   else
@@ -42,7 +43,7 @@ qr_node_state() {
   ask READY gcloud compute tpus tpu-vm describe "$1" "--zone=$ZONE" \
     ${PROJECT_FLAG[@]+"${PROJECT_FLAG[@]}"} '--format=value(state)' || code=$?
   if [ "$code" -eq 0 ]; then
-    STATE=$ANSWER
+    STATE=${ANSWER:-UNKNOWN}
   elif [ "$(classify "$COMPLAINT")" = gone ]; then
     STATE=MISSING
   else

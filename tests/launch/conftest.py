@@ -146,6 +146,7 @@ def checkout(tmp_path):
   shutil.copytree(REPO / 'tpu', root / 'tpu')
   files = {
     'pkg/data/a.py': 'A',
+    'a b.py': 'the config of some jobs',
     'data/photo.jpg': 'x',
     '.env': 'HF_TOKEN=hf_secret',
     'deep/.env.local': 's',

@@ -190,7 +190,7 @@ def test_three_failures_without_progress(babysit):
   assert all(
     '--worker=1' in text and '--lines 50' in text for text in result.lines('worker_run.sh logs')
   )
-  assert 'launch.sh delete' in result.err
+  assert 'pod in us-east5-b is still there (ACTIVE)' in result.err and KEPT in result.err
 
 
 def test_progress_resets_the_failure_counter(babysit):
@@ -271,10 +271,109 @@ def test_quota_does_not_wait(babysit):
   assert result.code == 3 and not result.naps
 
 
+KEPT = 'Delete it with: scripts/launch.sh delete --name pod --zone us-east5-b --type v6e-8'
+
+
 def test_setup_failure(babysit):
+  """Tried again for --patience, then given up; the machines are named."""
   broken = ('', 'FAILED at: installing', 1)
+  result = babysit('--patience', '1m', status=[RUNNING], setup=[broken])
+  assert result.code == 4 and verbs(result) == ['create'] + ['setup'] * 4
+  assert result.naps == [15, 30, 15] and KEPT in result.err and '(--patience)' in result.err
+
+
+def test_setup_that_cannot_pass_is_not_repeated(babysit):
+  broken = ('', 'setup h0: FAILED at: the check (hrvlm doctor)', 1)
   result = babysit(status=[RUNNING], setup=[broken])
-  assert result.code == 4 and verbs(result) == ['create', 'setup']
+  assert result.code == 4 and verbs(result) == ['create', 'setup'] and KEPT in result.err
+
+
+gcloud = lambda words: ('', f'ERROR: (gcloud.compute.tpus) {words}', 1)
+B503 = gcloud('UNAVAILABLE: The service is currently unavailable.')
+DNS = gcloud('There was a problem refreshing your auth tokens: (NameResolutionError) run: gcloud auth login')
+INTERNAL = gcloud('INTERNAL: Internal error encountered.')
+RATE = gcloud("RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Write requests' and limit "
+              "'Write requests per minute' of service 'tpu.googleapis.com'")  # fmt: skip
+COPY = ('storage cp', [('', 'ERROR: HTTPError 503: Service unavailable', 1), ''])
+CASES = {
+  'first look': (dict(request=[B503, GONE, 'ACTIVE']), []),
+  'look without an answer': (dict(request=[GONE, '', 'ACTIVE']), []),
+  'create, rate': (dict(request=[GONE, GONE, 'ACTIVE'], create=[RATE, '']), ['create']),
+  'create, INTERNAL': (dict(request=[GONE, GONE, 'ACTIVE'], create=[INTERNAL, '']), ['create']),
+  'endpoints': (dict(extra=[('networkEndpoints', [B503, '', '2'])]), []),
+  'copy': (dict(extra=[COPY]), []),
+  'package install': (dict(setup=[('', 'FAILED at: installing the package', 1), '']), ['setup']),
+  'start': (dict(extra=[('worker_run.sh start', [INTERNAL, 'started'])]), ['start']),
+  'checkpoints': (dict(steps=[B503, '']), []),
+}
+
+
+@pytest.mark.parametrize('where', CASES)
+def test_what_fails_in_passing_is_tried_again(babysit, where):
+  answers, twice = CASES[where]
+  result = babysit(status=[RUNNING, SUCCESS], **answers)
+  assert result.code == 0, result.err
+  expected = [v for v in ['create', 'setup', 'start'] for _ in range(1 + (v in twice))]
+  assert verbs(result) == [*expected, 'delete'] and 'preemption' not in result.err
+  if where == 'start':  # the same request, by which a worker knows that it has started already
+    assert len(set(result.lines('worker_run.sh start'))) == 1
+
+
+@pytest.mark.parametrize('words', [B503, DNS, RATE])
+def test_asking_again_after_a_preemption_outlives(babysit, words):
+  request = [GONE, 'ACTIVE', 'ACTIVE', 'SUSPENDED', words, GONE, 'ACTIVE', 'ACTIVE']
+  result = babysit(status=[RUNNING, SUCCESS], request=request)
+  assert result.code == 0 and verbs(result).count('create') == 2, result.err
+
+
+def test_the_budget_ends_and_machines_that_may_be_there_are_named(babysit):
+  result = babysit('--patience', '2m', status=[RUNNING], request=[B503])
+  assert result.code == 2 and sum(result.naps) == 120
+  request = [GONE, 'ACTIVE', B503]
+  result = babysit('--patience', '1m', status=[RUNNING], request=request,
+                   extra=[('networkEndpoints', [B503])])  # fmt: skip
+  assert result.code == 4 and 'does not say whether pod' in result.err and KEPT in result.err
+  denied = gcloud('PERMISSION_DENIED: no')
+  result = babysit('--project', 'p', status=[RUNNING], setup=[denied])
+  assert result.code == 4 and verbs(result).count('setup') == 1 and f'{KEPT} --project p' in result.err
+
+
+def test_a_running_job_is_not_started_over_when_its_host_cannot_be_asked(babysit):
+  result = babysit(status=[B503, B503, B503, RUNNING, SUCCESS], request=['ACTIVE'])
+  assert result.code == 0 and verbs(result) == ['delete'], result.err
+
+
+@pytest.mark.parametrize('state', ['REPAIRING', 'RESTARTING', 'STARTING', ''])
+def test_a_node_that_comes_back_is_no_preemption(babysit, state):
+  result = babysit(status=[RUNNING, SUCCESS], node=[state, 'READY'])
+  assert result.code == 0 and 'preemption' not in result.err
+
+
+def test_hosts_that_all_stay_silent_are_not_deleted(babysit):
+  result = babysit('--patience', '2m', '--ssh-tries', '1', status=[RUNNING] + [LOST] * 99)
+  assert result.code == 7 and 'delete' not in verbs(result) and KEPT in result.err
+  result = babysit('--ssh-tries', '1', status=[B503] * 30 + [SUCCESS])  # gcloud, not the hosts
+  assert result.code == 0 and 'preemption' not in result.err
+
+
+def test_a_config_that_is_not_sent_is_found_before_machines(babysit, checkout):
+  (checkout / 'configs').mkdir()
+  (checkout / 'configs/mine.py').write_text('x')
+  (checkout / 'runs/own.py').write_text('x')
+  told = {
+    'configs/mine.py': 'configs/mine.py would not be there on the machines: git does not know it',
+    'configs/mine.py:a,b': 'git add configs/mine.py',
+    'mine:a': 'git add configs/mine.py',
+    'runs/own.py': 'never sent',
+    'configs/typo.py': 'no file configs/typo.py',
+    'key.pem': 'key.pem',
+  }
+  for config, sentence in told.items():
+    for words in (['--config', config], [f'--config={config}']):
+      result = babysit(status=[SUCCESS], job=(*JOB, *words))
+      assert result.code == 2 and sentence in result.err and not verbs(result), config
+  result = babysit(status=[SUCCESS], job=(*JOB, '--config', 'a b.py:x,y'))
+  assert result.code == 0 and 'untracked files are not sent: configs/mine.py' in result.err
 
 
 def test_machines_lost_during_setup_are_preemption(babysit):

@@ -1,6 +1,7 @@
 """setup, sync, run, logs, status, ssh, stop, up: commands, retries, secrets, dry runs."""
 
 import re
+import subprocess
 import tarfile
 
 import pytest
@@ -59,6 +60,8 @@ def test_sync_sends_what_git_knows_and_no_secrets(cloud, checkout):
     'untracked.py',
     'scripts/launch.env.txt',
   } & set(files)
+  for name in ('.env', 'deep/.env.local', 'key.pem'):
+    assert name in result.err.split('look like credentials')[1].splitlines()[0]
   assert 'commit=' in files['SOURCE_STATE'] and 'diff=clean' not in files['SOURCE_STATE']
   assert 'not committed' in result.err
   kinds = [call[3] for call in result.calls]
@@ -208,6 +211,59 @@ def test_a_start_whose_answer_was_lost_is_asked_for_again(cloud):
 def test_secrets_on_the_command_line_are_refused(cloud, name):
   result = cloud.launch('run', *NAME, '--env', f'{name}=x', *JOB)
   assert result.code == 2 and '--env-file' in result.err and not result.calls
+
+
+@pytest.mark.parametrize(
+  'pair',
+  ['TOKENIZERS_PARALLELISM=false', 'MAX_TOKENS=5', 'HF_TOKEN_PATH=/t', 'KEYRING=0',
+   'GOOGLE_APPLICATION_CREDENTIALS=/sa.json'],
+)  # fmt: skip
+def test_names_that_hold_no_secret_pass(cloud, pair):
+  result = cloud.launch('run', *NAME, '--env', pair, *JOB, rules=[HOSTS(1), SSH])
+  assert result.code == 0, result.err
+  assert f'--env {pair}' in commands(result)[0]
+
+
+def test_messages_never_show_a_secret(cloud):
+  secret = 'hf_' + 'q' * 34
+  file = cloud.path / 'secrets'
+  file.write_text(f'A=1\n{secret}\n')
+  file.chmod(0o600)
+  for args in (['--env', secret, *JOB], ['--env', f'PLAIN={secret}', *JOB], ['--', 'x', secret],
+               ['--', f'{secret}=x'], ['--env-file', str(file), *JOB]):  # fmt: skip
+    result = cloud.launch('run', *NAME, *args)
+    assert result.code == 2 and not result.calls
+    assert 'q' * 34 not in result.out + result.err, args
+
+
+@pytest.mark.parametrize('text, sentence', [
+  ('A="x\n', 'line 1: A: the quote " is never closed'),
+  ('B=1\nA = x\n', 'line 2: expected KEY=VALUE'),
+  ('A="$HOME/x"\n', 'line 1: A: a shell would fill in'),
+])  # fmt: skip
+def test_env_files_that_a_shell_reads_otherwise_are_refused(cloud, text, sentence):
+  file = cloud.path / 'secrets'
+  file.write_text(text)
+  file.chmod(0o600)
+  result = cloud.launch('run', *NAME, '--env-file', str(file), *JOB)
+  assert result.code == 2 and sentence in result.err and not result.calls
+
+
+def test_credentials_are_left_out_by_name_and_by_content(cloud, checkout):
+  account = '{\n "type": "service_account", "project_id": "p"\n}'
+  hidden = {'.netrc': 'machine', 'keys/id_rsa': 'k', 'sa.json': account, 'hf_token': 'x', 'my.txt':
+            '-----BEGIN PRIVATE KEY-----', '.aws/config': 'x', 'my secrets/kaggle.json': 'x'}  # fmt: skip
+  kept = {'pkg/tokenizer.json': '{}', 'pkg/token.py': 'x', 'pkg/key.py': 'x', 'tokenizer.model': 'x'}
+  for name, text in (hidden | kept).items():
+    (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+    (checkout / name).write_text(text)
+  subprocess.run(['git', '-C', checkout, 'add', '-A', '-f'], check=True)
+  result = launch(cloud, checkout, 'sync', *NAME, rules=[HOSTS(1), SSH, SCP])
+  assert result.code == 0, result.err
+  files = snapshot(cloud)
+  assert set(kept) <= set(files) and not set(hidden) & set(files)
+  (told,) = [text for text in result.err.splitlines() if 'look like credentials' in text]
+  assert all(name in told for name in hidden)
 
 
 def test_env_file_must_be_private(cloud):

@@ -187,6 +187,25 @@ def test_environment_and_slice(host):
   assert host('status', 'r', '--slice', '1').out.startswith('status 1.3 ')
 
 
+def test_settings_are_read_as_a_shell_reads_them(host):
+  secrets = host.cloud.home / 'env'
+  lines = ['\ufeffexport A="a b"', "B='x$y #1'", 'C=plain # comment', 'D=a#b', r'E="q\"r\$s\n"',
+           r'F=a\ b', """  export G=x"y z"'w'""", 'H=', 'N=x=y==', '# no', '']  # fmt: skip
+  secrets.write_bytes('\r\n'.join(lines).encode())
+  names = 'ABCDEFGHN'
+  show = 'for n in ' + ' '.join(names) + '; do eval "printf \'%s|\' \\"\\$$n\\""; done; echo'
+  host('start', 'r', '--env-file', 'env', '--', 'sh', '-c', show)
+  wait_for((host.runs / 'r' / 'exit_code').exists)
+  log = (host.runs / 'r' / 'log.3').read_text()
+  assert r'a b|x$y #1|plain|a#b|q"r$s\n|a b|xy zw||x=y==|' in log, log
+
+
+def test_a_job_killed_after_its_grace_is_said(host):
+  host('start', 'r', '--', 'bash', '-c', "trap '' TERM; while true; do sleep 1; done")
+  host('stop', 'r', '--grace', '1')
+  assert 'asked to end, did not' in fields(host('status', 'r').out)['last']
+
+
 def test_logs(host):
   host('start', 'r', '--', 'sh', '-c', 'echo a; echo b; sleep 0.5; echo c')
   followed = host('logs', 'r', '--follow')

@@ -145,6 +145,12 @@ def test_alone_on_a_laptop():
   assert distributed.detect(env={}) is None
   assert distributed.detect(env={'TPU_WORKER_HOSTNAMES': 'localhost', 'SLURM_NTASKS': '1'}) is None
   assert distributed.detect(env={'SLURM_NTASKS': '8'}) is None  # a batch script, not srun
+  batch = {'SLURM_JOB_ID': '7', 'SLURM_NTASKS': '8', 'SLURM_NNODES': '2', 'SLURM_PROCID': '0',
+           'SLURM_LOCALID': '0', 'SLURM_JOB_NODELIST': 'n[1-2]'}  # fmt: skip
+  assert distributed.detect(env=batch) is None  # the process number does not make it a step
+  assert distributed.detect(env=batch | {'SLURM_STEP_NUM_TASKS': '1'}) is None
+  assert distributed.detect(env=batch | {'SLURM_NTASKS': '1'}) is None
+  assert distributed.detect(env=batch | {'SLURM_STEP_NUM_TASKS': '8'}) is not None  # srun
   assert distributed.initialize() is False and distributed.initialize('off') is False
   with pytest.raises(UserError, match='--coordinator HOST:PORT'):
     distributed.initialize('on')
