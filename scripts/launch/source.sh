@@ -56,9 +56,12 @@ is_sent() { grep -qxF -e "$1" "$SCRATCH/names"; }
 why_not_sent() {
   if grep -qxF -e "$1" "$SCRATCH/credentials"; then
     printf 'it looks like credentials and is left out'
-  elif git -C "$REPO" ls-files --error-unmatch -- "$1" >/dev/null 2>&1; then
-    printf 'data/, checkpoints/ and runs/ are never sent: move it'
-  elif git -C "$REPO" check-ignore -q -- "$1" 2>/dev/null; then
+    return 0
+  fi
+  case $1 in
+    data/* | checkpoints/* | runs/*) printf 'data/, checkpoints/ and runs/ are never sent: move it' && return 0 ;;
+  esac
+  if git -C "$REPO" check-ignore -q -- "$1" 2>/dev/null; then
     printf 'git ignores it; run: git add -f %s' "$1"
   else
     printf 'git does not know it yet; run: git add %s' "$1"

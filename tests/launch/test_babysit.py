@@ -290,7 +290,8 @@ def test_setup_that_cannot_pass_is_not_repeated(babysit):
 
 gcloud = lambda words: ('', f'ERROR: (gcloud.compute.tpus) {words}', 1)
 B503 = gcloud('UNAVAILABLE: The service is currently unavailable.')
-DNS = gcloud('There was a problem refreshing your auth tokens: (NameResolutionError) run: gcloud auth login')
+DNS = gcloud('There was a problem refreshing your auth tokens: (NameResolutionError); '
+             'run: gcloud auth login')  # fmt: skip
 INTERNAL = gcloud('INTERNAL: Internal error encountered.')
 RATE = gcloud("RESOURCE_EXHAUSTED: Quota exceeded for quota metric 'Write requests' and limit "
               "'Write requests per minute' of service 'tpu.googleapis.com'")  # fmt: skip
@@ -335,7 +336,8 @@ def test_the_budget_ends_and_machines_that_may_be_there_are_named(babysit):
   assert result.code == 4 and 'does not say whether pod' in result.err and KEPT in result.err
   denied = gcloud('PERMISSION_DENIED: no')
   result = babysit('--project', 'p', status=[RUNNING], setup=[denied])
-  assert result.code == 4 and verbs(result).count('setup') == 1 and f'{KEPT} --project p' in result.err
+  assert result.code == 4 and verbs(result).count('setup') == 1
+  assert f'{KEPT} --project p' in result.err
 
 
 def test_a_running_job_is_not_started_over_when_its_host_cannot_be_asked(babysit):

@@ -251,9 +251,16 @@ def test_env_files_that_a_shell_reads_otherwise_are_refused(cloud, text, sentenc
 
 def test_credentials_are_left_out_by_name_and_by_content(cloud, checkout):
   account = '{\n "type": "service_account", "project_id": "p"\n}'
-  hidden = {'.netrc': 'machine', 'keys/id_rsa': 'k', 'sa.json': account, 'hf_token': 'x', 'my.txt':
-            '-----BEGIN PRIVATE KEY-----', '.aws/config': 'x', 'my secrets/kaggle.json': 'x'}  # fmt: skip
-  kept = {'pkg/tokenizer.json': '{}', 'pkg/token.py': 'x', 'pkg/key.py': 'x', 'tokenizer.model': 'x'}
+  hidden = {
+    '.netrc': 'machine',
+    'keys/id_rsa': 'k',
+    'sa.json': account,
+    'hf_token': 'x',
+    'my.txt': '-----BEGIN PRIVATE KEY-----',
+    '.aws/config': 'x',
+    'my secrets/kaggle.json': 'x',
+  }
+  kept = dict.fromkeys(['pkg/tokenizer.json', 'pkg/token.py', 'pkg/key.py', 'tokenizer.model'], 'x')
   for name, text in (hidden | kept).items():
     (checkout / name).parent.mkdir(parents=True, exist_ok=True)
     (checkout / name).write_text(text)
