@@ -241,7 +241,10 @@ def build(source: Source, transform: Transform, options: Options, *,
   if not len(source):
     raise UserError('the data set has no rows')
   size, seed = options.batch_size, options.seed
-  shards = math.gcd(options.shards, size) if packed is None else packed.packer.shards
+  # A batch that one host makes is one shard: its micro-batches may have fewer rows than `shards`.
+  shards = 1 if options.own is None else math.gcd(options.shards, size)
+  if packed is not None:
+    shards = packed.packer.shards
   if packed is not None and packed.packer.batch_size != size:
     raise ValueError(f'the packer is for batches of {packed.packer.batch_size}, not {size}')
   own = tuple(range(shards) if options.own is None else options.own(shards))

@@ -42,7 +42,7 @@ def batch_of(rows, seed=0, parts=1):
   labels[:, :10] = -100
   examples = [{'pixels': rng.integers(0, 256, (5, 12, 12, 3)).astype(np.uint8),
                'coords': rng.random((5, 2)).astype(np.float32),
-               'gather': host.gather_index(5, MODEL.encoder), 'tokens': np.array([8])}
+               'gather': host.gather_index(5, MODEL.encoder), 'tokens': np.array([8], np.int32)}
               for _ in range(rows)]
   size = rows // parts
   system = registry.get('mc_llava')

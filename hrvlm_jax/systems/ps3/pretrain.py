@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -112,7 +113,8 @@ class Pretrain(Objective):
       open_regions(options.train, annotations=self.options.annotations),
       ToSample(config=self.options.regions, side=encoder.scales[-1]),
       pipeline.Options(batch_size=run.training.batch_size, seed=run.seed, shuffle=options.shuffle,
-                       workers=options.workers, shards=options.shards, own=own,
+                       workers=options.workers, own=own, shards=math.gcd(
+                         options.shards, run.training.batch_size // run.training.accumulate),
                        bad_rows=options.bad_rows),
       collate=collate, blank=blank)
 
