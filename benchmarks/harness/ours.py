@@ -74,7 +74,7 @@ class Side(abc.ABC):
     return self.program(fn, paths.unflatten(params), read_inputs(self.folder))
 
   def place(self, path: str, leaf: np.ndarray) -> dict[str, jax.Array]:
-    """A stored leaf as device arrays by path; more than one where layers are held apart."""
+    """A stored leaf as device arrays by path; more than one where layers are unrolled."""
     return {path: jax.device_put(leaf).astype(self.dtype)}
 
   def abstract_program(self) -> tuple[Callable, tuple]:

@@ -23,8 +23,7 @@ from hrvlm_jax.systems.pheye import config as pheye
 from hrvlm_jax.systems.pheye.weights import block_table
 from hrvlm_jax.systems.vila_hd import config as vila_hd
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.cross_attention import CrossAttention
-from hrvlm_jax.vlm.model import CrossAttentionVLM
+from hrvlm_jax.vlm.cross_attention import CrossAttention, CrossAttentionVLM
 
 
 def _tokens(generated) -> dict[str, np.ndarray]:
@@ -80,13 +79,13 @@ class Phi(Side):
 
 
 class Reader(CrossAttentionVLM):
-  """Pheye without its encoder: decoder and cross-attention blocks, layers held apart."""
+  """Pheye without its encoder: decoder and cross-attention blocks, layers unrolled."""
 
-  def __init__(self, config, *, hold_apart: bool = True, rngs):
+  def __init__(self, config, *, unrolled: bool = True, rngs):
     Module.__init__(self)
     self.config = config
-    self.language = Decoder(config.text, hold_apart=hold_apart, rngs=rngs)
-    self.fusion = CrossAttention(config.fusion, config.text, hold_apart=hold_apart, rngs=rngs)
+    self.language = Decoder(config.text, unrolled=unrolled, rngs=rngs)
+    self.fusion = CrossAttention(config.fusion, config.text, unrolled=unrolled, rngs=rngs)
 
   def media_of(self, tokens):
     """Keys and values of visual tokens [b m e]."""
@@ -110,7 +109,7 @@ class PheyeGenerate(Side):
       dataclasses.replace(row, indices=at, theirs=f'cross_attn_layers.{{i}}.{row.theirs}')
       for row in block_table().rows))
     table = joined(text, prefixed(blocks, ours='fusion/blocks/'))
-    return Functional(lambda rngs: Reader(config, hold_apart=False, rngs=rngs)), table
+    return Functional(lambda rngs: Reader(config, unrolled=False, rngs=rngs)), table
 
   def inputs(self, rng):
     config = self.config()
@@ -177,8 +176,8 @@ class TwoPass(Side):
     example = system.views([Image.fromarray(inputs['picture'])], config.encoder)
     views = jax.tree.map(jnp.asarray, system.batch([example], config.encoder))
     count, question = int(example['tokens'][0]), inputs['question']
-    apart = vlm.build(config, hold_apart=True)
-    params = vlm.hold_apart(params)
+    apart = vlm.build(config, unrolled=True)
+    params = vlm.unroll(config, params)
     text = lambda fill: np.full(count, fill, np.int32)
     batch = {
       'tokens': jnp.asarray(np.concatenate([text(0), question])[None]),

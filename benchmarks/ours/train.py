@@ -15,7 +15,7 @@ from benchmarks.ours.vision import images
 from hrvlm_jax.core import cpu
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.llava_hr import config as llava_hr
 from hrvlm_jax.systems.mc_llava import config as mc_llava
 from hrvlm_jax.systems.pheye import config as pheye
@@ -115,8 +115,7 @@ class TrainStep(Side):
     examples = [system.views([Image.fromarray(p.astype(np.uint8))], config.encoder)
                 for p in pictures]
     views = system.batch(examples, config.encoder)
-    crossed = isinstance(config.fusion, CrossAttentionFusion)
-    count = 0 if crossed else views['index'].shape[1]
+    count = views['index'].shape[1] if config.fusion.in_prompt else 0
     ids = rng.integers(5, min(config.text.vocab_size, 260), (rows, self.settings['text']))
     blank = lambda fill: np.full((rows, count), fill, np.int32)
     batch = {

@@ -17,7 +17,8 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.s2 import S2Config
-from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3.config import SO400M, siglip
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.training.recipe import evaluate, words

@@ -25,12 +25,8 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.s2 import S2Config
 from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
-from hrvlm_jax.systems.contract import (
-  CrossAttentionFusion,
-  ModelConfig,
-  ProjectorConfig,
-  TwoPassFusion,
-)
+from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion, TwoPassFusion
 from hrvlm_jax.systems.llava_hr.config import AdapterConfig, LlavaHRConfig
 from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
 from hrvlm_jax.systems.pheye.config import PheyeConfig

@@ -11,7 +11,8 @@ from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.lab import tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.systems.pheye.config import PheyeConfig
 from hrvlm_jax.vision.vit import ViTConfig
 

@@ -13,7 +13,7 @@ from hrvlm_jax.lab import tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
-from hrvlm_jax.systems.contract import TwoPassFusion
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.vila_hd.config import tiny as vila_hd
 
 # The tower learns to read beforehand and stays frozen; where to look is learned here, from the box

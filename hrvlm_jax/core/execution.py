@@ -6,7 +6,7 @@ Being hashable it can be a static argument of `jax.jit`, so that the same functi
 executions is two programs. A program that is compiled ahead of time for another machine
 (`planning`) gets the form of that machine.
 
-Axis letters: b batch, t places of a row, d width, v vocabulary.
+Axis letters: b batch, t positions of a row, d width, v vocabulary.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Execution:
     dtype: of activations.
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
     attention: form of attention, see `core.attention`.
-    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'in_line': one after
-      the other. The program grows with the depth, and so does its compilation; in exchange no
+    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'unrolled': one
+      after the other. The program grows with the depth, and so does its compilation; in exchange no
       layer's weights are cut out of the stack, and what the backward pass needs of a layer is
       neither put into an array of all layers nor taken out of it again.
     gradients: the program is differentiated.
@@ -51,7 +51,7 @@ class Execution:
   dtype: str = 'float32'
   remat: Literal['none', 'layers', 'dots'] = 'none'
   attention: str = 'xla'
-  layers: Literal['loop', 'in_line'] = 'loop'
+  layers: Literal['loop', 'unrolled'] = 'loop'
   gradients: bool = False
   deterministic: bool = False
 
@@ -60,8 +60,8 @@ class Execution:
     problems = []
     if self.remat not in ('none', *REMAT):
       problems.append(f"remat must be 'none', 'layers' or 'dots', got {self.remat!r}")
-    if self.layers not in ('loop', 'in_line'):
-      problems.append(f"layers must be 'loop' or 'in_line', got {self.layers!r}")
+    if self.layers not in ('loop', 'unrolled'):
+      problems.append(f"layers must be 'loop' or 'unrolled', got {self.layers!r}")
     if self.platform not in (None, 'cpu', 'gpu', 'tpu'):
       problems.append(f"platform must be 'cpu', 'gpu' or 'tpu', got {self.platform!r}")
     if problems:

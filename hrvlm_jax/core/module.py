@@ -65,17 +65,19 @@ class Functional:
     return getattr(self.bind(params), method)(*args, **kwargs)
 
 
-def stacked(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> Module:
-  """One layer whose leaves carry a leading axis of length `depth` (each slice drawn by itself)."""
+def stacked(make: Callable[[Rngs], Module], depth: int, *, unrolled: bool = False, rngs: Rngs
+            ) -> Module | List:
+  """One layer whose leaves carry a leading axis of length `depth` (each slice drawn by itself).
+
+  Args:
+    unrolled: a list of layers instead: no weight is copied per step (see `scan_layers`).
+  """
+  if unrolled:
+    return List([make(Rngs(params=rngs.params())) for _ in range(depth)])
   keys = jax.random.split(rngs.params(), depth)
   state = jax.vmap(lambda key: nnx.split(make(Rngs(params=key)))[1])(keys)
   graphdef = nnx.split(nnx.eval_shape(lambda: make(Rngs(params=0))))[0]
   return nnx.merge(graphdef, state)
-
-
-def unrolled(make: Callable[[Rngs], Module], depth: int, *, rngs: Rngs) -> List:
-  """The same layers held apart: no weight is copied per step (see `scan_layers`)."""
-  return List([make(Rngs(params=rngs.params())) for _ in range(depth)])
 
 
 def scan_layers(
@@ -122,7 +124,7 @@ def scan_layers(
   depth = jax.tree.leaves(state)[0].shape[0]
   step = wrap(lambda x, leaves: body(
     nnx.merge(graphdef, leaves[0]), ex.constrain('hidden', x), leaves[1]))
-  unroll = True if ex.layers == 'in_line' else 1
+  unroll = True if ex.layers == 'unrolled' else 1
   if start or (stop is not None and stop != depth):
     chosen = range(depth)[start:stop]
     if not ex.gradients:
@@ -161,14 +163,14 @@ def depth_of(layers: Module | List) -> int:
   return jax.tree.leaves(nnx.split(layers)[1])[0].shape[0]
 
 
-def without_gradient(module: Module) -> Module:
+def stop_gradient(module: Module) -> Module:
   """The same module; no gradient reaches its parameters through it."""
   graphdef, state = nnx.split(module)
   return nnx.merge(graphdef, jax.tree.map(jax.lax.stop_gradient, state))
 
 
 def unstack(params: Params) -> Params:
-  """Parameters of `stacked` layers as parameters of `unrolled` ones."""
+  """Parameters of stacked layers as parameters of unrolled ones."""
   depth = jax.tree.leaves(params)[0].shape[0]
   return {str(i): jax.tree.map(lambda leaf: leaf[i], params) for i in range(depth)}  # noqa: B023
 

@@ -78,7 +78,7 @@ class BenchmarkEvaluator(Evaluator):
       self._answerer = Answerer(config.model, params, tokenizer_of(config.data.tokenizer),
                                 ex=Execution(mesh=self.layout.mesh), exif='ignore')
     else:
-      self._answerer.generator.params = vlm.hold_apart(params)
+      self._answerer.generator.params = vlm.unroll(config.model, params)
     texts = answer_over_mesh(self._answerer, len(self.samples), self._item, batch_size=o.batch_size,
                        layout=self.layout, max_new_tokens=self.benchmark.max_new_tokens)
     found = {sample.id: {'text': text} for sample, text in zip(self.samples, texts, strict=True)}

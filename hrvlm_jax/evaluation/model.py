@@ -19,7 +19,6 @@ from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.language.prompt import IGNORE, pad_batch
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, replicated
-from hrvlm_jax.systems.contract import CrossAttentionFusion
 from hrvlm_jax.training.losses import shifted_targets
 from hrvlm_jax.vlm.answer import Answerer
 
@@ -122,7 +121,7 @@ class EvaluatedModel:
       UserError: the model does not read images by cross-attention.
     """
     config = self.answerer.config
-    if not isinstance(config.fusion, CrossAttentionFusion):
+    if config.fusion.in_prompt:
       raise UserError(f'{config.system}: has no cross-attention, so there is no global share of it')
     rows, batch = self._answered(triples, stop=False)
     if self._attention is None:

@@ -36,7 +36,7 @@ from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.prompt import tokenizer_of
-from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.config import DataConfig, Group, RunConfig, TrainingConfig
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
@@ -158,7 +158,7 @@ class Comparison(Experiment):
     """The shared language model, as a checkpoint of `language`."""
     c = self.config
     models = {model.chat: model for model in c.systems.values()
-              if isinstance(model.fusion, PrefixFusion)}
+              if model.fusion.in_prompt}
     tokenizer = tokenizer_of(str(self.folder / 'tokenizer'))
     language, read = self.learn('language', SymbolsConfig(
       needle=dataclasses.replace(c.task, turns=c.turns), text=next(iter(models.values())).text,
@@ -210,15 +210,15 @@ class Comparison(Experiment):
     c, model = self.config, self.config.systems[name]
     folder, given, seen = self.start(name)
     exactly, frozen = ('|'.join(re.escape(path) for path in names) for names in (given, seen))
-    two_pass = isinstance(model.fusion, TwoPassFusion)
+    boxes = model.fusion.boxes
     return RunConfig(
       model=model, seed=c.seed,
       data=DataConfig(
-        train=str(self.folder / 'data/train' / ('rows.json' if two_pass else 'needle.json')),
-        lengths=c.lengths, boxes=two_pass, tokenizer=str(self.folder / 'tokenizer')),
+        train=str(self.folder / 'data/train' / ('rows.json' if boxes else 'needle.json')),
+        lengths=c.lengths, boxes=boxes, tokenizer=str(self.folder / 'tokenizer')),
       training=TrainingConfig(
-        steps=c.train_steps, batch_size=c.batch_size * (c.turns if two_pass else 1), log_every=10,
-        checkpoint_every=200, keep=1, objective='two_pass' if two_pass else 'next_token',
+        steps=c.train_steps, batch_size=c.batch_size * (c.turns if boxes else 1), log_every=10,
+        checkpoint_every=200, keep=1, objective=model.fusion.objective,
         init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
         groups=(Group(pattern=frozen, frozen=True),
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
@@ -262,7 +262,7 @@ class Comparison(Experiment):
         'system': model.system, 'accuracy': accuracy(answers),
         'accuracy_by_size': accuracy_by_size(answers),
         # Two-pass models put their visual tokens into the prompt too.
-        'family': {'two_pass': 'prefix'}.get(model.fusion.kind, model.fusion.kind),
+        'family': 'prefix' if model.fusion.in_prompt else model.fusion.kind,
         **self.read(f'cost_{name}.json'), 'train_seconds': self.times[f'train {name}']}
       if name in c.adapt:
         learned = c.adapt[name].like or name

@@ -16,7 +16,7 @@ from hrvlm_jax.lab import scenes
 from hrvlm_jax.lab.claims import Claim
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
@@ -194,7 +194,7 @@ def _unfit(config: CompareConfig, name: str, model: ModelConfig) -> list[str]:
     tokens = system.count(config.task.width, config.task.height, model.encoder).tokens
   except UserError as error:
     return [*found, str(error)]
-  taken = 0 if isinstance(model.fusion, CrossAttentionFusion) else tokens
+  taken = model.fusion.positions(tokens)
   room = min(max(config.lengths), model.text.max_positions)
   if taken >= room:
     found.append(f'{taken} visual tokens of a {config.task.width}x{config.task.height} image '

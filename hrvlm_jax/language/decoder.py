@@ -39,11 +39,10 @@ from hrvlm_jax.core.module import (
   layer_at,
   scan_layers,
   stacked,
-  unrolled,
 )
 from hrvlm_jax.language.config import DecoderConfig
 
-Cache = Any  # {'k', 'v': [l b s k p]} when layers are stacked; a list of {'k', 'v'} when held apart
+Cache = Any  # {'k', 'v': [l b s k p]} when layers are stacked; a list of {'k', 'v'} when unrolled
 
 
 @jax.tree_util.register_dataclass
@@ -121,7 +120,7 @@ def causal_mask(
 
 
 def default_positions(valid: Bool[Array, 'b t']) -> Int[Array, 'b t']:
-  """cumsum(valid) - 1, and 1 at padded places, as Hugging Face numbers padded batches."""
+  """cumsum(valid) - 1, and 1 at padded positions, as Hugging Face numbers padded batches."""
   count = jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1
   return jnp.where(valid, count, 1)
 
@@ -222,17 +221,16 @@ class Decoder(Module):
   """Embedding table, layers, final norm and head.
 
   Args:
-    hold_apart: layers are a list instead of a stack, for one-token decoding (`unstack` turns
+    unrolled: layers are a list instead of a stack, for one-token decoding (`unstack` turns
       stacked parameters into these).
   """
 
-  def __init__(self, config: DecoderConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+  def __init__(self, config: DecoderConfig, *, unrolled: bool = False, param_dtype=jnp.float32,
                rngs: Rngs):
     c = self.config = config
     self.embed = Embedding(c.rows, c.width, std=c.init_std, param_dtype=param_dtype, rngs=rngs)
-    build = unrolled if hold_apart else stacked
-    self.blocks = build(lambda r: DecoderLayer(c, param_dtype=param_dtype, rngs=r), c.depth,
-                        rngs=rngs)
+    self.blocks = stacked(lambda r: DecoderLayer(c, param_dtype=param_dtype, rngs=r), c.depth,
+                          unrolled=unrolled, rngs=rngs)
     make_norm = LayerNorm if c.norm == 'layernorm' else RMSNorm
     self.norm = make_norm(c.width, eps=c.norm_eps, param_dtype=param_dtype, rngs=rngs)
     self.head = None if c.tie_embeddings else Head(c, param_dtype=param_dtype, rngs=rngs)
@@ -314,7 +312,7 @@ class Decoder(Module):
       cache). Rows may be padded on either side.
     """
     held = isinstance(self.blocks, List)
-    cache = empty_cache(self.config, len(valid), slots, dtype=embeds.dtype, hold_apart=held)
+    cache = empty_cache(self.config, len(valid), slots, dtype=embeds.dtype, unrolled=held)
     x, cache = self.layers(embeds, self.context(valid, ex=ex), cache, before=before,
                            extras=extras)
     hidden = self.norm(jnp.take_along_axis(x, last_true(valid)[:, None, None], axis=1)[:, 0])
@@ -368,10 +366,10 @@ class Decoder(Module):
 
 
 def empty_cache(config: DecoderConfig, batch: int, slots: int, *, dtype=jnp.float32,
-                hold_apart: bool = False) -> Cache:
-  """A cache of zeros; with `hold_apart` one dict per layer, else a leading layer axis."""
+                unrolled: bool = False) -> Cache:
+  """A cache of zeros; with `unrolled` one dict per layer, else a leading layer axis."""
   shape = (batch, slots, config.kv_heads, config.head_dim)
-  if hold_apart:
+  if unrolled:
     return [{'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)}
             for _ in range(config.depth)]
   shape = (config.depth, *shape)

@@ -133,7 +133,7 @@ class Generator:
   """Generation with a module that has `prefill` and `step`.
 
   Args:
-    fn: the module's functional form, its layers held apart.
+    fn: the module's functional form, its layers unrolled.
     params: its parameters.
     ex: of all programs; its dtype is that of activations and cache. It may be replaced later.
   """
@@ -214,7 +214,7 @@ class Generator:
 
     Args:
       embeds: [b t d] prompt embeddings, t being a bucket.
-      valid: bool [b t], real places; every row needs at least one.
+      valid: bool [b t], real positions; every row needs at least one.
       extras: keyword arguments handed to `prefill` and `step` (keys and values of a
         cross-attention, for example).
     """
@@ -273,7 +273,7 @@ class TextGenerator:
 
   def __init__(self, config: DecoderConfig, params, *, ex: Execution = HERE):
     self.config = config
-    fn = Functional(lambda rngs: Decoder(config, hold_apart=True, rngs=rngs))
+    fn = Functional(lambda rngs: Decoder(config, unrolled=True, rngs=rngs))
     self.generator = Generator(fn, params | {'blocks': unstack(params['blocks'])}, ex=ex)
 
   def embed(self, ids) -> jax.Array:
@@ -334,7 +334,7 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   Args:
     step: (tokens [b*beams], valid, cache, slot, extras) -> (logits, valid, cache). The module sees
       rows in the order row * beams + beam; extras stay per row (index them by row // beams).
-    cache: layers held apart, leaves with the batch axis first.
+    cache: layers unrolled, leaves with the batch axis first.
 
   Returns:
     (tokens int32 [b n], lengths int32 [b], scores float32 [b]): the best hypothesis of each row; a

@@ -77,7 +77,7 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
                   platform: str | None = None) -> Program:
   """The prefill (views encoded, prompt read) or the one-token decode step of a model.
 
-  Layers are held apart and parameters stored in the compute dtype, as in generation.
+  Layers are unrolled and parameters stored in the compute dtype, as in generation.
 
   Args:
     what: 'prefill' or 'decode'.
@@ -95,7 +95,7 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   ex = Execution(mesh=mesh, platform=platform, dtype=config.training.dtype)
   dtype = jnp.dtype(ex.dtype)
   slots = length + new_tokens
-  fn = vlm.build(config.model, hold_apart=True)
+  fn = vlm.build(config.model, unrolled=True)
   cast = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), fn.abstract)
   table = sharding_rules(config.model)
   params = placed(cast, rules.param_shardings(fn.abstract, mesh, rules=table))

@@ -24,6 +24,7 @@ from hrvlm_jax.core.module import Module
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.parallel.rules import RULES, Rule
 from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.fusion import FUSIONS, Fusion, PrefixFusion
 from hrvlm_jax.systems.grid import Grid
 from hrvlm_jax.systems.packing import BLANK, Packed, Views
 
@@ -84,52 +85,6 @@ class ProjectorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefixFusion:
-  """Visual tokens take places in the prompt."""
-
-  kind: str = 'prefix'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TwoPassFusion(PrefixFusion):
-  """Prefix fusion in two passes: the language model reads a first look and says where to look.
-
-  Attributes:
-    selection_weight: weight of the loss of the selection beside the text's (training).
-  """
-
-  kind: str = 'two_pass'
-  selection_weight: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossAttentionFusion:
-  """Dense cross-attention blocks in front of decoder layers (Pheye, section 3.3).
-
-  Attributes:
-    width: width of the visual tokens.
-    interval: a block stands before layer i (from 0) iff (i + 1) % interval == 0 and
-      i >= from_layer.
-    reduce: divides the inner width and the feed-forward width.
-  """
-
-  kind: str = 'cross_attention'
-  width: int
-  interval: int
-  from_layer: int = 0
-  reduce: int = 1
-
-  def __post_init__(self):
-    if self.interval < 1 or self.from_layer < 0 or self.reduce < 1:
-      raise ValueError('CrossAttentionFusion: interval and reduce must be at least 1, from_layer '
-                       f'at least 0, got {self.interval}, {self.reduce}, {self.from_layer}')
-
-  def layers(self, depth: int) -> tuple[int, ...]:
-    """The decoder layers, of `depth`, with a block in front."""
-    return tuple(i for i in range(self.from_layer, depth) if (i + 1) % self.interval == 0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """A whole model: encoder, projector, fusion, language model, chat template.
 
@@ -147,34 +102,26 @@ class ModelConfig:
   encoder: Any
   text: DecoderConfig | None
   projector: ProjectorConfig | None = None
-  fusion: PrefixFusion | TwoPassFusion | CrossAttentionFusion = PrefixFusion()
+  fusion: Fusion = PrefixFusion()
   chat: str = 'mc_llava'
   image_token: str | None = '<image>'
   after_image: str = ''
 
   def __post_init__(self):
-    problems = []
-    if self.text is None:
-      if self.projector is not None or isinstance(self.fusion, CrossAttentionFusion):
-        problems.append('text is None, an encoder alone: projector must be None too, and fusion a '
-                        'prefix fusion')
-    elif self.projector is not None and isinstance(self.fusion, PrefixFusion):
-      if self.projector.n_out != self.text.width:
-        problems.append(f'projector.n_out {self.projector.n_out} is not text.width '
-                        f'{self.text.width}')
-    if self.text is not None and isinstance(self.fusion, CrossAttentionFusion):
-      if not self.fusion.layers(self.text.depth):
-        problems.append(f'no decoder layer gets a cross-attention block: fusion.interval '
-                        f'{self.fusion.interval}, fusion.from_layer {self.fusion.from_layer}, '
-                        f'text.depth {self.text.depth}')
+    problems = self.fusion.check(self)
     if problems:
       raise ValueError('ModelConfig: ' + '; '.join(problems))
 
   @classmethod
   def field_types(cls, values: Mapping[str, Any]) -> dict[str, type]:
-    """The encoder's dataclass follows from the system's name (see `core.config.from_dict`)."""
-    name = values.get('system')
-    return {'encoder': registry.get(name).config} if isinstance(name, str) else {}
+    """The encoder's dataclass follows from the system's name, the fusion's from its kind (see
+    `core.config.from_dict`)."""
+    name, fusion = values.get('system'), values.get('fusion')
+    found = {'encoder': registry.get(name).config} if isinstance(name, str) else {}
+    if isinstance(fusion, Fusion):
+      return found | {'fusion': type(fusion)}
+    kind = fusion.get('kind', 'prefix') if isinstance(fusion, Mapping) else 'prefix'
+    return found | {'fusion': FUSIONS.get(kind)}
 
 
 class System(Packed):

@@ -124,7 +124,7 @@ class Answers(Evaluator):
                                 ex=Execution(mesh=self.layout.mesh),
                                 exif=self.config.data.exif)
     else:
-      self._answerer.generator.params = vlm.hold_apart(params)
+      self._answerer.generator.params = vlm.unroll(self.config.model, params)
     return self._answerer
 
   def _images(self, index: int) -> list[Any]:

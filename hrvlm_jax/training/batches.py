@@ -18,7 +18,7 @@ from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, System, TwoPassFusion
+from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.objective import BatchShapes
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.objectives import objective_of
@@ -101,7 +101,7 @@ def conversation_shapes(config: RunConfig, rows: int, *, length: int | None = No
   length = length or max(config.data.lengths)
   example = system.views([Image.new('RGB', image)] * images, encoder)
   count = system.count(*image, encoder)
-  if not isinstance(config.model.fusion, CrossAttentionFusion) and count.tokens * images > length:
+  if config.model.fusion.positions(count.tokens * images) > length:
     raise UserError(f'bucket of {length} places: {images} image(s) of {image[0]} x {image[1]} '
                     f'alone take {count.tokens * images} tokens')
   two, four = (system.batch([example] * n, encoder, slots=n * images * max(count.slots, 1))
@@ -124,11 +124,8 @@ def _packed(config: RunConfig, system: System, example: ToExample, devices: int
     return None
   problems = []
   if data.packing.rows is not None:
-    if isinstance(config.model.fusion, CrossAttentionFusion):
-      problems.append('data.packing.rows: cross-attention reads one image per row; remove it')
-    elif isinstance(config.model.fusion, TwoPassFusion):
-      problems.append('data.packing.rows: the first pass asks one question per row where to look; '
-                      'remove it')
+    if why := config.model.fusion.unpackable:
+      problems.append(f'data.packing.rows: {why}; remove it')
   if data.order == 'grouped' and data.packing.window > 1:
     problems.append('data.packing.window: would undo the groups of data.order=grouped; expected 1')
   raise_all('packing', problems)

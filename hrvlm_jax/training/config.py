@@ -84,7 +84,7 @@ class TrainingConfig:
     groups: first match wins; every parameter must be covered.
     dtype: of activations; parameters and optimizer state are float32 masters, frozen groups keep
       `frozen_dtype` (None: as loaded).
-    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'in_line' (as many
+    layers: how stacked layers run: 'loop' (one compilation for any depth), or 'unrolled' (as many
       copies of the program as layers: slower to compile, faster where memory traffic counts, as
       on a CPU; benchmarks/findings.md has both measured).
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
@@ -117,7 +117,7 @@ class TrainingConfig:
   accumulate: int = 1
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   frozen_dtype: Literal['float32', 'bfloat16'] | None = None
-  layers: Literal['loop', 'in_line'] = 'loop'
+  layers: Literal['loop', 'unrolled'] = 'loop'
   remat: Literal['none', 'layers', 'dots'] = 'none'
   attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'

@@ -135,7 +135,7 @@ class BlockProjector(Module):
     matrix = resample.area_matrix(self.grid, size)
     return resample.resize(table, matrix, matrix).reshape(size * size, -1)
 
-  def places(
+  def positions(
     self, scale: int, size: int, blocks: Int[Array, 'b k']
   ) -> Float[Array, 'b k d'] | float:
     """What is added to the tokens of given blocks of a size x size grid; 0.0 without embeddings."""

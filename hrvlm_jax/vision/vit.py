@@ -201,12 +201,12 @@ class AttentionPool(Module):
     self.norm = LayerNorm(width, eps=eps, param_dtype=param_dtype, rngs=rngs)
     self.mlp = Mlp(width, mlp_width, activation=activation, param_dtype=param_dtype, rngs=rngs)
 
-  def __call__(self, x: Float[Array, 'n t d'], *, valid=None, ex: Execution = HERE
+  def __call__(self, x: Float[Array, 'n t d'], *, mask=None, ex: Execution = HERE
                ) -> Float[Array, 'n d']:
-    """Args: valid: bool [n t], keys that may be looked at (all by default)."""
+    """Args: mask: bool [n t], keys that may be looked at (all by default)."""
     probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
     split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
-    mask = None if valid is None else valid[:, None, None, :]
+    mask = None if mask is None else mask[:, None, None, :]
     y = attention(split(self.attn.q(probe)), split(self.attn.k(x)), split(self.attn.v(x)),
                   mask=mask, ex=ex.plain)
     y = self.attn.out(y.reshape(probe.shape))

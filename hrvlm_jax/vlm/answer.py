@@ -58,7 +58,7 @@ def answer_all(answer: Callable[[list], Sequence], items: Sequence, *, batch_siz
 
 
 class Answerer:
-  """A model ready to answer: parameters with layers held apart, tokenizer, system.
+  """A model ready to answer: parameters with layers unrolled, tokenizer, system.
 
   Args:
     params: parameters of `vlm.build(config)` (layers stacked).
@@ -76,7 +76,7 @@ class Answerer:
     self.methods: dict[str, Mapping[str, Any]] = {}
     self.system = registry.get(config.system)
     self.text = text_of(config, tokenizer)
-    self.generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params),
+    self.generator = Generator(vlm.build(config, unrolled=True), vlm.unroll(config, params),
                                ex=ex)
 
   @classmethod

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from hrvlm_jax.core.attention import attention, attention_weights
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, normal
 from hrvlm_jax.core.module import (
@@ -29,11 +30,12 @@ from hrvlm_jax.core.module import (
   layer_at,
   scan_layers,
   stacked,
-  unrolled,
 )
 from hrvlm_jax.language.config import DecoderConfig
-from hrvlm_jax.language.decoder import Context, Decoder
-from hrvlm_jax.systems.contract import CrossAttentionFusion, VisualTokens
+from hrvlm_jax.language.decoder import Cache, Context, Decoder
+from hrvlm_jax.systems.contract import ModelConfig, VisualTokens
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
+from hrvlm_jax.vlm.model import VLM, Batch
 
 HEAD_WIDTH = 64  # fixes the number of heads and the scale, also when `reduce` narrows the heads
 _INIT = 0.01
@@ -146,15 +148,14 @@ class CrossAttention(Module):
   """The blocks of a model and the way of the residual stream through them and the decoder.
 
   Args:
-    hold_apart: blocks are a list, for generation (as the decoder's layers).
+    unrolled: blocks are a list, for generation (as the decoder's layers).
   """
 
   def __init__(self, fusion: CrossAttentionFusion, text: DecoderConfig, *,
-               hold_apart: bool = False, param_dtype=jnp.float32, rngs: Rngs):
+               unrolled: bool = False, param_dtype=jnp.float32, rngs: Rngs):
     self.interval, self.at = fusion.interval, fusion.layers(text.depth)
-    build = unrolled if hold_apart else stacked
-    self.blocks = build(lambda r: CrossBlock(text, fusion, param_dtype=param_dtype, rngs=r),
-                        len(self.at), rngs=rngs)
+    self.blocks = stacked(lambda r: CrossBlock(text, fusion, param_dtype=param_dtype, rngs=r),
+                          len(self.at), unrolled=unrolled, rngs=rngs)
 
   def media(self, visual: VisualTokens) -> Media:
     """Keys and values of every block."""
@@ -162,10 +163,10 @@ class CrossAttention(Module):
     return Media([k for k, _ in pairs], [v for _, v in pairs], visual.valid)
 
   def hooks(self, decoder: Decoder, media: Media, *, ex: Execution = HERE) -> dict[str, Any]:
-    """`before` and `extras` for a decoder whose layers are held apart."""
+    """`before` and `extras` for a decoder whose layers are unrolled."""
     if not isinstance(decoder.blocks, List):
-      raise ValueError('cross-attention: generation needs layers held apart; use '
-                       'vlm.model.build(config, hold_apart=True) and vlm.model.hold_apart(params)')
+      raise ValueError('cross-attention: generation needs layers unrolled; use vlm.model.build('
+                       'config, unrolled=True) and vlm.model.unroll(config, params)')
     extras: list[Any] = [None] * depth_of(decoder.blocks)
     for layer, *extra in zip(self.at, self._blocks(), media.keys, media.values, strict=True):
       extras[layer] = extra
@@ -218,7 +219,7 @@ class CrossAttention(Module):
 
     Args:
       ranges: sum over that many equal ranges of visual tokens (sub-images), one block at a time;
-        the last axis then has `ranges` places.
+        the last axis then has `ranges` entries.
     """
     found, start = [], 0
     for index, layer in enumerate(self.at):
@@ -237,8 +238,66 @@ class CrossAttention(Module):
     return [layer_at(self.blocks, index) for index in range(len(self.at))]
 
 
+class CrossAttentionVLM(VLM):
+  """Encoder and decoder joined by cross-attention blocks; the prompt holds text alone."""
+
+  def __init__(self, config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float32,
+               rngs: Rngs):
+    super().__init__(config, unrolled=unrolled, param_dtype=param_dtype, rngs=rngs)
+    self.fusion = CrossAttention(config.fusion, config.text, unrolled=unrolled,
+                                 param_dtype=param_dtype, rngs=rngs)
+
+  def embed(self, batch: Batch, visual: VisualTokens | None = None, *, ex: Execution = HERE):
+    """(embeddings [b t d], valid [b t]) of the text."""
+    del visual
+    if batch.get('segments') is not None:
+      raise UserError('cross-attention reads one image per row: rows packed of several examples '
+                      'are not supported; switch packing off')
+    return self.language.embed(batch['tokens'], dtype=ex.dtype), batch['valid']
+
+  def __call__(self, batch: Batch, *, key=None, ex: Execution = HERE) -> Float[Array, 'b t d']:
+    """See `VLM.__call__`."""
+    keys = (None, None) if key is None else jax.random.split(key)
+    embeds, valid = self.embed(batch, ex=ex)
+    visual = self.encode(batch['views'], key=keys[0], ex=ex)
+    context = self.language.context(valid, positions=batch.get('positions'), ex=ex)
+    x = self.fusion.run(self.language, embeds, context, visual, key=keys[1])
+    return self.language.norm(x)
+
+  def prompt(self, batch: Batch, *, ex: Execution = HERE):
+    """See `VLM.prompt`; the extras hold keys and values of the visual tokens, made once."""
+    embeds, valid = self.embed(batch, ex=ex)
+    media = self.fusion.media(self.encode(batch['views'], ex=ex))
+    return embeds, valid, {'media': media}
+
+  def prefill(self, embeds, valid, *, slots: int, media: Media, ex: Execution = HERE):
+    """See `Decoder.prefill`."""
+    hooks = self.fusion.hooks(self.language, media, ex=ex)
+    return self.language.prefill(embeds, valid, slots=slots, ex=ex, **hooks)
+
+  def step(self, tokens, valid, cache: Cache, slot, *, media: Media, ex: Execution = HERE):
+    """See `Decoder.step`; rows may be a multiple of the images (beams)."""
+    hooks = self.fusion.hooks(self.language, media, ex=ex)
+    return self.language.step(tokens, valid, cache, slot, ex=ex, **hooks)
+
+  def attention(self, batch: Batch, *, ranges: int | None = None, ex: Execution = HERE):
+    """Cross-attention probabilities of a prompt with its answer, see `CrossAttention.attention`."""
+    embeds, valid = self.embed(batch, ex=ex)
+    context = self.language.context(valid, positions=batch.get('positions'), ex=ex)
+    visual = self.encode(batch['views'], ex=ex)
+    return self.fusion.attention(self.language, embeds, context, visual, ranges=ranges)
+
+  def info(self, batch: Batch, *, ex: Execution = HERE) -> dict[str, Any]:
+    """`attention_share` float32 [b sub-images]: where the text of a row looks.
+
+    Mean over blocks, heads and the row's tokens of the attention on each sub-image; sums to 1.
+    """
+    ranges = getattr(self.config.encoder, 'sub_images', 1)
+    probs = self.attention(batch, ranges=ranges, ex=ex).mean(axis=(0, 2))
+    weight = batch['valid'].astype(jnp.float32)
+    return {'attention_share': jnp.einsum('btr,bt->br', probs, weight / weight.sum(1)[:, None])}
+
+
 def _out_std(depth: int) -> float:
   """Output matrices start near zero: 0.01 / sqrt(2 * max(depth, 36))."""
   return _INIT / (2 * max(depth, 36)) ** 0.5
-
-

@@ -6,8 +6,8 @@ prefix system and any decoder, at inference only; the released form with a cache
 
 Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept
 tokens with their original positions and have shorter caches. Both lengths are static: how many
-places a batch of prompts has less there is the length of its array `dropped`. Axis letters: b rows,
-t prompt places, s cache slots, d width, n dropped places.
+positions a batch of prompts has less there is the length of its array `dropped`. Axis letters: b
+rows, t prompt positions, s cache slots, d width, n dropped positions.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, depth_of, layer_at
 from hrvlm_jax.language.decoder import Decoder, default_positions, empty_cache
 from hrvlm_jax.language.generate import Generator
-from hrvlm_jax.systems.contract import ModelConfig, PrefixFusion, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.model import VLM, Batch
 
@@ -56,8 +56,8 @@ class FastV:
       raise ValueError('FastV: ' + '; '.join(problems))
 
 
-def dropped_places(visual: Bool[np.ndarray, 'b t'], ratio: float) -> int:
-  """How many places the later layers have less: what every row of a batch loses.
+def dropped_positions(visual: Bool[np.ndarray, 'b t'], ratio: float) -> int:
+  """How many positions the later layers have less: what every row of a batch loses.
 
   Rounded down to a multiple of 16, so that few lengths are compiled.
   """
@@ -75,22 +75,22 @@ def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array
   return attention_weights(one, k, mask=valid[:, None, None])[:, :, 0]
 
 
-def kept_places(
+def kept_positions(
   score: Float[Array, 'b t'], visual: Bool[Array, 'b t'], valid: Bool[Array, 'b t'], ratio: float,
   length: int,
 ) -> tuple[Int[Array, 'b k'], Bool[Array, 'b k']]:
-  """Places that stay, in their order, and which of the `length` slots they fill.
+  """Positions that stay, in their order, and which of the `length` slots they fill.
 
-  All text stays, and of the visual places those with the highest scores: round((1 - ratio) * n) of
-  a row's n.
+  All text stays, and of the visual positions those with the highest scores: round((1 - ratio) * n)
+  of a row's n.
   """
   visual = visual & valid
   keep = jnp.round((1 - ratio) * visual.sum(axis=1)).astype(jnp.int32)
   order = jnp.argsort(jnp.where(visual, -score, jnp.inf), axis=1, stable=True)
   rank = jnp.argsort(order, axis=1, stable=True)
   stays = valid & (~visual | (rank < keep[:, None]))
-  places = jnp.argsort(~stays, axis=1, stable=True)[:, :length]
-  return places, jnp.take_along_axis(stays, places, axis=1)
+  kept = jnp.argsort(~stays, axis=1, stable=True)[:, :length]
+  return kept, jnp.take_along_axis(stays, kept, axis=1)
 
 
 class FastVVLM(VLM):
@@ -101,7 +101,7 @@ class FastVVLM(VLM):
     self.fastv = fastv
 
   def prompt(self, batch: Batch, *, ex: Execution = HERE):
-    """See `VLM.prompt`; the extras say which places are visual, and how many are dropped."""
+    """See `VLM.prompt`; the extras say which positions are visual, and how many are dropped."""
     embeds, valid, _ = super().prompt(batch, ex=ex)
     return embeds, valid, {'visual': batch['visual_index'] >= 0, 'dropped': batch['dropped']}
 
@@ -113,7 +113,7 @@ class FastVVLM(VLM):
     depth, less = depth_of(decoder.blocks), len(dropped)
     room = length - less
     make = lambda size: empty_cache(decoder.config, batch, size, dtype=embeds.dtype,
-                                    hold_apart=True)
+                                    unrolled=True)
     context = decoder.context(valid, ex=ex)
     none: list[Any] = [None] * depth
     head = make(slots)[:f.layer]
@@ -122,9 +122,9 @@ class FastVVLM(VLM):
     score = last_attention(decoder, x, valid, f.layer - 1, ex=ex).mean(axis=1)
     own = [*none[:f.layer - 1], head[-1], *none[f.layer:]]
     x, last_head = decoder.layers(x, context, own, start=f.layer - 1, stop=f.layer)
-    places, real = kept_places(score, visual, valid, f.ratio, room)
-    positions = jnp.take_along_axis(default_positions(valid), places, axis=1)
-    x = jnp.take_along_axis(x, places[..., None], axis=1)
+    index, real = kept_positions(score, visual, valid, f.ratio, room)
+    positions = jnp.take_along_axis(default_positions(valid), index, axis=1)
+    x = jnp.take_along_axis(x, index[..., None], axis=1)
     tail = [*none[:f.layer], *make(slots - less)[f.layer:]]
     x, tail = decoder.layers(x, decoder.context(real, positions=positions, ex=ex), tail,
                              start=f.layer)
@@ -150,21 +150,21 @@ class FastVVLM(VLM):
 
 
 def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Functional:
-  """The model for generation (layers held apart), as pure functions; its parameters are those of
-  `vlm.model.build(config, hold_apart=True)`.
+  """The model for generation (layers unrolled), as pure functions; its parameters are those of
+  `vlm.model.build(config, unrolled=True)`.
 
   Raises:
     UserError: a model without visual tokens in its prompt, or with too few layers.
   """
   problems = []
-  if not isinstance(config.fusion, PrefixFusion) or isinstance(config.fusion, TwoPassFusion):
+  if not config.fusion.one_pass:
     problems.append('it prunes visual tokens of one prompt; fusion '
                     f'{config.fusion.kind!r} has none')
   if config.text is not None and fastv.layer >= config.text.depth:
     problems.append(f'layer {fastv.layer} leaves no layer of {config.text.depth} to run on less')
   if problems:
     raise UserError('FastV cannot work here: ' + '; '.join(problems))
-  return Functional(lambda rngs: FastVVLM(config, fastv, hold_apart=True, param_dtype=param_dtype,
+  return Functional(lambda rngs: FastVVLM(config, fastv, unrolled=True, param_dtype=param_dtype,
                                           rngs=rngs))
 
 
@@ -182,7 +182,7 @@ class FastVAnswerer(Answerer):
     self.methods = {**answerer.methods, 'fastv': dataclasses.asdict(fastv)}
 
   def batch(self, items: Items) -> dict[str, Any]:
-    """See `Answerer.batch`; the length of `dropped` is that of the places which leave."""
+    """See `Answerer.batch`; the length of `dropped` is that of the positions which leave."""
     batch = super().batch(items)
-    dropped = dropped_places((batch['visual_index'] >= 0) & batch['valid'], self.fastv.ratio)
+    dropped = dropped_positions((batch['visual_index'] >= 0) & batch['valid'], self.fastv.ratio)
     return batch | {'dropped': np.zeros(dropped, bool)}

@@ -10,7 +10,7 @@ In training the text before the high-resolution tokens runs twice: pass 1 has no
 original's rule), pass 2 needs one, so keys and values of the first cannot serve the second.
 
 Source: `NVlabs/VILA: llava/model/llava_arch.py` (`LlavaTopDownMetaForCausalLM`). Axis letters: b
-rows, t places of a row, s places of pass 1, r places that pass 2 adds, d width.
+rows, t positions of a row, s positions of pass 1, r positions that pass 2 adds, d width.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from jaxtyping import Array, Float
 from hrvlm_jax.core.attention import first_true, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.module import List, Rngs, without_gradient
+from hrvlm_jax.core.module import List, Rngs, stop_gradient
 from hrvlm_jax.language.decoder import Cache, Decoder, empty_cache
-from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion, VisualTokens
+from hrvlm_jax.systems.contract import ModelConfig, VisualTokens
 from hrvlm_jax.vlm.model import VLM, Batch
 
 
@@ -40,7 +40,7 @@ class FirstPass:
     state: [b d] final-normed state of the last token of the first question.
     index: int32 [b s] place of the row each slot of pass 1 stands for.
     kept: bool [b s] slots whose keys and values pass 2 may use.
-    shared: bool [b t] the same as places of the row.
+    shared: bool [b t] the same as positions of the row.
     cache: keys and values of pass 1, when asked for.
   """
 
@@ -58,11 +58,9 @@ class TwoPassVLM(VLM):
   without it the last token of a row is taken.
   """
 
-  FUSION = TwoPassFusion
-
-  def __init__(self, config: ModelConfig, *, hold_apart: bool = False, param_dtype=jnp.float32,
+  def __init__(self, config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float32,
                rngs: Rngs):
-    super().__init__(config, hold_apart=hold_apart, param_dtype=param_dtype, rngs=rngs)
+    super().__init__(config, unrolled=unrolled, param_dtype=param_dtype, rngs=rngs)
     missing = [name for name in ('low', 'high', 'arrange', 'prompts')
                if not hasattr(self.vision, name)]
     if missing or self.projector is not None:
@@ -83,7 +81,7 @@ class TwoPassVLM(VLM):
                  keep_cache: bool = False, ex: Execution = HERE) -> FirstPass:
     """Runs the decoder over text and low-resolution tokens up to the end of the first question.
 
-    Places are compacted: neither padding nor the places of high-resolution tokens are computed.
+    Positions are compacted: neither padding nor those of high-resolution tokens are computed.
 
     Args:
       seen: of `Encoder.low`.
@@ -110,14 +108,14 @@ class TwoPassVLM(VLM):
     cache = None
     if keep_cache:
       cache = empty_cache(self.config.text, len(valid), size, dtype=ex.dtype,
-                          hold_apart=isinstance(self.language.blocks, List))
+                          unrolled=isinstance(self.language.blocks, List))
     x, cache = language.layers(embeds, language.context(real, ex=ex), cache)
     at = jnp.clip(jnp.take_along_axis(rank, jnp.clip(end, 0, length - 1), axis=1), 0, size - 1)
     state = language.norm(jnp.take_along_axis(x, at[..., None], axis=1)[:, 0])
     return FirstPass(state, index, real & pick(shared), shared, cache)
 
   def _low_embeds(self, language, batch, seen, index, ex: Execution):
-    """Embeddings [b s d] of chosen places, visual ones from the low-resolution tokens."""
+    """Embeddings [b s d] of chosen positions, visual ones from the low-resolution tokens."""
     pick = lambda x: jnp.take_along_axis(jnp.asarray(x), index, axis=1)
     visual = pick(batch['visual_index'])
     text = language.embed(pick(batch['tokens']), dtype=ex.dtype)
@@ -147,7 +145,7 @@ class TwoPassVLM(VLM):
     if self.steers and batch['tokens'].shape[1] > self.each:
       language, before = self.language, seen
       if gradient:
-        language = without_gradient(language)
+        language = stop_gradient(language)
         before = jax.lax.stop_gradient(seen)
       first = self.first_pass(batch, before, language=language, keep_cache=keep_cache, ex=ex)
       state = jax.lax.stop_gradient(first.state) if gradient else first.state
@@ -205,7 +203,7 @@ class TwoPassVLM(VLM):
     batch, total = valid.shape
     start = total - embeds.shape[1]
     cache = empty_cache(self.config.text, batch, slots, dtype=embeds.dtype,
-                        hold_apart=isinstance(self.language.blocks, List))
+                        unrolled=isinstance(self.language.blocks, List))
     axis = 1 if isinstance(self.language.blocks, List) else 2
     cache = jax.tree.map(lambda store, old: jax.lax.dynamic_update_slice_in_dim(
       store, old.astype(store.dtype), 0, axis=axis), cache, seen)

@@ -3,7 +3,7 @@
 Training-free, over any system that puts visual tokens of a grid into its prompt: two forward passes
 for the map (or one or two with a gradient), then the answer from [image, crop]. Sources:
 `saccharomycetes/mllms_know` and its predecessor `vicrop`. Axis letters: b rows, h heads, t prompt
-places, d width; maps are (rows, columns), boxes (x0, y0, x1, y1), sizes (width, height).
+positions, d width; maps are (rows, columns), boxes (x0, y0, x1, y1), sizes (width, height).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from hrvlm_jax.core.attention import attention, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import layer_at
-from hrvlm_jax.systems.contract import PrefixFusion, TwoPassFusion
 from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.fastv import last_attention
 
@@ -156,7 +155,7 @@ class ViCropAnswerer(Answerer):
     self.answerer, self.vicrop = answerer, config
     self.methods = {**answerer.methods, 'vicrop': dataclasses.asdict(config)}
     model = answerer.config
-    if not isinstance(model.fusion, PrefixFusion) or isinstance(model.fusion, TwoPassFusion):
+    if not model.fusion.one_pass:
       raise UserError('ViCrop reads the attention of the prompt on its visual tokens; fusion '
                       f'{model.fusion.kind!r} has none')
     if config.method != 'pure_grad' and config.layer >= model.text.depth:

@@ -31,11 +31,11 @@ def test_counts_are_those_stored(name):
       'python -m benchmarks.ours.counts --write')
 
 
-def step_bytes(hold_apart: bool) -> tuple[int, int]:
+def step_bytes(unrolled: bool) -> tuple[int, int]:
   """(bytes the one-token step reads and writes, bytes of its weights)."""
   config = language.phi(vocab_size=264, width=256, depth=6, heads=4, mlp_width=1024)
-  fn = Functional(lambda rngs: Decoder(config, hold_apart=hold_apart, rngs=rngs))
-  cache = jax.eval_shape(lambda: empty_cache(config, 1, 32, hold_apart=hold_apart))
+  fn = Functional(lambda rngs: Decoder(config, unrolled=unrolled, rngs=rngs))
+  cache = jax.eval_shape(lambda: empty_cache(config, 1, 32, unrolled=unrolled))
   shape = lambda *s, dtype: jax.ShapeDtypeStruct(s, dtype)
   step = lambda params, token, valid, cache, slot: fn.apply(
     params, token, valid, cache, slot, method='step')
@@ -47,5 +47,5 @@ def step_bytes(hold_apart: bool) -> tuple[int, int]:
 
 
 def test_a_decoding_step_reads_its_weights_once():
-  moved, weights = step_bytes(hold_apart=True)
+  moved, weights = step_bytes(unrolled=True)
   assert moved < 1.3 * weights

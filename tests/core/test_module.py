@@ -15,15 +15,13 @@ from hrvlm_jax.core.module import (
   restack,
   scan_layers,
   stacked,
-  unrolled,
   unstack,
 )
 
 
 class Tower(Module):
   def __init__(self, depth, *, apart=False, rngs):
-    build = unrolled if apart else stacked
-    self.blocks = build(lambda r: Linear(4, 4, rngs=r), depth, rngs=rngs)
+    self.blocks = stacked(lambda r: Linear(4, 4, rngs=r), depth, unrolled=apart, rngs=rngs)
 
   def __call__(self, x, start=0, stop=None, ex=HERE):
     return scan_layers(self.blocks, x, lambda layer, x, _: (x + jnp.tanh(layer(x)), x.sum()),
@@ -83,7 +81,7 @@ def test_remat_changes_no_gradient(tower):
     np.testing.assert_allclose(plain, again, rtol=1e-6)
 
 
-@pytest.mark.parametrize('form', ['loop', 'in_line'])
+@pytest.mark.parametrize('form', ['loop', 'unrolled'])
 @pytest.mark.parametrize('start, stop', [(0, None), (1, 3)])
 def test_form_of_the_layers_changes_no_gradient(tower, form, start, stop):
   fn, params, x = tower
@@ -102,7 +100,7 @@ def test_form_of_the_layers_is_in_the_program(tower):
   assert 'slice[' not in trace(HERE).replace('dynamic_slice[', '')
   assert 'slice[' in trace(Execution(gradients=True)).replace('dynamic_slice[', '')
   lowered = lambda ex: jax.jit(lambda p: fn.apply(p, x, ex=ex)[0]).lower(params).as_text()
-  assert 'stablehlo.while' not in lowered(Execution(gradients=True, layers='in_line'))
+  assert 'stablehlo.while' not in lowered(Execution(gradients=True, layers='unrolled'))
   assert 'stablehlo.while' in lowered(HERE)
 
 

@@ -10,13 +10,8 @@ import pytest
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import (
-  CrossAttentionFusion,
-  ModelConfig,
-  PrefixFusion,
-  ProjectorConfig,
-  TwoPassFusion,
-)
+from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion, PrefixFusion, TwoPassFusion
 from hrvlm_jax.vlm import model as vlm
 from tests import levels
 

@@ -112,7 +112,7 @@ def test_dropout_acts_on_the_adapters_alone(vision):
 def answering():
   """(parameters, generator, views of three images of different shape, left-padded prompts)."""
   params = random_params(vlm.build(CONFIG))
-  generator = Generator(vlm.build(CONFIG, hold_apart=True), vlm.hold_apart(params))
+  generator = Generator(vlm.build(CONFIG, unrolled=True), vlm.unroll(CONFIG, params))
   rng = np.random.default_rng(0)
   views = [SYSTEM.views([Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))],
                         CONFIG.encoder) for size in ((30, 90), (70, 20), (55, 55))]

@@ -60,8 +60,8 @@ def test_reuse_equals_full_recomputation(answerer, params):
   """Rows without an image, with one and with two; padded on the left."""
   batch = answerer.batch(ITEMS)
   assert {'prompt_end', 'views'} <= set(batch)
-  fn = vlm.build(CONFIG, hold_apart=True)
-  held = vlm.hold_apart(params)
+  fn = vlm.build(CONFIG, unrolled=True)
+  held = vlm.unroll(CONFIG, params)
 
   def run(params, batch):
     results = []

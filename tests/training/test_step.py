@@ -99,7 +99,7 @@ def test_accumulated_gradients_equal_those_of_the_large_batch(model):
     np.testing.assert_allclose(parts[2][path], grad, atol=1e-6 * largest, err_msg=path)
 
 
-@pytest.mark.parametrize('form', [{'remat': 'layers'}, {'remat': 'dots'}, {'layers': 'in_line'}])
+@pytest.mark.parametrize('form', [{'remat': 'layers'}, {'remat': 'dots'}, {'layers': 'unrolled'}])
 def test_form_of_the_program_changes_no_gradient(model, form):
   whole = grads_of(model, training(), batch_of(4))
   again = grads_of(model, training(**form), batch_of(4))

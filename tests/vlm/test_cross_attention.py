@@ -13,7 +13,8 @@ from hrvlm_jax.core.module import Functional, Module, unstack
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import CrossAttentionFusion, VisualTokens
+from hrvlm_jax.systems.contract import VisualTokens
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.cross_attention import CrossAttention, CrossBlock
 
@@ -21,9 +22,9 @@ from hrvlm_jax.vlm.cross_attention import CrossAttention, CrossBlock
 class Reader(Module):
   """A decoder and its blocks."""
 
-  def __init__(self, fusion, text, *, hold_apart=False, rngs):
-    self.language = Decoder(text, hold_apart=hold_apart, rngs=rngs)
-    self.fusion = CrossAttention(fusion, text, hold_apart=hold_apart, rngs=rngs)
+  def __init__(self, fusion, text, *, unrolled=False, rngs):
+    self.language = Decoder(text, unrolled=unrolled, rngs=rngs)
+    self.fusion = CrossAttention(fusion, text, unrolled=unrolled, rngs=rngs)
 
   def __call__(self, x, visual, ex=HERE):
     context = self.language.context(jnp.ones(x.shape[:2], bool), ex=ex)
@@ -106,12 +107,12 @@ def test_block_equals_the_formulas(width, media_width, reduce):
   (4, 2, 0, (1, 3)), (6, 2, 2, (3, 5)), (5, 3, 0, (2,)), (3, 1, 1, (1, 2)),
 ])
 def test_groups_are_the_plain_loop(depth, interval, from_layer, at):
-  """Stacked layers scanned in groups equal layers held apart, one after the other."""
+  """Stacked layers scanned in groups equal layers unrolled, one after the other."""
   fusion = CrossAttentionFusion(width=64, interval=interval, from_layer=from_layer)
   assert fusion.layers(depth) == at
   text = small(depth)
   fn = Functional(lambda rngs: Reader(fusion, text, rngs=rngs))
-  held = Functional(lambda rngs: Reader(fusion, text, hold_apart=True, rngs=rngs))
+  held = Functional(lambda rngs: Reader(fusion, text, unrolled=True, rngs=rngs))
   params = random_params(fn)
   x, visual = normal(2, 2, 4, 32), media_of(3, 2, 6, 64)
   out, expected = run(fn, params, x, visual), run(held, apart(params), x, visual)
@@ -199,6 +200,6 @@ def test_refusals():
   del batch['segments']
   embeds, valid, extras = jax.eval_shape(
     lambda p: fn.apply(p, batch, method='prompt'), fn.abstract)
-  with pytest.raises(ValueError, match='layers held apart'):
+  with pytest.raises(ValueError, match='layers unrolled'):
     jax.eval_shape(lambda p, e, v, x: fn.apply(p, e, v, slots=8, method='prefill', **x),
                    fn.abstract, embeds, valid, extras)

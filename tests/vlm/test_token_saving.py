@@ -43,7 +43,7 @@ def test_large_images_are_split():
 def test_fastv_keeps_text_and_the_most_attended_in_order():
   score = jnp.asarray([[0.0, 0.1, 0.4, 0.2, 0.3, 0.0]])
   visual = jnp.asarray([[False, True, True, True, True, False]])
-  places, real = fastv.kept_places(score, visual, jnp.ones((1, 6), bool), 0.5, 4)
+  places, real = fastv.kept_positions(score, visual, jnp.ones((1, 6), bool), 0.5, 4)
   assert places.tolist() == [[0, 2, 4, 5]] and real.all()
 
 
@@ -82,7 +82,7 @@ def test_fastv_equals_hiding_the_dropped_tokens(answerer):
     logits, _, _ = module.prefill(embeds, valid, slots=length + 16, **extras)
     decoder = module.language
     score = fastv.last_attention(decoder, embeds, valid, 0).mean(axis=1)
-    places, real = fastv.kept_places(score, extras['visual'], valid, 0.5, length - 32)
+    places, real = fastv.kept_positions(score, extras['visual'], valid, 0.5, length - 32)
     stays = jnp.zeros_like(valid).at[jnp.arange(2)[:, None], places].set(real)
     x, _ = decoder.layers(embeds, decoder.context(valid), stop=1)
     hidden = decoder.context(stays, positions=default_positions(valid))

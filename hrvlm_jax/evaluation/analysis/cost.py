@@ -20,7 +20,6 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.analysis import complexity
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import PrefixFusion
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import model_config
 
@@ -216,7 +215,7 @@ def run(*, checkpoint: str | None = None, width: int = 1024, height: int = 768,
             + ('' if row.paper is None else f' (paper: {row.paper:g})')
             + (f'; {row.remark}' if row.remark else '') for row in complexity.table()]
   config = model_config(checkpoint)
-  if not isinstance(config.fusion, PrefixFusion):
+  if not config.fusion.in_prompt:
     raise UserError(f'{checkpoint}: costs are known of models whose image tokens stand in the '
                     f'prompt, found the fusion {config.fusion.kind!r}')
   system, fn = registry.get(config.system), vlm.build(config)

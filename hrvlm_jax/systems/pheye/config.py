@@ -11,7 +11,8 @@ import dataclasses
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig
 
 FIRST = LoRA(rank=8, alpha=16.0, name='first', dropout=0.05)

@@ -26,7 +26,8 @@ from hrvlm_jax.checkpoint.rows import (
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.language import config as language, weights as language_weights
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig

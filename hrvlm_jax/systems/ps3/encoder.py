@@ -240,16 +240,16 @@ class Encoder(Module):
       x = self.tower.post_norm(x)
     return x if self.adapter is None else self.adapter(x, ex=ex)
 
-  def pool(self, x: Float[Array, 'b n d'], *, valid=None, ex: Execution = HERE
+  def pool(self, x: Float[Array, 'b n d'], *, mask=None, ex: Execution = HERE
            ) -> Float[Array, 'b o']:
     """Attention pool of block outputs.
 
     Args:
-      valid: bool [b n], tokens that count; a row without any counts them all.
+      mask: bool [b n], tokens that count; a row without any counts them all.
     """
-    if valid is not None:
-      valid = jnp.where(valid.any(axis=1, keepdims=True), valid, True)
-    return self.pool_head(self.head(x, ex=ex), valid=valid, ex=ex)
+    if mask is not None:
+      mask = jnp.where(mask.any(axis=1, keepdims=True), mask, True)
+    return self.pool_head(self.head(x, ex=ex), mask=mask, ex=ex)
 
   def __call__(self, views: dict[str, jax.Array], *, prompt=None, key=None,
                ex: Execution = HERE) -> VisualTokens:

@@ -89,7 +89,7 @@ def pooled_images(
   if target is not None and pool_target:
     valid = covered(target, out.cells, plan) > 0
   low_pooled = encoder.pool(out.last[:, :start], ex=ex)
-  high_pooled = encoder.pool(out.last[:, start:], valid=valid, ex=ex)
+  high_pooled = encoder.pool(out.last[:, start:], mask=valid, ex=ex)
   pooled = high_pooled
   if is_global is not None:
     share = is_global.astype(pooled.dtype)

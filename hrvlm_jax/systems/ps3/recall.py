@@ -77,7 +77,7 @@ def probe(
       touched = covered(batch['target'], out.cells, plan) > 0
       recall.append(touched.sum(axis=1) / jnp.maximum(wanted, 1))
       tokens = out.last[:, plan.grids[0][0] * plan.grids[0][1]:]
-      feature = unit(vision.pool(tokens, valid=touched))
+      feature = unit(vision.pool(tokens, mask=touched))
       correct.append(jnp.einsum('bo,bko->bk', feature, candidates).argmax(1) == batch['answer'])
   shape = (rows, len(WAYS), len(budgets))
   return {'recall': jnp.stack(recall, 1).reshape(shape),

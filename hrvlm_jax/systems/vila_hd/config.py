@@ -11,7 +11,8 @@ from typing import Literal
 
 from hrvlm_jax.core.errors import unknown
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3.config import LookConfig, PS3Config, c_radio, siglip, tiny_encoder
 from hrvlm_jax.systems.ps3.plan import Plan, make_plan, scale_sizes
 from hrvlm_jax.vision.blocks import PROJECTORS, block_side, block_slots, is_projector

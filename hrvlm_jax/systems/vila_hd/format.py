@@ -42,7 +42,7 @@ def low_tokens(projector: BlockProjector, features: Float[Array, 'b n c']) -> Fl
   x = projector(features)
   size = int(x.shape[1]**0.5)
   every = jnp.arange(x.shape[1])[None]
-  return (x + projector.places(0, size, every)).astype(x.dtype)
+  return (x + projector.positions(0, size, every)).astype(x.dtype)
 
 
 def high_tokens(
@@ -77,7 +77,7 @@ def high_tokens(
     taken = jnp.take_along_axis(features, flat, axis=1).reshape(*patches.shape, -1)
     taken = jnp.where(patches[..., None] >= 0, taken, 0).reshape(batch, room, -1)
     x = projector.project(taken)
-    tokens.append((x + projector.places(scale, -(-grid // side), blocks)).astype(x.dtype))
+    tokens.append((x + projector.positions(scale, -(-grid // side), blocks)).astype(x.dtype))
     valid.append(real)
   if not tokens:
     return low[:, :1], jnp.ones((batch, 1), bool)

@@ -14,7 +14,8 @@ from hrvlm_jax.checkpoint.rows import Op, Row, Table, joined, linear, norm, pref
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.language import config as language, weights as language_weights
-from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.vision.blocks import block_side, stages

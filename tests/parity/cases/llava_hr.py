@@ -365,7 +365,7 @@ def _prompt(case, config, run, params, tokenizer, example):
   case.expect('prompt.inputs_embeds', out['embeds'])
   case.expect('prompt.hidden_last_norm', out['hidden'])
   case.expect('prompt.logits', out['logits'][:, -case.input('prompt.logits').shape[1]:])
-  generator = Generator(vlm.build(config, hold_apart=True), vlm.hold_apart(params))
+  generator = Generator(vlm.build(config, unrolled=True), vlm.unroll(config, params))
   reference = case.input('generate.output_ids')
   sampling = Sampling(max_new_tokens=reference.shape[1], stop_ids=(tokenizer.eos_id,))
   room = bucket(length) - length

@@ -198,8 +198,8 @@ def _infer(case, config, fn, params, image_id, specials):
   for index, state in enumerate([*states[:-2], states[-1]]):
     case.expect(f'infer/lm_hidden_{index}', state)
   case.expect('infer/logits', module.logits(states[-1]))
-  held = vlm.build(config, hold_apart=True)
-  generator = Generator(held, vlm.hold_apart(params))
+  held = vlm.build(config, unrolled=True)
+  generator = Generator(held, vlm.unroll(config, params))
   room = bucket(embeds.shape[1]) - embeds.shape[1]
   padded = jnp.pad(embeds, ((0, 0), (0, room), (0, 0)))
   sampling = Sampling(max_new_tokens=infer['max_new_tokens'], stop_ids=(infer['eos_token_id'],))

@@ -18,7 +18,8 @@ from hrvlm_jax.core.resample import normalise, normalise_host
 from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.generate import Generator, Sampling
-from hrvlm_jax.systems.contract import CrossAttentionFusion, ModelConfig
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.systems.pheye import SYSTEM, views as host, weights
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
 from hrvlm_jax.systems.pheye.encoder import Encoder
@@ -231,7 +232,7 @@ def full_model(case: Case) -> None:
   batch = {'tokens': ids.astype(np.int32), 'valid': mask, 'views': views}
   lengths = mask.sum(axis=1)
   case.expect_json(('lens',), lengths)
-  held, apart = vlm.build(config, hold_apart=True), vlm.hold_apart(params)
+  held, apart = vlm.build(config, unrolled=True), vlm.unroll(config, params)
 
   @jax.jit
   def forward(params, apart):

@@ -26,7 +26,8 @@ from hrvlm_jax.language.conversation import encode_vila, messages_from_llava
 from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.language.prompt import Text, pad_batch
 from hrvlm_jax.language.tokenizer import load_tokenizer
-from hrvlm_jax.systems.contract import ModelConfig, TwoPassFusion
+from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.ps3.data import box_range, target_map
 from hrvlm_jax.systems.vila_hd import SYSTEM, format as form, views as host, weights
@@ -93,7 +94,7 @@ def projector(case: Case) -> None:
       case.expect(key, table.position_table(size)[None], tol=OPERATOR)
       # The form that gathers single places must agree with the table.
       every = jnp.arange(size * size)[None]
-      gathered = table.places(0, size, every) - table.scale_embedding[...][0]
+      gathered = table.positions(0, size, every) - table.scale_embedding[...][0]
       case.expect(key, gathered, tol=OPERATOR)
 
 
@@ -254,7 +255,7 @@ def _answer(case: Case, name: str, spec, config, params, text: Text) -> None:
   each = encoder.low_tokens + encoder.high_tokens
   row = text.prompt(spec['question'], [each] * len(images))
   batch = pad_batch([row], len(row['tokens']), 'left') | {'views': views}
-  fn = vlm.build(config, hold_apart=True)
+  fn = vlm.build(config, unrolled=True)
   asks = case.has(f'{name}.top_down.prompt')
 
   def run(params, batch):
@@ -268,7 +269,7 @@ def _answer(case: Case, name: str, spec, config, params, text: Text) -> None:
       prompt = module.vision.prompt_head(first.state)
     return visual, first, prompt, embeds, valid, seen.tokens, start
 
-  held = vlm.hold_apart(params)
+  held = vlm.unroll(config, params)
   visual, first, prompt, embeds, valid, low, start = jax.jit(run)(held, batch)
   if first is not None:
     case.expect(f'{name}.pass1.low_res_tokens', low)
