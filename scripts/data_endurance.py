@@ -27,7 +27,7 @@ import psutil
 from hrvlm_jax.data.checks import RowCheck, check_source
 from hrvlm_jax.data.packing import Packing
 from hrvlm_jax.data.sources import open_source
-from hrvlm_jax.systems.mc_llava.config import tiny
+from hrvlm_jax.systems.mc_llava.encoder import tiny
 from hrvlm_jax.training import loop
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig

@@ -17,7 +17,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.llava_hr import config as llava_hr
-from hrvlm_jax.systems.mc_llava import config as mc_llava
+from hrvlm_jax.systems.mc_llava import encoder as mc_llava
 from hrvlm_jax.systems.pheye import config as pheye
 from hrvlm_jax.systems.ps3 import config as ps3
 from hrvlm_jax.training.config import OptimizerConfig, TrainingConfig

@@ -11,7 +11,7 @@ from benchmarks.harness.ours import Side
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems.llava_hr import config as llava_hr, encoder as llava_hr_encoder
 from hrvlm_jax.systems.llava_hr.weights import vision_table as llava_hr_table
-from hrvlm_jax.systems.mc_llava import config as mc_llava
+from hrvlm_jax.systems.mc_llava import encoder as mc_llava
 from hrvlm_jax.systems.pheye import config as pheye
 from hrvlm_jax.systems.pheye.weights import tower_table
 from hrvlm_jax.systems.ps3 import config as ps3, encoder as ps3_encoder

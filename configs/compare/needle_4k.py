@@ -26,7 +26,7 @@ from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion, TwoPassFusion
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.systems.pheye.config import PheyeConfig
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig

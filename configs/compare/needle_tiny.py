@@ -28,7 +28,7 @@ from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion, TwoPassFusion
 from hrvlm_jax.systems.llava_hr.config import AdapterConfig, LlavaHRConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.systems.pheye.config import PheyeConfig
 from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig

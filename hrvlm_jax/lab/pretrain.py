@@ -21,8 +21,7 @@ import optax
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.module import Functional, Module, Rngs
 from hrvlm_jax.lab.needle import NeedleConfig
-from hrvlm_jax.training.optimizer import muon
-from hrvlm_jax.training.schedules import learning_rate
+from hrvlm_jax.training.optimizer import learning_rate, muon
 
 NOTHING_WEIGHT = 0.05  # most patches show no letter; they would drown the others
 Flat = Mapping[str, Any]

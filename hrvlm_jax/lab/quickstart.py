@@ -26,7 +26,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm

@@ -144,7 +144,7 @@ def test_a_config_without_a_mesh_takes_one(tmp_path):
   path = tmp_path / 'run.py'
   path.write_text(textwrap.dedent("""
       from hrvlm_jax.core.config import to_dict
-      from hrvlm_jax.systems.mc_llava.config import tiny
+      from hrvlm_jax.systems.mc_llava.encoder import tiny
       import ml_collections
       def get_config():
         return ml_collections.ConfigDict(dict(
@@ -168,7 +168,7 @@ def test_a_key_that_was_renamed_is_answered(tmp_path, capsys):
   path = tmp_path / 'run.py'
   path.write_text(textwrap.dedent("""
       from hrvlm_jax.core.config import to_dict
-      from hrvlm_jax.systems.mc_llava.config import tiny
+      from hrvlm_jax.systems.mc_llava.encoder import tiny
       import ml_collections
       def get_config():
         return ml_collections.ConfigDict(dict(

@@ -19,7 +19,7 @@ from hrvlm_jax.lab.needle import NeedleConfig, write
 CONFIG = textwrap.dedent("""
     import ml_collections
     from hrvlm_jax.core.config import to_dict
-    from hrvlm_jax.systems.mc_llava.config import tiny
+    from hrvlm_jax.systems.mc_llava.encoder import tiny
     def get_config():
       config = ml_collections.ConfigDict()
       config.model = to_dict(tiny(max_crops=4, num_tokens=8))

@@ -17,7 +17,7 @@ from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.mc_llava import encoder as host
-from hrvlm_jax.systems.mc_llava.config import tiny
+from hrvlm_jax.systems.mc_llava.encoder import tiny
 from hrvlm_jax.vlm import model as vlm
 from tests.checkpoint.writing import write_folder
 

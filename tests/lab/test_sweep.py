@@ -19,7 +19,7 @@ import ml_collections
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.vision.vit import ViTConfig
 
 ROWS = {'low': (1e-3, (1.5, 2)), 'high': (1e30, None)}

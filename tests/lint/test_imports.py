@@ -11,7 +11,7 @@ NNX_NAMES = {'Module', 'Param', 'Rngs', 'initializers', 'split', 'merge', 'eval_
 FLOORS = ('core', 'checkpoint', 'parallel', 'vision', 'language', 'data', 'systems', 'vlm',
           'training', 'interop', 'planning', 'evaluation', 'lab', 'cli')
 # What every system may import of the room; the others are systems.
-SHARED = ('contract', 'grid', 'objective', 'packing', 'pictures', 'registry')
+SHARED = ('contract', 'fusion', 'grid', 'objective', 'packing', 'pictures', 'registry')
 BASELINE_PARTS = ('layout', 'pruning', 'resamplers', 'scaling', 'tiled', 'tiles')
 # Rooms side by side: neither imports the other.
 BESIDE = (('checkpoint', 'parallel'), ('vision', 'language'), ('interop', 'planning'))

@@ -17,8 +17,7 @@ from hrvlm_jax.core.module import Functional
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.mc_llava import SYSTEM, encoder as host
-from hrvlm_jax.systems.mc_llava.config import RELEASED, MCLlavaConfig, tiny
-from hrvlm_jax.systems.mc_llava.encoder import Encoder
+from hrvlm_jax.systems.mc_llava.encoder import RELEASED, Encoder, MCLlavaConfig, tiny
 from hrvlm_jax.systems.mc_llava.weights import table
 from hrvlm_jax.vlm import model as vlm
 

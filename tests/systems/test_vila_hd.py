@@ -79,7 +79,7 @@ def test_settings_that_make_no_sense(options, message):
 
 
 def test_two_passes_need_an_encoder_that_can_look_twice():
-  from hrvlm_jax.systems.mc_llava.config import tiny as other
+  from hrvlm_jax.systems.mc_llava.encoder import tiny as other
 
   config = dataclasses.replace(other(), fusion=tiny().fusion, projector=None)
   with pytest.raises(ValueError, match='cannot be joined this way, use PrefixFusion'):

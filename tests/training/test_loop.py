@@ -19,7 +19,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.training import determinism, loop, saving
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrvlm_jax.training.schedules import learning_rate, warmup_steps
+from hrvlm_jax.training.optimizer import learning_rate, warmup_steps
 
 
 def test_hugging_face_cosine():

@@ -14,7 +14,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava import encoder as host
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.training.config import Group, OptimizerConfig, TrainingConfig
 from hrvlm_jax.training.losses import chunked_cross_entropy, token_cross_entropy
 from hrvlm_jax.training.optimizer import groups_of

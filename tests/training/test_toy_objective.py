@@ -87,7 +87,7 @@ from PIL import Image
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.vision.vit import ViTConfig
 
 MODEL = ModelConfig(

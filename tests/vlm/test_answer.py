@@ -9,7 +9,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
-from hrvlm_jax.systems.mc_llava.config import tiny
+from hrvlm_jax.systems.mc_llava.encoder import tiny
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, answer_all, is_correct
 

@@ -16,7 +16,7 @@ from hrvlm_jax.lab.needle import NeedleConfig, write
 from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems.baselines import anyres, single_view
-from hrvlm_jax.systems.mc_llava import config as mc_llava
+from hrvlm_jax.systems.mc_llava import encoder as mc_llava
 from hrvlm_jax.vlm import fastv, model as vlm, vicrop
 from hrvlm_jax.vlm.answer import Answerer
 

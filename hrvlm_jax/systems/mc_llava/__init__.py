@@ -1,10 +1,10 @@
 """MC-LLaVA: overlapping crops with coordinates, K tokens of each."""
 
 from hrvlm_jax.systems.contract import System
-from hrvlm_jax.systems.mc_llava import config, encoder, weights
+from hrvlm_jax.systems.mc_llava import encoder, weights
 
 SYSTEM = System(
-  name='mc_llava', config=config.MCLlavaConfig, encoder=encoder.Encoder, released=config.RELEASED,
-  tiny=config.tiny, backbones=config.backbones, count=encoder.count, views=encoder.views,
+  name='mc_llava', config=encoder.MCLlavaConfig, encoder=encoder.Encoder, released=encoder.RELEASED,
+  tiny=encoder.tiny, backbones=encoder.backbones, count=encoder.count, views=encoder.views,
   packing=encoder.packing, overlay=encoder.overlay, table=weights.table,
   from_release=weights.from_release, to_release=weights.to_release)

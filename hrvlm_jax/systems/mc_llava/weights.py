@@ -10,7 +10,7 @@ from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
 from hrvlm_jax.core.layers import activation_name
 from hrvlm_jax.language import config as language, weights as language_weights
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.vision import weights as vision_weights
 from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
 

@@ -27,7 +27,7 @@ from hrvlm_jax.language.conversation import (
 )
 from hrvlm_jax.language.prompt import pad_batch
 from hrvlm_jax.language.tokenizer import ByteTokenizer, load_tokenizer
-from hrvlm_jax.training.schedules import learning_rate
+from hrvlm_jax.training.optimizer import learning_rate
 from tests.language.released import merge_rows, parse
 from tests.parity.cases.runner import OPERATOR, Case, check
 

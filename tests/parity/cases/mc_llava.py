@@ -16,7 +16,7 @@ from hrvlm_jax.language.decoder import default_positions
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava import SYSTEM, encoder as host
-from hrvlm_jax.systems.mc_llava.config import MCLlavaConfig
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.systems.mc_llava.weights import table, vision_from_hf
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm

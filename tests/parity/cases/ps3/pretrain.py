@@ -14,7 +14,7 @@ from hrvlm_jax.systems.ps3 import data, model, weights
 from hrvlm_jax.systems.ps3.losses import ContrastiveConfig, pretrain_losses
 from hrvlm_jax.systems.ps3.pretrain import PretrainOptions
 from hrvlm_jax.systems.ps3.selection import maps_of
-from hrvlm_jax.training.schedules import learning_rate
+from hrvlm_jax.training.optimizer import learning_rate
 from tests.parity.cases.ps3.common import (
   Run,
   boundaries,
