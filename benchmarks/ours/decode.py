@@ -14,9 +14,9 @@ from benchmarks.ours.vision import images
 from hrvlm_jax.checkpoint.rows import Table, joined, prefixed
 from hrvlm_jax.core.module import Functional, Module
 from hrvlm_jax.language import config as language
+from hrvlm_jax.language.config import table as language_table
 from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.language.generate import Generator, Sampling, TextGenerator, pad_to_bucket
-from hrvlm_jax.language.weights import table as language_table
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.pheye import config as pheye

@@ -17,8 +17,7 @@ from hrvlm_jax.systems.pheye.weights import tower_table
 from hrvlm_jax.systems.ps3 import config as ps3, encoder as ps3_encoder
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.systems.ps3.weights import vision_table as ps3_table
-from hrvlm_jax.vision import weights
-from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViT, ViTConfig
+from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViT, ViTConfig, siglip_table
 
 
 def images(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
@@ -70,7 +69,7 @@ class Siglip(Side):
 
   def model(self):
     config = self.config()
-    return Functional(lambda rngs: ViT(config, rngs=rngs)), weights.siglip(config)
+    return Functional(lambda rngs: ViT(config, rngs=rngs)), siglip_table(config)
 
   def inputs(self, rng):
     return {'images': images(rng, self.settings['views'], self.config().image_size)}

@@ -25,13 +25,13 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, shortened, unknown
 from hrvlm_jax.interop import adapters, hub
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.ps3.config import PS3Config
-from hrvlm_jax.vision import convnext, weights as vision_weights
+from hrvlm_jax.vision import convnext, vit
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from hrvlm_jax.vlm import model as vlm
 
@@ -191,7 +191,7 @@ def _language(config: ModelConfig, values: Mapping[str, Any]) -> Table:
   if kind != config.text.family:
     raise UserError(f'language: the model is of the family {config.text.family!r}, the source has '
                     f'model_type {kind!r}')
-  return prefixed(language_weights.table(config.text), ours='language/')
+  return prefixed(language.table(config.text), ours='language/')
 
 
 def _tower(config: ModelConfig, path: str, tower: Any, values: Mapping[str, Any],
@@ -211,7 +211,7 @@ def _tower(config: ModelConfig, path: str, tower: Any, values: Mapping[str, Any]
     raise UserError(f'{path}: expected a release of model_type {" or ".join(wanted)}, the source '
                     f'has {kind!r}')
   pool = isinstance(config.encoder, PS3Config)  # its pool stands beside the tower
-  build = vision_weights.clip if tower.class_token else vision_weights.siglip
+  build = vit.clip_table if tower.class_token else vit.siglip_table
   table = build(dataclasses.replace(tower, pool='map', lora=()) if pool else tower)
   theirs = '' if 'embeddings.position_embedding.weight' in tensors else 'vision_model.'
   rows = prefixed(Table(table.rows), ours=ours, theirs=theirs).rows

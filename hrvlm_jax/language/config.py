@@ -1,4 +1,4 @@
-"""Sizes and switches of the one decoder behind Phi, LLaMA/Vicuna and Qwen2.
+"""Sizes, switches and weight names of the one decoder behind Phi, LLaMA/Vicuna and Qwen2.
 
 Source of the settings: Hugging Face `models/phi`, `models/llama`, `models/qwen2`.
 """
@@ -9,8 +9,11 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.rows import Row, Table, identity, linear, norm, transpose
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA, activation, activation_name
+
+_BUFFERS = {'*rotary_emb.inv_freq': 'buffer, recomputed from the config'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,3 +197,45 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     if c.head_dim != c.width // c.heads:
       values |= dict(head_dim=c.head_dim)
   return values
+
+
+def table(config: DecoderConfig) -> Table:
+  """Weight names of the whole causal language model in the Hugging Face layout (`model.*`,
+  `lm_head.*`)."""
+  body = _phi(config) if config.family == 'phi' else _llama(config)
+  rows = [Row('embed/embedding', 'model.embed_tokens.weight', identity), *body]
+  tied = {}
+  if config.tie_embeddings:
+    tied['lm_head.weight'] = 'model.embed_tokens.weight'
+  else:
+    rows.append(Row('head/kernel', 'lm_head.weight', transpose))
+    if config.head_bias:
+      rows.append(Row('head/bias', 'lm_head.bias', identity))
+  return Table(tuple(rows), dict(_BUFFERS), tied=tied)
+
+
+def _phi(c: DecoderConfig) -> list[Row]:
+  layer = 'model.layers.{i}'
+  attention = [row for ours, theirs in
+               (('q', 'q_proj'), ('k', 'k_proj'), ('v', 'v_proj'), ('out', 'dense'))
+               for row in linear(f'blocks/attn/{ours}', f'{layer}.self_attn.{theirs}')]
+  return [
+    *norm('blocks/norm1', f'{layer}.input_layernorm'), *attention,
+    *linear('blocks/mlp/fc1', f'{layer}.mlp.fc1'), *linear('blocks/mlp/fc2', f'{layer}.mlp.fc2'),
+    *norm('norm', 'model.final_layernorm'),
+  ]
+
+
+def _llama(c: DecoderConfig) -> list[Row]:
+  layer = 'model.layers.{i}'
+  attention = [row for name in ('q', 'k', 'v')
+               for row in linear(f'blocks/attn/{name}', f'{layer}.self_attn.{name}_proj',
+                                 bias=c.qkv_bias)]
+  mlp = [row for name in ('gate', 'up', 'down')
+         for row in linear(f'blocks/mlp/{name}', f'{layer}.mlp.{name}_proj', bias=c.mlp_bias)]
+  return [
+    *norm('blocks/norm1', f'{layer}.input_layernorm', bias=False), *attention,
+    *linear('blocks/attn/out', f'{layer}.self_attn.o_proj', bias=c.out_bias),
+    *norm('blocks/norm2', f'{layer}.post_attention_layernorm', bias=False), *mlp,
+    *norm('norm', 'model.norm', bias=False),
+  ]

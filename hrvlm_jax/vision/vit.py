@@ -1,4 +1,5 @@
-"""One configurable vision transformer: SigLIP, CLIP and C-RADIO are settings of it.
+"""One configurable vision transformer, of which SigLIP, CLIP and C-RADIO are settings, and its
+weight names in the Hugging Face layouts.
 
 Sources: Hugging Face `SiglipVisionModel` and `CLIPVisionModel`, timm `VisionTransformer` (PS3's
 trunk), as described in the systems' specifications. All are pre-norm with learned positions.
@@ -14,6 +15,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.checkpoint.rows import (
+  Row,
+  Table,
+  conv_kernel,
+  identity,
+  linear,
+  norm,
+  split_rows,
+  transpose,
+)
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.cpu import few_at_a_time
@@ -29,6 +40,8 @@ from hrvlm_jax.core.layers import (
   normal,
 )
 from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
+
+POOL_UNUSED = 'kept for export; the model reads the last block, before post_norm and pool'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -318,3 +331,57 @@ class ViT(Module):
     keys = (None, None) if key is None else jax.random.split(key)
     x = self.embed(images, adapter=adapter, key=keys[0], ex=ex)
     return self.run(x, adapter=adapter, key=keys[1], ex=ex, **options).x
+
+
+def siglip_table(config: ViTConfig) -> Table:
+  """Rows of `SiglipVisionModel`'s `vision_model.`."""
+  layer = 'encoder.layers.{i}'
+  rows = [
+    Row('patch_embed/kernel', 'embeddings.patch_embedding.weight', conv_kernel),
+    Row('patch_embed/bias', 'embeddings.patch_embedding.bias', identity),
+    Row('pos_embed', 'embeddings.position_embedding.weight', identity),
+    *_block_rows(layer),
+  ]
+  unused = {}
+  if config.post_norm:
+    rows += norm('post_norm', 'post_layernorm')
+    unused['post_norm/*'] = POOL_UNUSED
+  if config.pool:
+    rows += [
+      Row('pool/probe', 'head.probe', identity),
+      Row(tuple(f'pool/attn/{n}/kernel' for n in 'qkv'), 'head.attention.in_proj_weight',
+          split_rows(3, transpose)),
+      Row(tuple(f'pool/attn/{n}/bias' for n in 'qkv'), 'head.attention.in_proj_bias',
+          split_rows(3)),
+      *linear('pool/attn/out', 'head.attention.out_proj'),
+      *norm('pool/norm', 'head.layernorm'),
+      *linear('pool/mlp/fc1', 'head.mlp.fc1'), *linear('pool/mlp/fc2', 'head.mlp.fc2'),
+    ]
+    unused['pool/*'] = POOL_UNUSED
+  return Table(tuple(rows), {'embeddings.position_ids': 'buffer'}, unused)
+
+
+def clip_table(config: ViTConfig) -> Table:
+  """Rows of `CLIPVisionModel`'s `vision_model.` (without LoRA)."""
+  rows = [
+    Row('class_token', 'embeddings.class_embedding', identity),
+    Row('patch_embed/kernel', 'embeddings.patch_embedding.weight', conv_kernel),
+    Row('pos_embed', 'embeddings.position_embedding.weight', identity),
+    *norm('pre_norm', 'pre_layrnorm'),
+    *_block_rows('encoder.layers.{i}'),
+  ]
+  unused = {}
+  if config.post_norm:
+    rows += norm('post_norm', 'post_layernorm')
+    unused['post_norm/*'] = POOL_UNUSED
+  return Table(tuple(rows), {'embeddings.position_ids': 'buffer'}, unused)
+
+
+def _block_rows(layer: str) -> list[Row]:
+  names = (('q', 'q_proj'), ('k', 'k_proj'), ('v', 'v_proj'), ('out', 'out_proj'))
+  return [
+    *norm('blocks/norm1', f'{layer}.layer_norm1'), *norm('blocks/norm2', f'{layer}.layer_norm2'),
+    *(row for ours, theirs in names
+      for row in linear(f'blocks/attn/{ours}', f'{layer}.self_attn.{theirs}')),
+    *linear('blocks/mlp/fc1', f'{layer}.mlp.fc1'), *linear('blocks/mlp/fc2', f'{layer}.mlp.fc2'),
+  ]

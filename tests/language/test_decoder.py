@@ -12,7 +12,7 @@ import pytest
 from hrvlm_jax.checkpoint.rows import check_names, export_tensors, import_tensors
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.language import config as sizes, weights
+from hrvlm_jax.language import config as sizes
 from hrvlm_jax.language.decoder import Decoder
 
 KEYS = pathlib.Path(__file__).parents[1] / 'goldens' / 'release_keys'
@@ -92,7 +92,7 @@ def test_released_names_map_one_to_one_at_full_size(release):
     sizes.RELEASED[release], vocab_size=recorded['config']['vocab_size'])
   shapes = {name: tuple(shape) for name, shape in recorded['tensors'].items()}
   fn = Functional(lambda rngs: Decoder(config, rngs=rngs))
-  table = weights.table(config)
+  table = sizes.table(config)
   present = check_names(table, fn.abstract, shapes, what=release)
   named = {name for entry in present for name in entry.names}
   assert named == {name for name in shapes if not table.is_ignored(name)}
@@ -102,7 +102,7 @@ def test_released_names_map_one_to_one_at_full_size(release):
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_weights_survive_the_round_trip_bit_for_bit(family, dtype):
   fn, params = build(CONFIGS[family], param_dtype=dtype)
-  table = weights.table(CONFIGS[family])
+  table = sizes.table(CONFIGS[family])
   tensors = dict(export_tensors(params, table))
   again = import_tensors(tensors, table, fn.abstract)
   jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, params))
@@ -111,7 +111,7 @@ def test_weights_survive_the_round_trip_bit_for_bit(family, dtype):
 
 def test_all_problems_of_a_checkpoint_are_in_one_message():
   fn, params = build(CONFIGS['phi'])
-  table = weights.table(CONFIGS['phi'])
+  table = sizes.table(CONFIGS['phi'])
   tensors = dict(export_tensors(params, table))
   tensors['model.final_layernorm.weight'] = np.zeros(3, np.float32)
   tensors['surprise'] = np.zeros(2, np.float32)

@@ -12,9 +12,9 @@ from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Row, Table, identity, joined, linear, norm, prefixed
 from hrvlm_jax.core.config import from_dict, to_dict
-from hrvlm_jax.language import config as language, weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision import vit
 from hrvlm_jax.vision.blocks import block_side, stages
 from hrvlm_jax.vision.vit import ViTConfig
 
@@ -25,7 +25,7 @@ NEWLINE = 'model.image_newline'
 
 def tower_table(vision: ViTConfig, *, ours: str = 'vision/tower/') -> Table:
   """Rows of the tower, CLIP's names with a class token, SigLIP's without."""
-  rows = vision_weights.clip(vision) if vision.class_token else vision_weights.siglip(vision)
+  rows = vit.clip_table(vision) if vision.class_token else vit.siglip_table(vision)
   return prefixed(rows, ours=ours, theirs=TOWER)
 
 
@@ -57,7 +57,7 @@ def table(config: ModelConfig) -> Table:
     own += [row for i in range(1 if config.projector.kind == 'linear' else config.projector.depth)
             for row in linear(f'projector/fc{i + 1}', f'{PROJECTOR}.{2 * i}')]
   return joined(tower_table(encoder.vision), Table(tuple(own)),
-                prefixed(language_weights.table(config.text), ours='language/'))
+                prefixed(language.table(config.text), ours='language/'))
 
 
 def backbones(encoder: Any) -> dict[str, ViTConfig]:

@@ -22,11 +22,11 @@ from hrvlm_jax.checkpoint.rows import (
 )
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.language import config as language, weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.llava_hr.config import RELEASED_ADAPTERS, AdapterConfig, LlavaHRConfig, model
 from hrvlm_jax.systems.llava_hr.encoder import adapter_widths
-from hrvlm_jax.vision import convnext, weights as vision_weights
+from hrvlm_jax.vision import convnext, vit
 from hrvlm_jax.vision.convnext import CONVNEXT_L, CONVNEXT_XXL
 from hrvlm_jax.vision.vit import CLIP_L_336
 
@@ -41,7 +41,7 @@ _CUSTOM = 'hrvlm'
 
 def table(config: ModelConfig) -> Table:
   """Rows of the whole model."""
-  text = prefixed(language_weights.table(config.text), ours='language/')
+  text = prefixed(language.table(config.text), ours='language/')
   return joined(prefixed(vision_table(config.encoder), ours='vision/', theirs=TOWER),
                 projector_table(), text)
 
@@ -63,7 +63,7 @@ def vision_table(config: LlavaHRConfig) -> Table:
   parts, rows = [], []
   if config.fast is not None:
     tower = f'{"fast_vision_tower." if config.dual else ""}vision_tower.vision_model.'
-    parts.append(prefixed(vision_weights.clip(config.fast), ours='fast/', theirs=tower))
+    parts.append(prefixed(vit.clip_table(config.fast), ours='fast/', theirs=tower))
   if config.slow is not None:
     tower = f'{"slow_vision_tower." if config.dual else ""}vision_tower.'
     parts.append(prefixed(convnext.table(config.slow), ours='slow/', theirs=tower))

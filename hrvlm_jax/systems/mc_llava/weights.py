@@ -8,16 +8,16 @@ from typing import Any
 
 from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
 from hrvlm_jax.core.layers import activation_name
-from hrvlm_jax.language import config as language, weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
-from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision import vit
 from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
 
 
 def table(config: ModelConfig) -> Table:
   """Rows of the whole model."""
-  tower = prefixed(vision_weights.siglip(config.encoder.vision), ours='vision/tower/',
+  tower = prefixed(vit.siglip_table(config.encoder.vision), ours='vision/tower/',
                    theirs='vision_model.vision_tower.vision_model.')
   own = Table((
     *linear('vision/coord_embed/fc1', 'vision_model.coord_embed.0'),
@@ -25,7 +25,7 @@ def table(config: ModelConfig) -> Table:
     *linear('projector/fc1', 'multi_modal_projector.linear_1'),
     *linear('projector/fc2', 'multi_modal_projector.linear_2'),
   ))
-  text = prefixed(language_weights.table(config.text), ours='language/', theirs='language_model.')
+  text = prefixed(language.table(config.text), ours='language/', theirs='language_model.')
   return joined(tower, own, text)
 
 

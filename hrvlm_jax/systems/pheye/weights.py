@@ -25,11 +25,11 @@ from hrvlm_jax.checkpoint.rows import (
 )
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.language import config as language, weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.systems.pheye.config import PheyeConfig, model
-from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision import vit
 from hrvlm_jax.vision.vit import CLIP_H_224, ViTConfig
 
 # The names that stand in config.json, and what they are. The first of each kind is written.
@@ -44,7 +44,7 @@ _PEFT = 'vision_model.base_model.model.'
 
 def tower_table(config: PheyeConfig) -> Table:
   """Rows of the ViT with its LoRA sets; names as in the wrapped `CLIPVisionModel`."""
-  base = vision_weights.clip(config.vision)
+  base = vit.clip_table(config.vision)
   rows = []
   for row in base.rows:
     if not row.ours.startswith(_ADAPTED):
@@ -87,7 +87,7 @@ def block_table() -> Table:
 def table(config: ModelConfig) -> Table:
   """Rows of the whole model."""
   vision = prefixed(vision_table(config.encoder), ours='vision/', theirs='vision_encoder.')
-  text = language_weights.table(config.text)
+  text = language.table(config.text)
   layers = 'model.layers.{i}.'
   rows = tuple(
     dataclasses.replace(row, theirs=(

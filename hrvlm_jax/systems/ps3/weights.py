@@ -26,7 +26,7 @@ from hrvlm_jax.checkpoint.rows import (
 )
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
-from hrvlm_jax.language import weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.ps3.config import (
   CLIP_MEAN,
@@ -151,7 +151,7 @@ def table(config: ModelConfig) -> Table:
     parts.append(Table(tuple(
       row for i in range(depth)
       for row in linear(f'projector/fc{i + 1}', f'mm_projector.{2 * i}'))))
-  parts.append(prefixed(language_weights.table(config.text), ours='language/',
+  parts.append(prefixed(language.table(config.text), ours='language/',
                         theirs='language_model.'))
   return joined(*parts)
 

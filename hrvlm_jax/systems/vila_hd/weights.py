@@ -13,7 +13,7 @@ from typing import Any
 from hrvlm_jax.checkpoint.rows import Op, Row, Table, joined, linear, norm, prefixed
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.language import config as language, weights as language_weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
@@ -56,7 +56,7 @@ def table(config: ModelConfig) -> Table:
   own = projector_table(encoder.projector, positions=encoder.positions,
                         prompt_head=encoder.prompt_head)
   return joined(
-    prefixed(language_weights.table(config.text), ours='language/', theirs='llm/'),
+    prefixed(language.table(config.text), ours='language/', theirs='llm/'),
     prefixed(ps3_weights.vision_table(encoder.tower), ours='vision/ps3/',
              theirs='vision_tower/vision_model.'),
     prefixed(own, ours='vision/', theirs='mm_projector/'))

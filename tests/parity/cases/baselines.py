@@ -19,7 +19,7 @@ from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.single_view import SingleViewConfig, view as single_view
 from hrvlm_jax.systems.baselines.tiled import TiledEncoder as AnyResEncoder
 from hrvlm_jax.systems.contract import VisualTokens
-from hrvlm_jax.vision import weights as vision_weights
+from hrvlm_jax.vision import vit
 from hrvlm_jax.vision.blocks import BlockProjector
 from hrvlm_jax.vision.vit import ViT, ViTConfig
 from hrvlm_jax.vlm.model import merge
@@ -223,7 +223,7 @@ def clip_vit(case: Case) -> None:
     class_token=True, patch_bias=False, pre_norm=True)
   case.waive('config.json:clip/projection_dim', 'of the text and image projection, not used')
   fn = Functional(lambda rngs: ViT(vision, rngs=rngs))
-  rows = prefixed(vision_weights.clip(vision), theirs='vision_model.')
+  rows = prefixed(vit.clip_table(vision), theirs='vision_model.')
   params = import_tensors(weights, rows, fn.abstract)
   depth = vision.depth
   for name in cfg['variants']:

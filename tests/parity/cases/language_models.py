@@ -11,7 +11,7 @@ import numpy as np
 from hrvlm_jax.checkpoint.rows import import_tensors
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.language import weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.language.config import config_from_hf
 from hrvlm_jax.language.decoder import Decoder, default_positions, inverse_frequencies, rope_table
 from hrvlm_jax.language.generate import Sampling, TextGenerator
@@ -35,7 +35,7 @@ def causal_lm(case: Case) -> None:
   for pattern, reason in _NOTES.items():
     case.waive(pattern, reason)
   fn = Functional(lambda rngs: Decoder(config, rngs=rngs))
-  params = import_tensors(case.weights(), weights.table(config), fn.abstract)
+  params = import_tensors(case.weights(), language.table(config), fn.abstract)
   module = fn.bind(params)
 
   ids = case.input('input_ids')

@@ -14,7 +14,7 @@ from typing import Any
 from hrvlm_jax.checkpoint.rows import Table, entries
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.language import config as language, weights
+from hrvlm_jax.language import config as language
 from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
@@ -66,7 +66,7 @@ def _model(release: str, settings: dict[str, Any]) -> tuple[Table, Any]:
   if (text := language.RELEASED.get(release)) is not None:
     # Rows of the table follow the weights: VILA-HD's Qwen2 has more of them than Qwen2.
     text = dataclasses.replace(text, vocab_size=settings.get('vocab_size', text.vocab_size))
-    return weights.table(text), Functional(lambda rngs: Decoder(text, rngs=rngs)).abstract
+    return language.table(text), Functional(lambda rngs: Decoder(text, rngs=rngs)).abstract
   known = sorted({*language.RELEASED, *(release for name in registry.names()
                                         for release in registry.get(name).released)})
   raise UserError(f'{release}: a list of a release that is not known here; known: {known}')
