@@ -19,7 +19,7 @@ from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import FUSIONS, Fusion
-from hrvlm_jax.training.step import loss_sum
+from hrvlm_jax.training.next_token import NextToken
 from hrvlm_jax.vlm import fastv, model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 
@@ -71,8 +71,10 @@ def test_a_fusion_from_outside_loads_trains_and_answers(config):
   batch = answerer.batch([([image], 'What?') for image in images])
   batch['labels'] = np.where(batch['valid'], batch['tokens'], -100)
 
+  objective = NextToken(NextToken.Options(name='next_token'))
+
   def loss(params, batch, ex):
-    return loss_sum(fn, params, batch, ex=ex)[0]
+    return objective.loss(fn, params, batch, ex=ex)[0]
 
   run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
   value, grads = run(params, batch, Execution(gradients=True))
