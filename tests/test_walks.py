@@ -6,8 +6,9 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import walks
 
-# Limits: a later issue raises one in a commit of its own, with the reason.
-ASK, PARAMETER = 17, 40
+# Limits: a later issue raises one in a commit of its own, with the reason. The aim for a parameter
+# is 40: objectives, fusions and their registries became files of their own.
+ASK, PARAMETER = 17, 44
 
 
 def test_an_image_passes_few_files():
