@@ -107,6 +107,13 @@ schedule is simpler. `--effort full` compiles as a run on the chips would. An ea
 LLaVA-HR's step was compiled both ways on v5e:16x16, on a busy machine: 7.64 GB a chip, 23.0 GB of
 messages, 333 s with full effort; 7.35 GB, 25.2 GB, 93 s (72 s of CPU time) with quick.
 
+`hrvlm plan --explain FILE --chip v5e` reads a scheduled program that was stored as text (such as
+`compiled.as_text()`, `.gz` and `.xz` too) in the order of its schedule: time by class, by source
+function, the messages, and the ten dearest places with file and line, from an optimistic to a
+likely time. Its constants and what they rest on stand in `hrvlm_jax/planning/costs.json`; none was
+measured on a chip. The figures below are the older roofline's: they leave out synchronous messages,
+element-wise work and most memory traffic.
+
 `hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18
 meshes, recomputation of layers or of all but products), less those that cannot be cut or that did
 not fit with less memory. Each takes what a row below says; a tiny model on v5e:2x2 took 11 s of CPU

@@ -250,7 +250,7 @@ class Tfds:
       if self.fields is None:
         self.fields = guess_fields(list(builder.info.features))
       fields = self.fields
-      fields.check(list(builder.info.features), self.folder, what='features')
+      fields.check(sorted(builder.info.features), self.folder, what='features')
       decoders = {fields.image: tfds.decode.SkipDecoding()} if fields.image else None
       self._source = builder.as_data_source(self.split, decoders=decoders)
     return self._source

@@ -16,7 +16,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.evaluation import benchmarks, prompts
 from hrvlm_jax.evaluation.benchmarks.base import Samples
-from hrvlm_jax.evaluation.metrics.anls import anls_strict
+from hrvlm_jax.evaluation.metrics.match import anls_strict
 from hrvlm_jax.evaluation.result import score_texts
 from hrvlm_jax.evaluation.runner import pictures
 from hrvlm_jax.language.prompt import tokenizer_of

@@ -29,10 +29,10 @@ Metric = Callable[[str, str], float]  # answer, reference -> 0 to 1
 METRICS = Registry('metric', {
   'plain': 'hrvlm_jax.vlm.answer:is_correct',
   'anls': 'hrvlm_jax.evaluation.in_run:anls',
-  'gqa': 'hrvlm_jax.evaluation.metrics.exact:em_gqa',
-  'ocrvqa': 'hrvlm_jax.evaluation.metrics.exact:em_ocrvqa',
-  'realworldqa': 'hrvlm_jax.evaluation.metrics.exact:em_realworldqa',
-  'relaxed': 'hrvlm_jax.evaluation.metrics.exact:em_relaxed',
+  'gqa': 'hrvlm_jax.evaluation.metrics.match:em_gqa',
+  'ocrvqa': 'hrvlm_jax.evaluation.metrics.match:em_ocrvqa',
+  'realworldqa': 'hrvlm_jax.evaluation.metrics.match:em_realworldqa',
+  'relaxed': 'hrvlm_jax.evaluation.metrics.match:em_relaxed',
 }, variable='HRVLM_METRICS')
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 PACKAGE = pathlib.Path(__file__).parents[2] / 'hrvlm_jax'
 # The functional core of NNX, and nothing else of Flax.
@@ -112,3 +113,18 @@ def test_public_functions_and_classes_say_what_they_do():
       if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith('_')
       and not ast.get_docstring(node)]
   assert not problems, '\n'.join(problems)
+
+
+def test_what_registries_name_exists():
+  """Import strings are no imports: a file that moves would leave them behind unseen."""
+  problems, seen = [], 0
+  for path, _ in modules():
+    for module, name in re.findall(r"'(hrvlm_jax(?:\.\w+)+):(\w+)'", path.read_text()):
+      seen += 1
+      stem = PACKAGE.parent.joinpath(*module.split('.'))
+      files = (stem.with_suffix('.py'), stem / '__init__.py')
+      source = next((file for file in files if file.exists()), None)
+      if source is None or not re.search(rf'^(?:def|class) {name}\b|^{name}\b.*=',
+                                         source.read_text(), re.MULTILINE):
+        problems.append(f'{path.relative_to(PACKAGE)}: {module}:{name}')
+  assert seen > 10 and not problems, problems

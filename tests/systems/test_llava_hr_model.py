@@ -11,12 +11,15 @@ import pytest
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
+from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.llava_hr import views as host
 from hrvlm_jax.systems.llava_hr.adapter import MRAdapter, align
 from hrvlm_jax.systems.llava_hr.config import PAPER_ADAPTERS, RELEASED_ADAPTERS, AdapterConfig, tiny
 from hrvlm_jax.systems.llava_hr.encoder import Encoder
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
 from tests import levels
+
+SYSTEM = registry.get('llava_hr')
 
 TINY = tiny(image_size=64).encoder
 
@@ -108,7 +111,7 @@ def test_every_form_gives_the_tokens_it_counts(name):
   changes, tokens, width = ABLATIONS[name]
   config = dataclasses.replace(TINY, **changes)
   fn = Functional(lambda rngs: Encoder(config, rngs=rngs))
-  views = jax.eval_shape(lambda: host.batch([host.views([Image.new('RGB', (9, 9))], config)],
+  views = jax.eval_shape(lambda: SYSTEM.batch([host.views([Image.new('RGB', (9, 9))], config)],
                                             config))
 
   def run(params, views):
@@ -130,7 +133,7 @@ def test_forms_of_our_own_run_and_train(name):
   config = dataclasses.replace(TINY, **(small | ABLATIONS[name][0]))
   fn = Functional(lambda rngs: Encoder(config, rngs=rngs))
   params = moved(fn, 0.05)
-  views = host.batch([host.views([picture(40, 30)], config)], config)
+  views = SYSTEM.batch([host.views([picture(40, 30)], config)], config)
   weight = draw(config.tokens, config.width, seed=2)
   loss = lambda p, v, w: (fn.apply(p, v).values * w).mean()
   value, grads = jax.jit(jax.value_and_grad(loss))(params, jax.device_put(views), weight)
@@ -150,9 +153,9 @@ def test_mixed_batch_gives_what_single_images_give():
   params, each = moved(fn, 0.1), TINY.tokens
   images = [picture(100, 40), picture(33, 80), picture(64, 64)]
   run = jax.jit(lambda p, v: fn.apply(p, v))
-  alone = [run(params, host.batch([host.views([image], TINY)], TINY)) for image in images]
+  alone = [run(params, SYSTEM.batch([host.views([image], TINY)], TINY)) for image in images]
   rows = [[images[0]], [], [images[1], images[2]]]
-  views = host.batch([host.views(row, TINY) for row in rows], TINY, slots=4)
+  views = SYSTEM.batch([host.views(row, TINY) for row in rows], TINY, slots=4)
   mixed = run(params, views)
   np.testing.assert_array_equal(mixed.valid.sum(axis=1), [each, 0, 2 * each])
   gates = np.asarray(mixed.info['gates'])

@@ -28,6 +28,8 @@ from hrvlm_jax.training.two_pass import TwoPass
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
 
+SYSTEM = registry.get('vila_hd')
+
 CONFIG = tiny()
 TOKENIZER = tokenizer_of('byte')
 
@@ -115,7 +117,7 @@ def test_masked_places_change_nothing(params):
   config = dataclasses.replace(CONFIG, encoder=encoder)
   views = host.views([image(64, 48)], encoder)
   row = text_of(config, TOKENIZER).prompt('What?', views['tokens'].tolist())
-  batch = pad_batch([row], len(row['tokens'])) | {'views': host.batch([views], encoder)}
+  batch = pad_batch([row], len(row['tokens'])) | {'views': SYSTEM.batch([views], encoder)}
   fn = vlm.build(config)
 
   def run(params, batch):
@@ -143,7 +145,7 @@ def grounded_batch():
   rows = [Row('a', (refs[0],), talk, extra={'box': [5, 5, 30, 20]}), Row('b', (refs[1],), talk)]
   example = ToExample(text=text_of(CONFIG, TOKENIZER), views=host.views, encoder=CONFIG.encoder,
                       boxes=True)
-  collate = ToBatch(batch=host.batch, encoder=CONFIG.encoder, lengths=(192,))
+  collate = ToBatch(batch=SYSTEM.batch, encoder=CONFIG.encoder, lengths=(192,))
   return collate([example(row) for row in rows])
 
 
@@ -208,7 +210,7 @@ def test_any_number_of_looks_and_dynamic_aspect(params):
   encoder = dataclasses.replace(CONFIG.encoder, looks=3, dynamic_aspect='on')
   fn = vlm.build(dataclasses.replace(CONFIG, encoder=encoder))
   examples = [host.views([image(64, 48, i)], encoder) for i in range(2)]
-  views = host.batch(examples, encoder)
+  views = SYSTEM.batch(examples, encoder)
   views['first'] = np.array([1, 2], np.int32)  # the rule itself needs scales above 2000 pixels
   visual = jax.jit(lambda p, v: fn.apply(p, v, method='encode'))(params, views)
   counts = np.stack([m.sum(axis=(1, 2)) for m in visual.info['maps']], axis=1)
