@@ -12,8 +12,15 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Lines and files of hrvlm_jax/ altogether, data files included.
-TOTAL = (42_600, 280)
+# Lines and files of hrvlm_jax/, data files included: altogether, and of every room. What is there
+# today; issue 17 asks for 36,000 lines in 240 files, so that these only go down until it is met.
+TOTAL = (42_550, 276)
+ROOMS = {
+  '': (6, 2), 'core': (2_660, 14), 'checkpoint': (2_180, 10), 'parallel': (1_400, 10),
+  'vision': (750, 4), 'language': (2_540, 10), 'data': (3_080, 16), 'systems': (9_740, 65),
+  'vlm': (1_590, 9), 'training': (2_790, 23), 'interop': (2_000, 10), 'planning': (2_280, 12),
+  'evaluation': (5_990, 41), 'lab': (4_080, 29), 'cli': (1_550, 19),
+}
 LONGEST = 500
 
 
@@ -47,6 +54,16 @@ def house():
 def test_no_file_is_long(house):
   long = {name: count for name, count in house.items() if count > LONGEST}
   assert not long, f'above {LONGEST} lines: {long}; cut them along what they do'
+
+
+def test_every_room_keeps_its_size(house):
+  problems = []
+  for room, (count, files) in rooms(house).items():
+    most = ROOMS.get(room, (0, 0))
+    if count > most[0] or files > most[1]:
+      problems.append(f'{room or "the package itself"}: {count} lines in {files} files, at most '
+                      f'{most[0]} in {most[1]}')
+  assert not problems, '\n'.join(problems)
 
 
 def test_the_house_keeps_its_size(house):
