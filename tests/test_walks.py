@@ -8,7 +8,7 @@ import walks
 
 # Limits: a later issue raises one in a commit of its own, with the reason. The aim for a parameter
 # is 40: objectives, fusions and their registries became files of their own.
-ASK, PARAMETER = 17, 44
+ASK, PARAMETER = 17, 42
 
 
 def test_an_image_passes_few_files():
