@@ -1,8 +1,10 @@
 """MC-LLaVA-3B: three stages. configs/mc_llava.py:STAGE[,CROPS][,CHIPS]
 
 full: everything learns; lora: LoRA on the decoder, vision tower and projector learn whole;
-projector: the projector and the coordinate MLP learn, all else is frozen. one_view: at most one
-level of crops in training. CHIPS: a key of `CHIPS`. The first of each where it is left out.
+projector: the projector and the coordinate MLP learn, all else is frozen. crops_8: max_crops of
+every training image is drawn from 0 to 8; one_view: it is 1 (one view of an image that is not
+elongated), near what the original's data module does. CHIPS: a key of `CHIPS`. The first of each
+where it is left out.
 
 Command:  hrvlm convert --config configs/mc_llava.py:projector --part vision/tower=SIGLIP
             --part language=PHI2 --to weights/mc_llava_3b_start
@@ -18,11 +20,12 @@ Expected: TextVQA 50.9, GQA 59.5, VQAv2 76.72, VizWiz 32.68 (the released model'
           published for `lora`; the released model has no stage `projector` of its own.
 Source:   `visheratin/mc-llava: train.py` and its data module. What the repository fixes: AdamW
           (8 bit there, float32 moments here) with the library's defaults, linear warm-up then
-          cosine per step, bfloat16, one mean over all targets of the batch, 1000 ids of text, at
-          most one level of crops in training, LoRA of rank 64.
+          cosine per step, bfloat16, one mean over all targets of the batch, 1000 ids of text, LoRA
+          of rank 64. Crops in training: the article says varied resolutions and a dynamic number of
+          crops; the class draws from 0 to `crops_limit`, 8 by default, its data module passes 1.
 Open:     learning rates, batch size, epochs, warm-up and clipping are arguments of its command line
-          and were not published: the values here are LLaVA-1.5's. The original draws 0 or 1 level
-          of crops per example, here it is 1. The repository starts from the released checkpoint and
+          and were not published: the values here are LLaVA-1.5's. Which limit of crops the
+          released weights saw. The repository starts from the released checkpoint and
           has no projector stage; the stage is here so that the model can be made from its parts.
 """
 
@@ -34,12 +37,12 @@ from hrvlm_jax.training.recipe import words
 UNREAD = 'vision/tower/(post_norm|pool)/.*'
 STAGES = {
   'full': dict(
-    steps=5198, batch_size=128, learning_rate=2e-5, train='data/mc_llava_mixture.json', frozen=(),
+    steps=5198, batch_size=128, learning_rate=2e-5, train='data/mc_llava.mixture.json', frozen=(),
     start='runs/mc_llava_3b_projector', fresh=()),
   # LoRA on all linear layers of the decoder but the head. The original's suffix match also wraps
   # the vision tower, whose own weights train beside the adapters; that pair is left out here.
   'lora': dict(
-    steps=5198, batch_size=128, learning_rate=2e-4, train='data/mc_llava_mixture.json',
+    steps=5198, batch_size=128, learning_rate=2e-4, train='data/mc_llava.mixture.json',
     frozen=(r'language/(?!.*lora_[ab]).*',),
     start='weights/mc_llava_3b', fresh=(r'language/.*lora_[ab].*',)),
   'projector': dict(
@@ -47,8 +50,11 @@ STAGES = {
     frozen=('vision/tower/.*', 'language/.*'),
     start='weights/mc_llava_3b_start', fresh=('projector/.*', 'vision/coord_embed/.*', UNREAD)),
 }
-# Levels of crops of a training image, beside the whole image.
-CROPS = {'one_view': 1}
+# max_crops of a training image: the range it is drawn from, or one value; answers use `answer`.
+CROPS = {
+  'crops_8': dict(draw=dict(max_crops=(0, 8)), answer=100),
+  'one_view': dict(draw=dict(), answer=1),
+}
 CHIPS = {
   'gpu:8': dict(accumulate=8, mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1, dcn_data=1)),
   'v5e:8x8': dict(accumulate=1, mesh=dict(data=1, fsdp=64, sequence=1, tensor=1, dcn_data=1)),
@@ -66,7 +72,7 @@ def get_config(argument=''):
   config.model = dict(
     system='mc_llava', chat='mc_llava', image_token='<image>',
     encoder=dict(
-      max_crops=CROPS[crops], num_tokens=728, window=384, growth=10, crop_cap=None,
+      max_crops=CROPS[crops]['answer'], num_tokens=728, window=384, growth=10, crop_cap=None,
       quirks='refuse', view_buckets=(1, 5, 9, 17, 33, 65, 105, 209),
       mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
       vision=dict(  # SigLIP SO400M, 384 pixels
@@ -83,7 +89,8 @@ def get_config(argument=''):
 
   config.data = dict(
     train=numbers['train'], tokenizer='weights/mc_llava_3b/tokenizer',
-    lengths=(896, 1024, 1280, 1536, 1728), max_length=1000, exif='ignore')
+    lengths=(896, 1024, 1280, 1536, 1728), max_length=1000, exif='ignore',
+    draw=CROPS[crops]['draw'])
 
   config.training = dict(
     steps=numbers['steps'], batch_size=numbers['batch_size'], accumulate=machine['accumulate'],

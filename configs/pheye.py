@@ -8,6 +8,7 @@ key of `CHIPS`. The first of each where it is left out.
 
 Command:  hrvlm convert --config configs/pheye.py:x2_448,stage1 --part vision/tower=DFN5B_CLIP_H
             --part language=PHI_1_5_SLIMORCA --to weights/pheye_x2_448_start
+          (configs/mixtures/pheye_stage_*.mixture.json, copied beside the data)
           for stage in stage1 stage2 stage3; do
             hrvlm train --config configs/pheye.py:x2_448,$stage --workdir runs/pheye_x2_448_$stage
           done
@@ -86,7 +87,7 @@ def get_config(argument=''):
       init_std=0.02))
 
   config.data = dict(
-    train=f'data/pheye_{stage}.json', tokenizer='weights/phi-1_5-slimorca',
+    train=f'data/pheye_stage_{stage[-1]}.mixture.json', tokenizer='weights/phi-1_5-slimorca',
     lengths=(128, 192, 256, 384, 512), max_length=None, exif='ignore')
 
   config.training = dict(

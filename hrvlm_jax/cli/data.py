@@ -68,8 +68,7 @@ def _show(argv: list[str]) -> int:
 
 
 def _source(parser: Parser, argv: list[str]):
-  parser.add_argument('data', help='LLaVA JSON, mixture, parquet, ArrayRecord, TFDS or a folder')
-  parser.add_argument('--images', metavar='FOLDER', help='what image paths are relative to')
+  _data(parser)
   arguments = parser.parse(argv)
 
   from hrvlm_jax.data.sources import open_source
@@ -77,22 +76,31 @@ def _source(parser: Parser, argv: list[str]):
   return arguments, open_source(arguments.data, images=arguments.images)
 
 
+def _data(parser: Parser, **options):
+  parser.add_argument('data', help='LLaVA JSON, mixture, parquet, ArrayRecord, TFDS or a folder',
+                      **options)
+  parser.add_argument('--images', metavar='FOLDER', help='what image paths are relative to')
+
+
 def _check(argv: list[str]) -> int:
-  parser = Parser('data check', ACTIONS['check'] + '; status 1 when there are any')
-  parser.add_argument('--image', choices=('decode', 'header', 'none'), default='decode',
-                      help='how far images are checked')
-  parser.add_argument('--template', help='chat template the rows are meant for')
+  parser = Parser('data check', ACTIONS['check'] + '; status 1 when there are any. With --config '
+                  'the batches of an epoch are made as that run makes them, of DATA or of its own '
+                  'data.train.', config=True, config_required=False)
+  parser.add_argument('--image', choices=('decode', 'header', 'none'),
+                      help='how far images are checked without --config (default: decode)')
+  parser.add_argument('--template', help='chat template the rows are meant for, without --config')
   parser.add_argument('--workers', type=int, help='processes; default: one per core for large sets')
   parser.add_argument('--out', metavar='FAULTS.jsonl', help='write all faults there')
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
-  arguments, source = _source(parser, argv)
-
-  from hrvlm_jax.data.checks import RowCheck, check_source
-  from hrvlm_jax.language.chat import get_template
-
-  template = None if arguments.template is None else get_template(arguments.template)
-  report = check_source(source, RowCheck(image=arguments.image, template=template),
-                        workers=arguments.workers, progress=not arguments.quiet)
+  _data(parser, nargs='?')
+  arguments = parser.parse(argv)
+  if arguments.data is None and arguments.config is None:
+    raise UserError('data check: found no data; name a file or folder, or the run with --config')
+  if arguments.config is not None and (arguments.image or arguments.template):
+    raise UserError('--image and --template: the run of --config decides both; leave them out')
+  if arguments.workers is not None and arguments.workers < 0:
+    raise UserError(f'--workers {arguments.workers}: expected no negative number')
+  report = _as_trained(arguments) if arguments.config is not None else _rows(arguments)
   for fault in report.faults:
     print(f'{fault.message} [{fault.kind}]')
   if arguments.out is not None:
@@ -103,6 +111,33 @@ def _check(argv: list[str]) -> int:
     os.replace(part, arguments.out)
   print(report.summary())
   return 1 if report.faults else 0
+
+
+def _rows(arguments):
+  from hrvlm_jax.data.checks import RowCheck, check_source
+  from hrvlm_jax.data.sources import open_source
+  from hrvlm_jax.language.chat import get_template
+
+  source = open_source(arguments.data, images=arguments.images)
+  template = None if arguments.template is None else get_template(arguments.template)
+  return check_source(source, RowCheck(image=arguments.image or 'decode', template=template),
+                      workers=arguments.workers, progress=not arguments.quiet)
+
+
+def _as_trained(arguments):
+  from hrvlm_jax.data.checks import check_batches
+  from hrvlm_jax.training import run_config
+  from hrvlm_jax.training.batches import make_batches
+  from hrvlm_jax.training.config import RunConfig
+
+  overrides = [('data.bad_rows', 'skip')]
+  for key in ('images', 'workers'):
+    if getattr(arguments, key) is not None:
+      overrides.append((f'data.{key}', str(getattr(arguments, key))))
+  if arguments.data is not None:
+    overrides.append(('data.train', arguments.data))
+  config = run_config.load(RunConfig, arguments.config, [*arguments.overrides, *overrides])
+  return check_batches(make_batches(config), progress=not arguments.quiet)
 
 
 def _build(argv: list[str]) -> int:

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.faults import Fault
-from hrvlm_jax.data.pipeline import processes
+from hrvlm_jax.data.pipeline import Batches, processes
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, each_image, inside
-from hrvlm_jax.language.chat import IMAGE, Template, check_messages
+from hrvlm_jax.language.chat import IMAGE, Template, check_messages, render
 from hrvlm_jax.language.conversation import prepare
 
 ImageCheck = Literal['none', 'header', 'decode']
@@ -36,6 +36,7 @@ class CheckReport:
 
   rows: int
   faults: tuple[Fault, ...]
+  what: str = 'rows'
 
   @property
   def counts(self) -> dict[str, int]:
@@ -45,9 +46,9 @@ class CheckReport:
   def summary(self) -> str:
     """One line: how many rows, how many bad ones of which kind."""
     if not self.faults:
-      return f'{self.rows} rows, none is bad'
+      return f'{self.rows} {self.what}, none is bad'
     kinds = ', '.join(f'{count} {kind}' for kind, count in self.counts.items())
-    return f'{self.rows} rows, {len(self.faults)} bad: {kinds}'
+    return f'{self.rows} {self.what}, {len(self.faults)} bad: {kinds}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,8 @@ class RowCheck:
       check_messages(messages, generation=not self.answers and len(messages) % 2 == 1)
       shown = sum(message.text.count(IMAGE) for message in messages)
       wants_images = self.template is None or bool(self.template.image)
+      if self.template is not None:
+        render(self.template, messages, generation=not self.answers and len(messages) % 2 == 1)
       if row.images and wants_images and shown not in (0, len(row.images)):
         raise UserError(f'has {shown} image placeholders for {len(row.images)} images')
     except UserError as error:
@@ -118,6 +121,29 @@ def check_source(
       bar.update(rows)
       bar.set_postfix(bad=len(faults))
   return CheckReport(size, tuple(faults))
+
+
+def check_batches(batches: Batches, *, progress: bool = True) -> CheckReport:
+  """Makes the first epoch's batches of a run, as training makes them, and reports every example
+  that training would leave out.
+
+  Args:
+    batches: with `bad_rows='skip'`, made by one host; its workers serve the check too.
+    progress: show a bar on standard error.
+
+  Raises:
+    UserError: a batch that cannot be made at all.
+  """
+  size = batches.epoch
+  faults: dict[int, Fault] = {}
+  with tqdm(total=size, desc='examples', unit='example', disable=not progress) as bar:
+    for number in range(min(-(-size // batches.batch_size), len(batches))):
+      made = batches.take()
+      faults |= {fault.position: fault for fault in made.faults if fault.position < size}
+      bar.update(min(batches.batch_size, size - number * batches.batch_size))
+      bar.set_postfix(bad=len(faults))
+  batches.close()
+  return CheckReport(size, tuple(faults[position] for position in sorted(faults)), 'examples')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,16 +26,22 @@ class PromptFormat:
   Attributes:
     suffix: put behind every question (response-formatting prompts).
     turns: how many random question-answer pairs of a row are used; None: all.
+    each: every one of these pairs is an example of its own, so that an epoch of the data set has
+      `turns` examples of a row (one that has fewer pairs gives them again). Otherwise they are the
+      turns of one conversation.
     prompts: one of these, drawn at random, replaces every question (captioning).
   """
 
   suffix: str = ''
   turns: int | None = None
+  each: bool = False
   prompts: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.turns is not None and self.turns < 1:
       raise ValueError(f'turns: expected at least 1 or None, got {self.turns}')
+    if self.each and self.turns is None:
+      raise ValueError('each: needs the number of pairs of a row that are examples (turns)')
 
   def apply(self, row: Row, rng: np.random.Generator) -> Row:
     """The row as it is asked; pairs keep their order.
@@ -48,12 +54,7 @@ class PromptFormat:
     """
     messages = list(row.messages)
     if self.turns is not None or self.prompts:
-      if messages and messages[0].role == ASSISTANT:
-        messages = messages[1:]
-      roles = [m.role for m in messages]
-      if not messages or roles != [USER, ASSISTANT] * (len(messages) // 2):
-        raise BadRow('conversation', row.where, 'is no sequence of question-answer pairs')
-      pairs = [messages[i:i + 2] for i in range(0, len(messages), 2)]
+      pairs = pairs_of(row)
       if self.turns is not None and self.turns < len(pairs):
         kept = sorted(rng.choice(len(pairs), self.turns, replace=False).tolist())
         pairs = [pairs[i] for i in kept]
@@ -66,6 +67,45 @@ class PromptFormat:
     return dataclasses.replace(row, messages=tuple(messages))
 
 
+def pairs_of(row: Row) -> list[list[Message]]:
+  """The questions of a row, each with its answer; an answer in front is dropped.
+
+  Raises:
+    BadRow: the messages are no pairs.
+  """
+  messages = list(row.messages)
+  if messages and messages[0].role == ASSISTANT:
+    messages = messages[1:]
+  roles = [m.role for m in messages]
+  if not messages or roles != [USER, ASSISTANT] * (len(messages) // 2):
+    raise BadRow('conversation', row.where, 'is no sequence of question-answer pairs')
+  return [messages[i:i + 2] for i in range(0, len(messages), 2)]
+
+
+class EachPair(grain.MapDataset):
+  """So many examples of every row, each with one of its question-answer pairs.
+
+  Index e * n + i is example i of epoch e; examples of a row stand side by side. Which pairs a row
+  gives is drawn anew every epoch, without repetition while it has enough.
+  """
+
+  def __init__(self, parent: grain.MapDataset, *, number: int, seed: int):
+    super().__init__(parent)
+    self._number, self._seed = number, seed
+
+  def __len__(self):
+    return len(self._parent) * self._number
+
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return self.slice(index)
+    place, example = divmod(index, self._number)  # of the row, over all epochs
+    row = self._parent[place]
+    pairs = pairs_of(row)
+    order = np.random.default_rng([self._seed, place]).permutation(len(pairs))
+    return dataclasses.replace(row, messages=tuple(pairs[order[example % len(pairs)]]))
+
+
 def _plain(text: str) -> str:
   return text.replace(f'{IMAGE}\n', '').replace(IMAGE, '').strip()
 
@@ -76,7 +116,7 @@ class Share:
 
   Attributes:
     name: of the data set.
-    amount: rows per epoch; None: all, or by `weight`.
+    amount: examples per epoch; None: all, or by `weight`.
     weight: share of the epoch; either all parts of a mixture have one or none.
     format: how its questions are asked.
   """
@@ -161,7 +201,12 @@ def mix(shares: Sequence[Share], sources: Mapping[str, Source], *, size: int | N
   if not shares:
     problems.append('has no data sets')
   raise_all('mixture', problems)
-  found = [sources[share.name] for share in shares]
+  found = []
+  for number, share in enumerate(shares):
+    rows = dataset(sources[share.name])
+    if share.format.each:
+      rows = EachPair(rows, number=share.format.turns, seed=derived_seed(seed, 6, number))
+    found.append(rows)
   if all(weighted):
     size = sum(map(len, found)) if size is None else size
     amounts = apportion([share.weight for share in shares], size)
@@ -169,9 +214,9 @@ def mix(shares: Sequence[Share], sources: Mapping[str, Source], *, size: int | N
     amounts = [len(source) if share.amount is None else share.amount
                for share, source in zip(shares, found, strict=True)]
   parts = [
-    Shuffle(dataset(source), seed=seed + number)
+    Shuffle(rows, seed=seed + number)
     .random_map(share.format.apply, seed=derived_seed(seed, 2, number))
-    for number, (share, source) in enumerate(zip(shares, found, strict=True))]
+    for number, (share, rows) in enumerate(zip(shares, found, strict=True))]
   return grain.MapDataset.select_from_datasets(parts, RowsPerEpoch(amounts))
 
 
@@ -190,26 +235,41 @@ _LETTER = PromptFormat(
   suffix="\nAnswer with the option's letter from the given choices directly.")
 _ONE = PromptFormat(turns=1)
 _ONE_SHORT = dataclasses.replace(_SHORT, turns=1)
-_TWO_SHORT = dataclasses.replace(_SHORT, turns=2)
+_TWO_SHORT = dataclasses.replace(_SHORT, turns=2, each=True)  # Pheye knows one question an example
+# The paper says "ten hand-written instructions" and does not print them: these ten are ours.
+_CAPTION = PromptFormat(turns=1, prompts=(
+  'Describe this image in detail.',
+  'Write a detailed description of the image.',
+  'What can be seen in this picture? Describe everything.',
+  'Give a thorough account of what the image shows.',
+  'Explain the contents of this image at length.',
+  'Describe the objects in the image and how they relate to each other.',
+  'Write a long caption for this image.',
+  'Tell me everything you see in this image.',
+  'Provide a comprehensive description of the scene.',
+  'Describe the picture so that someone who cannot see it can imagine it.',
+))
 
 # Published mixtures. Amounts are rows per epoch as the papers round them; None takes all.
 MIXTURES: dict[str, tuple[Share, ...]] = {
   # Pheye, stage III (arXiv 2501.02584, section 3.1 and appendix A). The paper leaves open whether
   # the response prompt stands on a new line; LLaVA-1.5 puts it there.
-  'pheye_stage_3': (
+  'pheye_stage_3': (  # amounts count examples: two of each of 83K and 72K images
     Share(name='llava', amount=158_000, format=_ONE),
     Share(name='llavar', amount=20_000, format=_ONE),
     Share(name='vqav2', amount=166_000, format=_TWO_SHORT),
     Share(name='gqa', amount=144_000, format=_TWO_SHORT),
     Share(name='okvqa', amount=9_000, format=_ONE_SHORT),
     Share(name='ocrvqa', amount=80_000, format=_ONE_SHORT),
-    Share(name='textvqa', amount=35_000, format=_SHORT),
-    Share(name='stvqa', amount=26_000, format=_SHORT),
-    Share(name='aokvqa', amount=17_000, format=_LETTER),
-    Share(name='textcaps', amount=22_000, format=PromptFormat(prompts=(
+    Share(name='textvqa', amount=35_000, format=_ONE_SHORT),
+    Share(name='stvqa', amount=26_000, format=_ONE_SHORT),
+    Share(name='aokvqa', amount=17_000, format=dataclasses.replace(_LETTER, turns=1)),
+    Share(name='textcaps', amount=22_000, format=PromptFormat(turns=1, prompts=(
       'Generate a one-sentence caption for the provided image, incorporating textual elements '
       'visible in the image.',))),
   ),
+  # Pheye, stage I: dense captions, one of ten instructions per image.
+  'pheye_stage_1': (Share(name='sharegpt4v_pt', format=_CAPTION),),
   # Pheye, stage II: one random turn per sample of several turns.
   'pheye_stage_2': tuple(
     Share(name=name, format=_ONE) for name in ('mimic_it', 'lrv', 'svit', 'lvis_instruct')),

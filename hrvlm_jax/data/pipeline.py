@@ -158,7 +158,7 @@ class Batches:
       StopIteration: after the last epoch.
       UserError: a row that cannot be used, under the policy 'fatal'; or nothing can be used.
     """
-    batch: Batch = next(self._batches)[0]  # Grain makes a batch of one batch
+    batch = self.take()
     for fault in batch.faults:
       self.counts[fault.kind] += 1
       if self.on_fault is not None:
@@ -166,6 +166,24 @@ class Batches:
     if batch.fatal is not None:
       raise UserError(batch.fatal)
     return batch.arrays
+
+  @property
+  def batch_size(self) -> int:
+    """Examples of a global batch."""
+    return self._options.batch_size
+
+  @property
+  def epoch(self) -> int:
+    """Examples of an epoch."""
+    return self._order['rows']
+
+  def take(self) -> Batch:
+    """The next batch with its faults, neither counted nor raised.
+
+    Raises:
+      StopIteration: after the last epoch.
+    """
+    return next(self._batches)[0]  # Grain makes a batch of one batch
 
   def positions(self, number: int) -> Sequence[int]:
     """Positions in the order of the run of a batch's examples, over all hosts."""

@@ -42,12 +42,14 @@ class TextLimit:
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-  """A row that was read: its text as ids, its decoded images, a box or None for each."""
+  """A row that was read: its text as ids, its decoded images, a box or None for each, and the
+  encoder config of each where it was drawn."""
 
   row: Row
   encoded: Encoded
   images: Sequence[Image.Image]
   boxes: Sequence[Any]
+  configs: Sequence[Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class ToExample:
     boxes: hand the row's `box` (x0, y0, x1, y1 in pixels of its image) to `views`, for systems that
       learn where to look (VILA-HD).
     augment: a transform with `random_map({'images', 'boxes'}, rng)` (`data.background`).
+    draw: setting of the encoder -> (lowest, highest) whole number; drawn uniformly for every image
+      (`System.per_image`).
     count: (width, height, encoder config) -> `slots` and `tokens` of an image; for `measure`.
   """
 
@@ -75,6 +79,7 @@ class ToExample:
   limit: TextLimit = TextLimit()
   boxes: bool = False
   augment: Any = None
+  draw: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   count: Callable[[int, int, Any], Any] | None = None
 
   def __call__(self, row: Row, rng: np.random.Generator | None = None) -> dict[str, Any]:
@@ -92,7 +97,8 @@ class ToExample:
     Raises:
       UserError: an image or a conversation that cannot be used (`BadRow`: with its kind).
     """
-    encoded = self.encode(row)
+    encoded, rng = self.encode(row), np.random.default_rng() if rng is None else rng
+    configs = self.drawn(row, rng)
     images = open_images(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
     boxes = [None] * len(images)
     if self.boxes and row.extra.get('box') is not None:
@@ -100,10 +106,18 @@ class ToExample:
         raise BadRow('form', row.where, f'has a box and {len(images)} images, expected one image')
       boxes = [row.extra['box']]
     if self.augment is not None:
-      rng = np.random.default_rng() if rng is None else rng
       changed = self.augment.random_map({'images': images, 'boxes': boxes}, rng)
       images, boxes = changed['images'], changed['boxes']
-    return Opened(row, encoded, images, boxes)
+    return Opened(row, encoded, images, boxes, configs and configs[:len(images)])
+
+  def drawn(self, row: Row, rng: np.random.Generator) -> list[Any] | None:
+    """The encoder config of each image of the row; None where nothing is drawn."""
+    if not self.draw:
+      return None
+    numbers = {key: rng.integers(low, high + 1, len(row.images)).tolist()
+               for key, (low, high) in self.draw.items()}
+    return [dataclasses.replace(self.encoder, **{key: found[i] for key, found in numbers.items()})
+            for i in range(len(row.images))]
 
   def join(self, opened: Sequence[Opened], *, packed: bool
            ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -119,6 +133,8 @@ class ToExample:
     images = [image for item in opened for image in item.images]
     boxes = [box for item in opened for box in item.boxes]
     options = {'boxes': boxes} if self.boxes else {}
+    if self.draw:
+      options['configs'] = [config for item in opened for config in item.configs]
     views = self.views(images, self.encoder, **options)
     # Systems that read the image by cross-attention have no positions in the text.
     counts = views['tokens'].tolist() if 'tokens' in views else [0] * len(images)
@@ -140,10 +156,12 @@ class ToExample:
     if self.augment is not None:
       opened = self.open(row, rng)
       encoded, sizes = opened.encoded, [image.size for image in opened.images]
+      configs = opened.configs
     else:
-      encoded = self.encode(row)
+      encoded, configs = self.encode(row), self.drawn(row, rng) if self.draw else None
       sizes = image_sizes(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
-    counts = [self.count(*size, self.encoder) for size in sizes]
+    configs = [self.encoder] * len(sizes) if configs is None else configs[:len(sizes)]
+    counts = [self.count(*size, config) for size, config in zip(sizes, configs, strict=True)]
     tokens = [count.tokens for count in counts]
     return Size(len(self.finish(row, encoded, tokens)['tokens']),
                 sum(count.slots for count in counts), len(counts))

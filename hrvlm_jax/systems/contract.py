@@ -139,6 +139,8 @@ class System(Packed):
     encoder: (encoder config, param_dtype=, rngs=) -> Module; called with the batch's views it
       returns VisualTokens.
     boxes: `views` takes `boxes=`, per image the region its question is about.
+    per_image: settings of the config that may differ from image to image of an example; `views`
+      then takes `configs=`, the config of each image.
     overlay_needs_info: the picture needs the encoder's `info` (a forward pass), not only sizes.
     released: ModelConfig by release name.
     folders: sub-folders of the original's layout that hold the tensors, in the order of the table's
@@ -153,6 +155,7 @@ class System(Packed):
   config: type
   encoder: Callable[..., Module]
   boxes: bool = False
+  per_image: tuple[str, ...] = ()
   overlay_needs_info: bool = False
   released: Mapping[str, ModelConfig] = types.MappingProxyType({})
   folders: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import math
 
 import jax
@@ -38,6 +39,7 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *,
   Raises:
     UserError: data that cannot be opened, or settings the system cannot follow.
   """
+  check_draw(config, registry.get(config.model.system))
   own = own if layout is None else layout.parts
   return objective_of(config.training).batches(config, layout=layout, own=own)
 
@@ -70,7 +72,7 @@ def conversations(config: RunConfig, *, layout: Layout | None = None,
                       encoder=config.model.encoder, exif=data.exif, inexact=data.inexact_decode,
                       max_length=max(data.lengths),
                       limit=TextLimit(length=data.max_length, policy=data.too_long),
-                      boxes=data.boxes, augment=data.background)
+                      boxes=data.boxes, augment=data.background, draw=data.draw)
   batch = ToBatch(batch=system.batch, encoder=config.model.encoder, lengths=data.lengths,
                   slots=data.slots, parts=training.accumulate)
   packed = _packed(config, system, example, 1 if layout is None else layout.shards)
@@ -98,6 +100,9 @@ def conversation_shapes(config: RunConfig, rows: int, *, length: int | None = No
     UserError: the visual tokens alone do not fit into the bucket.
   """
   system, encoder = registry.get(config.model.system), config.model.encoder
+  check_draw(config, system)
+  # Room for the largest that is drawn.
+  encoder = dataclasses.replace(encoder, **{key: high for key, (_, high) in config.data.draw.items()})
   length = length or max(config.data.lengths)
   example = system.views([Image.new('RGB', image)] * images, encoder)
   count = system.count(*image, encoder)
@@ -115,6 +120,26 @@ def conversation_shapes(config: RunConfig, rows: int, *, length: int | None = No
   text = {key: jax.ShapeDtypeStruct((rows, length), dtype) for key, dtype in ROW_KEYS.items()}
   return BatchShapes(text | {'views': jax.tree.map(shape, two, four)}, length,
                      f'{images} image(s) of {image[0]} x {image[1]}')
+
+
+def check_draw(config: RunConfig, system: System) -> None:
+  """Raises:
+    UserError: `data.draw` names settings that the system does not draw, or no range of them.
+  """
+  problems = []
+  for key, (low, high) in config.data.draw.items():
+    if key not in system.per_image:
+      allowed = ', '.join(system.per_image) or 'none'
+      problems.append(f'{key}: system {system.name!r} draws {allowed}; remove it')
+    elif low > high:
+      problems.append(f'{key}: found ({low}, {high}), expected the lowest value first')
+    else:
+      try:
+        for value in (low, high):
+          dataclasses.replace(config.model.encoder, **{key: value})
+      except ValueError as error:
+        problems.append(f'{key}: ({low}, {high}): {error}')
+  raise_all('data.draw', problems)
 
 
 def _packed(config: RunConfig, system: System, example: ToExample, devices: int

@@ -193,6 +193,9 @@ class DataConfig:
     boxes: rows may have a `box` (x0, y0, x1, y1 in pixels of their image) that says where their
       question looks; for systems that learn to look there (VILA-HD).
     background: paste every image on a large page first (high-resolution alignment data).
+    draw: settings of the encoder that are drawn anew for every image in training: name -> (lowest,
+      highest) whole number, uniformly; of those a system allows (MC-LLaVA: max_crops). Answers use
+      the encoder's own value.
   """
 
   train: str
@@ -214,6 +217,7 @@ class DataConfig:
   shards: int = 8
   boxes: bool = False
   background: PasteOnBackground | None = None
+  draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

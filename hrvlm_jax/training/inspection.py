@@ -79,11 +79,12 @@ _TEXT = ('tokens', 'visual_index', 'valid', 'labels', 'segments')
 
 
 def _panels(config: RunConfig, opened: Opened, example: ToExample, place: int) -> list[Image.Image]:
-  system, encoder = registry.get(config.model.system), config.model.encoder
+  system = registry.get(config.model.system)
   out = []
   for number, (image, box) in enumerate(zip(opened.images, opened.boxes, strict=True)):
     box = opened.row.extra.get('box') if box is None and len(opened.images) == 1 else box
     options = {'boxes': [opened.boxes[number]]} if example.boxes else {}
+    encoder = config.model.encoder if opened.configs is None else opened.configs[number]
     crops = system.views([image], encoder, **options)['pixels']
     drawn = system.overlay(show.with_box(image, box), encoder, {})
     cost = system.count(*image.size, encoder)

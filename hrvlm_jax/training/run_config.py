@@ -152,7 +152,14 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     raise UserError(f'config.{key}: found {text!r}, expected {expected}')
 
   if isinstance(current, ml_collections.ConfigDict):
-    if str in typing.get_args(_hint(schema, template, key)):
+    hint = _hint(schema, template, key)
+    if typing.get_origin(hint) is dict:
+      try:
+        value = ast.literal_eval(text)
+      except (ValueError, SyntaxError):
+        value = text
+      return value if isinstance(value, dict) else refuse("a mapping, such as {'key': (0, 8)}")
+    if str in typing.get_args(hint):
       return text  # its short form
     refuse(f'one of its keys to be set ({", ".join(f"{key}.{k}" for k in list(current)[:5])})')
   if text.lower() in ('none', 'null') and (

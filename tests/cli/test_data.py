@@ -8,6 +8,9 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.cli import main as cli
+from hrvlm_jax.training import run_config
+from hrvlm_jax.training.batches import make_batches
+from hrvlm_jax.training.config import RunConfig
 
 TALK = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'This.'}]
 
@@ -79,6 +82,59 @@ def test_check(folder, capsys):
   assert [fault['row'] for fault in faults] == [4, 5, 6]
 
 
+def test_check_as_trained(folder, capsys):
+  """What the run of a config would leave out, with the counts that training reports."""
+  assert cli.main(['data', 'check', '--config', 'config.py', '--quiet']) == 0
+  assert capsys.readouterr().out == '4 examples, none is bad\n'
+  argv = ['data', 'check', 'bad.jsonl', '--config', 'config.py', '--quiet']
+  assert cli.main(argv) == 1
+  assert capsys.readouterr().out.splitlines()[-1] == '7 examples, 3 bad: 1 path, 1 json, 1 missing'
+  assert cli.main([*argv, '--config.data.packing.window=2']) == 1  # measured before it is opened
+  assert '7 examples, 3 bad' in capsys.readouterr().out
+  # Two questions: fine for a conversation, not for a template that knows one.
+  more = [{'from': 'human', 'value': 'And?'}, {'from': 'gpt', 'value': 'That.'}]
+  row = {'image': '0.png', 'conversations': TALK + more}
+  (folder / 'two.json').write_text(json.dumps([row, row | {'conversations': TALK}]))
+  assert cli.main(['data', 'check', 'two.json', '--quiet']) == 0
+  assert cli.main(['data', 'check', 'two.json', '--template', 'pheye', '--quiet']) == 1
+  assert 'one question and one answer, found 4 messages' in capsys.readouterr().out
+  pheye = ['--config', 'config.py:pheye', '--quiet']
+  assert cli.main(['data', 'check', 'two.json', *pheye]) == 1
+  assert capsys.readouterr().out.splitlines()[-1] == '2 examples, 1 bad: 1 example'
+  part = {'path': 'two.json', 'format': {'turns': 2, 'each': True}}
+  (folder / 'two.mixture.json').write_text(json.dumps({'parts': [part]}))
+  assert cli.main(['data', 'check', 'two.mixture.json', *pheye]) == 0
+  assert capsys.readouterr().out == '4 examples, none is bad\n'
+
+
+def test_drawn_crops(folder, capsys):
+  """`data.draw`: another number of crops for every image, the same again for the same seed."""
+  Image.new('RGB', (160, 160)).save(folder / 'large.png')
+  (folder / 'large.json').write_text(json.dumps([{'image': 'large.png', 'conversations': TALK}] * 4))
+
+  def views(*overrides):
+    config = run_config.load(RunConfig, 'config.py', [('data.train', 'large.json'), *overrides])
+    batches = make_batches(config)
+    sizes, made = (batches.mapped(f) for f in (batches.transform.measure, batches.transform))
+    return [sizes[i].views for i in range(40)], [len(made[i]['views']['pixels']) for i in range(40)]
+
+  drawn = ('data.draw', "{'max_crops': (0, 4)}")
+  sizes, made = views(drawn)
+  assert sizes == made and set(made) == {1, 5}, set(made)
+  assert 4 <= made.count(5) <= 16  # one of five values gives crops
+  assert views(drawn) == (sizes, made) and views(drawn, ('seed', '1')) != (sizes, made)
+  assert set(views()[1]) == {10}
+  for system, value, message in (
+      ('mc_llava', "{'max_crop': (0, 4)}", "max_crop: system 'mc_llava' draws max_crops"),
+      ('mc_llava', "{'max_crops': (4, 0)}", 'expected the lowest value first'),
+      ('mc_llava', "{'max_crops': (-1, 4)}", 'must not be negative'),
+      ('mc_llava', '8', 'expected a mapping'),
+      ('pheye', "{'max_crops': (0, 4)}", "system 'pheye' draws none")):
+    assert cli.main(['data', 'check', '--config', f'config.py:{system}',
+                     f'--config.data.draw={value}']) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_build(folder, capsys):
   argv = ['data', 'build', 'bad.jsonl', '--out', 'built', '--shard-rows', '3', '--quiet']
   assert cli.main(argv) == 0
@@ -100,6 +156,8 @@ def test_build(folder, capsys):
   (['show', '--config', 'config.py', '--config.data.train=none.json'], 'none.json: no such file'),
   (['check', 'none.json'], 'none.json: no such file'),
   (['check', 'data.json', '--template', 'vicuna'], 'vicuna'),
+  (['check', '--quiet'], 'found no data'),
+  (['check', '--config', 'config.py', '--image', 'none'], 'the run of --config decides both'),
   (['build', 'data.json', '--out', 'x', '--shard-rows', '0'], '--shard-rows 0'),
 ])
 def test_mistakes(folder, capsys, argv, message):

@@ -129,17 +129,43 @@ def test_mixture_files_open(path, tmp_path):
       name.write_text(json.dumps(rows))
   shutil.copy(path, tmp_path)
   mixed = open_source(tmp_path / path.name)
-  assert len(mixed) == {'pheye_stage_3': 677_000, 'llava_1_5_parts': 664_000, 'vila_1_5_sft': 54,
-                      'own': 100_000}[path.name.split('.')[0]]
+  assert len(mixed) == {
+    'pheye_stage_1': 2, 'pheye_stage_2': 8, 'pheye_stage_3': 677_000, 'mc_llava': 185_008,
+    'llava_1_5_parts': 664_000, 'vila_1_5_sft': 54, 'own': 100_000}[path.name.split('.')[0]]
   asked = {}
-  for index in np.linspace(0, len(mixed) - 1, 300).astype(int):
-    row = mixed[int(index)]
+  for index in (*np.linspace(0, len(mixed) - 1, 300).astype(int), *range(-8, 8)):
+    row = mixed[int(index) % len(mixed)]
     asked.setdefault(row.id.split()[0], row.messages)
   assert len(asked) >= len(mixed.parents) - 1
-  if path.name.startswith('pheye'):
+  if path.name.startswith('pheye'):  # its template has one question
+    assert {len(messages) for messages in asked.values()} == {2}
+  if path.name.startswith('pheye_stage_3'):
     assert [m.text for m in asked['vqav2']] == [
-      'q\nAnswer the question using a single word or phrase', 'a'] * 2
-    assert len(asked['llava']) == 2
+      'q\nAnswer the question using a single word or phrase', 'a']
   if path.name.startswith('llava'):
     assert asked['aokvqa'][0].text.endswith("option's letter from the given choices directly.")
     assert asked['textcaps'][0].text == 'Provide a one-sentence caption for the provided image.'
+
+
+def test_each_drawn_pair_is_an_example():
+  """VQAv2 and GQA in Pheye's stage III: two different questions of every image, each on its own."""
+  talks = [[(f'{row}.{turn}', 'a') for turn in range(1 + row)] for row in range(4)]
+  rows = InMemory([Row(str(row), (), tuple(
+    m for q, a in talk for m in (Message('user', q), Message('assistant', a))))
+    for row, talk in enumerate(talks)])
+  mixed = mix([Share(name='a', format=PromptFormat(turns=2, each=True, suffix='!'))], {'a': rows})
+  assert len(mixed) == 8
+  epochs = [[mixed[epoch * 8 + i].messages for i in range(8)] for epoch in range(20)]
+  for epoch in epochs:
+    assert all(len(messages) == 2 for messages in epoch)
+    asked = sorted(messages[0].text for messages in epoch)
+    assert [text.split('.')[0] for text in asked] == list('00112233')  # every row twice
+    assert len(set(asked)) == 7  # only the row of one question gives it again
+  assert {messages[0].text for epoch in epochs for messages in epoch} == {
+    f'{q}!' for talk in talks for q, _ in talk}  # in time all are asked
+  assert epochs[0] == [mixed[i].messages for i in range(8)]
+  bad = InMemory([Row('', (), (Message('user', 'q'),), 'row 0')])
+  with pytest.raises(BadRow, match='no sequence of question-answer pairs'):
+    mix([Share(name='a', format=PromptFormat(turns=2, each=True))], {'a': bad})[0]
+  with pytest.raises(ValueError, match='each: needs'):
+    PromptFormat(each=True)

@@ -18,8 +18,8 @@ from hrvlm_jax.systems import registry
 
 SIDES = st.one_of(st.integers(1, 5000), st.sampled_from([1, 2, 3, 335, 336, 337, 384, 385, 576, 577,
                                                          1024, 4999, 5000]))
-# The documented refusals: too elongated, more views than a bucket or a cap.
-REFUSALS = re.compile(r'too elongated|exceed the largest view bucket|more than crop_cap')
+# The documented refusals: too elongated, more views than tokens or a cap.
+REFUSALS = re.compile(r'too elongated|below the number of views|more than crop_cap')
 CASES = {
   'mc_llava': None, 'mc_llava/capped': dict(crop_cap=40), 'mc_llava/whole': dict(max_crops=0),
   'llava_hr': None, 'llava_hr/square': dict(aspect='square'), 'pheye': None, 'ps3': None,

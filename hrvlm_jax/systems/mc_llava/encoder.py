@@ -44,7 +44,8 @@ class MCLlavaConfig:
     crop_cap: refuse images with more crops than this; None follows the released code.
     quirks: 'refuse' rejects num_tokens below the number of views; 'reference' reproduces the
       original's slices there (whole views, far more than num_tokens).
-    view_buckets: sizes the number of views of a batch is padded to.
+    view_buckets: sizes the number of views of an example is padded to; behind the last they go on
+      by doubling the number of crops, so that the knobs and several images need no new list.
   """
 
   vision: ViTConfig = SIGLIP_SO400M_384
@@ -139,8 +140,10 @@ def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
     # Python's x[-0:] is all of x, and a slice cannot exceed its view (the first token is gone).
     return [size if n == 0 else min(n, size) for n in counts]
   if split == 0:
-    raise UserError(f'num_tokens={total} is below the number of views {views}: some views would '
-                    'keep nothing; raise num_tokens or lower max_crops')
+    raise UserError(
+      f'num_tokens={total} is below the number of views {views}: some views would keep nothing; '
+      f'raise num_tokens to {views} or more, or set max_crops=0 (the whole image alone; an elongated '
+      'image keeps its crops for any other max_crops)')
   return [min(n, size) for n in counts]
 
 
@@ -188,9 +191,16 @@ def view(image: Image.Image, config: MCLlavaConfig) -> Views:
           'coords': centres(boxes, *image.size), 'gather': gather, 'tokens': len(gather)}
 
 
-def views(images: Sequence[Image.Image], config: MCLlavaConfig) -> Views:
-  """Arrays of one example: its images' views one after the other."""
-  return join([view(image, config) for image in images], packing(config))
+def views(images: Sequence[Image.Image], config: MCLlavaConfig, *,
+          configs: Sequence[MCLlavaConfig] | None = None) -> Views:
+  """Arrays of one example: its images' views one after the other.
+
+  Args:
+    configs: of each image, where they differ in `max_crops` (training with a drawn limit).
+  """
+  configs = [config] * len(images) if configs is None else configs
+  return join([view(image, own) for image, own in zip(images, configs, strict=True)],
+              packing(config))
 
 
 def packing(config: MCLlavaConfig) -> Packing:
@@ -224,11 +234,13 @@ def overlay(image: Image.Image, config: MCLlavaConfig, info: Mapping[str, object
 
 
 def _bucket(n: int, buckets: Sequence[int]) -> int:
+  """The smallest bucket that holds so many views: 209 is followed by 417, 833, ..."""
   for size in buckets:
     if n <= size:
       return size
-  raise UserError(f'{n} views in one example exceed the largest view bucket {buckets[-1]}; lower '
-                  'max_crops, set crop_cap, or add a bucket to view_buckets')
+  while size < n:
+    size = 2 * size - 1 if size > 1 else 2
+  return size
 
 
 class Encoder(Module):
