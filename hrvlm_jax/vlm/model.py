@@ -150,6 +150,10 @@ class VLM(Module):
     """See `Decoder.step`."""
     return self.language.step(tokens, valid, cache, slot, ex=ex, **extras)
 
+  def held(self, extras: dict[str, Any]) -> dict[str, Any]:
+    """What of a prompt's extras every `step` reads again: a server keeps it beside the cache."""
+    return extras
+
 
 def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float32) -> Functional:
   """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`).

@@ -218,3 +218,8 @@ class TwoPassVLM(VLM):
     """See `Decoder.step`."""
     del seen  # already part of the cache
     return super().step(tokens, valid, cache, slot, ex=ex)
+
+  def held(self, extras):
+    """See `VLM.held`: the cache of pass 1 has become part of the prompt's."""
+    del extras
+    return {}
