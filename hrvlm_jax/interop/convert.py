@@ -76,6 +76,24 @@ class Release:
     text = self.folder / TEXT_FOLDER if TEXT_FOLDER in system.folders else self.folder
     self.tokenizer = {name: text / name for name in TOKENIZER_FILES if (text / name).exists()}
 
+  def params(self, *, dtype=None, say: Callable[[str], None] = lambda text: None,
+             allocate: Callable[..., np.ndarray] = np.empty) -> tuple[dict[str, Any], list[str]]:
+    """(parameters of `vlm.build(self.config)`, the paths that no tensor gives and that start
+    fresh); arguments as of `convert` and `rows.import_tensors`.
+
+    Raises:
+      UserError: every damaged, missing, unexpected, misshapen or non-finite tensor.
+    """
+    fn = vlm.build(self.config)
+    flat = paths.flatten(import_tensors(
+      self.tensors, self.table, fn.abstract, what=f'folder {self.folder}', dtype=dtype,
+      allocate=allocate, finite=True))
+    fresh = [path for path in paths.flatten(fn.abstract) if path not in flat]
+    if fresh:
+      say(f'{len(fresh)} parameters are in no file and start fresh: {shortened(fresh)}')
+      flat |= fresh_leaves(fn, fresh, dtype=dtype)
+    return paths.unflatten({path: flat[path] for path in paths.flatten(fn.abstract)}), fresh
+
   def _add(self, adapter: pathlib.Path, *, dotted: bool) -> None:
     """Joins an adapter's tensors, named `adapter/...`, and its set to the model."""
     if self.config.text is None:
@@ -109,21 +127,15 @@ def convert(
   """
   folder, origin = hub.resolve(source, revision=revision)
   release = Release(folder, adapter=adapter)
-  fn, config = vlm.build(release.config), release.config
+  config = release.config
   # Stacked leaves are assembled on the target's disk: the model may be larger than memory.
   with store_files.scratch_arrays(pathlib.Path(target).absolute().parent) as allocate:
-    flat = paths.flatten(import_tensors(
-      release.tensors, release.table, fn.abstract, what=f'folder {folder}', dtype=dtype,
-      allocate=allocate, finite=True))
-    fresh = [path for path in paths.flatten(fn.abstract) if path not in flat]
-    if fresh:
-      say(f'{len(fresh)} parameters are in no file and start fresh: {shortened(fresh)}')
-      flat |= fresh_leaves(fn, fresh, dtype=dtype)
-    facts = {'origin': origin} | source_facts(release, fn.abstract, fresh)
+    params, fresh = release.params(dtype=dtype, say=say, allocate=allocate)
+    facts = {'origin': origin} | source_facts(
+      release, vlm.build(config).abstract, fresh)
     extra: dict[str, str | bytes] = {
       f'tokenizer/{name}': path.read_bytes() for name, path in release.tokenizer.items()}
     extra[hub.SOURCE] = json.dumps(facts, indent=2) + '\n'
-    params = paths.unflatten({path: flat[path] for path in paths.flatten(fn.abstract)})
     store.save_params(target, params, {'model': to_dict(config)}, extra_files=extra)
   return config
 

@@ -32,6 +32,42 @@ class Message:
 
 
 @dataclasses.dataclass(frozen=True)
+class Dialogue:
+  """Turns that wait for an answer: questions and answers without placeholders.
+
+  Attributes:
+    messages: alternating, from a question to a question.
+    images: how many images each message brings; they stand in front of its text, where the
+      originals put them.
+    system: in place of the template's system text; None: the template's own.
+
+  Raises:
+    UserError: messages that do not alternate, images of an answer.
+  """
+
+  messages: tuple[Message, ...]
+  images: tuple[int, ...]
+  system: str | None = None
+
+  def __post_init__(self):
+    check_messages(self.messages, generation=True)
+    if len(self.images) != len(self.messages) or any(self.images[1::2]):
+      raise UserError(f'images of the messages: found {self.images} for {len(self.messages)} '
+                      'messages; expected a number for each, 0 for an answer')
+
+  @property
+  def plain(self) -> str | None:
+    """The question, where that is all there is."""
+    return self.messages[0].text if len(self.messages) == 1 and self.system is None else None
+
+  def written(self, template: Template) -> list[Message]:
+    """The messages with the placeholders that the template wants."""
+    return [question(template, message.text, count) if message.role == USER
+            else Message(ASSISTANT, message.text.replace(IMAGE, ''))
+            for message, count in zip(self.messages, self.images, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
 class Segment:
   """A stretch of the rendered text; `trained`: its tokens are targets of the loss.
 
@@ -48,7 +84,7 @@ class Template:
   """Text around the parts of a conversation; `{text}` marks the place of each part.
 
   Attributes:
-    system: default system text.
+    system: default system text; None: only a text that is given stands there.
     system_format: around the system text; '' when the template has none.
     user: a question.
     header: between question and answer, not trained. A prompt for generation ends with it.
@@ -70,7 +106,7 @@ class Template:
   """
 
   name: str
-  system: str = ''
+  system: str | None = ''
   system_format: str = ''
   user: str
   header: str
@@ -99,9 +135,12 @@ _PHEYE_SYSTEM = (
 )
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in (
-  # ChatML as MC-LLaVA answers: a newline after every <|im_end|>.
+  # ChatML as MC-LLaVA answers: a newline after every <|im_end|>. Its own prompts have no system
+  # text; one that is given takes ChatML's form, which its language model was tuned with.
   Template(
     name='mc_llava',
+    system=None,
+    system_format='<|im_start|>system\n{text}<|im_end|>\n',
     user='<|im_start|>user\n{text}<|im_end|>\n',
     header='<|im_start|>assistant\n',
     answer='{text}<|im_end|>',
@@ -234,15 +273,19 @@ def render(
     generation: end with the header, for the model to go on.
 
   Raises:
-    UserError: messages that do not alternate, or more turns than the template knows.
+    UserError: messages that do not alternate, more turns than the template knows, a system text
+      where it has none.
   """
   check_messages(messages, generation=generation)
   if template.first_turn_only and len(messages) > 2:
-    raise UserError(f'the template {template.name} has one question and one answer, '
-                    f'found {len(messages)} messages')
+    raise UserError(f'the template {template.name} has one question and one answer, found '
+                    f'{len(messages)} messages; begin a new conversation for every question')
+  if system and not template.system_format:
+    raise UserError(f'the template {template.name} has no system text; leave it out, or write it '
+                    'into the question')
   segments = []
-  if template.system_format:
-    text = template.system if system is None else system
+  text = template.system if system is None else system
+  if template.system_format and text is not None:
     segments.append(Segment(template.system_format.replace('{text}', text), False, -1))
   for index, message in enumerate(messages):
     text = message.text.strip() if template.strip else message.text

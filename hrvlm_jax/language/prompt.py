@@ -18,12 +18,13 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.chat import (
   IGNORE,
+  USER,
+  Dialogue,
   Encoded,
   Message,
   encode_prompt,
   get_template,
   prompt_end,
-  question,
 )
 from hrvlm_jax.language.conversation import encode_training, prepare
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
@@ -221,18 +222,21 @@ class Text:
     """Ids at which generation ends."""
     return tuple(self.tokenizer.special(s) for s in get_template(self.chat).stop)
 
-  def prompt(self, text: str, counts: Sequence[int]) -> dict[str, np.ndarray]:
-    """A question about len(counts) images: arrays of `expand`.
+  def prompt(self, text: str | Dialogue, counts: Sequence[int]) -> dict[str, np.ndarray]:
+    """A question about len(counts) images, or turns that bring as many: arrays of `expand`.
 
     Raises:
-      UserError: the question is empty.
+      UserError: the question is empty, turns that bring another number of images, more turns or
+        other parts than the template knows.
     """
-    if not text.strip():
+    asked = Dialogue((Message(USER, text),), (len(counts),)) if isinstance(text, str) else text
+    if not asked.messages[-1].text.strip():
       raise UserError('the question is empty; write what you want to know about the image')
+    if sum(asked.images) != len(counts):
+      raise UserError(f'the messages bring {sum(asked.images)} images, but {len(counts)} are given')
     template = get_template(self.chat)
-    messages = [question(template, text, len(counts))]
-    encoded = encode_prompt(messages, template, self.tokenizer,
-                            image_id=self.image_id if counts else None)
+    encoded = encode_prompt(asked.written(template), template, self.tokenizer,
+                            image_id=self.image_id if counts else None, system=asked.system)
     return self._expand(encoded, counts, template)
 
   def conversation(self, messages: Sequence[Message], counts: Sequence[int], *,

@@ -16,6 +16,7 @@ from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import open_image
+from hrvlm_jax.language.chat import Dialogue
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
@@ -35,7 +36,9 @@ def text_of(config: ModelConfig, tokenizer: Tokenizer) -> Text:
               after_image=config.after_image)
 
 
-Items = Sequence[tuple[Sequence[Image.Image], str]]
+# What is asked: a question, or the turns of a conversation whose last one is a question.
+Question = str | Dialogue
+Items = Sequence[tuple[Sequence[Image.Image], Question]]
 
 
 def answer_all(answer: Callable[[list], Sequence], items: Sequence, *, batch_size: int
@@ -98,7 +101,7 @@ class Answerer:
     answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif)
     return with_methods(answerer, methods or {})
 
-  def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], str]]:
+  def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], Question]]:
     """(images, question) as the model is asked them; a method may add to what it was given."""
     return [(tuple(images), question) for images, question in items]
 
@@ -116,7 +119,8 @@ class Answerer:
     pad = self.text.tokenizer.pad_id
     return Sampling(stop_ids=self.text.stop_ids(), pad_id=0 if pad is None else pad, **options)
 
-  def answer(self, items: Sequence[tuple[Sequence[Any], str]], *, key=None, **options) -> list[str]:
+  def answer(self, items: Sequence[tuple[Sequence[Any], Question]], *, key=None, **options
+             ) -> list[str]:
     """Answers to several (images, question); an image is a PIL image, a path or bytes.
 
     options: fields of `Sampling` (max_new_tokens, temperature, beams, ...).
@@ -130,19 +134,20 @@ class Answerer:
     out = self.generator.generate(embeds, valid, self.sampling(**options), key=key, extras=extras)
     return [self.decode(row) for row in out.rows()]
 
-  def opened(self, item: tuple[Sequence[Any], str]) -> tuple[list[Image.Image], str]:
+  def opened(self, item: tuple[Sequence[Any], Question]) -> tuple[list[Image.Image], Question]:
     """(images, question) with images that are PIL images."""
     images, text = item
     return [self._open(image) for image in images], text
 
-  def stream(self, images: Sequence[Any], text: str, **options) -> Iterator[str]:
+  def stream(self, images: Sequence[Any], text: Question, *, key=None, **options) -> Iterator[str]:
     """The answer to one question, piece by piece."""
     opened = [self._open(image) for image in images]
     batch = self.batch(self.shown([(opened, text)]))
     embeds, valid, extras = self.generator.prompt(batch)
     ids: list[int] = []
     shown = ''
-    for token in self.generator.stream(embeds, valid, self.sampling(**options), extras=extras):
+    for token in self.generator.stream(embeds, valid, self.sampling(**options), key=key,
+                                       extras=extras):
       ids.append(int(token[0]))
       now = self.decode(ids)
       # A character may span several tokens; an unfinished one decodes to the replacement mark.
@@ -156,7 +161,7 @@ class Answerer:
     kept = [i for i in ids if i not in stops]
     return self.text.tokenizer.decode(np.asarray(kept, np.int64).tolist()).strip()
 
-  def overlay(self, image: Image.Image, question: str | None = None) -> Image.Image:
+  def overlay(self, image: Image.Image, question: Question | None = None) -> Image.Image:
     """The image with what the system looked at (crops, selection, gates)."""
     item = ([image], question or 'What is in the image?')
     info = self.generator.info(self.batch([item])) if self.system.overlay_needs_info else {}

@@ -30,7 +30,12 @@ class ImageEncoder:
   def __init__(self, config: ModelConfig, params: dict[str, Any], tokenizer=None):
     self.config, self.params, self.tokenizer = config, params, tokenizer
     self.system = registry.get(config.system)
-    self._fn = Functional(lambda rngs: self.system.encoder(config.encoder, rngs=rngs))
+    fn = Functional(lambda rngs: self.system.encoder(config.encoder, rngs=rngs))
+    self._run = jax.jit(lambda p, views, more, ex: fn.bind(p)(views, ex=ex, **more),
+                        static_argnames='ex')
+    self._prompt = jax.jit(
+        lambda p, ids, ex: vlm.build(config).apply(p, ids, method='prompt', ex=ex),
+        static_argnames='ex')
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, prompted: bool = False,
@@ -61,8 +66,11 @@ class ImageEncoder:
     encoder = self.config.encoder
     batch = self.system.batch([self.system.views([image], encoder)], encoder)
     options = {} if prompt is None else {'prompt': self.prompt(prompt, ex=ex)}
-    run = jax.jit(lambda p, views, more: self._fn.bind(p)(views, ex=ex, **more))
-    return run(self.params['vision'], batch, options)
+    return self._run(self.params['vision'], batch, options, ex=ex)
+
+  def compilations(self) -> int:
+    """How many programs were compiled so far."""
+    return self._run._cache_size() + self._prompt._cache_size()
 
   def prompt(self, text: str, *, ex: Execution = HERE) -> jax.Array:
     """The selection prompt [1 d] of a text.
@@ -78,8 +86,7 @@ class ImageEncoder:
                       'its tokenizer takes no prompt')
     if not text.strip():
       raise UserError('--prompt: the text is empty')
-    whole = vlm.build(self.config)
-    return jax.jit(lambda p, i: whole.apply(p, i, method='prompt', ex=ex))(self.params, ids)
+    return self._prompt(self.params, ids, ex=ex)
 
   def overlay(self, image: Image.Image, tokens: VisualTokens) -> Image.Image:
     """What the encoder looked at, drawn on the image."""

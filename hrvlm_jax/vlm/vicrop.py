@@ -185,6 +185,9 @@ class ViCropAnswerer(Answerer):
     for images, question in items:
       if len(images) != 1:
         raise UserError(f'ViCrop crops the one image of a question, got {len(images)}')
+      if not isinstance(question, str):
+        raise UserError('ViCrop takes one question, no conversation and no system text; ask '
+                        'without it')
       crop, _ = self.crop(images[0], question)
       shown.append(((images[0], crop), self._prompt(question)))
     return shown

@@ -80,7 +80,7 @@ def merge_rows(
   return out
 
 
-def parse(template: Template, text: str) -> tuple[str, list[Message]]:
+def parse(template: Template, text: str) -> tuple[str | None, list[Message]]:
   """The system text and messages of a rendered text: the inverse of `render`.
 
   Ambiguous when a message contains the template's own separators; `render` of the result then
@@ -99,9 +99,9 @@ def parse(template: Template, text: str) -> tuple[str, list[Message]]:
   before, after = template.user.split('{text}')
   between = after + template.header
   answer_before, answer_after = template.answer.split('{text}')
-  messages, system = [], ''
-  if template.system_format:
-    start, end = template.system_format.split('{text}')
+  messages, system = [], template.system
+  start, _, end = template.system_format.partition('{text}')
+  if template.system_format and (system is not None or text.startswith(start)):
     # The end of a system text is where the first question begins.
     system, text = cut(text.removeprefix(start), end + before)
   else:

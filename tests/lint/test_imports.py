@@ -10,7 +10,7 @@ NNX_NAMES = {'Module', 'Param', 'Rngs', 'initializers', 'split', 'merge', 'eval_
              'to_pure_dict', 'List', 'Variable'}
 # A room may import rooms below it (imports point down only).
 FLOORS = ('core', 'checkpoint', 'parallel', 'vision', 'language', 'data', 'systems', 'vlm',
-          'serving', 'training', 'interop', 'planning', 'evaluation', 'lab', 'cli')
+          'serving', 'training', 'interop', 'planning', 'evaluation', 'lab', 'front', 'cli')
 # What every system may import of the room; the others are systems.
 SHARED = ('contract', 'fusion', 'grid', 'objective', 'packing', 'pictures', 'registry')
 BASELINE_PARTS = ('layout', 'pruning', 'resamplers', 'scaling', 'tiled', 'tiles')

@@ -1,0 +1,133 @@
+"""The names a program uses: `import hrvlm_jax`, then `hrvlm_jax.load(...)` and so on.
+
+Importing this module loads no JAX; calling one of its functions does.
+
+>>> import hrvlm_jax
+>>> model = hrvlm_jax.load('runs/quickstart/checkpoint')
+>>> answer = model.ask('photo.png', 'What does the red sign say?', max_new_tokens=4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from hrvlm_jax.front.model import Model
+  from hrvlm_jax.systems.contract import ModelConfig
+
+__all__ = ['convert', 'export', 'load', 'train']
+
+
+def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
+         encoder: Mapping[str, Any] | None = None,
+         methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
+         urls: bool = False, max_bytes: int = 32 << 20) -> Model:
+  """A model, ready to be asked.
+
+  Args:
+    what: a checkpoint; the work directory of a run (its newest checkpoint); a folder in an
+      original's layout, such as an export; or a name on the Hugging Face hub, `owner/name` or
+      `owner/name@revision`. A folder of that name wins. Of a name, what lies in the local cache is
+      not fetched again; a branch (default: main) is looked up while the hub can be reached, and
+      `model.origin` says which commit it was. Code in a repository is neither fetched nor run.
+    revision: branch, tag or commit of a name.
+    dtype: of activations: 'float32' or 'bfloat16'.
+    encoder: settings of the system to replace, such as {'max_crops': 25}.
+    methods: inference methods laid over the model, such as {'vicrop': {}} or
+      {'fastv': {'ratio': 0.5}}.
+    exif: 'apply' turns photographs upright as their EXIF block says, 'ignore' does not.
+    urls: images may be http or https addresses.
+    max_bytes: of an image that is fetched, or given as a data URL.
+
+  Raises:
+    UserError: nothing there, tensors that do not fit (all listed), unknown settings, the hub cannot
+      be reached and the cache does not hold it.
+
+  >>> model = load('runs/quickstart/checkpoint', encoder={'max_crops': 4, 'num_tokens': 20})
+  >>> model.config.encoder.max_crops
+  4
+  """
+  from hrvlm_jax.front import loading
+
+  return loading.load(what, revision=revision, dtype=dtype, encoder=encoder, methods=methods,
+                      exif=exif, urls=urls, max_bytes=max_bytes)
+
+
+def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
+          **overrides: Any) -> Any:
+  """Trains one stage of one system; called again with the same work directory, it goes on.
+
+  Args:
+    config: a `RunConfig`, a config file or the name of a recipe (as `--config` takes them), or a
+      mapping of a config's values.
+    workdir: checkpoints, metrics and the tokenizer go there.
+    overrides: keys of the config, as `**{'training.steps': 100}`.
+
+  Returns:
+    `training.loop.Result`: the step, the loss, whether a signal stopped it.
+
+  Raises:
+    UserError: a config or data that cannot be used.
+
+  >>> result = train('run.py', 'runs/mine', **{'training.steps': 2})
+  >>> result.step
+  2
+  >>> model = load('runs/mine')
+  """
+  from hrvlm_jax.front import running
+
+  return running.train(config, workdir, overrides, progress=progress)
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, dtype: Any = None,
+            revision: str | None = None, adapter: str | os.PathLike | None = None,
+            say: Callable[[str], None] = lambda text: None) -> ModelConfig:
+  """Original weights -> a checkpoint; nothing is written unless all tensors fit.
+
+  Args:
+    source: a folder in an original's layout, or a name on the hub.
+    target: the checkpoint, absent or empty.
+    dtype: of the stored parameters; default: that of the file, tensor by tensor.
+    adapter: an adapter folder of peft, kept as a LoRA set of its own.
+    say: told about parameters that no tensor gives.
+
+  Raises:
+    UserError: see `interop.convert.convert`.
+
+  >>> facts = export('runs/quickstart/checkpoint', 'runs/exported')
+  >>> convert('runs/exported', 'runs/again').system
+  'mc_llava'
+  """
+  from hrvlm_jax.interop.convert import convert as run
+
+  return run(source, target, dtype=dtype, revision=revision, adapter=adapter, say=say)
+
+
+def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype: Any = None,
+           merge_lora: bool = False) -> dict[str, Any]:
+  """A checkpoint -> a folder in the original's own layout; complete or not at all.
+
+  Args:
+    target: absent or empty.
+    dtype: of the written tensors; default: as stored.
+    merge_lora: add LoRA sets to the kernels; default: an adapter folder beside them.
+
+  Returns:
+    The facts of its manifest.
+
+  Raises:
+    UserError: see `interop.export.export`.
+
+  >>> facts = export('runs/quickstart/checkpoint', 'runs/exported2', dtype='bfloat16')
+  >>> load('runs/exported2').config.system
+  'mc_llava'
+  """
+  from hrvlm_jax.interop.export import export as run
+
+  if isinstance(dtype, str):
+    import jax.numpy as jnp
+
+    dtype = jnp.dtype(dtype)
+  return run(checkpoint, target, dtype=dtype, merge_lora=merge_lora)

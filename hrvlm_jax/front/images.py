@@ -1,0 +1,163 @@
+"""An image as people have it: a path, an address, bytes, a picture, an array."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+import io
+import os
+from typing import Any
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import MAX_PIXELS, ExifPolicy, ImageError, open_image
+
+MAX_BYTES = 32 << 20  # of a download or a data URL
+TIMEOUT = 20.0  # seconds for the server to say something
+_FORMS = ('a path, bytes, a PIL image, a NumPy array [h w 3], a data URL or an address '
+          '(https://...)')
+
+
+def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, files: bool = True,
+             max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS,
+             name: str | None = None) -> Image.Image:
+  """A decoded picture.
+
+  Args:
+    source: a path; bytes or an open file; a PIL image; an array [h w], [h w 1], [h w 3] or
+      [h w 4], uint8 or floats from 0 to 1; `data:` URL; http or https address; Hugging Face's
+      {'bytes', 'path'}.
+    exif: see `core.images.open_image`.
+    urls: addresses may be fetched. Off, so that a question from elsewhere makes this machine ask
+      no other.
+    files: paths may be read (off for questions that come over a network).
+    max_bytes: of a download or data URL.
+    max_pixels: width x height, known before the pixels are decoded.
+    name: how errors call it.
+
+  Raises:
+    UserError: nothing of these, an address while they are off, too large, no usable image.
+  """
+  read = dict(exif=exif, max_pixels=max_pixels)
+  if isinstance(source, Image.Image):
+    _check_pixels(source.size, max_pixels, name or 'image')
+    return source
+  if isinstance(source, Mapping):
+    source = source.get('bytes') or source.get('url') or source.get('path')
+  if isinstance(source, (bytes, bytearray, memoryview)):
+    return open_image(source, name=name, **read)
+  if hasattr(source, 'read'):
+    return open_image(source.read(), name=name or getattr(source, 'name', None), **read)
+  if isinstance(source, str) and source[:5].lower() == 'data:':
+    return open_image(data_url(source, max_bytes=max_bytes, name=name or 'data URL'),
+                      name=name or 'data URL', **read)
+  if isinstance(source, str) and (scheme := urllib.parse.urlsplit(source[:200]).scheme.lower()) \
+      and source[len(scheme):].startswith('://'):
+    shown = source if len(source) <= 100 else f'{source[:97]}...'
+    if scheme not in ('http', 'https'):
+      raise UserError(f'{shown}: addresses begin with http:// or https://; expected {_FORMS}')
+    if not urls:
+      raise UserError(f'{shown}: addresses are not fetched unless they are allowed: '
+                      'load(..., urls=True), or --urls on the command line')
+    return open_image(fetch(source, max_bytes=max_bytes), name=name or shown, **read)
+  if isinstance(source, (str, os.PathLike)):
+    if not files:
+      raise UserError('an image is given as a path, expected a data URL: files of the server are '
+                      'not read')
+    return open_image(source, name=name, **read)
+  if hasattr(source, '__array__'):
+    return from_array(np.asarray(source), max_pixels=max_pixels, name=name or 'array')
+  found = 'nothing' if source is None else type(source).__name__
+  raise UserError(f'{name or "image"}: found {found}, expected {_FORMS}')
+
+
+def from_array(array: np.ndarray, *, max_pixels: int = MAX_PIXELS, name: str = 'array'
+               ) -> Image.Image:
+  """The picture of an array [h w], [h w 1], [h w 3] or [h w 4]; floats are from 0 to 1.
+
+  Raises:
+    UserError: another shape or type, values outside.
+  """
+  shown = f'{array.dtype.name}[{" ".join(map(str, array.shape))}]'
+  if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or \
+      0 in array.shape:
+    hint = ('; move the channels to the end: array.transpose(1, 2, 0)'
+            if array.ndim == 3 and array.shape[0] in (1, 3, 4) else '')
+    raise UserError(f'{name}: found {shown}, expected [h w], [h w 1], [h w 3] or [h w 4]{hint}')
+  _check_pixels(array.shape[1::-1], max_pixels, name)
+  if array.dtype.kind == 'f':
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):
+      raise UserError(f'{name}: found {shown} with values from {low:g} to {high:g}; floats must be '
+                      'from 0 to 1, or give uint8')
+    array = (array * 255 + 0.5).astype(np.uint8)
+  elif array.dtype == bool:
+    array = array.astype(np.uint8) * 255
+  elif array.dtype != np.uint8:
+    raise UserError(f'{name}: found {shown}, expected uint8, or floats from 0 to 1')
+  return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
+
+
+def data_url(text: str, *, max_bytes: int = MAX_BYTES, name: str = 'data URL') -> bytes:
+  """The bytes of `data:image/png;base64,...`.
+
+  Raises:
+    UserError: no base64, or too large.
+  """
+  head, comma, body = text.partition(',')
+  if not comma or not head.lower().endswith(';base64'):
+    raise ImageError('not an image',
+                     f'{name}: begins with {head[:40]!r}, expected data:image/...;base64,...')
+  if len(body) * 3 // 4 > max_bytes + 3:
+    raise ImageError('too large', f'{name}: holds more than {max_bytes:,} bytes')
+  try:
+    return base64.b64decode(''.join(body.split()), validate=True)
+  except (binascii.Error, ValueError) as error:
+    raise ImageError('damaged', f'{name}: is not base64 ({error})') from error
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+  """Only to http and https (urllib would also follow to ftp)."""
+
+  def redirect_request(self, req, fp, code, msg, headers, newurl):
+    if urllib.parse.urlsplit(newurl).scheme.lower() not in ('http', 'https'):
+      raise urllib.error.URLError(f'it leads to {newurl[:100]}')
+    return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> bytes:
+  """What an http or https address holds.
+
+  Raises:
+    UserError: the server refuses, cannot be reached, or sends more than `max_bytes`.
+  """
+  shown = url if len(url) <= 100 else f'{url[:97]}...'
+  opener = urllib.request.build_opener(_Redirects())
+  out = io.BytesIO()
+  try:
+    request = urllib.request.Request(url, headers={'User-Agent': 'hrvlm_jax'})
+    with opener.open(request, timeout=timeout) as answer:
+      while piece := answer.read(1 << 16):
+        out.write(piece)
+        if out.tell() > max_bytes:
+          raise ImageError('too large', f'{shown}: holds more than {max_bytes:,} bytes')
+  except urllib.error.HTTPError as error:
+    raise ImageError('missing', f'{shown}: the server answers {error.code} ({error.reason})'
+                     ) from error
+  except UserError:
+    raise
+  except (urllib.error.URLError, OSError, ValueError) as error:
+    reason = getattr(error, 'reason', None) or error
+    raise ImageError('missing', f'{shown}: cannot be fetched ({reason})') from error
+  return out.getvalue()
+
+
+def _check_pixels(size: tuple[int, int], most: int, name: str) -> None:
+  if size[0] * size[1] > most:
+    raise ImageError('too large', f'{name}: has {size[0]} x {size[1]} pixels, more than {most:,}')
