@@ -72,6 +72,7 @@ def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
     UserError: a config or data that cannot be used.
 
   >>> result = train('run.py', 'runs/mine', **{'training.steps': 2})
+  1,001,888 of 1,001,888 parameters ...
   >>> result.step
   2
   >>> model = load('runs/mine')

@@ -5,6 +5,7 @@ from hrvlm_jax.language.chat import (
   ASSISTANT,
   TEMPLATES,
   USER,
+  Dialogue,
   Message,
   get_template,
   question,
@@ -26,6 +27,10 @@ def test_texts():
     '<|im_start|>user\n<image>\nWhere?<|im_end|>\n<|im_start|>assistant\n')
   assert text('mc_llava_train', TALK[:2]) == (
     '<|im_start|>user\n<image>\nWhere?<|im_end|><|im_start|>assistant\nHere.<|im_end|>')
+  assert text('mc_llava', TALK[:3], generation=True, system='S.') == (
+    '<|im_start|>system\nS.<|im_end|>\n<|im_start|>user\n<image>\nWhere?<|im_end|>\n'
+    '<|im_start|>assistant\nHere.<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n'
+    '<|im_start|>assistant\n')
   assert text('vicuna_v1', TALK, system='S.') == (
     'S. USER: <image>\nWhere? ASSISTANT: Here.</s>USER: Why? ASSISTANT:  So </s>')
   assert text('vicuna_v1', TALK[:3], generation=True).endswith('</s>USER: Why? ASSISTANT:')
@@ -67,6 +72,20 @@ def test_parse_is_the_inverse(name):
     assert [m.text.strip() for m in found] == [m.text.strip() for m in messages]
   with pytest.raises(UserError, match='not of the template'):
     parse(template, 'nothing of the kind')
+
+
+def test_turns_with_images_of_their_own():
+  template = get_template('vicuna_v1')
+  spoken = Dialogue((TALK[0], TALK[1], Message(USER, 'And <image> these?')), (1, 0, 2))
+  assert [m.text for m in spoken.written(template)] == [
+    '<image>\nWhere?', 'Here.', '<image>\n<image>\nAnd  these?']
+  assert spoken.plain is None and Dialogue(TALK[:1], (1,)).plain == TALK[0].text
+  with pytest.raises(UserError, match='the last message is an answer'):
+    Dialogue(tuple(TALK[:2]), (1, 0))
+  with pytest.raises(UserError, match='0 for an answer'):
+    Dialogue(tuple(TALK[:3]), (1, 1, 0))
+  with pytest.raises(UserError, match='the template plain has no system text'):
+    render(get_template('plain'), TALK[:1], system='S.', generation=True)
 
 
 def test_question():
