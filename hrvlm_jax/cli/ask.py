@@ -2,10 +2,12 @@
 
 import ast
 from collections.abc import Sequence
+import json
 import pathlib
 import sys
 from typing import Any
 
+from hrvlm_jax.cli import questions
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError
 
@@ -17,12 +19,26 @@ NAMES = ('encoder', 'fastv', 'vicrop')
 
 
 def main(argv: list[str]) -> int:
-  """Answers a question about one image or several."""
+  """Answers a question about one image or several, about each of a folder, or a file of them."""
   argv, knobs = take_knobs(argv)
   parser = Parser('ask', f'{main.__doc__} {KNOBS}')
-  parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
-  parser.add_argument('image', nargs='+', help='image files, in the order of the question')
-  parser.add_argument('question')
+  parser.add_argument('--checkpoint', required=True,
+                      help="checkpoint, work directory of a run, folder in an original's layout, "
+                      'or a name on the hub (owner/name@revision)')
+  parser.add_argument('words', nargs='*', metavar='IMAGE ... "QUESTION"',
+                      help='images in the order of the question (files, - for standard input, '
+                      'addresses with --urls), none for a question of text, and the question last; '
+                      "a folder or a quoted pattern ('*.png') asks about each of its images")
+  parser.add_argument('--questions', metavar='FILE.jsonl',
+                      help='a JSON object per line, {"image": ..., "question": ...} or '
+                      '{"messages": [...]}; - for standard input')
+  parser.add_argument('--images', metavar='DIR',
+                      help='with --questions: where its images are; default: beside the file')
+  parser.add_argument('--json', action='store_true', help='print one JSON object per answer')
+  parser.add_argument('--out', metavar='FILE.jsonl',
+                      help='also keep the answers there; run again, what is there stays')
+  parser.add_argument('--batch-size', type=int, default=8, help='of many questions')
+  parser.add_argument('--urls', action='store_true', help='images may be http(s) addresses')
   parser.add_argument('--overlay', metavar='OUT.png',
                       help='also draw what the model looked at on the (first) image')
   parser.add_argument('--max-new-tokens', type=int, default=128)
@@ -35,36 +51,37 @@ def main(argv: list[str]) -> int:
                       help='turn photographs upright as their EXIF block says, or not')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   arguments = parser.parse(argv)
-  if not arguments.question.strip():
-    raise UserError('the question is empty; write it in quotes after the image')
+  questions.words_of(arguments)
   check_overlay(arguments.overlay)
-
-  from hrvlm_jax.core.images import open_image
+  if arguments.overlay and not arguments.image:
+    raise UserError('--overlay draws on an image; there is none')
+  sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
+                  top_k=arguments.top_k, top_p=arguments.top_p, beams=arguments.beams,
+                  seed=arguments.seed)
+  if questions.is_many(arguments):
+    return questions.main(arguments, knobs, sampling)
 
   # Images first: a bad file is known before a large checkpoint is read.
-  images = [open_image(path, exif=arguments.exif) for path in arguments.image]
-  import jax
+  images = [questions.picture_of(word, exif=arguments.exif, urls=arguments.urls)
+            for word in arguments.image]
+  import hrvlm_jax
 
-  from hrvlm_jax.core.execution import Execution
-  from hrvlm_jax.vlm.answer import Answerer
-
-  answerer = Answerer.load(arguments.checkpoint, ex=Execution(dtype=arguments.dtype),
-                           exif=arguments.exif, encoder_options=knobs.pop('encoder', None),
-                           methods=knobs)
-  sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-                  top_k=arguments.top_k, top_p=arguments.top_p, beams=arguments.beams)
-  try:
-    if arguments.temperature or arguments.beams > 1:
-      print(answerer.answer([(images, arguments.question)], key=jax.random.key(arguments.seed),
-                            **sampling)[0])
-    else:
-      for piece in answerer.stream(images, arguments.question, **sampling):
-        print(piece, end='', flush=True)
-      print()
-  except ValueError as error:  # settings that contradict each other
-    raise UserError(str(error)) from error
+  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+                         encoder=knobs.pop('encoder', None), methods=knobs)
+  answer = ''
+  if arguments.beams > 1 or arguments.json:
+    answer = model.ask(images, arguments.question, **sampling)
+    print(json.dumps({'question': arguments.question, 'answer': answer}, ensure_ascii=False)
+          if arguments.json else answer)
+  else:
+    for piece in model.stream(images, arguments.question, **sampling):
+      answer += piece
+      print(piece, end='', flush=True)
+    print()
+  if not answer.strip():
+    print('the answer is empty: the model ended at once', file=sys.stderr)
   if arguments.overlay:
-    answerer.overlay(images[0], arguments.question).save(arguments.overlay)
+    model.overlay(images[0], arguments.question).save(arguments.overlay)
     print(f'drawn: {arguments.overlay}', file=sys.stderr)
   return 0
 

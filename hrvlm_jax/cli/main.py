@@ -21,6 +21,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'train': ('hrvlm_jax.cli.train:main', 'train any stage of any system; resumes by itself'),
     'sweep': ('hrvlm_jax.cli.sweep:main', 'several runs of a config: a grid or a file; one table'),
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
+    'chat': ('hrvlm_jax.cli.chat:main', 'a conversation about images, in the terminal'),
     'encode': ('hrvlm_jax.cli.ask:encode', 'run a vision encoder alone; draw its selection'),
     'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
     'analyse': ('hrvlm_jax.cli.evaluate:analyse', "the papers' analyses: curves, sizes, ..."),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+import glob
 import io
 import os
+import pathlib
 from typing import Any
 import urllib.error
 import urllib.parse
@@ -17,6 +19,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import MAX_PIXELS, ExifPolicy, ImageError, open_image
+from hrvlm_jax.data.sources import IMAGE_SUFFIXES
 
 MAX_BYTES = 32 << 20  # of a download or a data URL
 TIMEOUT = 20.0  # seconds for the server to say something
@@ -57,10 +60,9 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, fil
   if isinstance(source, str) and source[:5].lower() == 'data:':
     return open_image(data_url(source, max_bytes=max_bytes, name=name or 'data URL'),
                       name=name or 'data URL', **read)
-  if isinstance(source, str) and (scheme := urllib.parse.urlsplit(source[:200]).scheme.lower()) \
-      and source[len(scheme):].startswith('://'):
+  if isinstance(source, str) and is_address(source):
     shown = source if len(source) <= 100 else f'{source[:97]}...'
-    if scheme not in ('http', 'https'):
+    if not source.lower().startswith(('http://', 'https://')):
       raise UserError(f'{shown}: addresses begin with http:// or https://; expected {_FORMS}')
     if not urls:
       raise UserError(f'{shown}: addresses are not fetched unless they are allowed: '
@@ -75,6 +77,12 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, fil
     return from_array(np.asarray(source), max_pixels=max_pixels, name=name or 'array')
   found = 'nothing' if source is None else type(source).__name__
   raise UserError(f'{name or "image"}: found {found}, expected {_FORMS}')
+
+
+def is_address(text: str) -> bool:
+  """Whether a text is an address (`scheme://...`) and no path."""
+  scheme, mark, _ = text[:200].partition('://')
+  return bool(mark) and scheme.isalpha()
 
 
 def from_array(array: np.ndarray, *, max_pixels: int = MAX_PIXELS, name: str = 'array'
@@ -156,6 +164,36 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> 
     reason = getattr(error, 'reason', None) or error
     raise ImageError('missing', f'{shown}: cannot be fetched ({reason})') from error
   return out.getvalue()
+
+
+def spread(words: Sequence[str]) -> list[str] | None:
+  """The images that folders and patterns stand for; None where all are single images.
+
+  Raises:
+    UserError: a folder or pattern without an image.
+  """
+  if not any(_is_several(word) for word in words):
+    return None
+  found: list[str] = []
+  for word in words:
+    if not _is_several(word):
+      found.append(word)
+      continue
+    path = pathlib.Path(word)
+    names = sorted(str(p) for p in path.rglob('*')) if path.is_dir() else sorted(
+      glob.glob(word, recursive=True))
+    names = [name for name in names
+             if name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(name)]
+    if not names:
+      raise UserError(f'{word}: has no images ({", ".join(IMAGE_SUFFIXES)})')
+    found += names
+  return found
+
+
+def _is_several(word: str) -> bool:
+  if os.path.isdir(word):
+    return True
+  return any(mark in word for mark in '*?[') and not os.path.exists(word) and not is_address(word)
 
 
 def _check_pixels(size: tuple[int, int], most: int, name: str) -> None:

@@ -240,6 +240,16 @@ class Model:
     return self._encoder.compilations() + (
       0 if self.answerer is None else self.answerer.generator.compilations())
 
+  def check(self, settings: Mapping[str, Any]) -> None:
+    """Refuses settings of an answer that do not exist or contradict each other, before any work.
+
+    Raises:
+      UserError: all of them.
+
+    >>> model.check({'max_new_tokens': 4, 'seed': 1})
+    """
+    self._sampling(settings)
+
   def _open(self, image: Any) -> Image.Image:
     return as_image(image, **self._reading)
 

@@ -145,7 +145,7 @@ class Answerer:
     batch = self.batch(self.shown([(opened, text)]))
     embeds, valid, extras = self.generator.prompt(batch)
     ids: list[int] = []
-    shown = ''
+    shown = now = ''
     for token in self.generator.stream(embeds, valid, self.sampling(**options), key=key,
                                        extras=extras):
       ids.append(int(token[0]))
@@ -154,6 +154,8 @@ class Answerer:
       if now.startswith(shown) and not now.endswith('\ufffd'):
         yield now[len(shown):]
         shown = now
+    if now != shown and now.startswith(shown):  # the answer ends inside a character
+      yield now[len(shown):]
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of new tokens, without special tokens and outer white space."""

@@ -32,8 +32,8 @@ def world(tmp_path_factory):
   folder = root / 'runs/quickstart'
   files = {f'tokenizer/{name}': data for name, data in tokenizer_of('byte').files.items()}
   store.save_params(folder / 'checkpoint', params, {'model': to_dict(config)}, extra_files=files)
-  (folder / 'data/eval').mkdir(parents=True)
-  picture(400, 80).save(folder / 'data/eval/00000.png')
+  (folder / 'data/eval/images').mkdir(parents=True)
+  picture(400, 80).save(folder / 'data/eval/images/000000.png')
   picture(120, 90).save(root / 'photo.png')
   picture(300, 80, 1).save(root / 'other.png')
   rows = [{'id': str(n), 'image': name, 'question': 'What is written?', 'answer': 'STOP'}

@@ -73,7 +73,7 @@ def test_every_form_of_an_image_is_the_same_image(world, model):
 
 def test_two_images_ask_for_no_other_buckets(world, model):
   """The quickstart's own buckets end at the views of one image."""
-  two = [world / 'runs/quickstart/data/eval/00000.png', world / 'other.png']
+  two = [world / 'runs/quickstart/data/eval/images/000000.png', world / 'other.png']
   assert model.config.encoder.view_buckets == (1, 16)
   one = model.ask(two[0], 'Which?', **SHORT)
   assert model.ask(two, 'Which?', **SHORT) != one

@@ -1,0 +1,179 @@
+"""README's lines, and one loaded model from the command line: many questions, a conversation."""
+
+import io
+import json
+import pathlib
+import re
+import time
+
+from PIL import Image
+import pytest
+
+import hrvlm_jax
+from hrvlm_jax.cli.main import main
+from hrvlm_jax.front import loading
+
+ROOT = pathlib.Path(__file__).parents[2]
+CHECKPOINT = 'runs/quickstart/checkpoint'
+SHORT = ['--checkpoint', CHECKPOINT, '--max-new-tokens', '4']
+
+
+@pytest.fixture(autouse=True)
+def here(world, model, monkeypatch):
+  """The folder, and the model that is loaded already in place of another start."""
+  monkeypatch.chdir(world)
+  load = loading.load
+
+  def loaded(what, **options):
+    plain = not options.get('encoder') and not options.get('methods')
+    return model if str(what) == CHECKPOINT and plain else load(what, **options)
+
+  monkeypatch.setattr(loading, 'load', loaded)
+  return world
+
+
+def asked(capsys, *argv, status=0):
+  """(standard output, standard error) of `hrvlm ask` or another verb."""
+  assert main(list(argv)) == status
+  return capsys.readouterr()
+
+
+def test_the_lines_of_the_readme_run(here, capsys, model):
+  lines = re.search(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+  assert len([line for line in lines.splitlines() if line.strip()]) <= 5
+  names = {}
+  exec(compile(lines, 'README.md', 'exec'), names)
+  assert capsys.readouterr().out.strip()
+  assert Image.open('crops.png').size == (400, 80)
+  # The second question of the same shape: no compilation, and next to no time.
+  before, began = names['model'].compilations(), time.process_time()
+  names['model'].ask('runs/quickstart/data/eval/images/000000.png', 'What does the blue sign say?')
+  assert names['model'].compilations() == before
+  assert time.process_time() - began < 0.2 * 4  # 0.2 s; programs of the suite are not optimised
+
+
+def test_ask_takes_what_python_takes(here, capsys, monkeypatch, model):
+  text, words = 'What is this?', ['ask', *SHORT]
+  expected = model.ask('photo.png', text, max_new_tokens=4)
+  assert asked(capsys, *words, 'photo.png', text).out.strip() == expected
+  found = asked(capsys, *words, 'photo.png', text, '--json').out
+  assert json.loads(found) == {'question': text, 'answer': expected}
+  pipe = io.TextIOWrapper(io.BytesIO(pathlib.Path('photo.png').read_bytes()))
+  monkeypatch.setattr('sys.stdin', pipe)
+  assert asked(capsys, *words, '-', text).out.strip() == expected
+  assert asked(capsys, *words, 'Only text?').out.strip() == \
+    model.ask(None, 'Only text?', max_new_tokens=4)
+  for argv, message in (
+      (['photo.png'], 'is an image; write the question'), ([], 'there is no question'),
+      (['photo.png', ' '], 'the question is empty'), (['https://x.org/a.png', text], 'not fetched'),
+      (['Text?', '--overlay', 'o.png'], 'there is none'), (['x*.png', text], 'has no images'),
+      (['a.png', text, '--images', '.'], '--images belongs to --questions'),
+      (['--questions', 'none.jsonl'], 'no such file; expected JSON lines'),
+      (['a.png', '--questions', 'own.jsonl'], 'has its images and questions in the file')):
+    assert message in asked(capsys, *words, *argv, status=2).err
+
+
+def test_folders_and_patterns_ask_about_each_image(here, capsys, model, tmp_path):
+  (tmp_path / 'in').mkdir()
+  for name in ('a.png', 'in/b.png'):
+    (tmp_path / name).write_bytes(pathlib.Path('photo.png').read_bytes())
+  (tmp_path / 'c.png').write_bytes(b'no image')
+  expected = model.ask('photo.png', 'What?', max_new_tokens=4)
+  out, err = asked(capsys, 'ask', *SHORT, str(tmp_path), 'What?', status=1)
+  assert out == f'{tmp_path}/a.png: {expected}\n{tmp_path}/in/b.png: {expected}\n'
+  assert 'c.png: ' in err and '1 of 3 lines could not be asked' in err
+  out, _ = asked(capsys, 'ask', *SHORT, str(tmp_path / '*.png'), 'What?', '--json', status=1)
+  records = [json.loads(line) for line in out.splitlines()]
+  assert [record['image'][-5:] for record in records] == ['a.png', 'c.png']
+  assert records[0]['answer'] == expected and 'error' in records[1]
+
+
+QUESTIONS = [
+  {'id': 'a', 'image': 'photo.png', 'question': 'What?'}, '{"image": "photo.png"',
+  {'messages': [{'role': 'user', 'content': [{'type': 'image', 'image': 'other.png'},
+                                             {'type': 'text', 'text': 'Where?'}]}]},
+  {'question': 'No image?'}, {'image': 'nowhere.png', 'question': 'What?'},
+  {'images': ['photo.png', 'other.png'], 'question': 'Both?'}, [1], {'image': 'photo.png'},
+  {'question': 'x', 'messages': []}, {'question': ' '}, {'question': 5},
+]
+
+
+def test_a_file_of_questions(here, capsys, model, tmp_path, monkeypatch):
+  lines = [line if isinstance(line, str) else json.dumps(line) for line in QUESTIONS]
+  (here / 'q.jsonl').write_text('\n'.join(lines[:1] + [''] + lines[1:]) + '\n')
+  words = ['ask', *SHORT, '--questions', 'q.jsonl', '--json', '--batch-size', '3']
+  out, err = asked(capsys, *words, '--out', str(tmp_path / 'out.jsonl'), status=1)
+  records = [json.loads(line) for line in out.splitlines()]
+  assert [record['line'] for record in records] == [1, *range(3, 13)]
+  errors = [record.get('error') for record in records]
+  words_of = ('', 'is not JSON', '', '', 'nowhere.png: no such file', '', 'is list, expected',
+              'needs either "question"', 'has both', 'the question is empty', '"question" is int')
+  assert all((error or '').find(word) >= 0 and bool(error) == bool(word)
+             for error, word in zip(errors, words_of, strict=True)), errors
+  assert records[0]['id'] == 'a' and '7 of 11 lines could not be asked' in err
+  ask = lambda *item: model.ask(*item, max_new_tokens=4)
+  assert records[0]['answer'] == ask('photo.png', 'What?')
+  assert records[2]['answer'] == ask('other.png', 'Where?')
+  assert records[3]['answer'] == ask(None, 'No image?')
+  assert records[5]['answer'] == ask(['photo.png', 'other.png'], 'Both?')
+
+  # Killed in the middle of a line, and started again: what is there stays, the rest is asked.
+  kept = (tmp_path / 'out.jsonl').read_bytes().splitlines(keepends=True)
+  (tmp_path / 'out.jsonl').write_bytes(b''.join(kept[:4]) + kept[4][:10])
+  out, err = asked(capsys, *words, '--out', str(tmp_path / 'out.jsonl'), status=1)
+  assert len(out.splitlines()) == 7 and '4 were answered before' in err
+  assert (tmp_path / 'out.jsonl').read_bytes().splitlines(keepends=True) == kept
+  changed = ['ask', '--checkpoint', CHECKPOINT, '--max-new-tokens', '5', *words[5:]]
+  assert 'other lines, another model or other settings' in asked(
+    capsys, *changed, '--out', str(tmp_path / 'out.jsonl'), status=2).err
+  (tmp_path / 'x.jsonl').write_text('{"a": 1}\n')
+  assert 'line 1: is no record of hrvlm ask' in asked(
+    capsys, *words, '--out', str(tmp_path / 'x.jsonl'), status=2).err
+
+  # The same from standard input.
+  monkeypatch.setattr('sys.stdin', io.StringIO('\n'.join(lines[:1] + lines[3:4]) + '\n'))
+  out, _ = asked(capsys, 'ask', *SHORT, '--questions', '-')
+  assert out.splitlines() == [' '.join(records[n]['answer'].splitlines()) for n in (0, 3)]
+
+
+def test_empty_answers_are_said_to_be_empty(here, capsys, model, monkeypatch):
+  monkeypatch.setattr(model, 'stream', lambda *_, **__: iter(()))
+  monkeypatch.setattr(model, '_answers', lambda items, _: [''] * len(items))
+  out, err = asked(capsys, 'ask', *SHORT, 'photo.png', 'What?')
+  assert out == '\n' and 'the answer is empty' in err
+  assert '3 of 3 answers are empty' in asked(
+    capsys, 'ask', *SHORT, '--questions', 'own.jsonl').err
+  monkeypatch.setattr('sys.stdin', io.StringIO('What?\n'))
+  assert 'the answer is empty' in asked(capsys, 'chat', *SHORT).err
+
+
+def test_a_conversation_in_the_terminal(here, capsys, model, monkeypatch):
+  script = ['photo.png What is this?', 'And now?', '/overlay looked.png', '/histry', '/history',
+            'nowhere', '/image "other.png"', '/overlay', 'Another?', '/new', '/system Be short.',
+            'Hello?', '/history', '/help', '/quit', 'never asked']
+  monkeypatch.setattr('sys.stdin', io.StringIO('\n'.join(script) + '\n'))
+  out, err = asked(capsys, 'chat', *SHORT, status=1)
+  chat = model.chat()
+  answers = [chat.ask('What is this?', 'photo.png', max_new_tokens=4),
+             chat.ask('And now?', max_new_tokens=4)]
+  assert out.startswith('\n'.join(answers) + '\ndrawn: looked.png\nuser: [image] What is this?\n')
+  assert 'unknown command /histry (nearest known: /history)' in err
+  assert Image.open('looked.png').size == (120, 90) and Image.open('overlay.png').size == (300, 80)
+  fresh = model.chat(system='Be short.')
+  answer = fresh.ask('Hello?', max_new_tokens=4)
+  assert f'system: Be short.\nuser: Hello?\nassistant: {answer}\n' in out
+  assert '/quit' in out and 'never asked' not in out
+
+
+def test_a_template_of_one_turn_says_so(capsys):
+  """Pheye was trained on one question and one answer."""
+  from hrvlm_jax.core.errors import UserError
+  from hrvlm_jax.language.chat import ASSISTANT, USER, Dialogue, Message
+  from hrvlm_jax.language.prompt import Text, tokenizer_of
+
+  text = Text(tokenizer=tokenizer_of('byte'), chat='pheye', image_token=None)
+  turns = (Message(USER, 'A?'), Message(ASSISTANT, 'B.'), Message(USER, 'C?'))
+  with pytest.raises(UserError, match='has one question and one answer, found 3 messages; begin a'):
+    text.prompt(Dialogue(turns, (1, 0, 0)), [0])
+  assert len(text.prompt(Dialogue(turns[:1], (1,), 'Own.'), [0])['tokens'])
+  assert hrvlm_jax.__version__
