@@ -2,25 +2,28 @@
 
 Axis letters: b batch, t queries, s keys, h query heads, k key/value heads, d head width.
 `xla` works everywhere and is the reference of the tests; `cudnn` and `splash` are fused kernels of
-GPU and TPU. Scores are accumulated in float32 and the softmax is taken in float32 (the originals
-multiply q and k in float32 even in half precision; Phi-2 overflows otherwise).
+GPU and TPU, in modules of their own. Callers say which places are valid, which belong together and
+whether order counts, and never hand over an array of queries times keys. Scores are accumulated in
+float32 and the softmax is taken in float32 (the originals multiply q and k in float32 even in half
+precision; Phi-2 overflows otherwise).
 """
 
 from __future__ import annotations
 
-import math
-
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hrvlm_jax.core import cpu
+from hrvlm_jax.core import cpu, cudnn, splash
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import MASKED, wide_dtype
 
-IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'auto')
+IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'interpret', 'auto')
 # Scores of one device that the 'xla' path makes at a time (512 MB in float32); more go by queries.
 _AT_A_TIME = 2**27
+# Queries and keys from which a fused kernel pays: it works on blocks of 128.
+_FUSED_FROM = 128
 
 
 def attention(
@@ -28,22 +31,32 @@ def attention(
   k: Float[Array, 'b s k d'],
   v: Float[Array, 'b s k d'],
   *,
-  mask: Bool[Array, '#b #h #t s'] | None = None,
+  valid: Bool[Array, '#b s'] | None = None,
+  segments: Int[Array, '#b t'] | None = None,
+  kv_segments: Int[Array, '#b s'] | None = None,
   causal: bool = False,
+  slot: jax.Array | int = 0,
   scale: float | None = None,
   ex: Execution = HERE,
 ) -> Float[Array, 'b t h d']:
-  """softmax(q k^T * scale + mask) v, key head j serving query heads j*h/k .. (j+1)*h/k - 1.
+  """softmax(q k^T * scale) v over the keys a query may read; key head j serves query heads
+  j*h/k .. (j+1)*h/k - 1. What may be read is that of `visible`.
+
+  A query that is padding yields something finite that depends on the form.
 
   Args:
-    mask: True where a query may look at a key, broadcastable to [b h t s].
-    causal: adds `key index <= query index` (t == s expected).
+    valid: keys that are no padding.
+    segments: of the queries: each reads keys of its own segment (packed examples).
+    kv_segments: of the keys; default: `segments`.
+    causal: no query reads a key behind its own place.
+    slot: place of the first query among the keys, where causal.
     scale: default d ** -0.5.
     ex: `attention` is the form: 'xla', 'heads' (one head at a time: memory of one head's scores;
       what 'xla' becomes on a CPU for large inputs, where it is some seven times faster), 'queries'
       (blocks of queries, one after the other: what 'xla' becomes elsewhere where the scores would
-      fill a device's memory), 'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), or 'auto' (the
-      fused kernel of the platform where the arguments allow it, else 'xla').
+      fill a device's memory), 'cudnn' (NVIDIA GPU, half precision), 'splash' (TPU), 'interpret'
+      ('splash' interpreted: slow, for tests without a TPU), or 'auto' (the fused kernel of the
+      platform where the arguments allow it, else 'xla').
 
   Raises:
     ValueError: unknown form, or one that this backend or these arguments do not support.
@@ -52,12 +65,72 @@ def attention(
   if form not in IMPLEMENTATIONS:
     raise ValueError(f'attention: the form must be one of {IMPLEMENTATIONS}, got {form!r}')
   scale = q.shape[-1] ** -0.5 if scale is None else scale
-  if form == 'auto':
-    form = _choose(q, mask, ex)
+  if form in ('auto', 'splash', 'interpret', 'cudnn'):
+    _check(form, q, ex)
+    form = _choose(form, q, k, causal, slot, ex)
+  what = dict(valid=valid, segments=segments, kv_segments=kv_segments, causal=causal)
   if form == 'cudnn':
-    return _cudnn(q, k, v, mask, causal, scale, ex)
-  if form == 'splash':
-    return _splash(q, k, v, mask, causal, scale, ex)
+    return cudnn.attention(q, k, v, **what, scale=scale, ex=ex)
+  if form in ('splash', 'interpret'):
+    return splash.attention(q, k, v, **what, slot=slot, scale=scale, ex=ex,
+                            interpret=form == 'interpret')
+  mask = None
+  if valid is not None or segments is not None or (causal and q.shape[1] != k.shape[1]):
+    mask, causal = visible(q.shape[1], k.shape[1], slot=slot, **what), False
+  out = _arrays(q, k, v, mask, causal, scale, form, ex)
+  return checkpoint_name(out, splash.RESIDUAL)
+
+
+def visible(
+  t: int, s: int, *, valid: Bool[Array, '#b s'] | None = None,
+  segments: Int[Array, '#b t'] | None = None, kv_segments: Int[Array, '#b s'] | None = None,
+  causal: bool = False, slot: jax.Array | int = 0,
+) -> Bool[Array, '#b 1 #t s'] | None:
+  """Which of s keys each of t queries may read: valid ones of its own segment, up to its own place
+  where causal; None: all.
+
+  A causal query may always read itself, so that a padded row yields finite garbage instead of NaN.
+  Arguments as of `attention`.
+  """
+  mask = None if valid is None else valid[:, None, :]
+  if segments is not None:
+    kv_segments = segments if kv_segments is None else kv_segments
+    same = segments[:, :, None] == kv_segments[:, None, :]
+    mask = same if mask is None else mask & same
+  if causal:
+    rows, cols = jnp.arange(t)[:, None] + slot, jnp.arange(s)[None]
+    before = (cols <= rows)[None]
+    mask = before if mask is None else before & mask | (cols == rows)[None]
+  return None if mask is None else mask[:, None]
+
+
+def _check(form: str, q: jax.Array, ex: Execution) -> None:
+  wanted = {'cudnn': ('gpu', 'an NVIDIA GPU'), 'splash': ('tpu', 'a TPU')}.get(form)
+  if wanted and ex.on != wanted[0]:
+    raise ValueError(f"attention: {form!r} needs {wanted[1]}; use 'xla' or 'auto' here")
+  if form == 'cudnn' and q.dtype not in cudnn.DTYPES:
+    raise ValueError(f"attention: 'cudnn' takes bfloat16 or float16, got {q.dtype}")
+
+
+def _choose(form: str, q, k, causal, slot, ex: Execution) -> str:
+  """The form of these arguments where a fused kernel is asked for, or the platform's own."""
+  t, s = q.shape[1], k.shape[1]
+  if form == 'auto':
+    form = {'tpu': 'splash', 'gpu': 'cudnn'}.get(ex.on, 'xla')
+    if form == 'cudnn' and (q.dtype not in cudnn.DTYPES or ex.deterministic):
+      form = 'xla'  # the kernel's gradient adds up in no fixed order
+    if min(t, s) < _FUSED_FROM:
+      form = 'xla'
+  if form == 'cudnn':
+    # The kernel takes no place of the first query, and widths in units of 16 bytes.
+    return 'xla' if q.shape[-1] % 8 or (causal and t != s) else 'cudnn'
+  # The place of the queries is part of the kernel: a few queries at a place that the program finds
+  # out (a token that is decoded) are read plainly.
+  return 'xla' if form != 'xla' and causal and not isinstance(slot, int) else form
+
+
+def _arrays(q, k, v, mask, causal, scale, form, ex: Execution):
+  """The forms that make arrays of scores."""
   scores = q.shape[0] * q.shape[2] * q.shape[1] * k.shape[1]
   # One head after the other would gather everything on every device of a mesh.
   if form == 'heads' or (scores > cpu.HEADS_FROM and ex.one_cpu):
@@ -147,58 +220,3 @@ def _by_queries(q, k, v, mask, causal, scale, *, pieces: int):
     lambda part: _at_once(part[0], k, v, mask if whole else part[1], False, scale))
   out = jnp.moveaxis(jax.lax.map(one, parts), 0, 1)
   return out.reshape(q.shape[0], pieces * block, *out.shape[3:])[:, :t]
-
-
-def _choose(q, mask, ex: Execution) -> str:
-  if ex.on == 'gpu' and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0:
-    return 'cudnn'
-  # The splash kernel is tiled by 128, takes no arbitrary masks and cannot be partitioned.
-  if ex.on == 'tpu' and ex.devices == 1 and mask is None and q.shape[1] % 128 == 0:
-    return 'splash'
-  return 'xla'
-
-
-def _cudnn(q, k, v, mask, causal, scale, ex: Execution):
-  if ex.on != 'gpu':
-    raise ValueError("attention: 'cudnn' needs an NVIDIA GPU; use 'xla' or 'auto' here")
-  if q.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(f"attention: 'cudnn' takes bfloat16 or float16, got {q.dtype}")
-  return jax.nn.dot_product_attention(
-    q, k, v, mask=mask, is_causal=causal, scale=scale, implementation='cudnn')
-
-
-def _splash(q, k, v, mask, causal, scale, ex: Execution, *, interpret: bool = False):
-  """TPU splash attention. Head widths that are no multiple of 128 (72, 64) are padded with zeros,
-  which changes neither the scores nor the kept output columns."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel,
-    splash_attention_mask as masks,
-  )
-
-  if mask is not None:
-    raise ValueError("attention: 'splash' takes no mask array; use causal= or 'xla'")
-  if not interpret and ex.on != 'tpu':
-    raise ValueError("attention: 'splash' needs a TPU; use 'xla' or 'auto' here")
-  t, heads, width = q.shape[1:]
-  s, kv_heads = k.shape[1:3]
-  if t % 128 or s % 128:
-    raise ValueError(f"attention: 'splash' needs lengths in multiples of 128, got {t}, {s}")
-  padded = math.ceil(width / 128) * 128
-  pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, padded - width)))
-  shape = (t, s)
-  one = masks.CausalMask(shape) if causal else masks.FullMask(shape)
-  build = kernel.make_splash_mha if heads == kv_heads else kernel.make_splash_mqa
-  if heads == kv_heads:
-    run = build(masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1,
-                interpret=interpret)
-    heads_first = lambda x: jnp.swapaxes(pad(x), 1, 2)
-    out = jax.vmap(run)(heads_first(q * jnp.asarray(scale, q.dtype)), heads_first(k),
-                        heads_first(v))
-    return jnp.swapaxes(out, 1, 2)[..., :width].astype(q.dtype)
-  groups = heads // kv_heads
-  run = build(masks.MultiHeadMask([one] * groups), head_shards=1, q_seq_shards=1,
-              interpret=interpret)
-  grouped = pad(q * jnp.asarray(scale, q.dtype)).reshape(q.shape[0], t, kv_heads, groups, padded)
-  out = jax.vmap(jax.vmap(run))(
-    jnp.einsum('btkgd->bkgtd', grouped), jnp.swapaxes(pad(k), 1, 2), jnp.swapaxes(pad(v), 1, 2))
-  return jnp.einsum('bkgtd->btkgd', out).reshape(*q.shape[:3], padded)[..., :width].astype(q.dtype)

@@ -12,6 +12,7 @@ Axis letters: b batch, t positions of a row, d width, v vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -37,7 +38,7 @@ class Execution:
     platform: 'cpu', 'gpu' or 'tpu'; None: the mesh's, or else the default backend's.
     dtype: of activations.
     remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
-    attention: form of attention, see `core.attention`.
+    attention: form of attention, see `core.attention`; 'auto': the platform's own.
     layers: how stacked layers run: 'loop' (one compilation for any depth), or 'unrolled': one
       after the other. The program grows with the depth, and so does its compilation; in exchange no
       layer's weights are cut out of the stack, and what the backward pass needs of a layer is
@@ -50,7 +51,7 @@ class Execution:
   platform: str | None = None
   dtype: str = 'float32'
   remat: Literal['none', 'layers', 'dots'] = 'none'
-  attention: str = 'xla'
+  attention: str = 'auto'
   layers: Literal['loop', 'unrolled'] = 'loop'
   gradients: bool = False
   deterministic: bool = False
@@ -97,6 +98,20 @@ class Execution:
   def replace(self, **changes) -> Execution:
     """The same circumstances but for `changes`."""
     return dataclasses.replace(self, **changes)
+
+  def spread(self, rows: int, heads: int) -> tuple[tuple[str, ...] | None, str | None]:
+    """(axes of the rows, axis of the heads) of an attention on the mesh.
+
+    Rows lie over data and fsdp, or over one of the two, heads over tensor; None where they do not
+    divide.
+    """
+    sizes = self.mesh.shape
+    for axes in (BATCH_AXES, BATCH_AXES[1:], BATCH_AXES[:1]):
+      if rows % math.prod(sizes[axis] for axis in axes) == 0:
+        break
+    else:
+      axes = None
+    return axes, 'tensor' if heads % sizes['tensor'] == 0 else None
 
   def constrain(self, place: str, x):
     """`x` (an array or a tree of arrays) laid over the mesh as that place wants it.

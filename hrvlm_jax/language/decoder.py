@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from hrvlm_jax.core.attention import attention, attention_weights, last_true
+from hrvlm_jax.core.attention import attention, attention_weights, last_true, visible
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import (
   Embedding,
@@ -84,39 +84,30 @@ class Context:
 
   Attributes:
     rope: angles of the new tokens.
-    mask: bool [b 1 t s]: which cache slots (or new tokens, without a cache) a query may read;
-      None together with causal=True when every token is real.
+    valid: bool [b s]: which cache slots (or new tokens, without a cache) hold real tokens.
+    segments: int [b t] of the new tokens and kv_segments [b s] of what they read: packed examples,
+      a token reads its own; None: one example a row.
     slot: first cache slot of the new tokens; 0 with `fresh` means a prefill.
-    causal: the fused causal form (no mask array) is enough.
     fresh: the new tokens attend to each other only, even when they are written to a cache.
   """
 
   rope: Rope
-  mask: jax.Array | None
+  valid: jax.Array
+  segments: jax.Array | None = None
+  kv_segments: jax.Array | None = None
   slot: jax.Array | int = 0
-  causal: bool = dataclasses.field(default=False, metadata={'static': True})
   fresh: bool = dataclasses.field(default=True, metadata={'static': True})
   ex: Execution = dataclasses.field(default=HERE, metadata={'static': True})
 
+  @property
+  def reads(self) -> dict[str, Any]:
+    """What the new tokens may read, as `core.attention.attention` is told."""
+    return dict(valid=self.valid, segments=self.segments, kv_segments=self.kv_segments,
+                causal=True, slot=0 if self.fresh else self.slot)
 
-def causal_mask(
-  valid: Bool[Array, 'b s'], *, queries: int | None = None, slot: jax.Array | int = 0,
-  segments: Int[Array, 'b s'] | None = None,
-) -> Bool[Array, 'b 1 t s']:
-  """Which slots the queries at slots slot..slot+t may read: valid ones up to their own.
-
-  Every query may read itself, so that a padded row yields finite garbage instead of NaN.
-  segments: packed examples; a query reads its own segment only.
-  """
-  size = valid.shape[1]
-  queries = size if queries is None else queries
-  rows = jnp.arange(queries)[:, None] + slot
-  cols = jnp.arange(size)[None]
-  mask = (cols <= rows)[None] & valid[:, None, :]
-  if segments is not None:
-    own = jax.lax.dynamic_slice_in_dim(segments, slot, queries, axis=1)
-    mask &= own[:, :, None] == segments[:, None, :]
-  return (mask | (cols == rows)[None])[:, None]
+  def mask(self, queries: int) -> Bool[Array, 'b 1 t s']:
+    """The same as an array, for attention weights that are looked at."""
+    return visible(queries, self.valid.shape[1], **self.reads)
 
 
 def default_positions(valid: Bool[Array, 'b t']) -> Int[Array, 'b t']:
@@ -157,7 +148,7 @@ class SelfAttention(Module):
       cache = {'k': write(cache['k'], k), 'v': write(cache['v'], v)}
       if not context.fresh:
         read_k, read_v = cache['k'].astype(x.dtype), cache['v'].astype(x.dtype)
-    y = attention(q, read_k, read_v, mask=context.mask, causal=context.causal, ex=context.ex)
+    y = attention(q, read_k, read_v, **context.reads, ex=context.ex)
     return self.out(y.reshape(*x.shape[:2], -1), key=keys[1], ex=context.ex), cache
 
 
@@ -249,8 +240,11 @@ class Decoder(Module):
       positions = default_positions(valid)
       if not fresh:
         positions = jax.lax.dynamic_slice_in_dim(positions, slot, queries, axis=1)
-    mask = causal_mask(valid, queries=queries, slot=slot, segments=segments)
-    return Context(rope_table(self.config, positions), mask, slot, fresh=fresh, ex=ex)
+    own = segments
+    if segments is not None and not fresh:
+      own = jax.lax.dynamic_slice_in_dim(segments, slot, queries, axis=1)
+    return Context(rope_table(self.config, positions), valid, own, segments, slot, fresh=fresh,
+                   ex=ex)
 
   def layers(
     self, x: Float[Array, 'b t d'], context: Context, cache: Cache = None, *, start: int = 0,
@@ -358,7 +352,7 @@ class Decoder(Module):
     x, _ = self.layers(x, context, stop=layer)
     block = layer_at(self.blocks, layer)
     q, k, v = block.attn.project(block.norm1(x), context.rope, ex=ex)
-    mask = context.mask
+    mask = context.mask(x.shape[1])
     if queries is not None:
       index = jnp.asarray(queries)
       return q, k, v, attention_weights(q[:, index], k, mask=mask[:, :, index])

@@ -119,7 +119,7 @@ class TrainingConfig:
   frozen_dtype: Literal['float32', 'bfloat16'] | None = None
   layers: Literal['loop', 'unrolled'] = 'loop'
   remat: Literal['none', 'layers', 'dots'] = 'none'
-  attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'xla'
+  attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'auto'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
   loss_chunk: int = 512
   objective: ObjectiveOptions | str = 'next_token'

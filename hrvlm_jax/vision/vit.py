@@ -219,9 +219,8 @@ class AttentionPool(Module):
     """Args: mask: bool [n t], keys that may be looked at (all by default)."""
     probe = jnp.broadcast_to(self.probe[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
     split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
-    mask = None if mask is None else mask[:, None, None, :]
     y = attention(split(self.attn.q(probe)), split(self.attn.k(x)), split(self.attn.v(x)),
-                  mask=mask, ex=ex.plain)
+                  valid=mask, ex=ex.plain)
     y = self.attn.out(y.reshape(probe.shape))
     return (y + self.mlp(self.norm(y)))[:, 0]
 

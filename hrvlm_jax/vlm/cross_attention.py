@@ -84,8 +84,7 @@ class MediaAttention(Module):
   def __call__(self, x: Float[Array, 'n t d'], keys: Float[Array, 'b m h p'],
                values: Float[Array, 'b m h p'], valid: Bool[Array, 'b m'], *,
                ex: Execution = HERE) -> Float[Array, 'n t d']:
-    y = attention(self._queries(x, keys), keys, values, mask=valid[:, None, None],
-                  scale=HEAD_WIDTH**-0.5, ex=ex)
+    y = attention(self._queries(x, keys), keys, values, valid=valid, scale=HEAD_WIDTH**-0.5, ex=ex)
     return self.out(y.reshape(*x.shape[:2], -1))
 
   def weights(self, x, keys, valid) -> Float[Array, 'n h t m']:

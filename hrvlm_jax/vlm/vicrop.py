@@ -239,7 +239,7 @@ class ViCropAnswerer(Answerer):
     block = layer_at(decoder.blocks, index)
     normed = block.norm1(x)
     q, k, v = block.attn.project(normed, context.rope, ex=ex)
-    y = attention(q, k, v, mask=context.mask, ex=ex)
+    y = attention(q, k, v, **context.reads, ex=ex)
     values = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
     row = jnp.einsum('bht,bthp->bhp', probs, values)
     last = last_true(valid)

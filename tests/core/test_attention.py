@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core import attention as lib, cpu
-from hrvlm_jax.core.execution import AXES, HERE, Execution
+from hrvlm_jax.core.execution import AXES, Execution
 
 
 def inputs(t=5, s=7, h=4, k=2, d=8, dtype=jnp.float32):
@@ -32,20 +32,36 @@ def test_grouped_heads_repeat_consecutively():
   np.testing.assert_allclose(lib.attention(q, k, v), reference(q, k, v), atol=1e-5)
 
 
-def test_masks_and_causality():
+VALID = np.random.default_rng(0).random((2, 7)) < 0.7
+SEGMENTS = np.array([[0, 0, 0, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 2]])
+
+
+def test_what_is_visible():
   q, k, v = inputs(t=7)
-  mask = np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7
-  mask |= np.eye(7, dtype=bool)
-  np.testing.assert_allclose(lib.attention(q, k, v, mask=jnp.asarray(mask)),
-                             reference(q, k, v, mask), atol=1e-5)
-  triangle = np.tril(np.ones((7, 7), bool))
-  np.testing.assert_allclose(lib.attention(q, k, v, mask=jnp.asarray(mask), causal=True),
-                             reference(q, k, v, mask & triangle), atol=1e-5)
+  triangle, own = np.tril(np.ones((7, 7), bool)), np.eye(7, dtype=bool)
+  keys = np.broadcast_to(VALID[:, None, None], (2, 1, 7, 7))
+  same = (SEGMENTS[:, :, None] == SEGMENTS[:, None])[:, None]
+  for options, mask in (
+    ({}, None),
+    ({'valid': VALID}, keys),
+    ({'causal': True}, triangle),
+    ({'valid': VALID, 'causal': True}, keys & triangle | own),
+    ({'valid': VALID, 'segments': SEGMENTS}, keys & same),
+    ({'valid': VALID, 'segments': SEGMENTS, 'causal': True}, keys & same & triangle | own),
+  ):
+    options = {name: jnp.asarray(x) if name != 'causal' else x for name, x in options.items()}
+    np.testing.assert_allclose(lib.attention(q, k, v, **options), reference(q, k, v, mask),
+                               atol=1e-5)
+  # Queries that stand at places 3 and 4 of the keys.
+  options = dict(valid=jnp.asarray(VALID), causal=True)
+  late = lib.attention(q[:, 3:5], k, v, **options, slot=jnp.int32(3))
+  np.testing.assert_array_equal(late, lib.attention(q[:, 3:5], k, v, **options, slot=3))
+  np.testing.assert_allclose(late, lib.attention(q, k, v, **options)[:, 3:5], atol=1e-6)
 
 
 def test_a_row_without_keys_is_finite():
   q, k, v = inputs()
-  out = lib.attention(q, k, v, mask=jnp.zeros((1, 1, 5, 7), bool))
+  out = lib.attention(q, k, v, valid=jnp.zeros((1, 7), bool))
   assert np.isfinite(out).all()
 
 
@@ -54,15 +70,6 @@ def test_half_precision_scores_are_float32():
   weights = lib.attention_weights(q, k)
   assert weights.dtype == jnp.float32
   np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
-
-
-@pytest.mark.parametrize('causal', [False, True])
-@pytest.mark.parametrize('kv', [2, 1])
-def test_splash_kernel_interpreted_pads_head_widths(causal, kv):
-  q, k, v = inputs(t=128, s=128, h=2, k=kv, d=72)
-  got = lib._splash(q, k, v, None, causal, 72**-0.5, HERE, interpret=True)
-  mask = np.tril(np.ones((128, 128), bool)) if causal else None
-  np.testing.assert_allclose(got, reference(q, k, v, mask), atol=2e-3)
 
 
 @pytest.mark.gpu
@@ -96,17 +103,15 @@ def assert_same_as_xla(other, qkv, cases):
 
 
 def test_head_by_head_is_the_same_function():
-  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, 7, 7)) < 0.7)
   assert_same_as_xla('heads', inputs(t=7),
-                     ({}, {'causal': True}, {'mask': mask, 'causal': True}))
+                     ({}, {'causal': True}, {'valid': jnp.asarray(VALID), 'causal': True}))
 
 
 @pytest.mark.parametrize('t', [7, 130])
 def test_blocks_of_queries_are_the_same_function(t):
-  mask = jnp.asarray(np.random.default_rng(0).random((2, 1, t, t)) < 0.7)
-  keys = jnp.asarray(np.random.default_rng(1).random((2, 1, 1, t)) < 0.7)
+  keys = jnp.asarray(np.random.default_rng(1).random((2, t)) < 0.7)
   assert_same_as_xla('queries', inputs(t=t, s=t),
-                     ({}, {'mask': keys}, {'mask': mask, 'causal': True}))
+                     ({}, {'valid': keys}, {'valid': keys, 'causal': True}))
 
 
 def test_scores_beyond_a_devices_share_go_by_queries(monkeypatch):

@@ -115,14 +115,22 @@ def primitives(t, ex):
 def test_attention_for_a_slice_is_one_product(monkeypatch):
   monkeypatch.setattr(cpu, 'HEADS_FROM', 0)
   assert 'scan' in primitives(128, devices(1, 'cpu'))  # one head after the other
-  for ex in (devices(8, 'cpu'), devices(64), devices(1)):
+  for ex in (devices(8, 'cpu'), devices(64, attention='xla'), devices(1, attention='xla')):
     assert 'scan' not in primitives(128, ex)
 
 
-def test_fused_kernels_that_cannot_be_partitioned_are_for_one_device():
-  q = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
-  for count, expected in ((1, 'splash'), (64, 'xla')):
-    assert attentions._choose(q, None, devices(count)) == expected
+def test_attention_is_the_platforms_own():
+  q, few = jnp.zeros((1, 130, 2, 64), jnp.bfloat16), jnp.zeros((1, 1, 2, 64), jnp.bfloat16)
+  choose = lambda q, ex, slot=0: attentions._choose('auto', q, jnp.zeros((1, 130, 2, 64)), True,
+                                                    slot, ex)
+  for count in (1, 64):
+    for platform, form in (('tpu', 'splash'), ('gpu', 'cudnn'), ('cpu', 'xla')):
+      assert choose(q, devices(count, platform)) == form
+      assert choose(few, devices(count, platform)) == 'xla'
+  # A place that only the running program knows; a gradient whose sums must have an order.
+  assert choose(q, devices(64), jnp.int32(3)) == 'xla'
+  assert choose(q, devices(64, 'gpu', deterministic=True)) == 'xla'
+  assert choose(q.astype(jnp.float32), devices(64, 'gpu')) == 'xla'
 
 
 PROGRAM = textwrap.dedent("""

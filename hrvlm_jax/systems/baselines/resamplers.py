@@ -44,11 +44,9 @@ class PerceiverLayer(Module):
     media, own = self.norm_media(x), self.norm_latents(latents)
     both = jnp.concatenate([media, own], axis=1)
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
-    mask = None
     if valid is not None:
-      mask = jnp.pad(valid, ((0, 0), (0, own.shape[1])), constant_values=True)[:, None, None]
-    y = attention(split(self.q(own)), split(self.k(both)), split(self.v(both)), mask=mask,
-                  ex=ex)
+      valid = jnp.pad(valid, ((0, 0), (0, own.shape[1])), constant_values=True)
+    y = attention(split(self.q(own)), split(self.k(both)), split(self.v(both)), valid=valid, ex=ex)
     latents = latents + self.out(y.reshape(*own.shape[:2], -1))
     if self.activation == 'squared_relu':
       act = lambda h: jnp.square(jax.nn.relu(h))
@@ -82,7 +80,7 @@ class PerceiverResampler(Module):
     x = (x + self.time[...][:frames].astype(x.dtype)).reshape(batch, -1, width)
     latents = jnp.broadcast_to(self.latents[...].astype(x.dtype),
                                (batch, *self.latents[...].shape))
-    ex = ex.plain
+    ex = ex.replace(remat='none')
     latents, _ = scan_layers(self.layers, latents,
                              lambda layer, y, _: (layer(x, y, valid, ex=ex), None), ex=ex)
     return self.norm(latents)
@@ -150,7 +148,7 @@ class SingleLayerResampler(Module):
     q = jnp.broadcast_to(self.q(query + table.astype(x.dtype)),
                          (x.shape[0], *query.shape))
     y = attention(split(q), split(self.k(kv + keys.astype(x.dtype))), split(self.v(kv)),
-                  ex=ex.plain)
+                  ex=ex)
     y = self.norm_post(self.out(y.reshape(*q.shape)))
     return y @ self.proj[...].astype(x.dtype)
 

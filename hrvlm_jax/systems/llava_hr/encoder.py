@@ -46,7 +46,7 @@ class Resampler(Module):
     split = lambda y: y.reshape(*y.shape[:-1], self.attn.heads, -1)
     tokens = self.norm_tokens(x)
     y = attention(split(self.attn.q(q)), split(self.attn.k(tokens)), split(self.attn.v(tokens)),
-                  ex=ex.plain)
+                  ex=ex)
     y = q + self.attn.out(y.reshape(q.shape))
     return y + self.mlp(self.norm(y))
 
