@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core import cpu, cudnn, splash
-from hrvlm_jax.core.execution import HERE, Execution
+from hrvlm_jax.core.execution import ATTENTION, HERE, Execution
 from hrvlm_jax.core.layers import MASKED, wide_dtype
 
 IMPLEMENTATIONS = ('xla', 'heads', 'queries', 'cudnn', 'splash', 'interpret', 'auto')
@@ -70,7 +70,7 @@ def attention(
     form = _choose(form, q, k, causal, slot, ex)
   what = dict(valid=valid, segments=segments, kv_segments=kv_segments, causal=causal)
   if form == 'cudnn':
-    return cudnn.attention(q, k, v, **what, scale=scale, ex=ex)
+    return checkpoint_name(cudnn.attention(q, k, v, **what, scale=scale, ex=ex), ATTENTION)
   if form in ('splash', 'interpret'):
     return splash.attention(q, k, v, **what, slot=slot, scale=scale, ex=ex,
                             interpret=form == 'interpret')
@@ -78,7 +78,7 @@ def attention(
   if valid is not None or segments is not None or (causal and q.shape[1] != k.shape[1]):
     mask, causal = visible(q.shape[1], k.shape[1], slot=slot, **what), False
   out = _arrays(q, k, v, mask, causal, scale, form, ex)
-  return checkpoint_name(out, splash.RESIDUAL)
+  return checkpoint_name(out, ATTENTION)
 
 
 def visible(

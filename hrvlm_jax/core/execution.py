@@ -25,8 +25,17 @@ AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH_AXES = ('data', 'fsdp')
 
 PLACES = ('hidden', 'logits', 'small')
-# What the backward pass of a layer keeps, as a policy of `jax.checkpoint`; None: its input alone.
-REMAT = {'layers': None, 'dots': jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims}
+# The name of an attention's result, and of the log-sums that a fused kernel's gradient needs.
+ATTENTION = 'attention'
+# What the backward pass of a layer keeps besides its input, as a policy of `jax.checkpoint`; what
+# is not kept is computed again. From the least memory to the most.
+_attention = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+REMAT = {
+  'layers': None,
+  'attention': _attention,
+  'dots': jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims, _attention),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +46,9 @@ class Execution:
     mesh: devices the program is spread over; None: one device.
     platform: 'cpu', 'gpu' or 'tpu'; None: the mesh's, or else the default backend's.
     dtype: of activations.
-    remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
+    remat: what the backward pass recomputes: 'none'; 'layers' (all but a layer's input);
+      'attention' (all but the results of attentions); 'dots' (keeps these and the products of
+      activations with weights).
     attention: form of attention, see `core.attention`; 'auto': the platform's own.
     layers: how stacked layers run: 'loop' (one compilation for any depth), or 'unrolled': one
       after the other. The program grows with the depth, and so does its compilation; in exchange no
@@ -50,7 +61,7 @@ class Execution:
   mesh: Mesh | None = None
   platform: str | None = None
   dtype: str = 'float32'
-  remat: Literal['none', 'layers', 'dots'] = 'none'
+  remat: Literal['none', 'attention', 'dots', 'layers'] = 'none'
   attention: str = 'auto'
   layers: Literal['loop', 'unrolled'] = 'loop'
   gradients: bool = False
@@ -60,7 +71,7 @@ class Execution:
     object.__setattr__(self, 'dtype', jnp.dtype(self.dtype).name)
     problems = []
     if self.remat not in ('none', *REMAT):
-      problems.append(f"remat must be 'none', 'layers' or 'dots', got {self.remat!r}")
+      problems.append(f'remat must be one of {sorted(("none", *REMAT))}, got {self.remat!r}')
     if self.layers not in ('loop', 'unrolled'):
       problems.append(f"layers must be 'loop' or 'unrolled', got {self.layers!r}")
     if self.platform not in (None, 'cpu', 'gpu', 'tpu'):

@@ -20,10 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from hrvlm_jax.core.execution import Execution
+from hrvlm_jax.core.execution import ATTENTION, Execution
 
-# The name under which a layer that is recomputed may keep the kernel's result and its log-sums.
-RESIDUAL = 'attention'
 LANES = 128  # lengths and head widths come in multiples of it
 PADDING = 0  # segment of what is no token
 # Cycles (VLIW bundles of the compiled kernels, head width 128, segment ids on) of one step over a
@@ -197,7 +195,7 @@ def _kernel(plan: Blocks, heads: int, *, causal: bool, slot: int, interpret: boo
     block_kv_dkv=plan.k, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
   return kernels.make_splash_mha(
     masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=parts, block_sizes=sizes,
-    interpret=interpret, residual_checkpoint_name=RESIDUAL)
+    interpret=interpret, residual_checkpoint_name=ATTENTION)
 
 
 def _on_a_device(kernel, plan: Blocks, causal: bool, q, k, v, ids) -> Float[Array, 'b T h D']:

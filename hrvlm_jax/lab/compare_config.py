@@ -97,7 +97,7 @@ class CompareConfig:
   train_steps: int
   batch_size: int
   dtype: Literal['float32', 'bfloat16'] = 'float32'
-  remat: Literal['none', 'layers', 'dots'] = 'none'
+  remat: Literal['none', 'attention', 'dots', 'layers'] = 'none'
   accumulate: int = 1
   turns: int = 3
   lengths: tuple[int, ...] = (128, 256, 512)

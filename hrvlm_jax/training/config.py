@@ -87,7 +87,8 @@ class TrainingConfig:
     layers: how stacked layers run: 'loop' (one compilation for any depth), or 'unrolled' (as many
       copies of the program as layers: slower to compile, faster where memory traffic counts, as
       on a CPU; benchmarks/findings.md has both measured).
-    remat: what the backward pass recomputes: 'none', 'layers', or 'dots' (keeps matrix products).
+    remat: what the backward pass recomputes: 'none', 'attention', 'dots' or 'layers', see
+      `core.execution.Execution`.
     loss_average: 'tokens' divides the summed loss by the targets of the whole step (Pheye 3.1);
       'micro_batch' averages the means of micro-batches (the LLaVA trainer), and a contrast stays
       within them.
@@ -118,7 +119,7 @@ class TrainingConfig:
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   frozen_dtype: Literal['float32', 'bfloat16'] | None = None
   layers: Literal['loop', 'unrolled'] = 'loop'
-  remat: Literal['none', 'layers', 'dots'] = 'none'
+  remat: Literal['none', 'attention', 'dots', 'layers'] = 'none'
   attention: Literal['xla', 'cudnn', 'splash', 'auto'] = 'auto'
   loss_average: Literal['tokens', 'micro_batch'] = 'tokens'
   loss_chunk: int = 512

@@ -53,6 +53,7 @@ def shrink(x, ex):
 
 @pytest.mark.parametrize('fn, other', [
   (tower, Execution(remat='layers')),
+  (tower, Execution(remat='attention')),
   (tower, Execution(gradients=True, layers='unrolled')),
   (tower, Execution(dtype='bfloat16')),
   (read, Execution(attention='heads')),
@@ -97,7 +98,7 @@ def test_a_mesh_of_one_device_is_like_none():
 def test_what_cannot_be_is_refused():
   for options, message in (
     (dict(layers='spiral'), "'loop' or 'unrolled', got 'spiral'"),
-    (dict(remat='all'), "'none', 'layers' or 'dots', got 'all'"),
+    (dict(remat='all'), "'attention', 'dots', 'layers', 'none'], got 'all'"),
     (dict(platform='abacus'), "'cpu', 'gpu' or 'tpu', got 'abacus'"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -1,9 +1,10 @@
-"""The TPU's kernel, interpreted: what the plain formula gives, on one device and on meshes of eight.
+"""The TPU's kernel, interpreted: what the plain formula gives, on one device and on eight.
 
 A few shapes that stand for the kinds there are: causal and full, padding on either side, packed
 rows, grouped heads, head widths that are padded, other lengths of queries than of keys.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -135,8 +136,8 @@ def test_a_pod_holds_no_scores():
     image_size=208, patch_size=16, width=128, depth=2, heads=2, mlp_width=128), rngs=rngs))
   images = jax.ShapeDtypeStruct((8, 208, 208, 3), jnp.bfloat16)
   for sizes in ((2, 2, 1, 1), (1, 2, 1, 2), (1, 2, 2, 1)):
-    text = str(jax.make_jaxpr(lambda p, x, ex=devices(sizes): tower.apply(p, x, ex=ex))(
-      tower.abstract, images))
+    run = functools.partial(tower.apply, ex=devices(sizes))
+    text = str(jax.make_jaxpr(run)(tower.abstract, images))
     assert 'splash' in text and 'shard_map' in text
     assert '169,169]' not in text and 'bool[8,1' not in text
 
@@ -155,4 +156,11 @@ def kernels(remat):
   fn = Functional(lambda rngs: Towers(rngs=rngs))
   ex = Execution(attention='interpret', remat=remat)
   loss = lambda p: fn.apply(p, jnp.ones((1, 140, 32)), ex=ex).sum()
-  return str(jax.make_jaxpr(jax.grad(loss))(fn.abstract)).count('splash_mha_fwd')
+  text = str(jax.make_jaxpr(jax.grad(loss))(fn.abstract))
+  return text.count('splash_mha_fwd')
+
+
+def test_policies_that_keep_the_attention_run_its_kernel_once():
+  found = {remat: kernels(remat) for remat in ('none', 'attention', 'dots', 'layers')}
+  once = found['none']
+  assert once > 0 and found == {'none': once, 'attention': once, 'dots': once, 'layers': 2 * once}
