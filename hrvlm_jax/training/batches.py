@@ -102,7 +102,8 @@ def conversation_shapes(config: RunConfig, rows: int, *, length: int | None = No
   system, encoder = registry.get(config.model.system), config.model.encoder
   check_draw(config, system)
   # Room for the largest that is drawn.
-  encoder = dataclasses.replace(encoder, **{key: high for key, (_, high) in config.data.draw.items()})
+  highest = {key: high for key, (_, high) in config.data.draw.items()}
+  encoder = dataclasses.replace(encoder, **highest)
   length = length or max(config.data.lengths)
   example = system.views([Image.new('RGB', image)] * images, encoder)
   count = system.count(*image, encoder)

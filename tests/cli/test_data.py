@@ -110,7 +110,8 @@ def test_check_as_trained(folder, capsys):
 def test_drawn_crops(folder, capsys):
   """`data.draw`: another number of crops for every image, the same again for the same seed."""
   Image.new('RGB', (160, 160)).save(folder / 'large.png')
-  (folder / 'large.json').write_text(json.dumps([{'image': 'large.png', 'conversations': TALK}] * 4))
+  large = {'image': 'large.png', 'conversations': TALK}
+  (folder / 'large.json').write_text(json.dumps([large] * 4))
 
   def views(*overrides):
     config = run_config.load(RunConfig, 'config.py', [('data.train', 'large.json'), *overrides])

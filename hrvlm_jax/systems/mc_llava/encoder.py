@@ -142,7 +142,8 @@ def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
   if split == 0:
     raise UserError(
       f'num_tokens={total} is below the number of views {views}: some views would keep nothing; '
-      f'raise num_tokens to {views} or more, or set max_crops=0 (the whole image alone; an elongated '
+      f'raise num_tokens to {views} or more, or set max_crops=0 (the whole image alone; an '
+      'elongated '
       'image keeps its crops for any other max_crops)')
   return [min(n, size) for n in counts]
 
