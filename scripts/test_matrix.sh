@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The two ends of the promised versions: the fast subset in an environment of its own for each.
+# The two ends of the promised versions: the fast subset in an environment of its own for each; and
+# the folders that transformers opens, with its oldest version that does.
 #
-#   ./scripts/test_matrix.sh                  both ends
-#   ./scripts/test_matrix.sh oldest|newest    one end
+#   ./scripts/test_matrix.sh                  all
+#   ./scripts/test_matrix.sh oldest|newest|transformers    one of them
 #   PYTHON_NEWEST=/path/to/python3.13 ./scripts/test_matrix.sh newest
 #
 # A run writes its row of docs/matrix.md: commit, date, versions, counts, seconds. The environments
@@ -11,9 +12,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ends=("$@")
-[[ $# -gt 0 ]] || ends=(oldest newest)
+[[ $# -gt 0 ]] || ends=(oldest newest transformers)
 failed=0
 for end in "${ends[@]}"; do
+  tests=(-m fast)
   # Lower ends as pyproject.toml names them; pip takes the newest of everything else.
   case $end in
     oldest)
@@ -23,7 +25,13 @@ for end in "${ends[@]}"; do
     newest)
       python=${PYTHON_NEWEST:-python3.13}
       pins=(jax==0.12.0.1 jaxlib==0.12.0.1) ;;
-    *) printf 'test_matrix.sh: expected oldest or newest, found %s\n' "$end" >&2; exit 2 ;;
+    transformers)
+      python=${PYTHON_OLDEST:-python3.11}
+      pins=(transformers==5.0.0)
+      tests=(tests/interop/test_transformers.py) ;;
+    *)
+      printf 'test_matrix.sh: expected oldest, newest or transformers, found %s\n' "$end" >&2
+      exit 2 ;;
   esac
   if ! "$python" -c '' 2>/dev/null; then
     printf 'test_matrix.sh: %s is not on this machine; the end "%s" was not run\n' \
@@ -43,7 +51,7 @@ for end in "${ends[@]}"; do
   status=0
   # A cache of compiled programs belongs to one version of JAX.
   JAX_COMPILATION_CACHE_DIR="$PWD/$env/jax" "$env/bin/python" -m pytest \
-    -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile -m fast --junitxml "$report" || status=$?
+    -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile "${tests[@]}" --junitxml "$report" || status=$?
   "$env/bin/python" scripts/keep_run.py docs/matrix.md "$end" "$report"
   [[ $status == 0 ]] || failed=1
 done

@@ -15,6 +15,7 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('TRANSFORMERS_OFFLINE', '1')
+os.environ.setdefault('HF_MODULES_CACHE', str(ROOT / '.cache' / 'hf_modules'))
 os.environ.setdefault('MPLBACKEND', 'Agg')
 
 # Much of the suite's time goes into LLVM optimising programs that run once. Without it they compute

@@ -89,10 +89,16 @@ def _check(arguments) -> int:
 
 
 def export(argv: list[str]) -> int:
-  """Writes a checkpoint as a folder in the original's own layout; complete or not at all."""
+  """Writes a checkpoint as a folder in the original's own layout, or as one that transformers
+  opens; complete or not at all."""
   parser = Parser('export', export.__doc__)
   parser.add_argument('--checkpoint', required=True, help='checkpoint or work directory of a run')
   parser.add_argument('--to', required=True, metavar='FOLDER', help='absent or empty')
+  parser.add_argument('--for', dest='layout', choices=('original', 'transformers'),
+                      default='original',
+                      help="original: the original's own names and files (default); transformers: "
+                           'with model code of ours, for AutoModelForImageTextToText, '
+                           'AutoProcessor and pipeline')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16', 'float16'),
                       help='of the written tensors; default: as stored')
   parser.add_argument('--merge-lora', action='store_true',
@@ -104,6 +110,7 @@ def export(argv: list[str]) -> int:
   from hrvlm_jax.interop import export as exporting
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
-  exporting.export(arguments.checkpoint, arguments.to, dtype=dtype, merge_lora=arguments.merge_lora)
+  exporting.export(arguments.checkpoint, arguments.to, dtype=dtype,
+                   merge_lora=arguments.merge_lora, layout=arguments.layout)
   print(f'exported {arguments.checkpoint} to {arguments.to}')
   return 0

@@ -84,16 +84,17 @@ def _vit_size(c: ViTConfig) -> tuple:
 
 
 def model_card(config: ModelConfig, table: Table, *, origin: Mapping[str, Any] | None = None,
-               fresh: list[str] | None = None) -> str:
+               fresh: list[str] | None = None, usage: list[str] | None = None) -> str:
   """README.md of an exported folder.
 
   Args:
     origin: what the checkpoint was converted from (see `vlm.convert.convert`).
     fresh: parameters that were drawn at random because their source lacked them.
+    usage: lines of a folder that transformers opens (see `interop.folder`).
   """
   found = bases(config)
   licences = sorted({base.licence for base in found})
-  lines = ['---', 'library_name: hrvlm_jax']
+  lines = ['---', f'library_name: {"transformers" if usage else "hrvlm_jax"}']
   lines += [f'license: {licences[0]}'] if len(licences) == 1 else ['license: other']
   if found:
     lines += ['base_model:', *(f'- {base.name}' for base in found)]
@@ -103,12 +104,13 @@ def model_card(config: ModelConfig, table: Table, *, origin: Mapping[str, Any] |
     f'a `{config.text.family}` language model of {config.text.depth} layers and width '
     f'{config.text.width}')
   whose = "the house's own layout" if table.by_path else "the original's own layout"
+  whose = 'a layout that transformers opens' if usage else whose
   lines += [f'System `{config.system}` with {text}, written by hrvlm_jax {__version__} in {whose}.',
             '']
   if origin:
     at = f' at revision `{origin["revision"]}`' if origin.get('revision') else ''
     lines += [f'The weights were converted from `{origin["name"]}`{at}.', '']
-  lines += ['## Licences', '']
+  lines += [*(usage or ()), '## Licences', '']
   if found:
     lines += ['The sizes are those of the models below. If the weights started from them, these '
               'licences apply (as their model cards stated them; look there again before use), '

@@ -20,7 +20,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.interop import adapters, hub
+from hrvlm_jax.interop import adapters, folder as transformers_folder, hub
 from hrvlm_jax.interop.export import TEXT_FOLDER
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
 from hrvlm_jax.systems import registry
@@ -38,6 +38,8 @@ def recognise(folder: str | os.PathLike) -> ModelConfig:
   if not path.exists():
     raise UserError(f'{folder}: no config.json; expected the folder of a released model')
   values = hf.read_json(path)
+  if (config := transformers_folder.recognise(values)) is not None:
+    return config
   for name in registry.names():
     if (config := registry.get(name).from_release(values)) is not None:
       return config
@@ -65,15 +67,17 @@ class Release:
     self.folder = pathlib.Path(folder)
     self.config = recognise(self.folder)
     system = registry.get(self.config.system)
+    ours = hf.read_json(self.folder / 'config.json').get('layout') == transformers_folder.LAYOUT
+    parts = () if ours else system.folders
     self.tensors: Mapping[str, np.ndarray] = (
-      folders.open_folders(self.folder, system.folders) if system.folders
+      folders.open_folders(self.folder, parts) if parts
       else hf.TensorFolder(self.folder, strict=False))
-    self.table = system.table(self.config)
+    self.table = transformers_folder.table(self.config) if ours else system.table(self.config)
     self.files = [self.folder / 'config.json', *self.tensors.files]
     adapter = self.folder / adapters.FOLDER if adapter is None else pathlib.Path(adapter)
     if adapter != self.folder / adapters.FOLDER or adapter.is_dir():
-      self._add(adapter, dotted=bool(system.folders))
-    text = self.folder / TEXT_FOLDER if TEXT_FOLDER in system.folders else self.folder
+      self._add(adapter, dotted=bool(parts))
+    text = self.folder / TEXT_FOLDER if TEXT_FOLDER in parts else self.folder
     self.tokenizer = {name: text / name for name in TOKENIZER_FILES if (text / name).exists()}
 
   def params(self, *, dtype=None, say: Callable[[str], None] = lambda text: None,

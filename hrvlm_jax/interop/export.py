@@ -1,4 +1,5 @@
-"""A checkpoint -> a folder in the original's own layout; one layer at a time, all or nothing."""
+"""A checkpoint -> a folder in the original's own layout, or one that transformers opens; one layer
+at a time, all or nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ from hrvlm_jax.checkpoint.rows import Table, entries, stream_tensors
 from hrvlm_jax.checkpoint.safetensors import dtype_name
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.interop import adapters
+from hrvlm_jax.interop import adapters, folder
 from hrvlm_jax.interop.card import model_card, processor_files
 from hrvlm_jax.interop.hub import SOURCE
 from hrvlm_jax.systems import registry
@@ -34,7 +35,7 @@ Tensors = Iterable[tuple[str, np.ndarray]]
 
 
 def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=None,
-           merge_lora: bool = False) -> dict[str, Any]:
+           merge_lora: bool = False, layout: str = 'original') -> dict[str, Any]:
   """Writes weights, configs, tokenizer, processors, model card and manifest of a checkpoint.
 
   LoRA sets of the language model are written as an adapter folder of peft beside the weights, or
@@ -45,13 +46,15 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     dtype: of the written floating-point tensors; default: as stored, and for a converted
       checkpoint tensor by tensor that of its source.
     merge_lora: add the sets to the kernels they act on, in float32.
+    layout: 'original', or 'transformers' with model code of ours (see `interop.folder`).
 
   Returns:
     The facts of the manifest, checksums left out.
 
   Raises:
     UserError: no checkpoint, tensors that do not fit its config or do not fit in `dtype`, no
-      tokenizer, target not empty, LoRA sets that cannot be merged.
+      tokenizer, target not empty, LoRA sets that cannot be merged; a model without code for
+      transformers.
   """
   stored = StoredParams(checkpoint)
   config = model_config(checkpoint)
@@ -66,7 +69,11 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     raise UserError(f'{checkpoint}: LoRA sets of the vision tower have no place in the layout of '
                     f'{config.system}; merge them with --merge-lora')
   plain = adapters.without_sets(config) if merge_lora or loose else config
-  system, table = registry.get(config.system), registry.get(config.system).table(plain)
+  system, ours = registry.get(config.system), layout == 'transformers'
+  if ours:
+    folder.check(plain, what=str(checkpoint))
+  table = folder.table(plain) if ours else system.table(plain)
+  folders = () if ours else system.folders
   source = read_source(stored.directory)
   skipped = frozenset(source.get('missing', ()))
   abstract = _check(stored, config, checkpoint)
@@ -81,25 +88,32 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   tensors = _counted(_cast(
     ((name, x) for name, x in stream_tensors(abstract, table, read) if name not in skipped),
     dtype, casts), counts)
-  place = f'{TEXT_FOLDER}/' if TEXT_FOLDER in system.folders else ''
-  extra = system.to_release(plain)
-  extra = {name: value for name, value in processor_files(plain, tokenizer).items()
-           if not any(pathlib.PurePosixPath(other).name == name for other in extra)} | extra
-  if tokenizer is not None:
-    extra |= {f'{place}{name}': data for name, data in tokenizer.files.items()}
+  extra = folder.files(plain, tokenizer) if ours else _beside(plain, tokenizer, system)
   extra['README.md'] = model_card(plain, table, origin=source.get('origin'),
-                                  fresh=source.get('fresh'))
+                                  fresh=source.get('fresh'),
+                                  usage=folder.usage(plain) if ours else None)
   facts = _facts(config, table, stored, source, merged)
   with store_files.staged_folder(target) as stage:
-    _write(stage, tensors, system)
-    if system.pickled:
+    _write(stage, tensors, folders)
+    if system.pickled and not ours:
       _write_pickled(stage, system.pickled, table, abstract)
     for group in loose.values():
-      _write_adapter(stage, group[0], table, stored, dtype, system.folders)
+      _write_adapter(stage, group[0], table, stored, dtype, folders)
     hf.write_extra(stage, extra)
     facts['dtype'] = dict(counts)
     hf.write_manifest(stage, facts)
   return facts
+
+
+def _beside(config: ModelConfig, tokenizer: Any, system: System) -> dict[str, Any]:
+  """The original's own files, tokenizer and processors."""
+  place = f'{TEXT_FOLDER}/' if TEXT_FOLDER in system.folders else ''
+  extra = system.to_release(config)
+  extra = {name: value for name, value in processor_files(config, tokenizer).items()
+           if not any(pathlib.PurePosixPath(other).name == name for other in extra)} | extra
+  if tokenizer is not None:
+    extra |= {f'{place}{name}': data for name, data in tokenizer.files.items()}
+  return extra
 
 
 def read_source(directory: Any) -> dict[str, Any]:
@@ -142,16 +156,16 @@ def _counted(tensors: Tensors, counts: collections.Counter) -> Iterator:
     yield name, array
 
 
-def _write(stage: pathlib.Path, tensors: Tensors, system: System) -> None:
+def _write(stage: pathlib.Path, tensors: Tensors, folders: tuple[str, ...]) -> None:
   """Weights, index and shards; those of several folders come folder by folder."""
-  if not system.folders:
+  if not folders:
     hf.write_weights(stage, tensors)
     return
-  for folder, group in itertools.groupby(tensors, lambda item: item[0].partition('/')[0]):
-    if folder not in system.folders:
-      raise ValueError(f'tensor folder {folder!r} is none of {system.folders}')
-    (stage / folder).mkdir()
-    hf.write_weights(stage / folder, ((name.partition('/')[2], x) for name, x in group))
+  for name, group in itertools.groupby(tensors, lambda item: item[0].partition('/')[0]):
+    if name not in folders:
+      raise ValueError(f'tensor folder {name!r} is none of {folders}')
+    (stage / name).mkdir()
+    hf.write_weights(stage / name, ((key.partition('/')[2], x) for key, x in group))
 
 
 def _write_pickled(stage: pathlib.Path, name: str, table: Table, abstract: Any) -> None:
@@ -192,10 +206,10 @@ def _write_adapter(stage: pathlib.Path, spec: Any, table: Table, stored: StoredP
       names.append(name)
       yield name, array
 
-  folder = stage / adapters.FOLDER
-  folder.mkdir()
-  hf.write_weights(folder, tensors(), stem=adapters.WEIGHTS)
-  hf.write_extra(folder, {adapters.CONFIG: adapters.adapter_config(spec, names, '..')})
+  place = stage / adapters.FOLDER
+  place.mkdir()
+  hf.write_weights(place, tensors(), stem=adapters.WEIGHTS)
+  hf.write_extra(place, {adapters.CONFIG: adapters.adapter_config(spec, names, '..')})
 
 
 def _facts(config: ModelConfig, table: Table, stored: StoredParams, source: Mapping[str, Any],

@@ -72,8 +72,10 @@ for name in ('torch', 'transformers', 'sklearn', 'pytest', 'wandb', 'lmms_eval')
 import hrvlm_jax
 failed = []
 for module in pkgutil.walk_packages(hrvlm_jax.__path__, 'hrvlm_jax.', onerror=lambda name: None):
-  # The second is loaded by another program, lmms_eval, which must be there.
+  # The second is loaded by another program, lmms_eval, which must be there; the third is model code
+  # for PyTorch, copied into exported folders.
   if module.name.endswith(('__main__', '.lmms_eval_model')): continue
+  if module.name.startswith('hrvlm_jax.interop.torch.'): continue
   try: importlib.import_module(module.name)
   except Exception as error: failed.append(f'{module.name}: {error!r}')
 print(failed)

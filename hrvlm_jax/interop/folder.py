@@ -1,0 +1,272 @@
+"""Folders that transformers opens: config, tensor names, tokenizer, processor, and the model code.
+
+The code is that of `interop/torch`, copied as it is. Tensor names are our paths with dots, except
+where transformers' own classes stand: the language model and the layers of vision transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from hrvlm_jax.checkpoint import rows
+from hrvlm_jax.checkpoint.rows import Row, Table
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import from_dict, to_dict
+from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.interop import adapters
+from hrvlm_jax.interop.card import towers
+from hrvlm_jax.interop.jinja import chat_template
+from hrvlm_jax.interop.sentencepieces import tokenizer_json
+from hrvlm_jax.language import config as language
+from hrvlm_jax.language.chat import get_template, prompt_end_marker
+from hrvlm_jax.language.tokenizer import ROLES, JsonTokenizer, SentencePieceTokenizer, Tokenizer
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.contract import FORMAT, ModelConfig
+from hrvlm_jax.vision import vit
+from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import text_of
+
+LAYOUT = 'transformers'  # `layout` in config.json
+CODE = pathlib.Path(__file__).parent / 'torch'
+# First part of the names of a system's classes in `interop/torch`.
+CLASSES = {'anyres': 'AnyRes', 'llava_hr': 'LlavaHr', 'mc_llava': 'McLlava',
+           'pheye': 'Pheye', 'ps3': 'Ps3', 'reduced': 'Reduced', 's2': 'S2',
+           's2_dynamic': 'DynamicS2', 'single_view': 'SingleView', 'tiling': 'Tiling',
+           'vila_hd': 'VilaHd'}
+FUSIONS = ('cross_attention', 'prefix', 'two_pass')
+
+_ORIGINAL = 'export with --for original'
+_STACKS = ('blocks', 'layers')  # their leaves carry a layer axis
+_ADAPTED = ('blocks/attn/', 'blocks/mlp/', 'patch_embed/')  # of a vision transformer with LoRA
+_ACTIVATIONS = {'gelu_tanh': 'gelu_pytorch_tanh'}
+
+
+def check(config: ModelConfig, *, what: str) -> None:
+  """Refuses a model for which there is no code in `interop/torch`.
+
+  Raises:
+    UserError: what of it has none (all reasons).
+  """
+  problems = []
+  if config.system not in CLASSES:
+    problems.append(f'system {config.system}: only {", ".join(sorted(CLASSES))} have model code '
+                    f'for transformers; {_ORIGINAL}')
+  if config.fusion.kind not in FUSIONS:
+    problems.append(f'fusion {config.fusion.kind}: only {", ".join(FUSIONS)}; {_ORIGINAL}')
+  if config.fusion.kind == 'two_pass' and config.fusion.selection_weight:
+    problems.append('fusion.selection_weight: the loss in PyTorch is that of the text alone; '
+                    'set it to 0, or ' + _ORIGINAL)
+  inner = config.encoder.inner if config.system == 'reduced' else None
+  if inner is not None and (inner not in CLASSES or inner == 'vila_hd'):
+    problems.append(f'reduced with inner {inner}: it has no model code here; {_ORIGINAL}')
+  if config.system == 'vila_hd' and config.fusion.kind != 'two_pass':
+    problems.append(f'vila_hd with fusion {config.fusion.kind}: only two_pass; {_ORIGINAL}')
+  if config.text is None and (config.system != 'ps3' or config.encoder.text is None):
+    problems.append(f'{config.system} without a language model; {_ORIGINAL}')
+  problems += [] if config.text is None else _text_problems(config.text)
+  if any(not spec.name for spec in adapters.lora_sets(config).get('vision/', ())):
+    problems.append('LoRA sets of the vision tower: merge them with --merge-lora')
+  raise_all(f'{what}: cannot be exported for transformers', problems)
+
+
+def _text_problems(text: language.DecoderConfig) -> list[str]:
+  """Settings of the language model that its class of transformers does not have."""
+  again = language.config_from_hf(language.config_to_hf(text))
+  left = ('lora', 'pad_vocab_to')
+  wrong = [f.name for f in dataclasses.fields(text) if f.name not in left
+           and getattr(text, f.name) != getattr(again, f.name)]
+  problems = [f'model.text.{name} is {getattr(text, name)!r}, a {text.family} of transformers has '
+              f'{getattr(again, name)!r}; {_ORIGINAL}' for name in wrong]
+  if text.rows != text.vocab_size:
+    problems.append(f'model.text.pad_vocab_to pads {text.vocab_size} rows to {text.rows}, and '
+                    f'transformers would read the padding as words; {_ORIGINAL}')
+  return problems
+
+
+def table(config: ModelConfig) -> Table:
+  """Tensor names of the whole model."""
+  parts = [] if config.text is None else [
+    rows.prefixed(language.table(config.text), ours='language/', theirs='language_model.')]
+  found = registry.get(config.system).backbones(config.encoder)
+  found = {path: tower for path, tower in found.items() if isinstance(tower, ViTConfig)} or {
+    f'{path}/tower': whole.vision for path, whole in found.items() if hasattr(whole, 'vision')}
+  for path, tower in found.items():
+    if isinstance(tower, ViTConfig):
+      sets = getattr(config.encoder, 'tower', tower)  # Pheye's, with its named sets
+      tower = sets if isinstance(sets, ViTConfig) else tower
+      parts.append(rows.prefixed(_vit_table(tower), ours=f'{path}/',
+                                 theirs=f'{path.replace("/", ".")}.'))
+  named = {path for part in parts for row in part.rows for path in row.our_paths}
+  flat = paths.flatten(vlm.build(config).abstract)
+  rest = Table(tuple(_row(path, leaf.ndim) for path, leaf in flat.items() if path not in named
+                     and not adapters.is_adapter(path)))
+  return rows.joined(*parts, rest)
+
+
+def _vit_table(config: ViTConfig) -> Table:
+  """`Tower` of interop/torch/towers.py: layers and pool of transformers' SigLIP, which CLIP's
+  equal; the rest by what the tower has."""
+  base = vit.siglip_table(config)
+  found = [row for row in base.rows if config.patch_bias or row.ours != 'patch_embed/bias']
+  if config.class_token:
+    found.append(Row('class_token', 'embeddings.class_embedding'))
+  if config.pre_norm:
+    found += rows.norm('pre_norm', 'pre_layrnorm')
+  for row in list(found):
+    if not config.lora or not str(row.ours).startswith(_ADAPTED) or row.ours[-7:] != '/kernel':
+      continue
+    ours, theirs = row.ours.removesuffix('/kernel'), row.names[0].removesuffix('.weight')
+    for spec in config.lora:
+      down, up = spec.leaves
+      found += [Row(f'{ours}/{down}', f'{theirs}.{down}',
+                    row.op if row.op is rows.conv_kernel else rows.identity),
+                Row(f'{ours}/{up}', f'{theirs}.{up}')]
+  return dataclasses.replace(base, rows=tuple(found), ignored={})
+
+
+def _row(path: str, ndim: int) -> Row:
+  """A parameter under its own path; layers of a stack are numbered."""
+  parts = path.split('/')
+  stacked = [i for i, part in enumerate(parts[:-1]) if part in _STACKS
+             and not parts[i + 1].isdigit()]
+  for i in stacked:
+    parts[i] += '.{i}'
+  leaf = parts[-1]
+  parts[-1] = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight'}.get(leaf, leaf)
+  op = rows.identity
+  if leaf == 'kernel':
+    op = rows.transpose if ndim - len(stacked) == 2 else rows.conv_kernel
+  return Row(path, '.'.join(parts), op)
+
+
+def recognise(values: Mapping[str, Any]) -> ModelConfig | None:
+  """The model of the config.json of such a folder; None when it is another layout.
+
+  Raises:
+    UserError: another version of the format, settings that are no model of ours.
+  """
+  if values.get('layout') != LAYOUT:
+    return None
+  if values.get('format') != FORMAT:
+    raise UserError(f'config.json: format is {values.get("format")!r}, expected {FORMAT!r}; '
+                    'convert with the version that wrote it')
+  model = dict(values.get('model') or {})
+  rows_ = (values.get('text_config') or {}).get('vocab_size')
+  own = (model.get('text') or {}).get('vocab_size')
+  if rows_ not in (None, own):  # resized in PyTorch
+    model['text'] = model['text'] | {'vocab_size': rows_}
+  return from_dict(ModelConfig, model, path='model', title='config.json')
+
+
+def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+  """Everything beside weights, card and manifest: {name: JSON value, text or bytes}.
+
+  Args:
+    tokenizer: None where there is no language model.
+  """
+  name = CLASSES[config.system]
+  images = {
+    'image_processor_type': 'HrvlmImageProcessor',
+    'auto_map': {'AutoImageProcessor': 'processing_hrvlm.HrvlmImageProcessor'},
+    'system': config.system, 'encoder': to_dict(config.encoder)}
+  values = {
+    'model_type': f'hrvlm_{config.system}', 'format': FORMAT, 'layout': LAYOUT,
+    'vision_config': _vision_config(config), 'model': to_dict(config)}
+  if config.system == 'reduced':
+    grid = config.encoder.inner_grid
+    maps = None if grid is None else [[one.rows, one.columns] for one in grid.maps]
+    images |= {'token_maps': maps}
+    values |= {'token_maps': maps, 'inner_width': config.encoder.inner_width}
+  code = {path.name: path.read_bytes() for path in sorted(CODE.glob('*.py'))
+          if path.name != '__init__.py'}
+  if config.text is None:
+    kind = f'{name}Model'
+    return code | {'preprocessor_config.json': images, 'config.json': values | {
+      'architectures': [kind], 'auto_map': {'AutoConfig': f'configuration_hrvlm.{name}Config',
+                                            'AutoModel': f'modeling_ps3.{kind}'}}}
+  text = text_of(config, tokenizer)
+  own = config.image_token is not None and text.image_sentinel is None
+  place = None
+  if config.fusion.in_prompt:
+    place = text.image_id if own else max(tokenizer.vocab_size, config.text.vocab_size)
+  template = get_template(config.chat)
+  marker = None
+  if config.fusion.kind == 'two_pass' and template.steers:
+    marker = prompt_end_marker(template, tokenizer)[1]
+  kind = f'{name}ForConditionalGeneration'
+  return code | _tokenizer_files(tokenizer) | {
+    'config.json': values | {
+      'architectures': [kind],
+      'auto_map': {'AutoConfig': f'configuration_hrvlm.{name}Config',
+                   'AutoModelForImageTextToText': f'modeling_hrvlm.{kind}'},
+      'image_token_id': place, 'prompt_marker': marker,
+      'text_config': language.config_to_hf(config.text)},
+    'processor_config.json': {
+      'processor_class': 'HrvlmProcessor',
+      'auto_map': {'AutoProcessor': 'processing_hrvlm.HrvlmProcessor'},
+      'image_token_id': place, 'split': not own, 'after_image': config.after_image},
+    'preprocessor_config.json': images | {'processor_class': 'HrvlmProcessor'},
+    'chat_template.jinja': chat_template(template), 'generation_config.json': _generation(text)}
+
+
+def _vision_config(config: ModelConfig) -> dict[str, Any] | None:
+  """Of the vision transformer, for transformers' SigLIP layers."""
+  found = next((t for t in towers(config.encoder) if isinstance(t, ViTConfig)), None)
+  return None if found is None else {
+    'model_type': 'siglip_vision_model', 'hidden_size': found.width,
+    'intermediate_size': found.mlp_width, 'num_hidden_layers': found.depth,
+    'num_attention_heads': found.heads, 'image_size': found.image_size,
+    'patch_size': found.patch_size, 'num_channels': found.channels,
+    'hidden_act': _ACTIVATIONS.get(found.activation, found.activation),
+    'layer_norm_eps': found.norm_eps, 'attention_dropout': 0.0}
+
+
+def _generation(text: Any) -> dict[str, Any]:
+  stops, tokenizer = text.stop_ids(), text.tokenizer
+  pad = tokenizer.pad_id if tokenizer.pad_id is not None else stops[0]
+  return {'bos_token_id': tokenizer.bos_id, 'do_sample': False, 'pad_token_id': pad,
+          'eos_token_id': stops[0] if len(stops) == 1 else list(stops)}
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, Any]:
+  """A tokenizer.json with the same ids, read by transformers as it stands."""
+  found: dict[str, Any] = {name: data for name, data in tokenizer.files.items()
+                           if not name.startswith(('chat_template', 'special_tokens_map'))}
+  if isinstance(tokenizer, JsonTokenizer):
+    found['tokenizer.json'] = tokenizer._native.to_str().encode()
+  elif isinstance(tokenizer, SentencePieceTokenizer):
+    found['tokenizer.json'] = tokenizer_json(tokenizer)
+  values = json.loads(found.get('tokenizer_config.json') or b'{}')
+  kept = {key: values[key] for key in ('model_max_length',) if key in values}
+  roles = {f'{role}_token': tokenizer.roles[role] for role in ROLES if role in tokenizer.roles}
+  found['tokenizer_config.json'] = {
+    'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
+    **kept, **roles}
+  return found
+
+
+def usage(config: ModelConfig) -> list[str]:
+  """Lines of the model card: how transformers opens the folder, and what that runs."""
+  if config.text is None:
+    use = [
+      'from transformers import AutoImageProcessor, AutoModel', '',
+      'images = AutoImageProcessor.from_pretrained(FOLDER, trust_remote_code=True)',
+      'model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)',
+      "out = model(images([picture], return_tensors='pt')['pixel_values'], looks=2)",
+      'out.last_hidden_state, out.selection_maps']
+  else:
+    use = [
+      'from transformers import pipeline', '',
+      "ask = pipeline('image-text-to-text', model=FOLDER, trust_remote_code=True)",
+      "message = {'role': 'user', 'content': [{'type': 'image', 'path': 'photo.jpg'},",
+      "                                       {'type': 'text', 'text': 'What is on the sign?'}]}",
+      "print(ask(text=[message], max_new_tokens=64)[0]['generated_text'][-1]['content'])"]
+  return [
+    '## Use', '', '```python', *use, '```', '',
+    '`trust_remote_code` runs the Python files of this folder, and nothing else; they are those of '
+    'hrvlm_jax, and `manifest.json` holds their sha256.', '']

@@ -1,0 +1,23 @@
+"""What all models of hrvlm share."""
+
+from transformers import PreTrainedModel
+
+from .configuration_hrvlm import HrvlmConfig
+
+
+class HrvlmPreTrainedModel(PreTrainedModel):
+  """What transformers has to know of all models."""
+
+  config_class = HrvlmConfig
+  base_model_prefix = ''
+  main_input_name = 'input_ids'
+  input_modalities = ('image', 'text')
+  supports_gradient_checkpointing = True
+  _supports_sdpa = True
+  _supports_flash_attn = True
+  _supports_flex_attn = True
+  _supports_attention_backend = True
+  _no_split_modules = ['SiglipEncoderLayer', 'LookLayer', 'CrossBlock']
+  # Where to look closer is decided in float32 (see `ps3.Selection`).
+  _keep_in_fp32_modules_strict = ['selection', 'prompt_head']
+  _skip_keys_device_placement = ['past_key_values']

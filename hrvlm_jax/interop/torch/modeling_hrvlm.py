@@ -1,0 +1,358 @@
+"""Models of hrvlm for transformers: an encoder, a projector, a language model of transformers.
+
+The names of the modules are those of hrvlm_jax, except inside the parts that transformers brings
+(language model, layers of the vision transformer).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .configuration_hrvlm import (
+  AnyResConfig,
+  DynamicS2Config,
+  LlavaHrConfig,
+  McLlavaConfig,
+  PheyeConfig,
+  Ps3Config,
+  ReducedConfig,
+  S2Config,
+  SingleViewConfig,
+  TilingConfig,
+  VilaHdConfig,
+)
+from .fusion import NAME, CrossAttention
+from .modeling_base import HrvlmPreTrainedModel
+from .ps3 import PS3
+from .two_pass import NAME as VALID, look
+from .vision_baselines import DynamicS2Vision, S2Vision, SingleViewVision, TiledVision
+from .vision_llava_hr import LlavaHrVision
+from .vision_mc_llava import McLlavaVision
+from .vision_pheye import PheyeVision
+from .vision_reduced import ReducedVision
+from .vision_vila_hd import VilaHdVision
+
+VISION = {'anyres': TiledVision, 'llava_hr': LlavaHrVision, 'mc_llava': McLlavaVision,
+          'pheye': PheyeVision, 'ps3': PS3, 's2': S2Vision, 's2_dynamic': DynamicS2Vision,
+          'single_view': SingleViewVision, 'tiling': TiledVision,
+          'vila_hd': VilaHdVision}
+# What a processor gives beside `pixel_values`.
+ARRAYS = ('coords', 'first_scales', 'grids', 'inner_counts', 'visual_counts', 'visual_index')
+IMAGES = ('pixel_values', 'image_features', 'image_repeats', *ARRAYS)
+
+
+def encoder_of(model, config):
+  """The encoder of a model's settings; a reduced one around its inner one."""
+  if model.system == 'reduced':
+    return ReducedVision(model.encoder, config, VISION[model.encoder.inner], config.inner_width)
+  return VISION[model.system](model.encoder, config)
+
+
+_ACTIVATIONS = {'gelu': nn.functional.gelu, 'silu': nn.functional.silu,
+                'gelu_tanh': lambda x: nn.functional.gelu(x, approximate='tanh')}
+
+
+def begins(input_ids, cache):
+  """Whether these ids are a prompt, or a further turn of one, and not a generated token."""
+  if cache is None or input_ids is None or cache.get_seq_length() == 0:
+    return True
+  return input_ids.shape[1] > 1
+
+
+@dataclass
+class HrvlmOutput(ModelOutput):
+  """What `forward` returns.
+
+  Args:
+    loss: mean cross entropy of the labels, float32.
+    logits: [b t vocabulary].
+    past_key_values: cache of the language model.
+    image_hidden_states: [n width], the visual tokens of all images one after the other.
+  """
+
+  loss: torch.FloatTensor | None = None
+  logits: torch.FloatTensor | None = None
+  past_key_values: Cache | None = None
+  hidden_states: tuple | None = None
+  attentions: tuple | None = None
+  image_hidden_states: torch.FloatTensor | None = None
+
+
+class Projector(nn.Module):
+  """fc1, activation, fc2, ...: from the encoder's width to the language model's."""
+
+  def __init__(self, settings):
+    super().__init__()
+    self.depth = 1 if settings.kind == 'linear' else settings.depth
+    self.activation = _ACTIVATIONS[settings.activation]
+    for number in range(self.depth):
+      n_in = settings.n_out if number else settings.n_in
+      setattr(self, f'fc{number + 1}', nn.Linear(n_in, settings.n_out))
+
+  def forward(self, x):
+    """[... i] -> [... o]."""
+    for number in range(self.depth):
+      x = getattr(self, f'fc{number + 1}')(self.activation(x) if number else x)
+    return x
+
+
+class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
+  """Visual tokens stand in the prompt, one position each, or cross-attention blocks read them; or
+  the language model looks twice."""
+
+  _tied_weights_keys = {
+    'language_model.lm_head.weight': 'language_model.model.embed_tokens.weight'}
+
+  def __init__(self, config):
+    super().__init__(config)
+    model = config.settings
+    self.vision = encoder_of(model, config)
+    self.projector = None if model.projector is None else Projector(model.projector)
+    self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+    self.fusion, self.two_pass = None, model.fusion.kind == 'two_pass'
+    if model.fusion.kind == 'cross_attention':
+      self.fusion = CrossAttention(model.fusion, model.text.width, model.text.depth, config)
+      self.fusion.hook(self.language_model.model.layers)
+    self.post_init()
+
+  def get_input_embeddings(self):
+    """The embedding table of the language model."""
+    return self.language_model.get_input_embeddings()
+
+  def set_input_embeddings(self, value):
+    """Replaces the embedding table of the language model."""
+    self.language_model.set_input_embeddings(value)
+
+  def get_output_embeddings(self):
+    """The output layer of the language model."""
+    return self.language_model.get_output_embeddings()
+
+  def set_output_embeddings(self, value):
+    """Replaces the output layer of the language model."""
+    self.language_model.set_output_embeddings(value)
+
+  def get_image_features(self, pixel_values, visual_index, inner_counts=None, **arrays):
+    """Visual tokens of all images, one after the other: [n width of the language model].
+
+    Args: what the processor gives for images.
+    """
+    found = self.vision(pixel_values, **arrays)
+    found = found.flatten(0, -2)
+    found = found[visual_index.to(found.device)]
+    found = found if inner_counts is None else self.vision.reduce(found, inner_counts)
+    return found if self.projector is None else self.projector(found)
+
+  def embed(self, input_ids, features, repeats=1, cache=None):
+    """Embeddings of the ids with the visual tokens in their places.
+
+    Args:
+      repeats: rows that follow each other and read the same images (beams, samples).
+      cache: of the tokens before these; a single id behind them was generated, whatever it is.
+    """
+    if features is None and not begins(input_ids, cache):
+      return self.get_input_embeddings()(input_ids)
+    places = input_ids == self.config.image_token_id
+    # The placeholder may lie outside the table (it is no token of the language model).
+    embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+    if features is None:
+      if places.any():
+        raise ValueError(f'{int(places.sum())} places for visual tokens in input_ids, but no '
+                         'pixel_values')
+      return embeds
+    features = self._per_row(features, places, repeats).to(embeds.device, embeds.dtype)
+    return embeds.masked_scatter(places[..., None], features)
+
+  def _look(self, input_ids, mask, pixel_values, first, repeats):
+    """(visual tokens [n d], which of them are real [n]) of both passes; None without images."""
+    if pixel_values is None or input_ids is None:
+      return None, None
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    tokens, valid, _ = look(self, input_ids[::repeats], mask[::repeats].bool(), pixel_values, first)
+    return tokens, valid
+
+  def _readable(self, input_ids, mask, positions, valid, cache, repeats):
+    """(mask, positions): places whose visual token is none are not read and shift nothing; the
+    cache remembers them for the steps that follow."""
+    before = getattr(cache, VALID, None)
+    if valid is None and before is None:
+      return mask, positions
+    mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+    if valid is not None:
+      places = input_ids == self.config.image_token_id
+      real = self._per_row(valid[:, None].to(mask.dtype), places, repeats)[:, 0]
+      mask = mask.masked_scatter(places, mask[places] * real)
+    else:
+      mask[:, :before.shape[1]] *= before.to(mask.dtype)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return mask, positions[:, -input_ids.shape[1]:]
+
+  def _media(self, features, counts, cache):
+    """Keys and values of the visual tokens, made once and kept with the cache."""
+    if features is None:
+      media = getattr(cache, NAME, None)
+      if media is None:
+        raise ValueError('this model reads images at every token; give pixel_values')
+      return media
+    return self.fusion.media(features, counts.tolist())
+
+  def _per_row(self, features, places, repeats):
+    """The tokens in the order of the rows.
+
+    Raises:
+      ValueError: another number of places in the rows than of tokens.
+    """
+    counts = places[::repeats].sum(1).tolist()
+    if sum(counts) != len(features):
+      raise ValueError(f'{sum(counts)} places for visual tokens in input_ids, but the images have '
+                       f'{len(features)}; use the processor of this folder for both')
+    if repeats == 1:
+      return features
+    return torch.cat([part for row in features.split(counts) for part in [row] * repeats])
+
+  def forward(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None,
+              past_key_values=None, inputs_embeds=None, labels=None, logits_to_keep=0,
+              visual_index=None, visual_counts=None, coords=None, grids=None,
+              first_scales=None, inner_counts=None, image_features=None, image_repeats=1,
+              **kwargs):
+    """Logits of every position, and the loss of the labels.
+
+    Args:
+      input_ids: [b t], with a placeholder per visual token (none with cross-attention).
+      pixel_values, visual_index, coords, grids, first_scales, inner_counts: of all images, from
+        the processor.
+      visual_counts: [b] visual tokens of each row, with cross-attention.
+      labels: [b t], -100 where nothing is trained; unshifted.
+      image_features: what `get_image_features` gave, in place of `pixel_values`.
+      image_repeats: rows that follow each other and read the same images (beams, samples).
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+      raise ValueError('give exactly one of input_ids and inputs_embeds')
+    valid = None
+    if self.two_pass:
+      image_features, valid = self._look(
+        input_ids, attention_mask, pixel_values, first_scales, image_repeats)
+      attention_mask, position_ids = self._readable(
+        input_ids, attention_mask, position_ids, valid, past_key_values, image_repeats)
+    elif image_features is None and pixel_values is not None:
+      arrays = {'coords': coords, 'grids': grids, 'inner_counts': inner_counts}
+      image_features = self.get_image_features(
+        pixel_values, visual_index, **{k: v for k, v in arrays.items() if v is not None})
+    media = None
+    if self.fusion is not None:
+      media = self._media(image_features, visual_counts, past_key_values)
+      kwargs = kwargs | {'media': media}
+      inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else (
+        inputs_embeds)
+    elif inputs_embeds is None:
+      inputs_embeds = self.embed(input_ids, image_features, image_repeats, past_key_values)
+    out = self.language_model(
+      inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
+      past_key_values=past_key_values, logits_to_keep=logits_to_keep,
+      **{k: v for k, v in kwargs.items() if k != 'num_items_in_batch'})
+    if valid is not None and out.past_key_values is not None:
+      setattr(out.past_key_values, VALID, attention_mask)
+    if media is not None and out.past_key_values is not None:
+      setattr(out.past_key_values, NAME, media)
+    loss = None
+    if labels is not None:
+      kwargs.pop('media', None)
+      loss = self.loss_function(out.logits, labels, self.config.text_config.vocab_size, **kwargs)
+    return HrvlmOutput(
+      loss=loss, logits=out.logits, past_key_values=out.past_key_values,
+      hidden_states=out.hidden_states, attentions=out.attentions,
+      image_hidden_states=image_features)
+
+  def prepare_inputs_for_generation(self, input_ids, **kwargs):
+    """Images go with the step that reads their places, the first one."""
+    inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    ids = inputs.get('input_ids')
+    if self.fusion is not None:
+      read = not hasattr(inputs.get('past_key_values'), NAME)
+    else:
+      read = begins(ids, inputs.get('past_key_values')) and (
+        ids is not None and (ids == self.config.image_token_id).any())
+    if not read:
+      for name in IMAGES:
+        inputs.pop(name, None)
+    return inputs
+
+  def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None,
+                                    **kwargs):
+    """Beams and samples read the images once (`_per_row`)."""
+    images = {name: kwargs.pop(name) for name in IMAGES if name in kwargs}
+    if images:
+      images['image_repeats'] = expand_size * images.get('image_repeats', 1)
+    input_ids, kwargs = super()._expand_inputs_for_generation(
+      expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids,
+      **kwargs)
+    return input_ids, kwargs | images
+
+
+class AnyResForConditionalGeneration(HrvlmForConditionalGeneration):
+  """AnyRes (LLaVA-1.6)."""
+
+  config_class = AnyResConfig
+
+
+class DynamicS2ForConditionalGeneration(HrvlmForConditionalGeneration):
+  """Dynamic S2 (NVILA)."""
+
+  config_class = DynamicS2Config
+
+
+class LlavaHrForConditionalGeneration(HrvlmForConditionalGeneration):
+  """LLaVA-HR."""
+
+  config_class = LlavaHrConfig
+
+
+class McLlavaForConditionalGeneration(HrvlmForConditionalGeneration):
+  """MC-LLaVA."""
+
+  config_class = McLlavaConfig
+
+
+class PheyeForConditionalGeneration(HrvlmForConditionalGeneration):
+  """Pheye."""
+
+  config_class = PheyeConfig
+
+
+class Ps3ForConditionalGeneration(HrvlmForConditionalGeneration):
+  """PS3 in front of a language model."""
+
+  config_class = Ps3Config
+
+
+class ReducedForConditionalGeneration(HrvlmForConditionalGeneration):
+  """Any encoder and a step that leaves fewer tokens."""
+
+  config_class = ReducedConfig
+
+
+class S2ForConditionalGeneration(HrvlmForConditionalGeneration):
+  """S2."""
+
+  config_class = S2Config
+
+
+class SingleViewForConditionalGeneration(HrvlmForConditionalGeneration):
+  """Plain LLaVA."""
+
+  config_class = SingleViewConfig
+
+
+class TilingForConditionalGeneration(HrvlmForConditionalGeneration):
+  """Closest-aspect tiling."""
+
+  config_class = TilingConfig
+
+
+class VilaHdForConditionalGeneration(HrvlmForConditionalGeneration):
+  """VILA-HD."""
+
+  config_class = VilaHdConfig

@@ -1,0 +1,221 @@
+"""Processors of hrvlm models for transformers: text and pictures -> the arrays a model reads."""
+
+import numpy as np
+from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+from .configuration_hrvlm import settings
+from .pixels import normalise
+from .views_baselines import (
+  anyres,
+  llava_hr,
+  pheye,
+  ps3,
+  reduced_tokens,
+  s2,
+  s2_dynamic,
+  single_view,
+  tiling,
+  vila_hd,
+)
+from .views_mc_llava import view as mc_llava
+
+# A picture and settings of the encoder -> `pixels` uint8 [v h w 3], `index` [t] of the tokens that
+# stand in the prompt, `size`, the number of tokens they are taken from, `fixed`, how many learned
+# tokens come first (0 unless given), and what the system has beside.
+VIEWS = {'anyres': anyres, 'llava_hr': llava_hr, 'mc_llava': mc_llava, 'pheye': pheye,
+         'ps3': ps3, 's2': s2, 's2_dynamic': s2_dynamic, 'single_view': single_view,
+         'tiling': tiling, 'vila_hd': vila_hd}
+IMAGE = '<image>'
+
+
+def view_of(system, encoder, token_maps, image):
+  """The views of one picture, as `VIEWS` describes them; behind a step that leaves fewer tokens
+  also `tokens`, how many, and `inner_counts`, how many there were."""
+  if system != 'reduced':
+    return VIEWS[system](image, encoder)
+  found = view_of(encoder.inner, encoder.encoder, None, image)
+  left = reduced_tokens(encoder.step, token_maps)
+  if encoder.step.kind == 'visionzip':
+    found |= {'index': np.arange(left), 'size': left}
+  return found | {'tokens': left, 'inner_counts': np.array([len(found['index'])])}
+
+
+class HrvlmImageProcessor(BaseImageProcessor):
+  """Pictures -> views, by the rules of the system.
+
+  Args:
+    system: its name.
+    token_maps: see `ReducedConfig`.
+    encoder: its settings, as in config.json. Any of them can be given to a call, too (`max_crops`,
+      `num_tokens`, ...).
+  """
+
+  model_input_names = ['pixel_values', 'visual_index']
+
+  def __init__(self, system=None, encoder=None, token_maps=None, **kwargs):
+    super().__init__(**kwargs)
+    self.system, self.encoder, self.token_maps = system, encoder, token_maps
+
+  def preprocess(self, images, return_tensors=None, **options):
+    """pixel_values float32 [v 3 h w] of all pictures, visual_index int64 [n] (which tokens of the
+    views stand in the prompt), `tokens` (visual tokens of each picture), and what the system
+    has beside.
+
+    Args:
+      images: pictures, or their paths or addresses; a list, or a list of lists.
+      options: settings of the encoder for this call.
+
+    Raises:
+      ValueError: an option that the encoder does not have.
+    """
+    if unknown := sorted(set(options) - set(self.encoder)):
+      raise ValueError(f'{self.system}: no settings of its encoder: {", ".join(unknown)}; it has '
+                       f'{", ".join(sorted(self.encoder))}')
+    encoder = settings(self.encoder | options)
+    pixels = self.pixels(flat(images), encoder)
+    colours = encoder
+    while not hasattr(colours, 'mean'):
+      colours = colours.tower if hasattr(colours, 'tower') else colours.encoder
+    data = {'pixel_values': normalise(pixels.pop('pixels'), colours.mean, colours.std), **pixels}
+    return BatchFeature(data, tensor_type=return_tensors)
+
+  def pixels(self, images, encoder=None):
+    """What `preprocess` gives, with `pixels` uint8 [v h w 3] in place of normalised ones."""
+    encoder = encoder or settings(self.encoder)
+    found = [view_of(self.system, encoder, self.token_maps,
+                     load_image(image) if isinstance(image, str) else image) for image in images]
+    arrays, start = {'visual_index': []}, 0
+    for one in found:
+      fixed, index = one.get('fixed', 0), one['index']
+      arrays['visual_index'].append(np.where(index < fixed, index, index + start))
+      for name, value in one.items():
+        if name not in ('index', 'size', 'fixed', 'tokens'):
+          arrays.setdefault(name, []).append(value)
+      start += one['size']
+    joined = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    return joined | {'tokens': np.array([one.get('tokens', len(one['index'])) for one in found])}
+
+
+class HrvlmProcessor(ProcessorMixin):
+  """Text with `<image>` where pictures stand, and the pictures.
+
+  Every picture takes as many positions as it has visual tokens; batches are padded on the left,
+  which `padding_side='right'` changes for training.
+
+  Args:
+    image_token_id: stands for one visual token; None: pictures take no positions.
+    image_token: in the vocabulary of the tokenizer, or only a mark in the text ('split'): then the
+      pieces around it are tokenised alone.
+    after_image: text behind the visual tokens of every picture.
+  """
+
+  def __init__(self, image_processor=None, tokenizer=None, chat_template=None, image_token_id=None,
+               split=False, after_image='', **kwargs):
+    self.image_token_id, self.split, self.after_image = image_token_id, split, after_image
+    self.image_token = IMAGE
+    super().__init__(image_processor, tokenizer, chat_template=chat_template)
+    tokenizer.padding_side = 'left'
+    if tokenizer.pad_token is None:
+      tokenizer.pad_token = tokenizer.eos_token
+
+  def __call__(self, images=None, text=None, return_tensors=None, padding=True, padding_side=None,
+               add_special_tokens=True, text_kwargs=None, images_kwargs=None, **options):
+    """input_ids and attention_mask [b t] of the texts, and the arrays of the pictures.
+
+    Args:
+      images: one picture, a list, or a list per text, in the order of the `<image>` in the texts.
+      text: one text or a list.
+      padding: as in tokenizers of transformers.
+      add_special_tokens: the tokenizer's own begin token stands in front.
+      options: settings of the encoder for this call (`max_crops`, ...), and `truncation`, which
+        must be off: a prompt cut inside its visual tokens cannot be read.
+
+    Raises:
+      ValueError: another number of pictures than of `<image>` in the texts.
+    """
+    options |= (text_kwargs or {}) | (images_kwargs or {})
+    if options.pop('truncation', False):
+      raise ValueError('truncation would cut visual tokens; shorten the text')
+    max_length, to = options.pop('max_length', None), options.pop('pad_to_multiple_of', None)
+    for name in ('return_token_type_ids', 'return_attention_mask', 'return_offsets_mapping',
+                 'return_mm_token_type_ids', 'videos', 'audio'):
+      options.pop(name, None)
+    texts = [text] if isinstance(text, str) else list(text or [])
+    pictures = [] if images is None else flat(images)
+    data, counts = {}, []
+    if pictures:
+      data = dict(self.image_processor.preprocess(pictures, **options))
+      counts = data.pop('tokens').tolist()
+    if not texts:
+      return BatchFeature(data, tensor_type=return_tensors)
+    if self.image_token_id is None:  # pictures take no positions; how many, their nesting says
+      places = self._nested(images, texts)
+      ends = np.cumsum([0, *places])
+      data['visual_counts'] = np.array([sum(counts[a:b]) for a, b in zip(ends, ends[1:])])
+    else:
+      places = [one.count(IMAGE) for one in texts]
+      if sum(places) != len(pictures):
+        raise ValueError(f'{sum(places)} {IMAGE} in the text, but {len(pictures)} images; expected '
+                         'one for each image')
+    rows, start = [], 0
+    for one, n in zip(texts, places):
+      rows.append(self._ids(one, counts[start:start + n], add_special_tokens))
+      start += n
+    if padding_side is not None:
+      options = {'padding_side': padding_side}
+    else:
+      options = {}
+    padded = self.tokenizer.pad({'input_ids': rows}, padding=padding, max_length=max_length,
+                                pad_to_multiple_of=to, return_attention_mask=True, **options)
+    return BatchFeature(dict(padded) | data, tensor_type=return_tensors)
+
+  def _nested(self, images, texts):
+    """Pictures of each text."""
+    one = self.image_processor.system == 'pheye'
+    nested = isinstance(images, (list, tuple)) and len(images) == len(texts)
+    found = [len(flat(part)) for part in images] if nested else (
+      [len(flat(images))] if images is not None and len(texts) == 1 else [])
+    if not found or min(found) < 1 or (one and max(found) > 1):
+      raise ValueError(f'{"exactly one image" if one else "at least one image"} for each text '
+                       f'is needed; give a list per text: found {found} for {len(texts)} texts')
+    return found
+
+  def _ids(self, text, counts, begin):
+    """Ids of one text, every `<image>` as that many placeholders and what follows it."""
+    encode = lambda piece: self.tokenizer(piece, add_special_tokens=False)['input_ids']
+    ids = list(self.tokenizer('')['input_ids']) if begin else []
+    after = encode(self.after_image) if self.after_image else []
+    if self.split:
+      pieces = [encode(piece) for piece in text.split(IMAGE)]
+    else:
+      mark, pieces = self.tokenizer.convert_tokens_to_ids(IMAGE), [[]]
+      for one in encode(text):
+        pieces.append([]) if one == mark else pieces[-1].append(one)
+    ids += pieces[0]
+    for piece, n in zip(pieces[1:], counts):
+      ids += [self.image_token_id] * n + after + piece
+    return [int(one) for one in ids]
+
+  @property
+  def model_input_names(self):
+    """What the model reads."""
+    return ['input_ids', 'attention_mask', *self.image_processor.model_input_names]
+
+  def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens=True, **kwargs):
+    """Texts of ids, placeholders left out."""
+    rows = [[int(one) for one in row if int(one) != self.image_token_id]
+            for row in generated_outputs]
+    return self.tokenizer.batch_decode(rows, skip_special_tokens=skip_special_tokens, **kwargs)
+
+  def to_dict(self):
+    """For processor_config.json."""
+    return super().to_dict() | {'image_token_id': self.image_token_id, 'split': self.split,
+                                'after_image': self.after_image}
+
+
+def flat(images):
+  """Pictures of a list, or of a list of lists, in order."""
+  if not isinstance(images, (list, tuple)):
+    return [images]
+  return [one for part in images for one in (flat(part) if part is not None else [])]

@@ -1,0 +1,155 @@
+"""A tiny model of ours beside its export in transformers, for tests."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hrvlm_jax.checkpoint import hf, store
+from hrvlm_jax.checkpoint.rows import export_tensors
+from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.interop import folder
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
+from hrvlm_jax.systems import registry
+from hrvlm_jax.training.losses import token_cross_entropy
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import Answerer, text_of
+from tests.interop.releases import random_params
+
+LIMIT = 1e-4  # of the largest magnitude
+SIZES = ((61, 47), (150, 90), (33, 201), (97, 96))
+QUESTIONS = ('What?', 'How many cats are there in the picture?', 'Où est "A"?', 'Read it to me')
+
+
+def picture(size, seed=0):
+  """An odd picture: noise over a slope."""
+  rng = np.random.default_rng(seed)
+  slope = np.linspace(0, 200, size[0])[None, :, None]
+  noise = rng.integers(0, 56, (size[1], size[0], 3))
+  return Image.fromarray((slope + noise).astype(np.uint8))
+
+
+def pictures():
+  """Four of unequal sizes."""
+  return [picture(size, seed) for seed, size in enumerate(SIZES)]
+
+
+def near(ours, theirs):
+  """The largest difference over the largest magnitude."""
+  ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+  assert ours.shape == theirs.shape
+  return np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30)
+
+
+@dataclasses.dataclass
+class Pair:
+  """A checkpoint, its folder, and both models."""
+
+  config: object
+  checkpoint: object
+  folder: object
+
+  @classmethod
+  def make(cls, config, place, *, scale=4.0, **options):
+    """Random parameters, larger than a start's so that every part is felt."""
+    place = pathlib.Path(place)
+    flat = {path: x * (scale if path.endswith('kernel') else 1)
+            for path, x in paths.flatten(random_params(config)).items()}
+    files = {f'tokenizer/{n}': data for n, data in tokenizer_of('byte').files.items()}
+    store.save_params(place / 'c', paths.unflatten(flat), {'model': to_dict(config)},
+                      extra_files=files)
+    export(place / 'c', place / 'f', layout='transformers', **options)
+    return cls(config, place / 'c', place / 'f')
+
+  @classmethod
+  def light(cls, config, place):
+    """A folder without weights."""
+    hf.write_extra(pathlib.Path(place), folder.files(config, tokenizer_of('byte')))
+    return cls(config, None, pathlib.Path(place))
+
+  @functools.cached_property
+  def answerer(self):
+    """Ours."""
+    return Answerer.load(self.checkpoint)
+
+  @functools.cached_property
+  def text(self):
+    """How our text is written."""
+    return text_of(self.config, tokenizer_of('byte'))
+
+  @functools.cached_property
+  def params(self):
+    """Ours, stacked."""
+    return store.load_params(self.checkpoint, vlm.build(self.config).abstract)
+
+  @functools.cached_property
+  def processor(self):
+    """Of the folder."""
+    return AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
+
+  @functools.cached_property
+  def model(self):
+    """Of the folder, in float32."""
+    model, said = AutoModelForImageTextToText.from_pretrained(
+      self.folder, trust_remote_code=True, dtype=torch.float32, output_loading_info=True)
+    assert not any(said[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
+    return model.eval()
+
+  def items(self, n):
+    """n questions about a picture each."""
+    return [([image], question) for image, question in zip(pictures()[:n], QUESTIONS)]
+
+  def inputs(self, items, **options):
+    """Theirs of (images, question)s, by the chat template."""
+    chats = [[{'role': 'user', 'content': [
+      *({'type': 'image', 'image': image} for image in images),
+      {'type': 'text', 'text': question}]}] for images, question in items]
+    return self.processor.apply_chat_template(
+      chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt',
+      processor_kwargs=options)
+
+  def batch(self, items):
+    """Ours, padded on the left to the longest row."""
+    system, encoder = registry.get(self.config.system), self.config.encoder
+    views = [system.views(images, encoder) for images, _ in items]
+    rows = [self.text.prompt(question, view['tokens'].tolist())
+            for (_, question), view in zip(items, views)]
+    length = max(len(row['tokens']) for row in rows)
+    return pad_batch(rows, length, 'left') | {'views': system.batch(views, encoder)}
+
+  def both_losses(self, n):
+    """(loss, logits at real places, gradients by their names) of ours and of theirs; labels are
+    the last six tokens of every row."""
+    items = self.items(n)
+    batch, inputs = self.batch(items), self.inputs(items)
+    ids, mask = inputs['input_ids'].numpy(), inputs['attention_mask'].numpy().astype(bool)
+    place = self.model.config.image_token_id
+    labels = np.where(mask & (ids != place if place else True), ids, -100)
+    labels[:, :-6] = -100
+    batch = {key: jax.tree.map(jnp.asarray, value) for key, value in batch.items()}
+    batch['labels'] = jnp.asarray(labels)
+    fn = vlm.build(self.config)
+
+    def loss(params):
+      module = fn.bind(params)
+      logits = module.logits(module(batch))
+      total, count = token_cross_entropy(logits, batch['labels'])
+      return total / count, logits
+
+    (ours, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params)
+    gradients = dict(export_tensors(jax.device_get(gradients), folder.table(self.config)))
+    self.model.zero_grad()
+    out = self.model(**inputs, labels=torch.tensor(labels))
+    out.loss.backward()
+    theirs = {name: p.grad.numpy() for name, p in self.model.named_parameters()
+              if p.grad is not None}
+    return ((float(ours), np.asarray(logits)[mask], gradients),
+            (float(out.loss.detach()), out.logits.detach().numpy()[mask], theirs))

@@ -1,0 +1,399 @@
+"""Folders for transformers: tiny models of every system beside ours, and the way back."""
+
+import ast
+import dataclasses
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+import torch
+
+from hrvlm_jax.checkpoint import hf, store
+from hrvlm_jax.checkpoint.rows import entries
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.resample import normalise, normalise_host
+from hrvlm_jax.interop import folder
+from hrvlm_jax.interop.convert import convert, recognise
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.interop.torch import (
+  configuration_hrvlm,
+  modeling_hrvlm,
+  modeling_ps3,
+  processing_hrvlm,
+)
+from hrvlm_jax.language.prompt import tokenizer_of
+from hrvlm_jax.systems import registry
+from hrvlm_jax.systems.fusion import TwoPassFusion
+from hrvlm_jax.systems.ps3.plan import make_plan
+from hrvlm_jax.vlm import model as vlm
+from tests import levels
+from tests.interop.pytorch import LIMIT, Pair, near, picture
+from tests.interop.tiny_models import FIRST, MODELS, PS3_ALONE
+
+rows = lambda *first: levels.rows('interop', MODELS, first=first or FIRST)
+made = {}
+
+
+@pytest.fixture
+def pair(name, tmp_path_factory):
+  """Model and folder, made once."""
+  if name not in made:
+    made[name] = Pair.make(MODELS[name], tmp_path_factory.mktemp('pair'))
+  return made[name]
+
+
+def fuzz(config):
+  """Odd pictures: modes, elongated, tiny."""
+  rng = np.random.default_rng(3)
+  long = 300 if 'mc_llava' in (config.system, getattr(config.encoder, 'inner', None)) else 900
+  yield from (picture((int(w), int(h)), int(w)) for w, h in rng.integers(1, 260, (6, 2)))
+  yield from (picture(size) for size in ((1, 1), (2, 97), (long, 3), (38, 38), (576, 577)))
+  base = picture((71, 53))
+  for mode in ('L', '1', 'P', 'RGBA', 'LA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F'):
+    yield base.convert('RGB').convert('L').convert(mode) if mode in ('I', 'F', 'LA') else (
+      base.convert(mode))
+  yield Image.fromarray(np.arange(71 * 53, dtype=np.uint16).reshape(53, 71) * 17)
+
+
+def views_of(images, config):
+  """Ours; a reduced system's are those of its inner one."""
+  found = registry.get(config.system).views(images, config.encoder)
+  return {name.removeprefix('0/') if name != '0/tokens' else 'inner': value
+          for name, value in found.items()}
+
+
+@pytest.mark.parametrize('name', rows(*MODELS))
+def test_the_processor_sees_what_we_see(name, tmp_path):
+  """Pixels are equal bytes before they are normalised and within one unit in the last place
+  after; token ids are equal, and so are the tokens that are taken."""
+  pair = Pair.light(MODELS[name], tmp_path)
+  config, processor = pair.config, pair.processor
+  system, encoder = registry.get(config.system), config.encoder
+  theirs = processor.image_processor
+  own = processing_hrvlm.HrvlmImageProcessor(theirs.system, theirs.encoder, theirs.token_maps)
+  for image in fuzz(config):
+    ours = views_of([image], config)
+    found = own.pixels([image])
+    np.testing.assert_array_equal(found['pixels'], ours['pixels'], err_msg=f'{image}')
+    assert found['tokens'].tolist() == ours['tokens'].tolist(), image
+    if 'coords' in ours:
+      np.testing.assert_array_equal(found['coords'], ours['coords'])
+    # The others count pictures, or the text reads all tokens.
+    if config.system not in ('single_view', 's2', 's2_dynamic', 'pheye', 'reduced'):
+      packed = system.batch([ours], encoder)
+      np.testing.assert_array_equal(found['visual_index'], packed['index'][packed['valid']])
+    normal = own.preprocess([image])['pixel_values']
+    colours = encoder
+    while not hasattr(colours, 'mean'):
+      colours = getattr(colours, 'encoder', None) or colours.tower
+    expected = normalise_host(ours['pixels'], colours.mean, colours.std).transpose(0, 3, 1, 2)
+    np.testing.assert_array_max_ulp(normal, np.ascontiguousarray(expected), maxulp=1)
+  items = pair.items(3)
+  if config.fusion.in_prompt:
+    items += [([], 'No picture here'), ([picture((40, 31)), picture((90, 60))], 'Two?')]
+  for item in items:
+    ids = pair.inputs([item])['input_ids'][0].numpy()
+    row = pair.text.prompt(item[1], system.views(item[0], encoder)['tokens'].tolist())
+    place = processor.image_token_id or 0
+    np.testing.assert_array_equal(ids, np.where(row['visual_index'] >= 0, place, row['tokens']))
+
+
+@pytest.mark.parametrize('n', levels.rows('interop', [1, 4], first=[4]))
+@pytest.mark.parametrize('name', rows())
+def test_logits_loss_and_gradients_are_ours(name, n, pair):
+  ours, theirs = pair.both_losses(n)
+  assert abs(ours[0] - theirs[0]) <= LIMIT * max(abs(ours[0]), 1)
+  assert near(ours[1], theirs[1]) <= LIMIT
+  largest = max(np.max(np.abs(x)) for x in ours[2].values())
+  used = {key for key, x in ours[2].items() if np.any(x)}
+  assert used <= theirs[2].keys()
+  for key, x in theirs[2].items():
+    assert np.max(np.abs(ours[2][key] - x)) <= LIMIT * largest, key
+
+
+@pytest.mark.parametrize('name', rows())
+def test_greedy_tokens_are_ours(name, pair):
+  """A batch of four unequal pictures, padded on the left, and each of them alone."""
+  answerer, items = pair.answerer, pair.items(4)
+  embeds, valid, extras = answerer.generator.prompt(answerer.batch(items))
+  out = answerer.generator.generate(embeds, valid, answerer.sampling(max_new_tokens=6),
+                                    extras=extras).rows()
+  for part, expected in ((items, out), (items[:1], out[:1])):
+    inputs = pair.inputs(part)
+    found = pair.model.generate(**inputs, max_new_tokens=6)[:, inputs['input_ids'].shape[1]:]
+    for row, wanted in zip(found.tolist(), expected, strict=True):
+      assert row[:len(wanted)] == list(wanted)
+
+
+@pytest.mark.parametrize('name', rows('mc_llava'))
+def test_beams_samples_and_settings_at_call_time(name, pair):
+  model, inputs = pair.model, pair.inputs(pair.items(3))
+  length = inputs['input_ids'].shape[1]
+  one = model.generate(**inputs, max_new_tokens=4, num_beams=3)
+  single = model.generate(**pair.inputs(pair.items(1)), max_new_tokens=4, num_beams=3)
+  assert one[0, length:].tolist()[:4] == single[0, -one[0, length:].numel():].tolist()[:4]
+  torch.manual_seed(0)
+  sampled = model.generate(**inputs, max_new_tokens=3, do_sample=True, num_return_sequences=2)
+  assert len(sampled) == 6 and torch.equal(sampled[0, :length], sampled[1, :length])
+  plain = model.generate(**inputs, max_new_tokens=4, use_cache=False)
+  assert torch.equal(plain, model.generate(**inputs, max_new_tokens=4))
+  if pair.config.system == 'mc_llava':
+    few = pair.inputs(pair.items(1), max_crops=0, num_tokens=9)
+    assert len(few['pixel_values']) == 1 and few['visual_index'].numel() == 9
+  two = pair.inputs(pair.items(1) * 2)
+  if 'visual_index' in two and pair.config.fusion.kind == 'prefix':  # one picture for two rows
+    half = len(two['visual_index']) // 2
+    with pytest.raises(ValueError, match=f'{2 * half} places .* have {half}'):
+      model(**{**two, 'visual_index': two['visual_index'][:half]})
+  with pytest.raises(ValueError, match='no settings of its encoder: max_cropz'):
+    pair.inputs(pair.items(1), max_cropz=0)
+  with pytest.raises(ValueError, match='1 <image> in the text, but 2 images'):
+    pair.processor(images=[picture((9, 9))] * 2, text='<image> ?')
+
+
+@pytest.mark.parametrize('name', rows('mc_llava'))
+def test_attention_checkpointing_and_pipeline(name, pair):
+  from transformers import AutoModelForImageTextToText, pipeline
+
+  inputs = pair.inputs(pair.items(2))
+  real = inputs['attention_mask'].bool()
+  expected = pair.model(**inputs).logits[real].detach()
+  eager = AutoModelForImageTextToText.from_pretrained(
+    pair.folder, trust_remote_code=True, attn_implementation='eager', dtype=torch.float32)
+  assert near(eager(**inputs).logits[real].detach(), expected) < 1e-5
+  labels = inputs['input_ids'].clone()
+  labels[:, :-4] = -100
+  gradients = []
+  for checkpointing in (False, True):
+    eager.train()
+    (eager.gradient_checkpointing_enable if checkpointing else
+     eager.gradient_checkpointing_disable)()
+    eager.zero_grad()
+    eager(**inputs, labels=labels).loss.backward()
+    gradients.append({k: p.grad for k, p in eager.named_parameters() if p.grad is not None})
+  assert gradients[0].keys() == gradients[1].keys()
+  for key, value in gradients[0].items():
+    torch.testing.assert_close(gradients[1][key], value, rtol=1e-4, atol=1e-6)
+  ask = pipeline('image-text-to-text', model=str(pair.folder), trust_remote_code=True,
+                 dtype=torch.float32)
+  image, question = pair.items(1)[0][0][0], pair.items(1)[0][1]
+  chat = [{'role': 'user', 'content': [{'type': 'image', 'image': image},
+                                       {'type': 'text', 'text': question}]}]
+  answer = ask(text=chat, max_new_tokens=5)[0]['generated_text'][-1]['content']
+  alone = pair.inputs(pair.items(1))
+  ids = pair.model.generate(**alone, max_new_tokens=5)[:, alone['input_ids'].shape[1]:]
+  assert answer == pair.processor.post_process_image_text_to_text(ids)[0]
+
+
+@pytest.mark.parametrize('name', rows('mc_llava'))
+def test_three_steps_in_pytorch_and_back(name, pair, tmp_path):
+  from transformers import AutoModelForImageTextToText
+
+  model = AutoModelForImageTextToText.from_pretrained(pair.folder, trust_remote_code=True,
+                                                      dtype=torch.float32)
+  inputs = pair.inputs(pair.items(2))
+  labels = inputs['input_ids'].clone()
+  labels[:, :-4] = -100
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+  for _ in range(3):
+    optimizer.zero_grad()
+    model(**inputs, labels=labels).loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+  model.save_pretrained(tmp_path / 'tuned')
+  pair.processor.save_pretrained(tmp_path / 'tuned')
+  assert recognise(tmp_path / 'tuned') == pair.config
+  convert(tmp_path / 'tuned', tmp_path / 'back')
+  back = Pair(pair.config, tmp_path / 'back', tmp_path / 'tuned')
+  batch = back.batch(pair.items(2))
+  module = vlm.build(pair.config).bind(back.params)
+  logits = np.asarray(module.logits(module(batch)))[batch['valid']]
+  model.eval()
+  with torch.no_grad():
+    theirs = model(**inputs).logits.numpy()[batch['valid']]
+    before = pair.model(**inputs).logits.numpy()[batch['valid']]
+  assert near(logits, theirs) <= LIMIT < near(before, theirs)
+
+
+@pytest.mark.full('interop')
+def test_lora_of_peft_comes_back_as_a_set(tmp_path):
+  import peft
+
+  name = 'mc_llava'
+  pair = Pair.make(MODELS[name], tmp_path / 'pair')
+  torch.manual_seed(0)
+  model = peft.get_peft_model(pair.model, peft.LoraConfig(
+    r=3, lora_alpha=6, target_modules=r'language_model\..*(q_proj|fc1)', init_lora_weights=False))
+  inputs = pair.inputs(pair.items(2))
+  labels = inputs['input_ids'].clone()
+  labels[:, :-4] = -100
+  optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+  for _ in range(3):
+    optimizer.zero_grad()
+    model(**inputs, labels=labels).loss.backward()
+    optimizer.step()
+  model.save_pretrained(tmp_path / 'adapter')
+  config = convert(pair.folder, tmp_path / 'back', adapter=tmp_path / 'adapter')
+  assert config.text.lora[0].rank == 3
+  back = Pair(config, tmp_path / 'back', pair.folder)
+  batch = pair.batch(pair.items(2))
+  module = vlm.build(config).bind(back.params)
+  with torch.no_grad():
+    theirs = model(**inputs).logits.numpy()[batch['valid']]
+  assert near(np.asarray(module.logits(module(batch)))[batch['valid']], theirs) <= LIMIT
+  export(tmp_path / 'back', tmp_path / 'again', layout='transformers')
+  again = peft.PeftModel.from_pretrained(
+    Pair(config, None, tmp_path / 'again').model, tmp_path / 'again' / 'adapter')
+  with torch.no_grad():
+    assert near(again(**inputs).logits.numpy()[batch['valid']], theirs) < 1e-6
+
+
+@pytest.mark.parametrize('options', [dict(looks=1), dict(looks='all'), dict(looks=0),
+                                     dict(looks=None, tokens=31), dict(looks=2, first_scales=1)])
+def test_ps3_alone_with_its_selection_maps(options, tmp_path_factory):
+  from transformers import AutoImageProcessor, AutoModel
+
+  if 'ps3' not in made:
+    made['ps3'] = Pair.make(PS3_ALONE, tmp_path_factory.mktemp('pair'))
+  pair = made['ps3']
+  model = AutoModel.from_pretrained(pair.folder, trust_remote_code=True, dtype=torch.float32).eval()
+  images = AutoImageProcessor.from_pretrained(pair.folder, trust_remote_code=True)
+  pictures = [picture((61, 47)), picture((33, 201), 1)]
+  encoder = PS3_ALONE.encoder
+  ours = registry.get('ps3').views(pictures, encoder)['pixels']
+  pixels = images(pictures, return_tensors='pt')['pixel_values']
+  plan = make_plan(*ours.shape[1:3], encoder, num_looks=options['looks'],
+                   num_tokens=options.get('tokens'), first_scales=options.get('first_scales'))
+  ids = np.random.default_rng(0).integers(0, 271, (2, 9))
+  module = vlm.build(PS3_ALONE).bind(pair.params)
+  floats = normalise(ours, encoder.mean, encoder.std)
+  for text in (None, ids):
+    prompt = None if text is None else module.prompt(text)
+    found = module.vision.encode(floats, plan, prompt=prompt)
+    with torch.no_grad():
+      out = model(pixels, None if text is None else torch.tensor(text), **options)
+    assert near(out.last_hidden_state.numpy(), found.last) <= LIMIT
+    assert len(out.selection_maps) == len(found.maps)
+    for mine, theirs in zip(found.maps, out.selection_maps):
+      np.testing.assert_array_equal(mine, theirs.numpy())
+    start = plan.grids[0][0] * plan.grids[0][1]
+    pooled = module.vision.pool(found.last[:, start:] if plan.looks else found.last)
+    assert near(out.pooler_output.numpy(), pooled) <= LIMIT
+  with pytest.raises(ValueError, match='no settings of a look: lokks'):
+    model(pixels, lokks=1)
+
+
+@pytest.mark.parametrize('name', ['mc_llava'])
+def test_a_generated_placeholder_is_a_token_like_others(name, pair):
+  """A model that answers with the placeholder of its prompts (an untrained one may) goes on."""
+  inputs, place = pair.inputs(pair.items(2)), pair.model.config.image_token_id
+  length = inputs['input_ids'].shape[1]
+  out = pair.model.generate(**inputs, max_new_tokens=3, logits_processor=[
+    lambda ids, scores: torch.full_like(scores, -1e4).index_fill(
+      1, torch.tensor([place]), 0.0) if ids.shape[1] == length + 1 else scores])
+  assert (out[:, length + 1] == place).all() and out.shape[1] == length + 3
+  with pytest.raises(ValueError, match='but no pixel_values'):
+    pair.model(input_ids=inputs['input_ids'])
+
+
+RELEASED = [(system, release) for system in folder.CLASSES
+            for release in registry.get(system).released]
+
+
+@pytest.mark.parametrize('system, release', levels.rows(
+  'interop', RELEASED, first=[('mc_llava', 'mc_llava_3b')]))
+def test_released_sizes_have_the_same_tensors(system, release):
+  """Names and shapes, on the meta device; a tied output layer is no tensor of its own."""
+  config = registry.get(system).released[release]
+  if system == 'vila_hd':
+    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, looks=1))
+  files = folder.files(config, tokenizer_of('byte'))
+  name = folder.CLASSES[system]
+  values = {k: v for k, v in files['config.json'].items()
+            if k not in ('architectures', 'auto_map', 'model_type')}
+  place, kind = (modeling_hrvlm, f'{name}ForConditionalGeneration') if config.text else (
+    modeling_ps3, f'{name}Model')
+  with torch.device('meta'):
+    model = getattr(place, kind)(
+      getattr(configuration_hrvlm, f'{name}Config')(**values))
+  table = folder.table(config)
+  ours = {entry.names[0]: entry.shape for entry in entries(table, vlm.build(config).abstract)}
+  theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in table.tied}
+  assert ours == theirs
+
+
+def test_the_code_stands_alone():
+  """No file imports JAX or the package; every system that the exporter knows has its classes."""
+  for path in folder.CODE.glob('*.py'):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+      names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+        [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+      assert not [n for n in names if n.split('.')[0] in ('jax', 'flax', 'hrvlm_jax')], path
+      if isinstance(node, ast.ImportFrom) and node.level:  # what transformers copies with a file
+        assert node.level == 1 and (folder.CODE / f'{node.module}.py').exists(), path
+  known = set(folder.CLASSES) - {'reduced'}
+  assert known == set(modeling_hrvlm.VISION) == set(processing_hrvlm.VIEWS)
+
+
+def test_the_folder_names_and_hashes_its_code(tmp_path):
+  pair = Pair.make(MODELS['single_view'], tmp_path)
+  names = {path.name for path in folder.CODE.glob('*.py')} - {'__init__.py'}
+  facts = hf.read_json(pair.folder / 'manifest.json')
+  assert names <= facts['files'].keys()
+  hf.check_manifest(pair.folder)
+  (pair.folder / 'pixels.py').write_text('import os')
+  with pytest.raises(UserError, match='pixels.py'):
+    hf.check_manifest(pair.folder)
+  card = (pair.folder / 'README.md').read_text()
+  assert 'trust_remote_code' in card and 'library_name: transformers' in card
+  marker = tmp_path / 'marker'
+  for path in pathlib.Path(pair.folder).glob('*.py'):
+    path.write_text(f'open({str(marker)!r}, "w")')
+  convert(pair.folder, tmp_path / 'back')
+  assert not marker.exists()
+  before, after = (store.load_params(place, vlm.build(pair.config).abstract)
+                   for place in (pair.checkpoint, tmp_path / 'back'))
+  from hrvlm_jax.core import paths
+  again = paths.flatten(after)
+  for key, value in paths.flatten(before).items():
+    np.testing.assert_array_equal(value, again[key], err_msg=key)
+
+
+@pytest.mark.parametrize('place', ['llava_hr/data', 'llava_hr/full'])
+def test_a_sentencepiece_model_has_the_same_ids(place, tmp_path):
+  """The released LLaMA tokenizers are such; the golden cases hold tiny ones."""
+  from transformers import AutoTokenizer
+
+  from hrvlm_jax.language.tokenizer import tokenizer_from_files
+
+  path = pathlib.Path(__file__).parents[1] / 'goldens' / place / 'tokenizer.model'
+  ours = tokenizer_from_files({'tokenizer.model': path.read_bytes()})
+  hf.write_extra(tmp_path, folder._tokenizer_files(ours))
+  theirs = AutoTokenizer.from_pretrained(tmp_path)
+  rng = np.random.default_rng(0)
+  letters = list('abcdeing THEROS\n\t  .,:12é\u4f60\U0001f600<>/') + [
+    '</s>', '<s>', '<unk>', ' USER:']
+  for length in [0, 1, 2, 3, *rng.integers(4, 60, 60)]:
+    text = ''.join(rng.choice(letters, length))
+    ids = ours.encode(text)
+    assert theirs(text)['input_ids'] == ids, repr(text)
+    assert theirs(text, add_special_tokens=False)['input_ids'] == ours.encode(text, bos=False)
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
+
+
+@pytest.mark.parametrize('change, message', [
+  (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, pad_vocab_to=64)),
+   'pad_vocab_to'),
+  (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, rope_linear_factor=1.0,
+                                                             norm='layernorm')), 'model.text.norm'),
+  (lambda c: dataclasses.replace(c, system='toy'), 'system toy'),
+  (lambda c: dataclasses.replace(MODELS['vila_hd'], fusion=TwoPassFusion(selection_weight=1.0)),
+   'selection_weight'),
+  (lambda c: dataclasses.replace(c, text=None, projector=None), 'without a language model'),
+])
+def test_what_has_no_code_is_refused_by_name(change, message):
+  with pytest.raises(UserError, match=message) as error:
+    folder.check(change(MODELS['single_view']), what='c')
+  assert '--for original' in str(error.value)
