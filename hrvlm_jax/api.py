@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from hrvlm_jax.front.model import Model
   from hrvlm_jax.systems.contract import ModelConfig
 
-__all__ = ['convert', 'export', 'load', 'train']
+__all__ = ['convert', 'evaluate', 'export', 'load', 'train']
 
 
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
@@ -80,6 +80,38 @@ def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
   from hrvlm_jax.front import running
 
   return running.train(config, workdir, overrides, progress=progress)
+
+
+def evaluate(model: Any, benchmark: str, *, data: str | os.PathLike, out: str | os.PathLike,
+             split: str | None = None, batch_size: int = 8, limit: int | None = None,
+             max_new_tokens: int | None = None, metric: str | None = None,
+             progress: bool = False) -> Any:
+  """Answers a benchmark and scores it; a run that was stopped goes on in the same `out`.
+
+  Args:
+    model: of `load`, or what `load` takes (then with `exif='ignore'`, as the published numbers
+      were made).
+    benchmark: its name (`hrvlm eval --list`), or 'own' for questions of your own with `metric`.
+    data: folder with the official files; for 'own' the file of questions.
+    out: folder of answers, score, provenance and report.
+    limit: only the first samples.
+
+  Returns:
+    `evaluation.result.Result`; its `summary()` is a line of text.
+
+  Raises:
+    UserError: unknown benchmark or metric, files that are missing, an `out` of another run.
+
+  >>> result = evaluate('runs/quickstart/checkpoint', 'own', data='own.jsonl', metric='exact',
+  ...                   out='runs/scored', max_new_tokens=4)
+  >>> print(result.summary().split(':')[0])
+  own (all), 3 samples
+  """
+  from hrvlm_jax.front import evaluating
+
+  return evaluating.evaluate(model, benchmark, data=data, out=out, split=split,
+                             batch_size=batch_size, limit=limit, max_new_tokens=max_new_tokens,
+                             metric=metric, progress=progress)
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, dtype: Any = None,

@@ -1,27 +1,40 @@
 """`hrvlm eval` and `hrvlm analyse`: see `evaluation.runner.evaluate` and `evaluation.analysis`."""
 
 import argparse
+import ast
 import importlib
 import inspect
+import itertools
 import os
+import pathlib
+import sys
 import typing
 
 from hrvlm_jax.cli.arguments import Parser
-from hrvlm_jax.cli.ask import KNOBS, take_knobs
+from hrvlm_jax.cli.ask import KNOBS, NAMES, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.evaluation.analysis import ANALYSES
 
 
 def main(argv: list[str]) -> int:
-  """Runs a benchmark and writes score, answers and provenance; resumes by itself."""
+  """Runs benchmarks and writes score, answers and provenance; resumes by itself."""
   argv, knobs = take_knobs(argv)
   parser = Parser('eval', f'{main.__doc__} {KNOBS}')
   parser.add_argument('--checkpoint', help='checkpoint or work directory of a run')
   parser.add_argument('--predictions', metavar='FILE',
                       help='score these answers (JSON lines with sample_id and text) instead')
-  parser.add_argument('--benchmark', required=True, help='its name; an unknown one lists all')
-  parser.add_argument('--data', required=True, help='folder with the official files')
-  parser.add_argument('--out', required=True, help='result folder')
+  parser.add_argument('--list', action='store_true', help='say which benchmarks there are')
+  parser.add_argument('--benchmark', metavar='NAME,...',
+                      help="one or several, or 'own' for questions of your own (--metric)")
+  parser.add_argument('--data', help='folder with the official files; of several benchmarks, the '
+                      "folder with theirs by name; of 'own', the file or folder of questions")
+  parser.add_argument('--out', help='result folder')
+  parser.add_argument('--metric', help="of 'own': plain (equal but for case), exact, contains, "
+                      'anls, relaxed, vqa, letter, ... (an unknown one lists all), module:function')
+  parser.add_argument('--images', help="of 'own': where its images are; default: beside the file")
+  parser.add_argument('--sweep', action='append', default=[], metavar='encoder.KEY=A,B,...',
+                      help='every value in turn, several --sweep their product; a table and a '
+                      'picture in --out')
   parser.add_argument('--split', help="default: the benchmark's first")
   parser.add_argument('--prompt', metavar='FILE', help='own prompt template')
   parser.add_argument('--batch-size', type=int, default=8)
@@ -31,28 +44,139 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.evaluation import benchmarks
-
-  benchmark = benchmarks.get(arguments.benchmark)
+  if arguments.list:
+    print('\n'.join(listed()))
+    return 0
+  missing = [f'--{name}' for name in ('benchmark', 'data', 'out')
+             if getattr(arguments, name) is None]
+  if missing:
+    raise UserError(f'{", ".join(missing)}: missing; hrvlm eval --list names the benchmarks')
+  chosen = [_benchmark(name, arguments) for name in arguments.benchmark.split(',')]
+  if arguments.metric and all(benchmark.name != 'own' for benchmark in chosen):
+    raise UserError('--metric belongs to --benchmark own; the others have their own metrics')
+  combinations = swept(arguments.sweep)
   if (arguments.checkpoint is None) == (arguments.predictions is None):
     raise UserError('expected either --checkpoint (a model answers) or --predictions (answers that '
                     'exist are scored)')
   if arguments.predictions is not None:
-    return _score(benchmark, arguments, knobs)
+    if len(chosen) > 1 or combinations != [{}]:
+      raise UserError('--predictions are the answers to one benchmark, made already; give one, and '
+                      'no --sweep')
+    return _score(chosen[0], arguments, knobs)
+  from hrvlm_jax.front import evaluating
+
+  held: dict[str, typing.Any] = {}  # the model of the settings at hand, for all benchmarks
+
+  def run(benchmark, knobs, out):
+    if repr(knobs) not in held:
+      held.clear()
+      held[repr(knobs)] = _answerer(arguments, dict(knobs))
+    return _ask(held[repr(knobs)], benchmark, arguments,
+                _data(benchmark, arguments, len(chosen)), out)
+
+  cells, failed = [], 0
+  names = [benchmark.name for benchmark in chosen]
+  for values in combinations:
+    laid = {name: dict(options) for name, options in knobs.items()}
+    for key, value in values.items():
+      group, _, name = key.partition('.')
+      laid.setdefault(group, {})[name] = value
+    folder = pathlib.Path(arguments.out, evaluating.folder_of(values))
+    for benchmark in chosen:
+      try:
+        result = run(benchmark, laid, folder / benchmark.name if len(chosen) > 1 else folder)
+        cells.append(evaluating.Cell(values, benchmark.name, result))
+      except UserError as error:
+        if combinations == [{}] and len(chosen) == 1:
+          raise
+        failed += 1
+        print(f'{folder.name if values else benchmark.name}: {error}', file=sys.stderr, flush=True)
+        cells.append(evaluating.Cell(values, benchmark.name, None, str(error)))
+  if len(cells) > 1 and cells[0].first:
+    print(evaluating.write(cells, names, arguments.out))
+  if failed:
+    raise UserError(f'{failed} of {len(cells)} evaluations failed (above); run again, the others '
+                    'are kept')
+  return 0
+
+
+def _benchmark(name: str, arguments):
+  from hrvlm_jax.evaluation import benchmarks
+  from hrvlm_jax.evaluation.benchmarks.own import own
+
+  if name == 'own':
+    return own(arguments.metric, images=arguments.images)
+  return benchmarks.get(name)
+
+
+def _data(benchmark, arguments, count: int) -> str:
+  """The folder of a benchmark: of several, the one of its name where there is one."""
+  inside = os.path.join(arguments.data, benchmark.name)
+  return inside if count > 1 and os.path.isdir(inside) else arguments.data
+
+
+def listed() -> list[str]:
+  """A line per benchmark: name, what it is, its splits with their numbers, its files."""
+  from hrvlm_jax.evaluation import benchmarks
+
+  found = benchmarks.known() | {'own': benchmarks.get('own')}
+  width = max(map(len, found))
+  splits = lambda b: ', '.join(name if n is None else f'{name} ({n:,})'
+                               for name, n in b.splits.items())
+  return [f'{name:<{width}}  {b.title}; splits: {splits(b)}; files: {b.files}'
+          for name, b in sorted(found.items())]
+
+
+def swept(texts: typing.Sequence[str]) -> list[dict[str, typing.Any]]:
+  """Settings of every combination of `--sweep` options; [{}] without one.
+
+  Raises:
+    UserError: another form, one key twice.
+  """
+  axes: dict[str, list] = {}
+  for text in texts:
+    key, equals, values = text.partition('=')
+    group, dot, name = key.partition('.')
+    if not (equals and values and dot and name) or group not in NAMES:
+      raise UserError(f'--sweep {text}: expected {" or ".join(NAMES)}, a key and its values, such '
+                      'as encoder.max_crops=25,100')
+    if key in axes:
+      raise UserError(f'--sweep {key} is there twice; list its values in one')
+    try:
+      read = ast.literal_eval(f'[{values}]')
+    except (ValueError, SyntaxError):
+      read = values.split(',')
+    axes[key] = list(dict.fromkeys(map(_hashable, read)))
+  return [dict(zip(axes, chosen)) for chosen in itertools.product(*axes.values())]
+
+
+def _hashable(value):
+  return tuple(value) if isinstance(value, list) else value
+
+
+def _answerer(arguments, knobs):
+  """The model under the settings of the command line."""
+  from hrvlm_jax.checkpoint import layout
+  from hrvlm_jax.core.execution import Execution
+  from hrvlm_jax.vlm.answer import Answerer
+
+  # The originals ignored EXIF orientation in evaluation; so do the published numbers.
+  return Answerer.load(os.fspath(layout.resolve(arguments.checkpoint)),
+                       ex=Execution(dtype=arguments.dtype), exif='ignore',
+                       encoder_options=knobs.pop('encoder', None), methods=knobs)
+
+
+def _ask(answerer, benchmark, arguments, data, out):
+  """A model answers; returns the result, None on processes other than the first."""
   import jax
 
   from hrvlm_jax.checkpoint import layout
-  from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.evaluation import provenance
   from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.evaluation.runner import Options, evaluate
   from hrvlm_jax.parallel import distributed
-  from hrvlm_jax.vlm.answer import Answerer
 
-  # The originals ignored EXIF orientation in evaluation; so do the published numbers.
   folder = os.fspath(layout.resolve(arguments.checkpoint))
-  answerer = Answerer.load(folder, ex=Execution(dtype=arguments.dtype), exif='ignore',
-                           encoder_options=knobs.pop('encoder', None), methods=knobs)
   devices = jax.local_devices()
   if arguments.batch_size % len(devices):
     raise UserError(f'--batch-size {arguments.batch_size} is no multiple of the {len(devices)} '
@@ -63,15 +187,15 @@ def main(argv: list[str]) -> int:
     name=os.path.basename(os.path.abspath(arguments.checkpoint)), checkpoint=arguments.checkpoint,
     checkpoint_hash=provenance.folder_hash(folder))
   result = evaluate(
-    benchmark, asked, data=arguments.data, out=arguments.out,
+    benchmark, asked, data=data, out=out,
     options=Options(
       split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
       limit=arguments.limit, process_index=jax.process_index(), process_count=jax.process_count(),
       barrier=lambda: distributed.barrier('eval'), progress=not arguments.quiet))
   if result is not None:
     print(result.summary())
-    print(f'written: {arguments.out}')
-  return 0
+    print(f'written: {out}', flush=True)
+  return result
 
 
 def _score(benchmark, arguments, knobs) -> int:

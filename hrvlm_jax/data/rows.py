@@ -7,6 +7,7 @@ that says which row of which file and what kind of fault, so that faults can be 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
@@ -19,7 +20,9 @@ from PIL import Image
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.language.chat import Message
+from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
+from hrvlm_jax.language.conversation import messages_from_llava
+from hrvlm_jax.language.messages import ROLES, SYSTEM, turns
 
 T = TypeVar('T')
 
@@ -250,6 +253,55 @@ def question_answers(questions: Any, answers: Any) -> list[tuple[str, str]]:
   return list(zip(questions, answers, strict=True))
 
 
+def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any]]:
+  """(messages, the images of the row in their order) of a list in LLaVA's, OpenAI's or HF's form.
+
+  Text that names its images with `<image>` is left as it is. Images that are parts of the content
+  stand in front of their question, as in LLaVA's data; a bare part takes the next of `images`. A
+  system text stands in front of the first question: the templates of training have their own.
+
+  Args:
+    images: what the row names beside its messages: None, one, or several.
+
+  Raises:
+    UserError: entries of another form, all of them named; parts and images of different numbers.
+  """
+  named = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+  text_alone = lambda entry: not isinstance(entry, Mapping) or (
+    isinstance(entry.get('content', entry.get('value')), str)
+    and ROLES.get(entry.get('role', entry.get('from'))) != SYSTEM)
+  if isinstance(entries, list) and all(map(text_alone, entries)):
+    return messages_from_llava(entries), named
+  found = turns(entries)
+  system = '\n'.join(turn.text for turn in found if turn.role == SYSTEM)
+  spoken = [turn for turn in found if turn.role != SYSTEM]
+  parts = [image for turn in spoken for image in turn.images]
+  bare = sum(image is None for image in parts)
+  if parts and bare != len(named):
+    raise UserError(f'{bare} image parts have no image of their own, but the row names '
+                    f'{len(named)}')
+  given = iter(named)
+  later = any(turn.images for turn in spoken[1:])
+  messages = []
+  for number, turn in enumerate(spoken):
+    text = f'{system}\n{turn.text}' if system and not number and turn.role == USER else turn.text
+    # Where only the first question has images, the template puts its placeholders.
+    messages.append(Message(turn.role, f'{IMAGE}\n' * (len(turn.images) if later else 0) + text))
+  return messages, [next(given) if image is None else image for image in parts] if parts else named
+
+
+def answered(value: Mapping[str, Any]) -> list[Message] | None:
+  """The messages of {'question', 'answer' or 'answers'}; of several answers the first is taught.
+
+  None where there is no question of this form.
+  """
+  asked, told = value.get('question'), value.get('answer', value.get('answers'))
+  told = told[0] if isinstance(told, list) and told else told
+  if not isinstance(asked, str) or isinstance(told, (dict, list)) or told is None:
+    return None
+  return [Message(USER, asked), Message(ASSISTANT, str(told))]
+
+
 def image_refs(value: Any, folder: str | None, where: str) -> tuple[ImageRef, ...]:
   """Images of a table's field, in any of the forms that `Fields.image` allows.
 
@@ -265,6 +317,8 @@ def image_refs(value: Any, folder: str | None, where: str) -> tuple[ImageRef, ..
     name = f'image {index} of {where}'
     data, path = (item.get('bytes'), item.get('path')) if isinstance(item, Mapping) else (
       (item, None) if isinstance(item, bytes) else (None, item))
+    if isinstance(path, str) and path[:5].lower() == 'data:':
+      data, path = _decoded(path), None
     if data is not None:
       refs.append(ImageRef(path or name, data=data))
     elif isinstance(path, str) and folder is not None:
@@ -274,3 +328,14 @@ def image_refs(value: Any, folder: str | None, where: str) -> tuple[ImageRef, ..
     else:
       raise UserError(f'image {index} is {type(item).__name__}, expected a file name or bytes')
   return tuple(refs)
+
+
+def _decoded(url: str) -> bytes:
+  """The bytes of `data:image/png;base64,...`."""
+  head, comma, body = url.partition(',')
+  try:
+    if comma and head.lower().endswith(';base64'):
+      return base64.b64decode(''.join(body.split()), validate=True)
+  except ValueError as error:
+    raise UserError(f'an image is a data URL that is not base64 ({error})') from error
+  raise UserError(f'an image is a data URL {head[:40]!r}, expected data:image/...;base64,...')

@@ -18,10 +18,18 @@ import numpy as np
 
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data import mixture, tables
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row, Source, image_refs, inside
+from hrvlm_jax.data import arrow, mixture, tables
+from hrvlm_jax.data.rows import (
+  BadRow,
+  ImageRef,
+  Row,
+  Source,
+  answered,
+  conversation,
+  image_refs,
+  inside,
+)
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
-from hrvlm_jax.language.conversation import messages_from_llava
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 
@@ -43,8 +51,9 @@ class LlavaJson:
   """LLaVA style conversations: a JSON array, or JSON lines.
 
   A row is {"id", "image": path or list of paths (optional), "conversations":
-  [{"from": "human" | "gpt", "value"}]}; other fields are kept in `extra`. Only offsets are held in
-  memory, so that a file of a gigabyte costs a worker process a few megabytes.
+  [{"from": "human" | "gpt", "value"}]}, or has "messages" in OpenAI's or Hugging Face's form
+  (`rows.conversation`), or "question" and "answer"; other fields are kept in `extra`. Only offsets
+  are held in memory, so that a file of a gigabyte costs a worker process a few megabytes.
 
   Args:
     path: the file.
@@ -105,26 +114,29 @@ def llava_row(data: bytes, where: str, images: str) -> Row:
     raise BadRow('json', where, f'not valid JSON ({error})') from error
   if not isinstance(value, dict):
     raise BadRow('form', where, f'is {type(value).__name__}, expected an object')
-  turns = value.get('conversations', value.get('messages'))
+  turns, asked = value.get('conversations', value.get('messages')), answered(value)
+  if turns is None and asked is not None:
+    turns = [{'role': message.role, 'content': message.text} for message in asked]
   if not isinstance(turns, list) or not turns:
-    raise BadRow('form', where, "has no 'conversations', expected a list of messages")
+    raise BadRow('form', where, "has no 'conversations', expected a list of messages (or "
+                 "'messages', or 'question' and 'answer')")
   names = value.get('image', value.get('images'))
-  names = [names] if isinstance(names, str) else names
-  if names is not None and (not isinstance(names, list) or any(
-      not isinstance(name, str) for name in names)):
-    raise BadRow('form', where, "has an 'image' that is neither a path nor a list of paths")
   try:
-    messages = messages_from_llava(turns)
+    messages, names = conversation(turns, names)
   except UserError as error:
     raise BadRow('form', where, str(error)) from error
+  if any(not isinstance(name, str) for name in names):
+    raise BadRow('form', where, "has an 'image' that is neither a path nor a list of paths")
   try:
-    for name in names or ():
-      inside(images, name)
-    refs = image_refs(names, images, where)
+    for name in names:
+      if name[:5].lower() != 'data:':
+        inside(images, name)
+    refs = image_refs(names or None, images, where)
   except UserError as error:
     raise BadRow('path', where, str(error)) from error
   extra = {key: value[key] for key in value
-           if key not in ('id', 'image', 'images', 'conversations', 'messages')}
+           if key not in ('id', 'image', 'images', 'conversations', 'messages')
+           and (asked is None or key not in ('question', 'answer'))}
   return Row(str(value.get('id', '')), refs, tuple(messages), where, extra)
 
 
@@ -244,7 +256,9 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
   | `*.json`, `*.jsonl` | `LlavaJson` |
   | `*.parquet`, `*.array_record*` (or a pattern) | `Parquet`, `ArrayRecords` |
   | folder with shards of these | the same |
+  | folder that `datasets` saved (state.json, dataset_dict.json) | `arrow.Arrow` (split train) |
   | folder with dataset_info.json | `Tfds` (split train) |
+  | folder with data/*.parquet (a clone from the hub) | `Parquet` (split train) |
   | folder with one JSON of records (the built-in task writes one) | `LlavaJson` |
   | folder with images | `ImageFolder` |
 
@@ -270,6 +284,10 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
     raise UserError(f'{path}: is of no known kind; expected a name with .json, .jsonl, .parquet or '
                     '.array_record')
   names = sorted(os.listdir(path))
+  if arrow.is_saved(path):
+    return arrow.Arrow(path, images=images)
+  if (pattern := arrow.cloned(path)) is not None:
+    return tables.Parquet(pattern, images=images)
   if 'dataset_info.json' in names:
     return tables.Tfds(path)
   if any('.array_record' in name for name in names):

@@ -17,9 +17,16 @@ from typing import Any
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.rows import BadRow, Fields, Row, decode_record, image_refs, question_answers
+from hrvlm_jax.data.rows import (
+  BadRow,
+  Fields,
+  Row,
+  conversation,
+  decode_record,
+  image_refs,
+  question_answers,
+)
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
-from hrvlm_jax.language.conversation import messages_from_llava
 
 _CACHED_GROUPS = 2  # row groups of a parquet file held decoded, per process
 
@@ -35,9 +42,10 @@ def table_row(values: Mapping[str, Any], fields: Fields, folder: str | None, whe
   except UnicodeDecodeError as error:
     raise BadRow('encoding', where, f'holds text that is not UTF-8 ({error.reason})') from error
   try:
-    refs = image_refs(values.get(fields.image), folder, where) if fields.image else ()
+    images = values.get(fields.image) if fields.image else None
     if fields.conversations and values.get(fields.conversations):
-      messages = messages_from_llava(values[fields.conversations])
+      messages, images = conversation(values[fields.conversations], images)
+      images = images or None
     elif fields.answer and values.get(fields.answer) is not None:
       asked = values.get(fields.question) if fields.question else fields.prompt
       messages = [Message(role, text) for pair in question_answers(asked, values[fields.answer])
@@ -45,6 +53,7 @@ def table_row(values: Mapping[str, Any], fields: Fields, folder: str | None, whe
     else:
       asked = values.get(fields.question) if fields.question else fields.prompt
       messages = [Message(USER, asked)] if isinstance(asked, str) and asked else []
+    refs = image_refs(images, folder, where)
   except UserError as error:
     raise BadRow('form', where, str(error)) from error
   name = values.get(fields.id, '') if fields.id else ''

@@ -32,13 +32,12 @@ class Turn:
   """One message: its role ('user', 'assistant' or 'system'), text, and images in their order.
 
   An image that is None is a bare placeholder (`{'type': 'image'}`): it stands for one that is given
-  beside the messages. `written` is the text with `<image>` where the images stood.
+  beside the messages.
   """
 
   role: str
   text: str
   images: tuple[Any, ...] = ()
-  written: str = ''
 
 
 def is_messages(value: Any) -> bool:
@@ -71,9 +70,8 @@ def turns(messages: Any) -> list[Turn]:
 
 
 def _joined(first: Turn, second: Turn) -> Turn:
-  lines = lambda *texts: '\n'.join(filter(None, texts))
-  return Turn(first.role, lines(first.text, second.text), first.images + second.images,
-              lines(first.written, second.written))
+  return Turn(first.role, '\n'.join(filter(None, (first.text, second.text))),
+              first.images + second.images)
 
 
 def dialogue(messages: Any, images: Sequence[Any] = ()) -> tuple[list[Any], Dialogue]:
@@ -119,29 +117,25 @@ def _turn(message: Any, where: str, problems: list[str]) -> Turn | None:
                     "('human' or 'gpt')")
     return None
   if isinstance(content, str):
-    return Turn(ROLES[role], content, (), content)
+    return Turn(ROLES[role], content)
   if not isinstance(content, Sequence) or isinstance(content, bytes):
     problems.append(f'{where} has a content of {type(content).__name__}, expected text or a list '
                     'of parts')
     return None
   before = len(problems)
   texts: list[str] = []
-  written: list[str] = []
   images: list[Any] = []
   for number, part in enumerate(content):
     kind, value = _part(part, f'{where}, part {number}', problems)
     if kind == 'text':
       texts.append(value)
-      written.append(value)
     elif kind == 'image':
       images.append(value)
-      written.append(IMAGE)
   if ROLES[role] != USER and images:
     problems.append(f'{where} comes from {role!r} and holds an image; only questions bring images')
   if len(problems) > before:
     return None
-  return Turn(ROLES[role], '\n'.join(text for text in texts if text.strip()), tuple(images),
-              '\n'.join(text for text in written if text.strip()))
+  return Turn(ROLES[role], '\n'.join(text for text in texts if text.strip()), tuple(images))
 
 
 def _part(part: Any, where: str, problems: list[str]) -> tuple[str, Any]:

@@ -29,6 +29,8 @@ Metric = Callable[[str, str], float]  # answer, reference -> 0 to 1
 METRICS = Registry('metric', {
   'plain': 'hrvlm_jax.vlm.answer:is_correct',
   'anls': 'hrvlm_jax.evaluation.in_run:anls',
+  'contains': 'hrvlm_jax.evaluation.metrics.match:contains',
+  'exact': 'hrvlm_jax.evaluation.metrics.match:exact',
   'gqa': 'hrvlm_jax.evaluation.metrics.match:em_gqa',
   'ocrvqa': 'hrvlm_jax.evaluation.metrics.match:em_ocrvqa',
   'realworldqa': 'hrvlm_jax.evaluation.metrics.match:em_realworldqa',

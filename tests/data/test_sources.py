@@ -201,3 +201,87 @@ def test_mixture_files(folder):
   assert len(open_source(write(folder, 'y.mixture.json', json.dumps(published)))) == 3
   with pytest.raises(UserError, match='not valid JSON'):
     open_source(write(folder, 'z.mixture.json', '{'))
+
+
+def test_messages_of_other_programs_and_plain_questions(tmp_path):
+  """OpenAI's and Hugging Face's `messages`, question and answer, and data sets that were saved."""
+  import base64
+
+  from hrvlm_jax.data.sources import open_source
+
+  Image.new('RGB', (8, 6)).save(tmp_path / 'a.png')
+  url = f'data:image/png;base64,{base64.b64encode((tmp_path / "a.png").read_bytes()).decode()}'
+  ask = lambda *parts: {'role': 'user', 'content': [*parts, {'type': 'text', 'text': 'What?'}]}
+  answer = {'role': 'assistant', 'content': [{'type': 'text', 'text': 'STOP'}]}
+  system = {'role': 'system', 'content': 'Be short.'}
+  path = {'type': 'image', 'image': 'a.png'}
+  rows = [
+    {'messages': [ask(path), answer]},
+    {'messages': [ask({'type': 'image_url', 'image_url': {'url': url}}), answer]},
+    {'messages': [ask({'type': 'image'}), answer], 'images': ['a.png']},
+    {'messages': [system, ask(path), answer]},
+    {'messages': [ask(), answer, ask(path), answer]},
+    {'image': 'a.png', 'question': 'What?', 'answer': 'STOP'},
+    {'image': 'a.png', 'question': 'What?', 'answers': ['STOP', 'stop']},
+    {'messages': [ask({'type': 'image'}), answer]},
+    {'messages': [ask({'type': 'image', 'image': '../b.png'}), answer]},
+  ]
+  file = tmp_path / 'own.jsonl'
+  file.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  source = open_source(file)
+  told = lambda index: [(m.role, m.text) for m in source[index].messages]
+  for index in (0, 1, 2, 5, 6):
+    assert told(index) == [('user', 'What?'), ('assistant', 'STOP')], index
+    assert source[index].images[0].open().size == (8, 6)
+  assert told(3)[0] == ('user', 'Be short.\nWhat?')
+  assert told(4)[0] == ('user', 'What?') and told(4)[2] == ('user', '<image>\nWhat?')
+  assert source[6].extra == {'answers': ['STOP', 'stop']}
+  with pytest.raises(BadRow, match='1 image parts have no image of their own, but the row names 0'):
+    source[7]
+  with pytest.raises(BadRow, match='leads out of the image folder'):
+    source[8]
+
+
+def test_folders_that_datasets_saved(tmp_path):
+  """Arrow files as `save_to_disk` writes them, one or several splits; a clone with data/*.parquet."""
+  import pyarrow as pa
+  import pyarrow.parquet as pq
+
+  from hrvlm_jax.data.sources import open_source
+
+  Image.new('RGB', (8, 6)).save(tmp_path / 'a.png')
+  image = {'bytes': (tmp_path / 'a.png').read_bytes(), 'path': None}
+  messages = [{'role': 'user', 'content': [{'type': 'image', 'text': None},
+                                           {'type': 'text', 'text': f'What{n}?'}]}
+              for n in range(3)]
+  answer = {'role': 'assistant', 'content': [{'type': 'text', 'text': 'STOP'}]}
+  table = pa.Table.from_pylist([{'images': [image], 'messages': [asked, answer]}
+                                for asked in messages])
+
+  def saved(folder):
+    folder.mkdir(parents=True)
+    for number in range(2):
+      part = table.slice(2 * number, 2)
+      with pa.OSFile(str(folder / f'data-0000{number}-of-00002.arrow'), 'wb') as out, \
+          pa.ipc.new_stream(out, part.schema) as writer:
+        writer.write_table(part)
+    (folder / 'state.json').write_text('{}')
+    (folder / 'dataset_info.json').write_text('{}')
+
+  saved(tmp_path / 'one')
+  saved(tmp_path / 'many/train')
+  (tmp_path / 'many/dataset_dict.json').write_text('{"splits": ["train"]}')
+  (tmp_path / 'clone/data').mkdir(parents=True)
+  pq.write_table(table, tmp_path / 'clone/data/train-00000-of-00001.parquet')
+  for name in ('one', 'many', 'clone'):
+    source = open_source(tmp_path / name)
+    assert len(source) == 3
+    assert [row.messages[0].text for row in map(source.__getitem__, range(3))] == [
+      'What0?', 'What1?', 'What2?']
+    assert source[2].messages[1].text == 'STOP' and source[2].images[0].open().size == (8, 6)
+  (tmp_path / 'many/train').rename(tmp_path / 'many/validation')
+  with pytest.raises(UserError, match='has the splits validation; name the folder of one'):
+    open_source(tmp_path / 'many')
+  (tmp_path / 'one/data-00000-of-00002.arrow').write_bytes(b'nothing')
+  with pytest.raises(UserError, match='is not an Arrow file'):
+    open_source(tmp_path / 'one')

@@ -177,3 +177,65 @@ def test_a_template_of_one_turn_says_so(capsys):
     text.prompt(Dialogue(turns, (1, 0, 0)), [0])
   assert len(text.prompt(Dialogue(turns[:1], (1,), 'Own.'), [0])['tokens'])
   assert hrvlm_jax.__version__
+
+
+def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_path):
+  lines = asked(capsys, 'eval', '--list').out.splitlines()
+  assert any(line.startswith('textvqa ') for line in lines) and len(lines) > 20
+  assert any(line.startswith('own ') for line in lines)
+  rows = [{'image': 'photo.png', 'question': f'What{n}?', 'answers': ['STOP', 'stop sign'],
+           'category': 'ab'[n % 2]} for n in range(3)]
+  (here / 'more.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  words = ['eval', *SHORT, '--quiet', '--benchmark', 'own', '--data', 'more.jsonl']
+  out = asked(capsys, *words, '--metric', 'contains', '--out', str(tmp_path / 'one')).out
+  assert 'own (all), 3 samples: contains = ' in out and '  a: ' in out
+
+  # The V* grid of the article in one command; a combination that cannot be is said, not fatal.
+  grid = [*words, '--sweep', 'encoder.max_crops=4,9', '--sweep', 'encoder.num_tokens=2,40',
+          '--out', str(tmp_path / 'grid')]
+  out, err = asked(capsys, *grid, status=2)
+  table = (tmp_path / 'grid/table.txt').read_text()
+  assert table in out and table.splitlines()[0].split() == ['max_crops', 'num_tokens', 'own']
+  assert 'num_tokens=2 is below the number of views' in err
+  assert 'of 4 evaluations failed' in err and 'failed' in table
+  results = json.loads((tmp_path / 'grid/results.json').read_text())
+  assert [row['values']['encoder.max_crops'] for row in results] == [4, 4, 9, 9]
+  done = tmp_path / 'grid/max_crops=9_num_tokens=40'
+  config = json.loads((done / 'result.json').read_text())['preprocessing']['encoder']
+  assert (config['max_crops'], config['num_tokens']) == (9, 40)
+  assert min(Image.open(tmp_path / 'grid/plot.png').size) > 300
+
+  # Two benchmarks, each with its folder.
+  (tmp_path / 'data/realworldqa').mkdir(parents=True)
+  (tmp_path / 'data/own').mkdir()
+  (tmp_path / 'data/own/own.jsonl').write_text(json.dumps(rows[0]) + '\n')
+  (tmp_path / 'data/own/photo.png').write_bytes(pathlib.Path('photo.png').read_bytes())
+  (tmp_path / 'data/realworldqa/0.png').write_bytes(pathlib.Path('photo.png').read_bytes())
+  (tmp_path / 'data/realworldqa/annotations.jsonl').write_text(json.dumps(
+    {'id': '0', 'image': '0.png', 'question': 'How many?\nA. 1\nB. 2', 'answer': 'A'}) + '\n')
+  both = ['eval', *SHORT, '--quiet', '--benchmark', 'own,realworldqa', '--data',
+          str(tmp_path / 'data'), '--out', str(tmp_path / 'both')]
+  assert asked(capsys, *both).out.count('written: ') == 3
+  assert {path.name for path in (tmp_path / 'both').iterdir()} == {
+    'own', 'realworldqa', 'table.txt', 'plot.png', 'results.json'}
+
+  for argv, message in (
+      ([*words, '--metric', 'anl', '--out', 'x'], 'unknown metric anl (nearest known: anls)'),
+      (['eval', *SHORT, '--benchmark', 'own'], '--data, --out: missing'),
+      ([*words, '--out', 'x', '--sweep', 'max_crops=4'], 'such as encoder.max_crops=25,100'),
+      ([*words, '--out', 'x', '--metric', 'letter'], "has no 'choices'"),
+      (['eval', *SHORT, '--benchmark', 'pope', '--data', '.', '--out', 'x', '--metric', 'plain'],
+       '--metric belongs to --benchmark own')):
+    assert message in asked(capsys, *argv, status=2).err
+
+
+def test_letters_and_several_references():
+  from hrvlm_jax.evaluation.benchmarks.base import Sample
+  from hrvlm_jax.evaluation.benchmarks.own import own
+
+  sample = Sample('0', (), 'Which?', ('(b)',), choices=('red', 'blue'))
+  assert own('letter').score([sample], ['B. blue']).value == 100
+  several = Sample('0', (), 'Which?', ('STOP', 'stop sign'))
+  values = {name: own(name).score([several], ['A stop sign!']).value
+            for name in ('plain', 'contains', 'exact', 'vqa')}
+  assert values == {'plain': 0, 'contains': 100, 'exact': 0, 'vqa': 0}

@@ -24,19 +24,22 @@ def known() -> dict[str, Benchmark]:
 
 
 def get(name: str) -> Benchmark:
-  """The benchmark of a name; `<captions>_ptb` is scored with the PTB tokeniser.
+  """The benchmark of a name; `<captions>_ptb` is scored with the PTB tokeniser, `own` asks one's
+  own questions (see `benchmarks.own`).
 
   Raises:
     UserError: unknown name, with the nearest known one.
   """
-  from hrvlm_jax.evaluation.benchmarks import captions
+  from hrvlm_jax.evaluation.benchmarks import captions, own
 
+  if name == own.NAME:
+    return own.own()
   base = name.removesuffix('_ptb')
   if base != name and base in {benchmark.name for benchmark in captions.BENCHMARKS}:
     return captions.with_ptb(known()[base])
   if name not in known():
     raise UserError(f'{unknown(name, known(), what="benchmark")}; '
-                    f'all: {", ".join(sorted(known()))}')
+                    f'all: {", ".join(sorted([*known(), own.NAME]))}')
   return known()[name]
 
 

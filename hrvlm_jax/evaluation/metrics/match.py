@@ -1,6 +1,7 @@
 """Answers against references: exact and relaxed match, ANLS, OCRBench's points."""
 
 from collections.abc import Sequence
+import re
 
 # OCRBench: type of question -> part of the score it belongs to.
 PARTS = {
@@ -24,6 +25,18 @@ def clean_gqa(text: str) -> str:
   Source: luogen1996/LLaVA-HR: scripts/convert_gqa_for_eval.py.
   """
   return text.rstrip('.').lower()
+
+
+def exact(prediction: str, reference: str) -> float:
+  """1 where the answer is the reference, letter by letter, the space around both aside."""
+  return float(prediction.strip() == reference.strip())
+
+
+def contains(prediction: str, reference: str) -> float:
+  """1 where the words of the reference stand in the answer, one after the other, in any case."""
+  words, wanted = (re.findall(r'\w+', text.casefold()) for text in (prediction, reference))
+  return float(bool(wanted) and any(
+    words[i:i + len(wanted)] == wanted for i in range(len(words) - len(wanted) + 1)))
 
 
 def em_gqa(prediction: str, reference: str) -> float:
