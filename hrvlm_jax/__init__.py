@@ -12,15 +12,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from hrvlm_jax.api import convert, evaluate, export, load, train
+  from hrvlm_jax.api import convert, evaluate, export, finetune, load, train
   from hrvlm_jax.core.errors import UserError
   from hrvlm_jax.front.model import Chat, Model
 
 __version__ = '0.1.0'
-_NAMES = {name: 'hrvlm_jax.api' for name in ('convert', 'evaluate', 'export', 'load', 'train')} | {
+_NAMES = {
   'Chat': 'hrvlm_jax.front.model', 'Model': 'hrvlm_jax.front.model',
-  'UserError': 'hrvlm_jax.core.errors'}
-__all__ = ['Chat', 'Model', 'UserError', 'convert', 'evaluate', 'export', 'load', 'train']
+  'UserError': 'hrvlm_jax.core.errors',
+  **dict.fromkeys(('convert', 'evaluate', 'export', 'finetune', 'load', 'train'),
+                  'hrvlm_jax.api')}
+__all__ = ['Chat', 'Model', 'UserError', 'convert', 'evaluate', 'export', 'finetune', 'load',
+           'train']
 
 
 def __getattr__(name: str) -> Any:

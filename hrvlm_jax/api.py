@@ -17,7 +17,7 @@ if TYPE_CHECKING:
   from hrvlm_jax.front.model import Model
   from hrvlm_jax.systems.contract import ModelConfig
 
-__all__ = ['convert', 'evaluate', 'export', 'load', 'train']
+__all__ = ['convert', 'evaluate', 'export', 'finetune', 'load', 'train']
 
 
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
@@ -80,6 +80,52 @@ def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
   from hrvlm_jax.front import running
 
   return running.train(config, workdir, overrides, progress=progress)
+
+
+def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | os.PathLike, *,
+             images: str | os.PathLike | None = None, lora: int | None = None, epochs: float = 3,
+             held_out: float = 0.1, metric: str = 'plain', batch_size: int | None = None,
+             learning_rate: float | None = None, seed: int = 0, dtype: str = 'float32',
+             encoder: Mapping[str, Any] | None = None, progress: bool = False,
+             say: Callable[[str], None] = lambda text: None) -> Any:
+  """Tunes a model on one's own questions and answers and scores it on a held-out share.
+
+  Model, chat template, tokenizer and preprocessing are the checkpoint's; what its system freezes
+  stays frozen. Called again with the same `out`, it goes on.
+
+  Args:
+    checkpoint: what `load` takes; an original's weights are converted once, to `out`/start.
+    data: LLaVA's JSON, JSON lines with `messages` (OpenAI, Hugging Face) or `question` and
+      `answer`, parquet, a folder that `datasets` saved, ...: what `data.sources.open_source` opens.
+    out: work directory of the run; `load` it when it is done.
+    images: folder of the images; default: that of the file.
+    lora: rank of a LoRA set that is trained in place of the language model itself.
+    epochs: times every row is seen.
+    held_out: share of the rows kept for the score, drawn by the seed; 0: none.
+    metric: of the held-out answers: plain (equal but for case), exact, contains, anls, relaxed,
+      gqa, ... (`training.answers.METRICS`), or `module:function`.
+    batch_size: default: 8, or as many rows as there are.
+    learning_rate: default: 2e-5, with LoRA 2e-4.
+    say: told what is done.
+
+  Returns:
+    `front.finetune.Tuned`: rows, steps, loss, the score before and after.
+
+  Raises:
+    UserError: no usable rows, numbers that cannot be, a row that takes more places than the
+      language model knows.
+
+  >>> tuned = finetune('runs/quickstart/checkpoint', 'own.jsonl', 'runs/tuned', epochs=1, lora=2)
+  29,920 of 1,031,808 parameters ...
+  >>> tuned.rows, tuned.held_out, tuned.metric
+  (2, 1, 'plain')
+  """
+  from hrvlm_jax.front import finetune as tuning
+
+  return tuning.finetune(
+    checkpoint, data, out, images=images, lora=lora, epochs=epochs, held_out=held_out,
+    metric=metric, batch_size=batch_size, learning_rate=learning_rate, seed=seed, dtype=dtype,
+    encoder=encoder, progress=progress, say=say)
 
 
 def evaluate(model: Any, benchmark: str, *, data: str | os.PathLike, out: str | os.PathLike,

@@ -19,6 +19,7 @@ from hrvlm_jax.core.errors import UserError, unknown
 # verb -> (module:function, what it does). A new verb is one line here.
 VERBS: dict[str, tuple[str, str]] = {
     'train': ('hrvlm_jax.cli.train:main', 'train any stage of any system; resumes by itself'),
+    'finetune': ('hrvlm_jax.cli.finetune:main', 'tune a model on your own questions and answers'),
     'sweep': ('hrvlm_jax.cli.sweep:main', 'several runs of a config: a grid or a file; one table'),
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
     'chat': ('hrvlm_jax.cli.chat:main', 'a conversation about images, in the terminal'),

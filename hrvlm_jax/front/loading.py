@@ -36,7 +36,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     ex = Execution(dtype=dtype)
   except TypeError as error:
     raise UserError(f'dtype: found {dtype!r}, expected float32 or bfloat16') from error
-  if _is_checkpoint(what):
+  if is_checkpoint(what):
     config, origin = model_config(what, options), read_source(layout.resolve(what)).get('origin')
     params = store.load_params(what, vlm.build(config).abstract)
     tokenizer = None if config.text is None else find_tokenizer(what)
@@ -62,7 +62,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
   return Model(config, answerer=with_methods(answerer, methods or {}), **common)
 
 
-def _is_checkpoint(what: str | os.PathLike) -> bool:
+def is_checkpoint(what: str | os.PathLike) -> bool:
   """Whether a path holds a checkpoint of ours, or the run that will hold one."""
   path = layout.to_path(what)
   return path.is_dir() and ((layout.beside(path) / layout.MARKER).exists()
@@ -76,7 +76,7 @@ def _folder(what: str | os.PathLike) -> str | os.PathLike:
   path = pathlib.Path(what)
   if path.is_dir() and not (path / 'config.json').exists():
     inside = [child for child in sorted(path.iterdir())
-              if child.is_dir() and (_is_checkpoint(child) or (child / 'config.json').exists())]
+              if child.is_dir() and (is_checkpoint(child) or (child / 'config.json').exists())]
     hint = f'; did you mean {inside[0]}?' if inside else ''
     raise UserError(f'{what}: holds no model; expected a checkpoint, the work directory of a run, '
                     f"or an original's folder with its config.json{hint}")

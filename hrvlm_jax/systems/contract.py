@@ -141,6 +141,9 @@ class System(Packed):
     boxes: `views` takes `boxes=`, per image the region its question is about.
     per_image: settings of the config that may differ from image to image of an example; `views`
       then takes `configs=`, the config of each image.
+    frozen: regular expression over the paths of parameters that stay as they are when a whole model
+      is tuned further: those that nothing reads, and those that the last published stage freezes.
+      '' for none.
     overlay_needs_info: the picture needs the encoder's `info` (a forward pass), not only sizes.
     released: ModelConfig by release name.
     folders: sub-folders of the original's layout that hold the tensors, in the order of the table's
@@ -156,6 +159,7 @@ class System(Packed):
   encoder: Callable[..., Module]
   boxes: bool = False
   per_image: tuple[str, ...] = ()
+  frozen: str = ''
   overlay_needs_info: bool = False
   released: Mapping[str, ModelConfig] = types.MappingProxyType({})
   folders: tuple[str, ...] = ()

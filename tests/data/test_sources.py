@@ -243,7 +243,7 @@ def test_messages_of_other_programs_and_plain_questions(tmp_path):
 
 
 def test_folders_that_datasets_saved(tmp_path):
-  """Arrow files as `save_to_disk` writes them, one or several splits; a clone with data/*.parquet."""
+  """Arrow files as `save_to_disk` writes them, one or several splits; clones with parquet."""
   import pyarrow as pa
   import pyarrow.parquet as pq
 

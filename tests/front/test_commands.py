@@ -183,7 +183,7 @@ def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_
   lines = asked(capsys, 'eval', '--list').out.splitlines()
   assert any(line.startswith('textvqa ') for line in lines) and len(lines) > 20
   assert any(line.startswith('own ') for line in lines)
-  rows = [{'image': 'photo.png', 'question': f'What{n}?', 'answers': ['STOP', 'stop sign'],
+  rows = [{'image': 'other.png', 'question': f'What{n}?', 'answers': ['STOP', 'stop sign'],
            'category': 'ab'[n % 2]} for n in range(3)]
   (here / 'more.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
   words = ['eval', *SHORT, '--quiet', '--benchmark', 'own', '--data', 'more.jsonl']
@@ -209,7 +209,7 @@ def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_
   (tmp_path / 'data/realworldqa').mkdir(parents=True)
   (tmp_path / 'data/own').mkdir()
   (tmp_path / 'data/own/own.jsonl').write_text(json.dumps(rows[0]) + '\n')
-  (tmp_path / 'data/own/photo.png').write_bytes(pathlib.Path('photo.png').read_bytes())
+  (tmp_path / 'data/own/other.png').write_bytes(pathlib.Path('other.png').read_bytes())
   (tmp_path / 'data/realworldqa/0.png').write_bytes(pathlib.Path('photo.png').read_bytes())
   (tmp_path / 'data/realworldqa/annotations.jsonl').write_text(json.dumps(
     {'id': '0', 'image': '0.png', 'question': 'How many?\nA. 1\nB. 2', 'answer': 'A'}) + '\n')

@@ -8,4 +8,5 @@ SYSTEM = System(
   tiny=config.tiny, backbones=config.backbones, count=views.count, views=views.views,
   packing=views.packing, grid=views.grid, rules=views.rules, overlay=views.overlay,
   overlay_needs_info=True, tokens=views.tokens, table=weights.table,
-  from_release=weights.from_release, to_release=weights.to_release)
+  from_release=weights.from_release, to_release=weights.to_release,
+  frozen='vision/(slow/head|fast/post_norm)/.*')
