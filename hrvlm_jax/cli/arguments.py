@@ -7,9 +7,27 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax import __version__
+from hrvlm_jax.cli.examples import EXAMPLES
+from hrvlm_jax.core.errors import UserError, unknown
 
 _PREFIX = '--config.'
+PROBE = '--probe\0'  # no user can type it: `cli.completion` asks a verb for its options
+
+
+class Probed(Exception):
+  """The parser of a verb, in answer to `PROBE`."""
+
+  def __init__(self, parser: argparse.ArgumentParser):
+    super().__init__(parser.prog)
+    self.parser = parser
+
+
+class _Help(argparse.HelpFormatter):
+  """Text that begins with 'example' keeps its lines."""
+
+  def _fill_text(self, text: str, width: int, indent: str) -> str:
+    return text if text.startswith('example') else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -22,7 +40,12 @@ class Parser(argparse.ArgumentParser):
 
   def __init__(self, verb: str, description: str, *, config: bool = False,
                config_required: bool = True):
-    super().__init__(prog=f'hrvlm {verb}', description=description, allow_abbrev=False)
+    example = EXAMPLES.get(verb)
+    super().__init__(prog=f'hrvlm {verb}', description=description, allow_abbrev=False,
+                     formatter_class=_Help,
+                     epilog=None if example is None else f'example:\n  {example}')
+    self.add_argument('--version', action='version', version=f'hrvlm_jax {__version__}',
+                      help='say which, and end')
     self._takes_config = config
     if config:
       self.add_argument(
@@ -34,8 +57,11 @@ class Parser(argparse.ArgumentParser):
     """Parses `argv`.
 
     Raises:
-      UserError: unknown or missing arguments.
+      UserError: unknown (with the nearest known one) or missing arguments.
     """
+    if PROBE in argv:
+      raise Probed(self)
+    self._check_names(argv)
     overrides: list[tuple[str, str]] = []
     if self._takes_config:
       argv, overrides = split_overrides(argv)
@@ -45,6 +71,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'--config.{overrides[0][0]} needs a run config; add --config FILE.py')
       arguments.overrides = overrides
     return arguments
+
+  def _check_names(self, argv: Sequence[str]) -> None:
+    """Names a misspelt option, before what else is missing because of it."""
+    known = self._option_string_actions
+    if any(action.nargs == argparse.REMAINDER for action in self._actions):
+      return
+    for argument in argv:
+      if argument == '--':
+        return
+      name = argument.partition('=')[0]
+      if name in known or not name.startswith('--') or any(mark in name for mark in ' \n') or (
+          self._takes_config and name.startswith(_PREFIX)):
+        continue
+      raise UserError(f'{unknown(name, [n for n in known if n.startswith("--")], what="option")}; '
+                      f'see {self.prog} --help')
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; see {self.prog} --help')

@@ -28,6 +28,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'analyse': ('hrvlm_jax.cli.evaluate:analyse', "the papers' analyses: curves, sizes, ..."),
     'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),
     'export': ('hrvlm_jax.cli.convert:export', 'checkpoint -> the original weight layout'),
+    'push': ('hrvlm_jax.cli.push:main', 'an export -> the Hugging Face hub'),
     'convert': ('hrvlm_jax.cli.convert:main', 'original weights -> checkpoint'),
     'quickstart': ('hrvlm_jax.cli.quickstart:main', 'train, compare, ask and export a tiny model'),
     'tiny': ('hrvlm_jax.cli.tiny:main', 'train and score a config of configs/tiny from nothing'),
@@ -37,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'plan': ('hrvlm_jax.cli.plan:main', 'compile a step for chips that are not here; memory, time'),
     'bench': ('hrvlm_jax.cli.bench:main', 'measure beside the PyTorch originals'),
     'params': ('hrvlm_jax.cli.params:main', 'list parameters: path, shape, type, count'),
+    'completion': ('hrvlm_jax.cli.completion:main', 'completion of these verbs for bash or zsh'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }
 

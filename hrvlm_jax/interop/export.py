@@ -56,6 +56,10 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
       tokenizer, target not empty, LoRA sets that cannot be merged; a model without code for
       transformers.
   """
+  if '://' in os.fspath(target):
+    name = os.fspath(target).partition('://')[2].strip('/') or 'owner/name'
+    raise UserError(f'{target}: is an address, and an export is a folder; export to a folder, then '
+                    f'hrvlm push FOLDER {name}')
   stored = StoredParams(checkpoint)
   config = model_config(checkpoint)
   read, merged = stored, {}
