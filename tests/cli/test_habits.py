@@ -69,7 +69,7 @@ def test_bash_completes_verbs_options_choices_and_files(tmp_path, monkeypatch):
   assert completed(script, 'hrvlm', 'ask', 'ph') == ['photo.png']
   assert completed(script, 'hrvlm', 'ask', '--enc') == ['--encoder.']
   assert completed(script, 'hrvlm', 'data', '') == list(completion.PARTS['data'])
-  assert completed(script, 'hrvlm', 'data', 'check', '--ima') == ['--images', '--image']
+  assert set(completed(script, 'hrvlm', 'data', 'check', '--ima')) == {'--images', '--image'}
   for verb in cli.VERBS:
     if verb not in completion.PARTS:
       assert set(completed(script, 'hrvlm', verb, '--')) == set(FOUND[verb]), verb
