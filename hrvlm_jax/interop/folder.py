@@ -97,7 +97,8 @@ def table(config: ModelConfig) -> Table:
     f'{path}/tower': whole.vision for path, whole in found.items() if hasattr(whole, 'vision')}
   for path, tower in found.items():
     if isinstance(tower, ViTConfig):
-      sets = getattr(config.encoder, 'tower', tower)  # Pheye's, with its named sets
+      inner = getattr(config.encoder, 'encoder', config.encoder)
+      sets = getattr(inner, 'tower', tower)  # Pheye's, with its named sets
       tower = sets if isinstance(sets, ViTConfig) else tower
       parts.append(rows.prefixed(_vit_table(tower), ours=f'{path}/',
                                  theirs=f'{path.replace("/", ".")}.'))
@@ -123,9 +124,8 @@ def _vit_table(config: ViTConfig) -> Table:
     ours, theirs = row.ours.removesuffix('/kernel'), row.names[0].removesuffix('.weight')
     for spec in config.lora:
       down, up = spec.leaves
-      found += [Row(f'{ours}/{down}', f'{theirs}.{down}',
-                    row.op if row.op is rows.conv_kernel else rows.identity),
-                Row(f'{ours}/{up}', f'{theirs}.{up}')]
+      found += [Row(f'{ours}/{down}', f'{theirs}.{down}', row.op),
+                Row(f'{ours}/{up}', f'{theirs}.{up}', rows.transpose)]
   return dataclasses.replace(base, rows=tuple(found), ignored={})
 
 
@@ -205,7 +205,8 @@ def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
       'auto_map': {'AutoConfig': f'configuration_hrvlm.{name}Config',
                    'AutoModelForImageTextToText': f'modeling_hrvlm.{kind}'},
       'image_token_id': place, 'prompt_marker': marker,
-      'text_config': language.config_to_hf(config.text)},
+      # transformers 5.0 asks for `pad_token_id`, which its PhiConfig does not have by itself.
+      'text_config': language.config_to_hf(config.text) | {'pad_token_id': None}},
     'processor_config.json': {
       'processor_class': 'HrvlmProcessor',
       'auto_map': {'AutoProcessor': 'processing_hrvlm.HrvlmProcessor'},

@@ -33,7 +33,7 @@ def chat_template(template: Template) -> str:
   before, after = template.user.split('{text}')
   opened, closed = template.answer.split('{text}')
   asked = "''" if template.drop_question else f'body(message) | replace({text(IMAGE)}, "") | trim'
-  answered = 'body(message) | trim' if template.strip else 'body(message)'
+  answered = f'body(message) | replace({text(IMAGE)}, "")' + (' | trim' if template.strip else '')
   user = f'{text(before)} ~ images(message) ~ ({asked}) ~ {text(after)}'
   if template.strip:
     user = f'{text(before)} ~ ((images(message) ~ ({asked})) | trim) ~ {text(after)}'
@@ -41,8 +41,10 @@ def chat_template(template: Template) -> str:
   lines.append("{%- set first = messages[0]['role'] == 'system' -%}\n")
   if template.system_format:
     head, tail = template.system_format.split('{text}')
-    lines.append(f'{{{{ {text(head)} ~ (body(messages[0]) if first else {text(template.system)}) '
-                 f'~ {text(tail)} }}}}\n')
+    given = f'{{{{ {text(head)} ~ body(messages[0]) ~ {text(tail)} }}}}'
+    default = '' if template.system is None else (
+      f'{{%- else -%}}{{{{ {text(head + template.system + tail)} }}}}')
+    lines.append(f'{{%- if first -%}}{given}{default}{{%- endif -%}}\n')
   else:
     lines.append("{%- if first -%}{{ raise_exception('this template has no system text') }}"
                  '{%- endif -%}\n')

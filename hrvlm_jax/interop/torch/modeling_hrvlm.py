@@ -5,6 +5,7 @@ The names of the modules are those of hrvlm_jax, except inside the parts that tr
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -35,6 +36,14 @@ from .vision_mc_llava import McLlavaVision
 from .vision_pheye import PheyeVision
 from .vision_reduced import ReducedVision
 from .vision_vila_hd import VilaHdVision
+
+# Transformers 5.0 copies, of a local folder, only the files that this one names itself.
+if TYPE_CHECKING:
+  from .attention import attend as attend
+  from .blocks import described as described
+  from .convnext import convolved as convolved
+  from .ps3_plan import Plan as Plan
+  from .towers import Tower as Tower
 
 VISION = {'anyres': TiledVision, 'llava_hr': LlavaHrVision, 'mc_llava': McLlavaVision,
           'pheye': PheyeVision, 'ps3': PS3, 's2': S2Vision, 's2_dynamic': DynamicS2Vision,

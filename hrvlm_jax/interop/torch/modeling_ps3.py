@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,6 +12,12 @@ from .attention import Attention
 from .configuration_hrvlm import Ps3Config
 from .modeling_base import HrvlmPreTrainedModel
 from .ps3 import PS3, ActivatedMlp, ProjectionHead, unit
+
+# Transformers 5.0 copies, of a local folder, only the files that this one names itself.
+if TYPE_CHECKING:
+  from .convnext import convolved as convolved
+  from .ps3_plan import Plan as Plan
+  from .towers import Tower as Tower
 
 
 @dataclass

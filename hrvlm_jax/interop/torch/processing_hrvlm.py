@@ -1,5 +1,7 @@
 """Processors of hrvlm models for transformers: text and pictures -> the arrays a model reads."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from transformers import BaseImageProcessor, BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
@@ -19,6 +21,11 @@ from .views_baselines import (
   vila_hd,
 )
 from .views_mc_llava import view as mc_llava
+
+# Transformers 5.0 copies, of a local folder, only the files that this one names itself.
+if TYPE_CHECKING:
+  from .blocks import described as described
+  from .ps3_plan import Plan as Plan
 
 # A picture and settings of the encoder -> `pixels` uint8 [v h w 3], `index` [t] of the tokens that
 # stand in the prompt, `size`, the number of tokens they are taken from, `fixed`, how many learned

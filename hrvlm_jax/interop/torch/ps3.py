@@ -93,6 +93,7 @@ class Selection(nn.Module):
 
   def features(self, hidden, images):
     """(thumbnail [n t d], detail [n h w o] or None), before anything is asked."""
+    in_float32(self)
     low = self.proj(torch.cat(hidden, dim=-1).float(), self.c.vision.width)
     return low, None if self.saliency is None else self.saliency(images.float())
 
@@ -108,6 +109,12 @@ class Selection(nn.Module):
       high = torch.einsum('nhwo,no->nhw', unit(detail), unit(asked))
       cosines = (cosines + F.adaptive_max_pool2d(high, grid)) / 2
     return torch.sigmoid(self.c.cosine_scale * cosines)
+
+
+def in_float32(module):
+  """A part that decides where to look, cast back where the whole model was cast by hand."""
+  if next(module.parameters()).dtype != torch.float32:
+    module.float()
 
 
 def unit(x):

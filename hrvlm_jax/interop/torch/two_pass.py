@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .ps3 import in_float32
+
 NAME = 'hrvlm_valid'  # of a cache: which places of the prompt may be read
 
 
@@ -64,6 +66,7 @@ def look(model, input_ids, mask, pixel_values, first=None):
     with torch.no_grad():
       state = first_states(model, input_ids, mask, places, low)
       counts = places.sum(1) // vision.each
+      in_float32(vision.prompt_head)
       prompt = vision.prompt_head(state.float()).repeat_interleave(counts, 0)
   high, valid, maps = vision.high(seen, low, images, prompt, first)
   tokens = torch.cat([low, high.to(low.dtype)], dim=1).flatten(0, 1)

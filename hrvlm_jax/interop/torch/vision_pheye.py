@@ -39,30 +39,30 @@ class LowRank:
 
 
 class AdaptedLinear(nn.Linear, LowRank):
-  """A linear layer with its sets, a [in r] and b [r out]."""
+  """A linear layer with its sets, a [r in] and b [out r]."""
 
   def __init__(self, base, sets, views):
     super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
-    self.add_sets(sets, views, lambda r: (base.in_features, r), lambda r: (r, base.out_features))
+    self.add_sets(sets, views, lambda r: (r, base.in_features), lambda r: (base.out_features, r))
 
   def forward(self, x):
     """[n ... i] -> [n ... o]."""
-    return self.low_rank(x, super().forward(x), lambda x, a, b: x @ a @ b)
+    return self.low_rank(x, super().forward(x), lambda x, a, b: x @ a.T @ b.T)
 
 
 class AdaptedConv(nn.Conv2d, LowRank):
-  """A patch embedding with its sets, a [r c h w] and b [r out]."""
+  """A patch embedding with its sets, a [r c h w] and b [out r]."""
 
   def __init__(self, base, sets, views):
     super().__init__(base.in_channels, base.out_channels, base.kernel_size, base.stride,
                      bias=base.bias is not None)
     self.add_sets(sets, views, lambda r: (r, base.in_channels, *base.kernel_size),
-                  lambda r: (r, base.out_channels))
+                  lambda r: (base.out_channels, r))
 
   def forward(self, x):
     """[n c h w] -> [n o H W]."""
     return self.low_rank(x, super().forward(x), lambda x, a, b: torch.einsum(
-      'nrhw,ro->nohw', F.conv2d(x, a, stride=self.stride), b))
+      'nrhw,or->nohw', F.conv2d(x, a, stride=self.stride), b))
 
 
 class PheyeVision(nn.Module):
