@@ -15,8 +15,10 @@ from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.checkpoint.rows import export_tensors
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.resample import normalise_host
 from hrvlm_jax.interop import folder
 from hrvlm_jax.interop.export import export
+from hrvlm_jax.interop.torch import processing_hrvlm
 from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.losses import token_cross_entropy
@@ -153,3 +155,30 @@ class Pair:
               if p.grad is not None}
     return ((float(ours), np.asarray(logits)[mask], gradients),
             (float(out.loss.detach()), out.logits.detach().numpy()[mask], theirs))
+
+
+def views_of(images, config):
+  """Ours; a reduced system's are those of its inner one."""
+  found = registry.get(config.system).views(images, config.encoder)
+  return {name.removeprefix('0/') if name != '0/tokens' else 'inner': value
+          for name, value in found.items()}
+
+
+def assert_same_views(config, theirs, image):
+  """Bytes before they are normalised, floats after, how many tokens there are and which."""
+  system, encoder = registry.get(config.system), config.encoder
+  own = processing_hrvlm.HrvlmImageProcessor(theirs.system, theirs.encoder, theirs.token_maps)
+  ours, found = views_of([image], config), own.pixels([image])
+  np.testing.assert_array_equal(found['pixels'], ours['pixels'], err_msg=f'{image}')
+  assert found['tokens'].tolist() == ours['tokens'].tolist(), image
+  if 'coords' in ours:
+    np.testing.assert_array_equal(found['coords'], ours['coords'])
+  # The others count pictures, or the text reads all tokens.
+  if config.system not in ('single_view', 's2', 's2_dynamic', 'pheye', 'reduced'):
+    packed = system.batch([ours], encoder)
+    np.testing.assert_array_equal(found['visual_index'], packed['index'][packed['valid']])
+  normal, colours = own.preprocess([image])['pixel_values'], encoder
+  while not hasattr(colours, 'mean'):
+    colours = getattr(colours, 'encoder', None) or colours.tower
+  expected = normalise_host(ours['pixels'], colours.mean, colours.std).transpose(0, 3, 1, 2)
+  np.testing.assert_array_max_ulp(normal, np.ascontiguousarray(expected), maxulp=1)

@@ -1,33 +1,15 @@
 """Folders for transformers: tiny models of every system beside ours, and the way back."""
 
-import ast
-import dataclasses
-import pathlib
-import re
 
 import numpy as np
 from PIL import Image
 import pytest
 import torch
 
-from hrvlm_jax.checkpoint import hf, store
-from hrvlm_jax.checkpoint.rows import entries
-from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.resample import normalise, normalise_host
-from hrvlm_jax.interop import folder
+from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.interop.convert import convert, recognise
 from hrvlm_jax.interop.export import export
-from hrvlm_jax.interop.jinja import chat_template
-from hrvlm_jax.interop.torch import (
-  configuration_hrvlm,
-  modeling_hrvlm,
-  modeling_ps3,
-  processing_hrvlm,
-)
-from hrvlm_jax.language.chat import TEMPLATES, Dialogue, Message, render, rendered_text
-from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.vlm import model as vlm
 from tests import levels
@@ -57,33 +39,6 @@ def fuzz(config):
     yield base.convert('RGB').convert('L').convert(mode) if mode in ('I', 'F', 'LA') else (
       base.convert(mode))
   yield Image.fromarray(np.arange(71 * 53, dtype=np.uint16).reshape(53, 71) * 17)
-
-
-def views_of(images, config):
-  """Ours; a reduced system's are those of its inner one."""
-  found = registry.get(config.system).views(images, config.encoder)
-  return {name.removeprefix('0/') if name != '0/tokens' else 'inner': value
-          for name, value in found.items()}
-
-
-def assert_same_views(config, theirs, image):
-  """Bytes before they are normalised, floats after, how many tokens there are and which."""
-  system, encoder = registry.get(config.system), config.encoder
-  own = processing_hrvlm.HrvlmImageProcessor(theirs.system, theirs.encoder, theirs.token_maps)
-  ours, found = views_of([image], config), own.pixels([image])
-  np.testing.assert_array_equal(found['pixels'], ours['pixels'], err_msg=f'{image}')
-  assert found['tokens'].tolist() == ours['tokens'].tolist(), image
-  if 'coords' in ours:
-    np.testing.assert_array_equal(found['coords'], ours['coords'])
-  # The others count pictures, or the text reads all tokens.
-  if config.system not in ('single_view', 's2', 's2_dynamic', 'pheye', 'reduced'):
-    packed = system.batch([ours], encoder)
-    np.testing.assert_array_equal(found['visual_index'], packed['index'][packed['valid']])
-  normal, colours = own.preprocess([image])['pixel_values'], encoder
-  while not hasattr(colours, 'mean'):
-    colours = getattr(colours, 'encoder', None) or colours.tower
-  expected = normalise_host(ours['pixels'], colours.mean, colours.std).transpose(0, 3, 1, 2)
-  np.testing.assert_array_max_ulp(normal, np.ascontiguousarray(expected), maxulp=1)
 
 
 @pytest.mark.parametrize('name', rows(*MODELS))
@@ -265,8 +220,7 @@ def test_lora_of_peft_comes_back_as_a_set(tmp_path):
 
 
 @pytest.mark.parametrize('kind', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('name', levels.rows('interop', ['mc_llava', 'llava_hr', 'pheye', 'vila_hd'],
-                                             first=['vila_hd']))
+@pytest.mark.parametrize('name', rows('mc_llava'))
 def test_half_precision_is_near(name, kind, pair):
   """Logits move by what the format resolves; what decides where to look stays in float32, also
   in a model that was cast by hand."""
@@ -281,10 +235,12 @@ def test_half_precision_is_near(name, kind, pair):
     for model in (load(dtype=kind), load(dtype=torch.float32).to(kind)):
       found = model(**inputs).logits[real]
       assert found.isfinite().all()
-      difference = (found.float() - expected).abs().mean() / expected.abs().mean()
-      assert difference < 40 * torch.finfo(kind).eps, difference
-  if name == 'vila_hd':
-    assert {p.dtype for p in model.vision.ps3.selection.parameters()} == {torch.float32}
+      if pair.config.system in ('vila_hd', 'ps3'):  # other patches may be chosen
+        selections = [m for n, m in model.named_modules() if n.endswith('selection')]
+        assert {p.dtype for m in selections for p in m.parameters()} == {torch.float32}
+      else:
+        difference = (found.float() - expected).abs().mean() / expected.abs().mean()
+        assert difference < 20 * torch.finfo(kind).eps, difference
 
 
 @pytest.mark.parametrize('options', [dict(looks=1), dict(looks='all'), dict(looks=0),
@@ -333,152 +289,3 @@ def test_a_generated_placeholder_is_a_token_like_others(name, pair):
   assert (out[:, length + 1] == place).all() and out.shape[1] == length + 3
   with pytest.raises(ValueError, match='but no pixel_values'):
     pair.model(input_ids=inputs['input_ids'])
-
-
-@pytest.mark.parametrize('name', TEMPLATES)
-def test_chat_templates_render_what_ours_do(name):
-  """Several turns, pictures in later ones, a system text, placeholders in what people write."""
-  import jinja2
-
-  def refuse(message):
-    raise jinja2.TemplateError(message)
-
-  environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
-  environment.globals['raise_exception'] = refuse
-  template, own = environment.from_string(chat_template(TEMPLATES[name])), TEMPLATES[name]
-  turns = [('user', ' What <image> is\n"this"? ', 2), ('assistant', ' A c\u00e4t. <image>\n', 0),
-           ('user', 'And {{ this }}?', 1)]
-  for n in (1, 3):
-    for system in (None, 'Be <brief>.\n'):
-      asked = Dialogue(tuple(Message(role, text) for role, text, _ in turns[:n]),
-                       tuple(count for *_, count in turns[:n]), system)
-      messages = [] if system is None else [{'role': 'system', 'content': system}]
-      for role, text, count in turns[:n]:
-        parts = [{'type': 'image'}] * count + [{'type': 'text', 'text': text}]
-        messages.append({'role': role, 'content': parts if role == 'user' else text})
-      make = lambda: template.render(messages=messages, add_generation_prompt=True)  # noqa: B023
-      try:
-        expected = rendered_text(render(own, asked.written(own), system=system, generation=True))
-      except UserError:
-        with pytest.raises(jinja2.TemplateError):
-          make()
-      else:
-        assert make() == expected
-
-
-RELEASED = [(system, release) for system in folder.CLASSES
-            for release in registry.get(system).released]
-
-
-@pytest.mark.parametrize('system, release', levels.rows(
-  'interop', RELEASED, first=[('mc_llava', 'mc_llava_3b')]))
-def test_released_sizes_have_the_same_tensors(system, release):
-  """Names and shapes, on the meta device; a tied output layer is no tensor of its own."""
-  config = registry.get(system).released[release]
-  if system == 'vila_hd':
-    config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, looks=1))
-  files = folder.files(config, tokenizer_of('byte'))
-  name = folder.CLASSES[system]
-  values = {k: v for k, v in files['config.json'].items()
-            if k not in ('architectures', 'auto_map', 'model_type')}
-  place, kind = (modeling_hrvlm, f'{name}ForConditionalGeneration') if config.text else (
-    modeling_ps3, f'{name}Model')
-  with torch.device('meta'):
-    model = getattr(place, kind)(
-      getattr(configuration_hrvlm, f'{name}Config')(**values))
-  table = folder.table(config)
-  ours = {entry.names[0]: entry.shape for entry in entries(table, vlm.build(config).abstract)}
-  theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in table.tied}
-  assert ours == theirs
-
-
-@pytest.mark.parametrize('system, release', levels.rows(
-  'interop', RELEASED, first=[('mc_llava', 'mc_llava_3b'), ('vila_hd', 'vila_hd_8b_1_5k_siglip')]))
-def test_released_sizes_see_the_same_pixels(system, release):
-  config = registry.get(system).released[release]
-  tokenizer = None if config.text is None else tokenizer_of('byte')
-  values = folder.files(config, tokenizer)['preprocessor_config.json']
-  theirs = processing_hrvlm.HrvlmImageProcessor(
-    values['system'], values['encoder'], values.get('token_maps'))
-  assert_same_views(config, theirs, picture((1600, 1100)))
-
-
-def test_the_code_stands_alone():
-  """No file imports JAX or the package; every system that the exporter knows has its classes."""
-  for path in folder.CODE.glob('*.py'):
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-      names = [a.name for a in node.names] if isinstance(node, ast.Import) else (
-        [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
-      assert not [n for n in names if n.split('.')[0] in ('jax', 'flax', 'hrvlm_jax')], path
-      if isinstance(node, ast.ImportFrom) and node.level:  # what transformers copies with a file
-        assert node.level == 1 and (folder.CODE / f'{node.module}.py').exists(), path
-  named = {path.stem: set(re.findall(r'^ *from \.(\w+) import', path.read_text(), re.M))
-           for path in folder.CODE.glob('*.py')}
-  for entry in ('configuration_hrvlm', 'modeling_hrvlm', 'modeling_ps3', 'processing_hrvlm'):
-    for other in named[entry]:  # transformers 5.0 copies what the entry itself names
-      assert named[other] <= named[entry] | {entry}, (entry, other)
-  known = set(folder.CLASSES) - {'reduced'}
-  assert known == set(modeling_hrvlm.VISION) == set(processing_hrvlm.VIEWS)
-
-
-def test_the_folder_names_and_hashes_its_code(tmp_path):
-  pair = Pair.make(MODELS['single_view'], tmp_path)
-  names = {path.name for path in folder.CODE.glob('*.py')} - {'__init__.py'}
-  facts = hf.read_json(pair.folder / 'manifest.json')
-  assert names <= facts['files'].keys()
-  hf.check_manifest(pair.folder)
-  (pair.folder / 'pixels.py').write_text('import os')
-  with pytest.raises(UserError, match='pixels.py'):
-    hf.check_manifest(pair.folder)
-  card = (pair.folder / 'README.md').read_text()
-  assert 'trust_remote_code' in card and 'library_name: transformers' in card
-  marker = tmp_path / 'marker'
-  for path in pathlib.Path(pair.folder).glob('*.py'):
-    path.write_text(f'open({str(marker)!r}, "w")')
-  convert(pair.folder, tmp_path / 'back')
-  assert not marker.exists()
-  before, after = (store.load_params(place, vlm.build(pair.config).abstract)
-                   for place in (pair.checkpoint, tmp_path / 'back'))
-  from hrvlm_jax.core import paths
-  again = paths.flatten(after)
-  for key, value in paths.flatten(before).items():
-    np.testing.assert_array_equal(value, again[key], err_msg=key)
-
-
-@pytest.mark.parametrize('place', ['llava_hr/data', 'llava_hr/full'])
-def test_a_sentencepiece_model_has_the_same_ids(place, tmp_path):
-  """The released LLaMA tokenizers are such; the golden cases hold tiny ones."""
-  from transformers import AutoTokenizer
-
-  from hrvlm_jax.language.tokenizer import tokenizer_from_files
-
-  path = pathlib.Path(__file__).parents[1] / 'goldens' / place / 'tokenizer.model'
-  ours = tokenizer_from_files({'tokenizer.model': path.read_bytes()})
-  hf.write_extra(tmp_path, folder._tokenizer_files(ours))
-  theirs = AutoTokenizer.from_pretrained(tmp_path)
-  rng = np.random.default_rng(0)
-  letters = list('abcdeing THEROS\n\t  .,:12é\u4f60\U0001f600<>/') + [
-    '</s>', '<s>', '<unk>', ' USER:']
-  for length in [0, 1, 2, 3, *rng.integers(4, 60, 60)]:
-    text = ''.join(rng.choice(letters, length))
-    ids = ours.encode(text)
-    assert theirs(text)['input_ids'] == ids, repr(text)
-    assert theirs(text, add_special_tokens=False)['input_ids'] == ours.encode(text, bos=False)
-  assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eos_id)
-
-
-@pytest.mark.parametrize('change, message', [
-  (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, pad_vocab_to=64)),
-   'pad_vocab_to'),
-  (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, rope_linear_factor=1.0,
-                                                             norm='layernorm')), 'model.text.norm'),
-  (lambda c: dataclasses.replace(c, system='toy'), 'system toy'),
-  (lambda c: dataclasses.replace(MODELS['vila_hd'], fusion=TwoPassFusion(selection_weight=1.0)),
-   'selection_weight'),
-  (lambda c: dataclasses.replace(c, text=None, projector=None), 'without a language model'),
-])
-def test_what_has_no_code_is_refused_by_name(change, message):
-  with pytest.raises(UserError, match=message) as error:
-    folder.check(change(MODELS['single_view']), what='c')
-  assert '--for original' in str(error.value)
