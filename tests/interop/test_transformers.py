@@ -13,7 +13,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.ps3.plan import make_plan
 from hrvlm_jax.vlm import model as vlm
 from tests import levels
-from tests.interop.pytorch import LIMIT, Pair, near, picture
+from tests.interop.pytorch import LIMIT, Pair, assert_same_views, near, picture
 from tests.interop.tiny_models import FIRST, MODELS, PS3_ALONE
 
 rows = lambda *first: levels.rows('interop', MODELS, first=first or FIRST)

@@ -27,7 +27,7 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.vlm import model as vlm
 from tests import levels
-from tests.interop.pytorch import Pair, picture
+from tests.interop.pytorch import Pair, assert_same_views, picture
 from tests.interop.tiny_models import MODELS
 
 
