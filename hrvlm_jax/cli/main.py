@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     'ask': ('hrvlm_jax.cli.ask:main', 'ask a question about an image'),
     'chat': ('hrvlm_jax.cli.chat:main', 'a conversation about images, in the terminal'),
     'encode': ('hrvlm_jax.cli.ask:encode', 'run a vision encoder alone; draw its selection'),
+    'serve': ('hrvlm_jax.cli.serve:main', 'answer over HTTP as an OpenAI-compatible server'),
     'eval': ('hrvlm_jax.cli.evaluate:main', 'run a benchmark and write the score'),
     'analyse': ('hrvlm_jax.cli.evaluate:analyse', "the papers' analyses: curves, sizes, ..."),
     'compare': ('hrvlm_jax.cli.compare:main', 'several systems on the same task: table and plot'),

@@ -151,23 +151,22 @@ class Engine:
     item = self.answerer.opened((request.images, request.question))
     batch = self.answerer.batch([item])
     batch.pop('labels', None)
-    key = jax.random.key(request.seed)
-    if request.choice:
-      key = jax.random.fold_in(key, _CHOICE + request.choice)
-    chosen = Settings(
-      np.asarray(jax.random.key_data(key), np.uint32)[None],
-      np.full(1, request.temperature, np.float32), np.full(1, request.top_k, np.int32),
-      np.full(1, request.top_p, np.float32), np.array([request.logprobs is not None]))
-    prepared = Prepared(request, batch, chosen, int(batch['valid'].sum()), shape_of(batch))
-    self.check(prepared)
+    prepared = Prepared(request, batch, settings_of(request), int(batch['valid'].sum()),
+                        shape_of(batch))
+    room, asked = self.room(prepared), request.max_new_tokens
+    if asked > room:
+      raise UserError(
+        f'the prompt takes {self.length - room} places ({prepared.prompt_tokens} tokens, filled '
+        f'up) and the answer up to {asked}, but a slot has {self.length}; shorten the '
+        'conversation, ask for fewer new tokens, or start with longer slots (--length)')
     self.reader(prepared)
     return prepared
 
-  def check(self, prepared: Prepared) -> None:
-    """Refuses what no slot has room for.
+  def room(self, prepared: Prepared) -> int:
+    """Most new tokens after this prompt; 0 or less where not even the prompt fits a slot.
 
     Raises:
-      UserError: with the numbers.
+      UserError: more images than a slot keeps what is seen of.
     """
     if prepared.shape not in self._places:
       *_, held, valid = self._read_shapes(prepared.batch)
@@ -177,12 +176,7 @@ class Engine:
         raise UserError(f'what is seen of {len(prepared.request.images)} images is more than a '
                         'slot holds, which is sized for one; ask about fewer images')
       self._places[prepared.shape] = valid.shape[1]
-    places, asked = self._places[prepared.shape], prepared.request.max_new_tokens
-    if places + asked > self.length:
-      raise UserError(
-        f'the prompt takes {places} places ({prepared.prompt_tokens} tokens, filled up) and the '
-        f'answer up to {asked}, but a slot has {self.length}; shorten the conversation, ask for '
-        'fewer new tokens, or start with longer slots (--length)')
+    return self.length - self._places[prepared.shape]
 
   def reader(self, prepared: Prepared) -> Any:
     """The compiled program that reads prompts of this shape."""
@@ -311,3 +305,20 @@ class Engine:
     system, encoder = self.answerer.system, self.answerer.config.encoder
     visual = self.answerer.config.fusion.positions(system.packing(encoder).tokens)
     return bucket(visual + _TEXT) + _TEXT
+
+
+def settings_of(request: Request) -> Settings:
+  """How a request draws, as the settings of one slot."""
+  key = jax.random.key(request.seed)
+  if request.choice:
+    key = jax.random.fold_in(key, _CHOICE + request.choice)
+  return Settings(
+    np.asarray(jax.random.key_data(key), np.uint32)[None],
+    np.full(1, request.temperature, np.float32), np.full(1, request.top_k, np.int32),
+    np.full(1, request.top_p, np.float32), np.array([request.logprobs is not None]))
+
+
+def again(prepared: Prepared, **changes: Any) -> Prepared:
+  """The same prompt asked otherwise: other settings, another choice, another budget."""
+  request = dataclasses.replace(prepared.request, **changes)
+  return dataclasses.replace(prepared, request=request, chosen=settings_of(request))
