@@ -146,7 +146,8 @@ class Driver:
         for row in [row for row, ticket in held.items() if ticket.over]:
           del held[row]
           self._state = self._state.release(row)
-        ticket = self._waiting.popleft() if self._waiting and len(held) < self.engine.count else None
+        room = self._waiting and len(held) < self.engine.count
+        ticket = self._waiting.popleft() if room else None
       try:
         if ticket is not None:
           self._hand_on(held, *self._admitted(held, ticket))

@@ -33,7 +33,7 @@ def read_keys(path: str | os.PathLike) -> tuple[str, ...]:
   if not keys:
     raise UserError(f'--api-key-file {path}: holds no key; write one a line')
   if not all(key.isascii() and key.isprintable() and ' ' not in key for key in keys):
-    raise UserError(f'--api-key-file {path}: a key holds spaces or signs that a header cannot carry')
+    raise UserError(f'--api-key-file {path}: a key holds a space or a sign that no header carries')
   return keys
 
 

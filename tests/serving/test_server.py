@@ -1,41 +1,24 @@
 """The server over a real socket, asked by the official client of OpenAI."""
 
-import base64
-import io
 import json
 import socket
 import threading
 import time
 
-import numpy as np
 import openai
 from PIL import Image
 import pytest
 
 from hrvlm_jax.serving.requests import Request
-from tests.serving.conftest import LENGTH, NAME, Running
+from tests.serving.running import LENGTH, NAME, Running, asks, encoded, png, tiny_answerer
 
 
-def png(seed=0, size=(60, 40)):
-  pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
-  out = io.BytesIO()
-  Image.fromarray(pixels).save(out, 'png')
-  return out.getvalue()
-
-
-def flat(width, height):
-  out = io.BytesIO()
-  Image.new('RGB', (width, height)).save(out, 'png')
-  return out.getvalue()
-
-
-def url(data):
-  return f'data:image/png;base64,{base64.b64encode(data).decode()}'
-
-
-def asks(text='What?', *images):
-  parts = [{'type': 'image_url', 'image_url': {'url': url(image)}} for image in images]
-  return [{'role': 'user', 'content': [*parts, {'type': 'text', 'text': text}]}]
+@pytest.fixture(scope='module')
+def served():
+  """A server without a key."""
+  made = Running(tiny_answerer())
+  yield made
+  made.stop()
 
 
 @pytest.fixture(scope='module')
@@ -154,7 +137,7 @@ def test_what_is_refused_and_how(served, client):
     'messages': ([], [{'role': 'user'}], [{'role': 'robot', 'content': 'x'}], 'What?',
                  [{'role': 'user', 'content': '  '}], asks('What?', png(), png(), png()),
                  asks('What?', b'no image'), asks('What?', png()[:300]),
-                 asks('What?', flat(2000, 600)),
+                 asks('What?', encoded(Image.new('RGB', (2000, 600)))),
                  [{'role': 'user', 'content': [{'type': 'image', 'image': '/etc/passwd'},
                                                {'type': 'text', 'text': 'What?'}]}],
                  [{'role': 'user', 'content': [
@@ -206,8 +189,8 @@ def numbers(served):
     line.rsplit(' ', 1) for line in lines if not line.startswith('#'))}
 
 
-def test_keys_and_a_full_queue(tiny_answerer):
-  served = Running(tiny_answerer, slots=1, queue=1, keys=('first-key', 'second-key'))
+def test_keys_and_a_full_queue():
+  served = Running(tiny_answerer(), slots=1, queue=1, keys=('first-key', 'second-key'))
   try:
     ask = dict(model=NAME, messages=asks('What?'), max_tokens=2)
     for key in ('wrong', 'first-ke', 'first-key2', ''):

@@ -1,14 +1,18 @@
 """A tiny model behind a real socket, for clients that nobody here wrote."""
 
+import base64
 import contextlib
+import functools
 import http.client
+import io
 import json
 import socket
 import threading
 import time
 
 import jax
-import pytest
+import numpy as np
+from PIL import Image
 
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.serving.completions import Completions, Limits
@@ -78,18 +82,30 @@ class Running:
       return answer.status, answer.headers, answer.read()
 
 
-@pytest.fixture(scope='session')
+@functools.cache
 def tiny_answerer():
-  """A tiny MC-LLaVA whose answers depend on what it sees, and whose text is printable."""
+  """A tiny MC-LLaVA whose answers depend on what it sees."""
   config = tiny(max_crops=2, num_tokens=20)
   params = jax.jit(vlm.build(config).init)(jax.random.key(0))
   params['language'] = jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, params['language'])
   return Answerer(config, params, tokenizer_of('byte'))
 
 
-@pytest.fixture(scope='module')
-def served(tiny_answerer):
-  """A server without a key."""
-  made = Running(tiny_answerer)
-  yield made
-  made.stop()
+def png(seed=0, size=(60, 40)):
+  """Bytes of a picture of noise."""
+  pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+  return encoded(Image.fromarray(pixels))
+
+
+def encoded(image):
+  """Bytes of a picture."""
+  out = io.BytesIO()
+  image.save(out, 'png')
+  return out.getvalue()
+
+
+def asks(text='What?', *images):
+  """Messages of one question."""
+  url = lambda data: f'data:image/png;base64,{base64.b64encode(data).decode()}'
+  parts = [{'type': 'image_url', 'image_url': {'url': url(image)}} for image in images]
+  return [{'role': 'user', 'content': [*parts, {'type': 'text', 'text': text}]}]
