@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
 import socket
 import sys
+from typing import TYPE_CHECKING, Any
 
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.cli.ask import take_knobs
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import MAX_PIXELS
 
+if TYPE_CHECKING:
+  from hrvlm_jax.vlm.answer import Answerer
+
 
 def main(argv: list[str]) -> int:
   """Serves one model over HTTP as OpenAI's chat completions, until it is stopped."""
   argv, knobs = take_knobs(argv, ('encoder',))
-  parser = Parser('serve', f'{main.__doc__} --encoder.KEY=VALUE sets a knob of the system. '
-                  'Example: hrvlm serve runs/quickstart/checkpoint --port 8000; then ask with any '
-                  'OpenAI client at http://127.0.0.1:8000/v1')
+  parser = Parser('serve', f'{main.__doc__} Ask with any OpenAI client, see docs/serving.md. '
+                  '--encoder.KEY=VALUE sets a knob of the system (max_crops, num_tokens, ...).')
   add = parser.add_argument
-  add('checkpoint', help='checkpoint or work directory of a run')
+  add('checkpoint', help="checkpoint, work directory of a run, folder in an original's layout, or "
+      'a name on the hub (owner/name@revision)')
   add('--host', default='127.0.0.1', help='address to listen on; default: this machine alone')
   add('--port', type=int, default=8000, help='0: any free one, which is printed')
   add('--name', help="the model's name for clients; default: the last part of its path")
@@ -51,6 +56,8 @@ def main(argv: list[str]) -> int:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise UserError(f'--{name.replace("_", "-")} {value}: expected at least {least}')
+  if arguments.port > 65535:  # the resolver would take what is left of it modulo 65536
+    raise UserError(f'--port {arguments.port}: expected at most 65535')
   _one_process()
   try:
     from hrvlm_jax.serving import guard
@@ -73,11 +80,8 @@ def main(argv: list[str]) -> int:
 
   from hrvlm_jax.serving.driver import Driver
   from hrvlm_jax.serving.engine import Engine
-  from hrvlm_jax.serving.loading import load_answerer
 
-  answerer = load_answerer(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
-                           encoder_options=knobs.get('encoder'), tensor=arguments.tensor,
-                           fsdp=arguments.fsdp)
+  answerer = _loaded(arguments, knobs.get('encoder', {}))
   engine = Engine(answerer, slots=arguments.slots, length=arguments.length)
   name = arguments.name or pathlib.Path(os.path.abspath(arguments.checkpoint)).name
   completions = Completions(
@@ -99,6 +103,21 @@ def main(argv: list[str]) -> int:
         flush=True)
   server.serve_until_stopped(listening)
   return 0
+
+
+def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Answerer:
+  if arguments.tensor * arguments.fsdp > 1:
+    from hrvlm_jax.serving.loading import load_over_mesh
+
+    return load_over_mesh(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+                          encoder_options=options, tensor=arguments.tensor, fsdp=arguments.fsdp)
+  from hrvlm_jax.front.loading import load
+
+  model = load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif, encoder=options)
+  if model.answerer is None:
+    raise UserError(f'{arguments.checkpoint}: is an encoder alone, which answers nothing; use '
+                    '`hrvlm encode`')
+  return model.answerer
 
 
 def _one_process() -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint as a model to be served, on one device or cut over the devices of a process."""
+"""A checkpoint as a model cut over the devices of one process."""
 
 from __future__ import annotations
 
@@ -17,25 +17,19 @@ from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, find_tokenizer, model_config
 
 
-def load_answerer(checkpoint: str | os.PathLike, *, dtype: str = 'float32', exif: str = 'apply',
-                  encoder_options: Mapping[str, Any] | None = None, tensor: int = 1, fsdp: int = 1
-                  ) -> Answerer:
-  """The model of a checkpoint or work directory.
+def load_over_mesh(checkpoint: str | os.PathLike, *, dtype: str = 'float32', exif: str = 'apply',
+                   encoder_options: Mapping[str, Any] | None = None, tensor: int = 1, fsdp: int = 1
+                   ) -> Answerer:
+  """The model of a checkpoint or work directory; no device holds the whole of it.
 
   Args:
-    tensor, fsdp: sizes of the mesh; 1 and 1: one device. No device holds the whole model while it
-      is read.
+    tensor, fsdp: sizes of the mesh.
 
   Raises:
-    UserError: no checkpoint, no tokenizer, more devices than there are, weights that cannot be cut
-      that way.
+    UserError: no checkpoint, no tokenizer, fewer devices, weights that cannot be cut that way.
   """
-  if tensor * fsdp == 1:
-    return Answerer.load(checkpoint, ex=Execution(dtype=dtype), exif=exif,
-                         encoder_options=dict(encoder_options or {}))
-  devices = jax.local_devices()
   mesh = make_mesh(MeshConfig(data=1, tensor=tensor, fsdp=fsdp),
-                   devices=devices[:max(tensor * fsdp, 1)])
+                   devices=jax.local_devices()[:tensor * fsdp])
   config = model_config(checkpoint, dict(encoder_options or {}))
   abstract = vlm.build(config).abstract
   params = store.load_params(checkpoint, abstract, shardings=param_shardings(

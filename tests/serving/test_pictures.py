@@ -38,8 +38,9 @@ def test_what_only_the_server_reaches_is_not_read(url, monkeypatch):
     open_url(url, PictureLimits())
 
 
-@pytest.mark.parametrize('url', ['file:///etc/passwd', '/etc/passwd', 'ftp://8.8.8.8/a', '', 'data:',
-                                 'data:image/png,abc', 'data:image/png;base64,@@', 'gopher://x'])
+@pytest.mark.parametrize('url', [
+  'file:///etc/passwd', '/etc/passwd', 'ftp://8.8.8.8/a', '', 'data:', 'data:image/png,abc',
+  'data:image/png;base64,@@', 'gopher://x'])
 def test_nothing_but_data_and_the_web(url):
   with pytest.raises(UserError):
     open_url(url, REMOTE)
