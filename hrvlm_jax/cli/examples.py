@@ -6,6 +6,7 @@ EXAMPLES = {
   'sweep': 'hrvlm sweep --config run.py --config.seed=0,1,2 --out runs/seeds',
   'ask': 'hrvlm ask --checkpoint runs/quickstart/checkpoint photo.png "What does the sign say?"',
   'chat': 'hrvlm chat --checkpoint runs/quickstart/checkpoint photo.png',
+  'serve': 'hrvlm serve runs/quickstart/checkpoint --port 8000',
   'encode': 'hrvlm encode --checkpoint runs/ps3 photo.png --prompt "the sign" --overlay map.png',
   'eval': 'hrvlm eval --checkpoint runs/mine --benchmark textvqa,pope --data benchmarks --out '
           'runs/scores',
