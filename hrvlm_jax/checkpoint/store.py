@@ -304,6 +304,8 @@ class TrainStore:
     return self
 
   def __exit__(self, kind, error, trace) -> None:
+    if kind is not None and jax.process_count() > 1:
+      return  # the run ends: nothing waits for processes that may have ended
     # The first error is the one to be seen.
     with contextlib.suppress(UserError) if kind is not None else contextlib.nullcontext():
       self.close()

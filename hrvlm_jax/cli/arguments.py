@@ -53,6 +53,22 @@ class Parser(argparse.ArgumentParser):
           help='run config: a Python file with get_config(), or the name of a recipe '
                '(pheye:x2_448,stage1); --config.KEY=VALUE changes a key')
 
+  def add_mesh(self) -> None:
+    """Adds `--mesh`: `arguments.mesh` is {axis: size} or None."""
+    self.add_argument('--mesh', type=axes, metavar='AXIS=SIZE,...',
+                      help='how devices share the work: data (copies), fsdp (parameters spread), '
+                      'tensor (heads cut), sequence, dcn_data (slices); such as data=8,fsdp=16. '
+                      'What is left goes to data. Default: of the config, else the smallest that '
+                      'fits')
+
+  def add_processes(self) -> None:
+    """Adds the options by which several processes become one program (`join`)."""
+    group = self.add_argument_group('several processes (found out by itself on TPU and Slurm)')
+    group.add_argument('--distributed', choices=('auto', 'on', 'off'), default='auto')
+    group.add_argument('--coordinator', metavar='HOST:PORT')
+    group.add_argument('--num-processes', type=int)
+    group.add_argument('--process-id', type=int)
+
   def parse(self, argv: Sequence[str]) -> argparse.Namespace:
     """Parses `argv`.
 
@@ -89,6 +105,20 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message}; see {self.prog} --help')
+
+
+def axes(text: str) -> dict[str, int]:
+  """`data=8,fsdp=16` -> {'data': 8, 'fsdp': 16}."""
+  try:
+    pairs = [(name.strip(), int(value)) for name, value in
+             (part.split('=') for part in text.split(','))]
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"found '{text}', expected AXIS=SIZE,... such as data=8,fsdp=16,tensor=2") from None
+  names = [name for name, _ in pairs]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise argparse.ArgumentTypeError(f"found '{text}': {', '.join(twice)} is there twice")
+  return dict(pairs)
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Sequence
+import contextlib
 import json
 import pathlib
 import sys
@@ -50,6 +51,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
                       help='turn photographs upright as their EXIF block says, or not')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  parser.add_mesh()
+  parser.add_processes()
   arguments = parser.parse(argv)
   questions.words_of(arguments)
   check_overlay(arguments.overlay)
@@ -58,16 +61,31 @@ def main(argv: list[str]) -> int:
   sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, beams=arguments.beams,
                   seed=arguments.seed)
-  if questions.is_many(arguments):
-    return questions.main(arguments, knobs, sampling)
+  from hrvlm_jax.parallel import distributed, fate
 
+  several = distributed.initialize(
+    arguments.distributed, coordinator=arguments.coordinator,
+    num_processes=arguments.num_processes, process_id=arguments.process_id)
+  with fate.shared(parser.prog):
+    if questions.is_many(arguments):
+      if several:
+        raise UserError('several processes answer one question (ask) or a benchmark (eval); ask '
+                        'many questions in one process')
+      return questions.main(arguments, knobs, sampling)
+    quiet = several and not distributed.is_main()
+    with contextlib.redirect_stdout(None) if quiet else contextlib.nullcontext():
+      return _one(arguments, knobs, sampling, write=not quiet)
+
+
+def _one(arguments, knobs, sampling, *, write: bool) -> int:
+  """Answers one question; on several processes all compute and one writes."""
   # Images first: a bad file is known before a large checkpoint is read.
   images = [questions.picture_of(word, exif=arguments.exif, urls=arguments.urls)
             for word in arguments.image]
   import hrvlm_jax
 
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
-                         encoder=knobs.pop('encoder', None), methods=knobs)
+                         encoder=knobs.pop('encoder', None), methods=knobs, mesh=arguments.mesh)
   answer = ''
   if arguments.beams > 1 or arguments.json:
     answer = model.ask(images, arguments.question, **sampling)
@@ -78,11 +96,13 @@ def main(argv: list[str]) -> int:
       answer += piece
       print(piece, end='', flush=True)
     print()
-  if not answer.strip():
+  if write and not answer.strip():
     print('the answer is empty: the model ended at once', file=sys.stderr)
   if arguments.overlay:
-    model.overlay(images[0], arguments.question).save(arguments.overlay)
-    print(f'drawn: {arguments.overlay}', file=sys.stderr)
+    picture = model.overlay(images[0], arguments.question)
+    if write:
+      picture.save(arguments.overlay)
+      print(f'drawn: {arguments.overlay}', file=sys.stderr)
   return 0
 
 

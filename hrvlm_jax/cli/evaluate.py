@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  parser.add_mesh()
+  parser.add_processes()
   arguments = parser.parse(argv)
 
   if arguments.list:
@@ -63,14 +65,27 @@ def main(argv: list[str]) -> int:
       raise UserError('--predictions are the answers to one benchmark, made already; give one, and '
                       'no --sweep')
     return _score(chosen[0], arguments, knobs)
-  from hrvlm_jax.front import evaluating
+  from hrvlm_jax.parallel import distributed, fate
 
+  several = distributed.initialize(
+    arguments.distributed, coordinator=arguments.coordinator,
+    num_processes=arguments.num_processes, process_id=arguments.process_id)
+  with fate.shared(parser.prog):
+    return _answer_all(arguments, knobs, chosen, combinations, several=several)
+
+
+def _answer_all(arguments, knobs, chosen, combinations, *, several: bool) -> int:
+  """A model answers every benchmark under every combination of settings."""
+  from hrvlm_jax.front import evaluating
+  from hrvlm_jax.parallel import distributed
+
+  longest = arguments.max_new_tokens or max(b.max_new_tokens for b in chosen)
   held: dict[str, typing.Any] = {}  # the model of the settings at hand, for all benchmarks
 
   def run(benchmark, knobs, out):
     if repr(knobs) not in held:
       held.clear()
-      held[repr(knobs)] = _answerer(arguments, dict(knobs))
+      held[repr(knobs)] = _answerer(arguments, dict(knobs), longest)
     return _ask(held[repr(knobs)], benchmark, arguments,
                 _data(benchmark, arguments, len(chosen)), out)
 
@@ -87,12 +102,12 @@ def main(argv: list[str]) -> int:
         result = run(benchmark, laid, folder / benchmark.name if len(chosen) > 1 else folder)
         cells.append(evaluating.Cell(values, benchmark.name, result))
       except UserError as error:
-        if combinations == [{}] and len(chosen) == 1:
-          raise
+        if several or (combinations == [{}] and len(chosen) == 1):
+          raise  # of several processes all must do the same
         failed += 1
         print(f'{folder.name if values else benchmark.name}: {error}', file=sys.stderr, flush=True)
         cells.append(evaluating.Cell(values, benchmark.name, None, str(error)))
-  if len(cells) > 1 and cells[0].first:
+  if len(cells) > 1 and cells[0].first and distributed.is_main():
     print(evaluating.write(cells, names, arguments.out))
   if failed:
     raise UserError(f'{failed} of {len(cells)} evaluations failed (above); run again, the others '
@@ -154,16 +169,28 @@ def _hashable(value):
   return tuple(value) if isinstance(value, list) else value
 
 
-def _answerer(arguments, knobs):
-  """The model under the settings of the command line."""
+def _answerer(arguments, knobs, longest):
+  """The model under the settings of the command line, laid over the devices that hold it."""
+  import jax
+
   from hrvlm_jax.checkpoint import layout
   from hrvlm_jax.core.execution import Execution
-  from hrvlm_jax.vlm.answer import Answerer
+  from hrvlm_jax.parallel import distributed
+  from hrvlm_jax.vlm import where
+  from hrvlm_jax.vlm.answer import Answerer, model_config
 
   # The originals ignored EXIF orientation in evaluation; so do the published numbers.
-  return Answerer.load(os.fspath(layout.resolve(arguments.checkpoint)),
-                       ex=Execution(dtype=arguments.dtype), exif='ignore',
-                       encoder_options=knobs.pop('encoder', None), methods=knobs)
+  folder = os.fspath(layout.resolve(arguments.checkpoint))
+  encoder = knobs.pop('encoder', None)
+  one = bool(knobs)  # methods answer on one device
+  lies, choice = where.layout_for(
+    model_config(folder, encoder), mesh=arguments.mesh, rows=arguments.batch_size,
+    new_tokens=longest, dtype=arguments.dtype, devices=jax.local_devices()[:1] if one else None,
+    least=1 if one else jax.local_device_count())
+  if distributed.is_main():
+    print(where.told(lies, choice), flush=True)
+  return Answerer.load(folder, ex=Execution(dtype=arguments.dtype), exif='ignore',
+                       encoder_options=encoder, methods=knobs, layout=lies)
 
 
 def _ask(answerer, benchmark, arguments, data, out):
@@ -177,12 +204,9 @@ def _ask(answerer, benchmark, arguments, data, out):
   from hrvlm_jax.parallel import distributed
 
   folder = os.fspath(layout.resolve(arguments.checkpoint))
-  devices = jax.local_devices()
-  if arguments.batch_size % len(devices):
-    raise UserError(f'--batch-size {arguments.batch_size} is no multiple of the {len(devices)} '
-                    'devices of this machine')
-  model = EvaluatedModel(answerer, devices=devices if len(devices) > 1 else None,
+  model = EvaluatedModel(answerer,
                          max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
+  lies = answerer.layout
   asked = model.described(
     name=os.path.basename(os.path.abspath(arguments.checkpoint)), checkpoint=arguments.checkpoint,
     checkpoint_hash=provenance.folder_hash(folder))
@@ -191,7 +215,8 @@ def _ask(answerer, benchmark, arguments, data, out):
     options=Options(
       split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
       limit=arguments.limit, process_index=jax.process_index(), process_count=jax.process_count(),
-      barrier=lambda: distributed.barrier('eval'), progress=not arguments.quiet))
+      barrier=lambda: distributed.barrier('eval'), progress=not arguments.quiet,
+      together=None if lies is None or lies.own else distributed.from_first))
   if result is not None:
     print(result.summary())
     print(f'written: {out}', flush=True)

@@ -1,6 +1,7 @@
 """`hrvlm plan`: what a step would need and how fast it would be on chips that are not here."""
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -26,8 +27,7 @@ def main(argv: list[str]) -> int:
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
                       'or cpu:8, which stands for no chip')
   parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
-  parser.add_argument('--mesh', type=axes,
-                      help='such as data=8,fsdp=16,tensor=2; default: that of the config')
+  parser.add_mesh()
   parser.add_argument('--step', choices=('train', 'prefill', 'decode'), default='train')
   parser.add_argument('--length', type=int, help='places of a row; default: longest bucket')
   parser.add_argument('--image', type=size, default=(1024, 768), help='WIDTHxHEIGHT of the images')
@@ -36,9 +36,11 @@ def main(argv: list[str]) -> int:
                       help='try meshes (for training also recomputation and batch), keep the best')
   parser.add_argument('--batches', type=numbers, default=(),
                       help='with --search: global batches to try, such as 128,256')
-  parser.add_argument('--effort', choices=('quick', 'full'), default='quick',
+  parser.add_argument('--effort', choices=('quick', 'full', 'arithmetic'),
                       help='of the compiler for TPUs: full compiles as a run on the chips would, '
-                      'quick is a few per cent off in a quarter of the time')
+                      'quick (default) is a few per cent off in a quarter of the time; arithmetic '
+                      'compiles nothing, and is the default for GPUs, whose compiler is not here '
+                      '(quick partitions the step for stand-ins of them)')
   parser.add_argument('--json', type=pathlib.Path, help='write the report there')
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
@@ -46,13 +48,23 @@ def main(argv: list[str]) -> int:
     return _explain(arguments)
 
   from hrvlm_jax.core.config import to_dict
-  from hrvlm_jax.parallel.mesh import mesh_config
+  from hrvlm_jax.parallel.mesh import MeshConfig, mesh_config
+  from hrvlm_jax.parallel.topology import parse
   from hrvlm_jax.planning import plan
-  from hrvlm_jax.training import run_config
+  from hrvlm_jax.training import fitting, run_config
   from hrvlm_jax.training.config import RunConfig
 
   mesh_config(arguments.mesh)  # a wrong axis is a sentence before anything is compiled
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  if arguments.mesh is not None:
+    config = dataclasses.replace(config, mesh=mesh_config(arguments.mesh))
+  topology = parse(arguments.topology, slices=arguments.slices)
+  effort = arguments.effort
+  if effort is None:
+    plain = topology.chip.platform == 'gpu' and arguments.step == 'train' and not arguments.search
+    effort = arguments.effort = 'arithmetic' if plain else 'quick'
+  if effort == 'arithmetic':
+    return _arithmetic(config, topology, arguments)
   options = {'config': to_dict(config), 'length': arguments.length, 'image': arguments.image,
              'images': arguments.images}
   target = 'hrvlm_jax.planning.programs:train_program'
@@ -62,14 +74,53 @@ def main(argv: list[str]) -> int:
   if arguments.search:
     report = _search(arguments, target, options)
   else:
-    mesh = arguments.mesh or to_dict(config.mesh)
+    mesh = to_dict(config.mesh)
+    if arguments.step == 'train' and config.mesh == MeshConfig():
+      choice = _chosen(config, topology, arguments)
+      print('\n'.join(fitting.told(config, choice)))
+      mesh = to_dict(choice.mesh)
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
-                       effort=arguments.effort, timeout=arguments.timeout)
+                       effort=effort, timeout=arguments.timeout)
   print(plan.describe(report))
   if arguments.json is not None:
     arguments.json.write_text(json.dumps(report, indent=2) + '\n')
     print(f'written: {arguments.json}')
   return 0 if report['memory']['fits'] else 1
+
+
+def _chosen(config, topology, arguments):
+  """The mesh of a config on a topology, by arithmetic."""
+  from hrvlm_jax.parallel.fitting import USABLE
+  from hrvlm_jax.training import batches, fitting, program
+
+  shapes = batches.batch_shapes(config, program.micro_rows(config), length=arguments.length,
+                                image=arguments.image, images=arguments.images)
+  return fitting.chosen_mesh(
+    config, program.outline_of(config), topology.devices, int(topology.chip.hbm_bytes * USABLE),
+    slices=topology.slices, shapes=shapes)
+
+
+def _arithmetic(config, topology, arguments) -> int:
+  """What a train step needs, without a compiler: status 1 where it does not fit."""
+  from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.training import fitting
+
+  if arguments.step != 'train' or arguments.search:
+    raise UserError('--effort arithmetic knows the train step of one mesh; leave it out for '
+                    f'{"--search" if arguments.search else "--step " + arguments.step}')
+  choice = _chosen(config, topology, arguments)
+  print(f'{topology.slices} x {topology.name}: {topology.chips} chips; BY ARITHMETIC, nothing was '
+        'compiled: state is exact, what a step works on is estimated')
+  print('\n'.join(fitting.told(config, choice)))
+  print(fitting.batch_words(config, choice.mesh.shape))
+  print(choice.verdict)
+  if arguments.json is not None:
+    report = {'effort': 'arithmetic', 'topology': topology.name, 'slices': topology.slices,
+              'mesh': to_dict(choice.mesh), 'bytes_per_device': dict(choice.need.parts),
+              'usable_bytes': choice.limit, 'fits': choice.fits}
+    arguments.json.write_text(json.dumps(report, indent=2) + '\n')
+    print(f'written: {arguments.json}')
+  return 0 if choice.need.total <= choice.limit else 1
 
 
 def _explain(arguments) -> int:
@@ -147,15 +198,6 @@ def _label(options) -> str:
   training = options['config']['training']
   return (f'remat={training["remat"]} batch={training["batch_size"]} in '
           f'{training["accumulate"]} part(s)')
-
-
-def axes(text: str) -> dict[str, int]:
-  """`data=8,fsdp=16` -> {'data': 8, 'fsdp': 16}."""
-  try:
-    return {name: int(value) for name, value in (part.split('=') for part in text.split(','))}
-  except ValueError:
-    raise argparse.ArgumentTypeError(
-      f"found '{text}', expected AXIS=SIZE,... such as data=8,fsdp=16,tensor=2") from None
 
 
 def size(text: str) -> tuple[int, int]:

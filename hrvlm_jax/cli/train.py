@@ -1,5 +1,7 @@
 """`hrvlm train`: see `training.loop.train`."""
 
+import dataclasses
+
 from hrvlm_jax.cli.arguments import Parser
 
 
@@ -7,26 +9,26 @@ def main(argv: list[str]) -> int:
   """Trains one stage of one system; run again with the same work directory, it resumes."""
   parser = Parser('train', main.__doc__, config=True)
   parser.add_argument('--workdir', required=True, help='checkpoints, metrics, tokenizer go here')
-  parser.add_argument('--quiet', action='store_true', help='no progress bar')
-  group = parser.add_argument_group('several processes (found out by itself on TPU and Slurm)')
-  group.add_argument('--distributed', choices=('auto', 'on', 'off'), default='auto')
-  group.add_argument('--coordinator', metavar='HOST:PORT')
-  group.add_argument('--num-processes', type=int)
-  group.add_argument('--process-id', type=int)
+  parser.add_argument('--quiet', action='store_true', help='lines, not a bar, on a terminal too')
+  parser.add_mesh()
+  parser.add_processes()
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.parallel import distributed  # before anything asks for devices
+  from hrvlm_jax.parallel import distributed, fate  # before anything asks for devices
 
   distributed.initialize(arguments.distributed, coordinator=arguments.coordinator,
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
   import jax
 
   from hrvlm_jax.core import cpu
+  from hrvlm_jax.parallel.mesh import mesh_config
   from hrvlm_jax.training import determinism, loop, run_config
   from hrvlm_jax.training.config import RunConfig
 
-  try:
+  with fate.shared(parser.prog):
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+    if arguments.mesh is not None:
+      config = dataclasses.replace(config, mesh=mesh_config(arguments.mesh))
     keep = config.training.keep_heap
     if keep or (keep is None and jax.config.jax_platforms == 'cpu'):
       cpu.keep_freed()  # before anything asks for devices
@@ -37,7 +39,7 @@ def main(argv: list[str]) -> int:
       print(f'training {config.model.system} to step {config.training.steps}, batch '
             f'{config.training.batch_size}, seed {config.seed}; work directory '
             f'{arguments.workdir}', flush=True)
-    result = loop.train(config, arguments.workdir, progress=not arguments.quiet and main_process)
+    result = loop.train(config, arguments.workdir, progress='lines' if arguments.quiet else True)
     if main_process:
       loss = 'nothing left to do' if result.loss is None else f'loss {result.loss:.4f}'
       state = 'stopped by a signal at' if result.interrupted else 'finished at'
@@ -46,6 +48,4 @@ def main(argv: list[str]) -> int:
       if result.bad_rows:
         kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(result.bad_rows.items()))
         print(f'rows that could not be used: {kinds} (hrvlm data check lists them)')
-  finally:
-    distributed.shutdown()
   return 0

@@ -24,7 +24,7 @@ AXES = ('data', 'fsdp', 'sequence', 'tensor')
 # The axes over which the examples of a batch are cut.
 BATCH_AXES = ('data', 'fsdp')
 
-PLACES = ('hidden', 'logits', 'small')
+PLACES = ('hidden', 'logits', 'small', 'cache')
 # The name of an attention's result, and of the log-sums that a fused kernel's gradient needs.
 ATTENTION = 'attention'
 # What the backward pass of a layer keeps besides its input, as a policy of `jax.checkpoint`; what
@@ -136,7 +136,8 @@ class Execution:
         over sequence); 'logits' ([b t v]: the same, and the vocabulary over tensor, where the
         head's columns lie); 'small' (low-rank matrices and position tables, whole: left in parts,
         a small matrix draws the partitioner into moving the activations beside it, hundreds of
-        times its own size).
+        times its own size); 'cache' ([b s k p]: keys and values of generation, cut over examples
+        and heads).
 
     Raises:
       ValueError: another place.
@@ -151,11 +152,14 @@ class Execution:
     sizes = self.mesh.shape
     if place == 'small':
       return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
-    if x.ndim < 3:
+    if x.ndim < 3 or (place == 'cache' and x.ndim != 4):
       return x
     shards = sizes['data'] * sizes['fsdp']
     spec = [BATCH_AXES if x.shape[0] % shards == 0 else None, *(None,) * (x.ndim - 1)]
-    if x.ndim == 3 and sizes['sequence'] > 1 and x.shape[1] % sizes['sequence'] == 0:
+    if place == 'cache':
+      if sizes['tensor'] > 1 and x.shape[2] % sizes['tensor'] == 0:
+        spec[2] = 'tensor'
+    elif x.ndim == 3 and sizes['sequence'] > 1 and x.shape[1] % sizes['sequence'] == 0:
       spec[1] = 'sequence'
     if place == 'logits' and sizes['tensor'] > 1 and x.shape[-1] % sizes['tensor'] == 0:
       spec[-1] = 'tensor'

@@ -18,9 +18,10 @@ from hrvlm_jax.evaluation.runner import Answer, Model, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.language.prompt import IGNORE, pad_batch
-from hrvlm_jax.parallel.mesh import MeshConfig, batch_sharding, batch_shards, make_mesh, replicated
+from hrvlm_jax.parallel.distributed import to_host
 from hrvlm_jax.training.losses import shifted_targets
 from hrvlm_jax.vlm.answer import Answerer
+from hrvlm_jax.vlm.cut import placed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +46,14 @@ class EvaluatedModel:
     answerer: a loaded model.
     sampling: fields of `Sampling`; greedy unless they say otherwise.
     max_new_tokens: longest answer.
-    devices: the rows of a batch are cut over them, parameters copied to each; default: where the
-      parameters are. In a run of several processes: the local devices, every process having its
-      own samples.
+
+  The rows of a batch are cut over the answerer's layout. Where that spans several processes, all of
+  them answer every batch together; else every process has its own samples.
   """
 
   def __init__(self, answerer: Answerer, *, max_new_tokens: int,
-               sampling: Mapping[str, Any] | None = None,
-               devices: Sequence[jax.Device] | None = None):
+               sampling: Mapping[str, Any] | None = None):
     self.answerer = answerer
-    self._mesh = make_mesh(MeshConfig(), devices=devices) if devices else None
-    if self._mesh:
-      generator = answerer.generator
-      generator.params = jax.device_put(generator.params, replicated(self._mesh))
-      generator.ex = generator.ex.replace(mesh=self._mesh)
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
     self._scored: Any = None
     self._attention: Any = None
@@ -77,12 +72,12 @@ class EvaluatedModel:
     """Generated answers with the number of visual and new tokens."""
     model = self.answerer
     items = model.shown([(_images(picture), question) for picture, question in pairs])
-    batch = self._place(model.batch(items))
+    batch = model.placed(items)
     sampling = model.sampling(**self.sampling)
     embeds, valid, extras = model.generator.prompt(batch)
     made = model.generator.generate(embeds, valid, sampling, extras=extras)
     answers = []
-    for row, (images, _) in zip(made.rows(), items):
+    for row, (images, _) in zip(made.rows(), items, strict=False):  # rows up to the shards
       tokens = sum(model.system.count(*image.size, model.config.encoder).tokens for image in images)
       ended = bool(row) and row[-1] in sampling.stop_ids
       answers.append(Answer(model.decode(row), 'eos' if ended else 'length', tokens, len(row)))
@@ -106,7 +101,7 @@ class EvaluatedModel:
       raise UserError('fastv prunes tokens while a model generates; likelihoods of given answers '
                       'are taken without it: leave --fastv out')
     rows, batch = self._answered(triples, stop)
-    chosen, best, wanted = jax.device_get(self._scores()(self.answerer.generator.params, batch))
+    chosen, best, wanted = to_host(self._scores()(self.answerer.generator.params, batch))
     return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))
             for log, top, mask in zip(chosen, best, wanted)]
 
@@ -129,7 +124,7 @@ class EvaluatedModel:
       ranges = config.encoder.sub_images
       self._attention = jax.jit(lambda params, batch: fn.apply(
           params, batch, ranges=ranges, ex=ex, method='attention'))
-    probabilities = jax.device_get(self._attention(self.answerer.generator.params, batch))
+    probabilities = to_host(self._attention(self.answerer.generator.params, batch))
     shares = []
     for i, row in enumerate(rows):
       places = np.flatnonzero(row['labels'] != IGNORE)
@@ -159,13 +154,8 @@ class EvaluatedModel:
 
   def _place(self, batch):
     """The batch cut over the devices; arrays that do not divide are copied to all."""
-    if self._mesh is None:
-      return batch
-    shards = batch_shards(self._mesh)
-    divides = lambda leaf: leaf.ndim and leaf.shape[0] and leaf.shape[0] % shards == 0
-    return jax.tree.map(lambda leaf: jax.device_put(
-        leaf, batch_sharding(self._mesh) if divides(leaf) else replicated(self._mesh)),
-        jax.tree.map(np.asarray, batch))
+    layout = self.answerer.layout
+    return batch if layout is None else placed(batch, layout)
 
   def _scores(self):
     """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""

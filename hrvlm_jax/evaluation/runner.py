@@ -13,6 +13,7 @@ The model is a function of a list of (image, question); everything about devices
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import time
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -101,6 +103,8 @@ class Options:
     examples: how many right and how many wrong answers the report shows.
     process_index, process_count: this process answers samples process_index::process_count.
     barrier: waits for all processes; called before and after the files are merged.
+    together: the processes answer every batch together, each its part of it, and the first writes:
+      gives them an array of the first. None: each answers samples of its own.
   """
 
   split: str | None = None
@@ -111,6 +115,7 @@ class Options:
   process_index: int = 0
   process_count: int = 1
   barrier: Callable[[], None] = lambda: None
+  together: Callable[[np.ndarray], np.ndarray] | None = None
   progress: bool = True
 
   def __post_init__(self):
@@ -236,11 +241,22 @@ def _task(benchmark: Benchmark, setup: Setup, data: Path, options: Options) -> _
 
 def _answer(task: _Task, ask: Callable, out: Path, options: Options) -> None:
   """Asks what no process has answered yet of this process's samples; each batch goes to disk."""
-  mine = task.samples[options.process_index::options.process_count]
-  elsewhere = _answered_by_other_layouts(out, options.process_count)
-  name = records.SHARDS.format(index=options.process_index, count=options.process_count)
-  with records.PredictionsFile(out / name) as file:
-    todo = [s for s in mine if s.id not in file.done and s.id not in elsewhere]
+  index, count = options.process_index, options.process_count
+  if options.together is not None:
+    index, count = 0, 1
+  mine = task.samples[index::count]
+  writes = options.together is None or options.process_index == 0
+  with contextlib.ExitStack() as stack:
+    todo = list(mine)
+    if writes:
+      elsewhere = _answered_by_other_layouts(out, count)
+      name = records.SHARDS.format(index=index, count=count)
+      file = stack.enter_context(records.PredictionsFile(out / name))
+      todo = [s for s in mine if s.id not in file.done and s.id not in elsewhere]
+    if options.together is not None:
+      left = {sample.id for sample in todo}
+      left = options.together(np.asarray([sample.id in left for sample in mine], bool))
+      todo = [sample for sample, asked in zip(mine, left, strict=True) if asked]
     with tqdm(total=len(mine), desc=task.benchmark.name, unit='sample',
               initial=len(mine) - len(todo),
               disable=not options.progress or options.process_index > 0) as bar:
@@ -248,10 +264,11 @@ def _answer(task: _Task, ask: Callable, out: Path, options: Options) -> None:
       asked = [(sample, task.questions[sample.id]) for sample in todo]
       for batch, answered in answer_all(ask, asked, batch_size=options.batch_size):
         seconds = round((time.monotonic() - began) / len(batch), 4)
-        file.append([
-          {'sample_id': sample.id, 'prompt': question, **fields, 'seconds': seconds,
-           'process_index': options.process_index}
-          for (sample, question), fields in zip(batch, answered)])
+        if writes:
+          file.append([
+            {'sample_id': sample.id, 'prompt': question, **fields, 'seconds': seconds,
+             'process_index': options.process_index}
+            for (sample, question), fields in zip(batch, answered)])
         bar.update(len(batch))
         began = time.monotonic()
 

@@ -143,6 +143,8 @@ class Generator:
     self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots', 'ex'))
     self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'))
     self._step = jax.jit(self._step_fn, static_argnames=('ex',))
+    self._choose = jax.jit(lambda logits, key, i, *, sampling: choose(
+      logits, sampling, jax.random.fold_in(key, i)), static_argnames=('sampling',))
     self._apply = jax.jit(fn.apply, static_argnames=('method', 'ex'))
 
   def prompt(self, batch):
@@ -160,13 +162,13 @@ class Generator:
   def _prefill_fn(self, params, embeds, valid, extras, *, slots, ex: Execution):
     logits, _, cache = self.fn.apply(params, embeds.astype(ex.dtype), valid, slots=slots,
                                      method='prefill', ex=ex, **extras)
-    return logits, cache
+    return logits, ex.constrain('cache', cache)
 
   def _step_fn(self, params, tokens, valid, cache, slot, extras, *, ex: Execution):
     valid = valid.at[:, slot].set(True)
     logits, cache = self.fn.apply(params, tokens, valid, cache, slot, ex=ex,
                                   method='step', **extras)
-    return logits, valid, cache
+    return logits, valid, ex.constrain('cache', cache)
 
   def _loop_fn(self, params, logits, valid, cache, start, limit, key, extras, *, sampling,
                keep_logits, ex: Execution):
@@ -229,7 +231,8 @@ class Generator:
     valid = np.pad(valid, ((0, 0), (0, budget)))
     if sampling.beams > 1:
       step = functools.partial(self._step, self.params, ex=self.ex)
-      tokens, lengths, scores = beam_search(step, logits, valid, cache, length, sampling, extras)
+      tokens, lengths, scores = beam_search(step, logits, valid, cache, length, sampling, extras,
+                                            ex=self.ex)
       return Generated(tokens, lengths, scores=scores)
     key = jax.random.key(0) if key is None else key
     state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
@@ -251,10 +254,10 @@ class Generator:
     key = jax.random.key(0) if key is None else key
     logits, cache = self._prefill(self.params, embeds, valid, extras, slots=length + budget,
                                   ex=self.ex)
-    valid = jnp.pad(jnp.asarray(valid, bool), ((0, 0), (0, budget)))
+    valid = np.pad(np.asarray(to_host(valid), bool), ((0, 0), (0, budget)))
     finished = np.zeros(valid.shape[0], bool)
     for i in range(sampling.max_new_tokens):
-      token = np.asarray(choose(logits, sampling, jax.random.fold_in(key, i)))
+      token = to_host(self._choose(logits, key, i, sampling=sampling))
       token = np.where(finished, sampling.pad_id, token).astype(np.int32)
       yield token
       finished |= np.isin(token, sampling.stop_ids)
@@ -302,9 +305,10 @@ def _candidates(logits, scores, *, beams):
   return best, index // logp.shape[-1], index % logp.shape[-1]
 
 
-@jax.jit
-def _reorder(cache, rows):
-  return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), cache)
+@functools.partial(jax.jit, static_argnames=('ex',))
+def _reorder(tree, rows, *, ex: Execution):
+  """Rows of logits, masks and cache in another order."""
+  return ex.constrain('cache', jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), tree))
 
 
 class _Finished:
@@ -324,7 +328,8 @@ class _Finished:
     return full and self.items[-1][0] >= best / length**self.penalty
 
 
-def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Sampling, extras):
+def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Sampling, extras, *,
+                ex: Execution = HERE):
   """Beam search from prefilled rows, with Hugging Face's bookkeeping (early_stopping=False).
 
   Source: `huggingface/transformers: generation/beam_search.py` as described in the Pheye
@@ -335,6 +340,7 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
     step: (tokens [b*beams], valid, cache, slot, extras) -> (logits, valid, cache). The module sees
       rows in the order row * beams + beam; extras stay per row (index them by row // beams).
     cache: layers unrolled, leaves with the batch axis first.
+    ex: of `step`; what the host decides is the same on all its processes.
 
   Returns:
     (tokens int32 [b n], lengths int32 [b], scores float32 [b]): the best hypothesis of each row; a
@@ -343,15 +349,15 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   """
   batch, beams, budget = logits.shape[0], sampling.beams, sampling.max_new_tokens
   stops = set(sampling.stop_ids)
-  rows = jnp.repeat(jnp.arange(batch), beams)
-  logits, cache, valid = logits[rows], _reorder(cache, rows), valid[rows]
+  rows = np.repeat(np.arange(batch), beams)
+  logits, cache, valid = _reorder((logits, cache, valid), rows, ex=ex)
   scores = np.full((batch, beams), -1e9, np.float32)
   scores[:, 0] = 0
   live: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(batch)]
   finished = [_Finished(beams, sampling.length_penalty) for _ in range(batch)]
   done = [False] * batch
   for length in range(1, budget + 1):
-    best, origin, token = jax.device_get(_candidates(logits, scores, beams=beams))
+    best, origin, token = to_host(_candidates(logits, scores, beams=beams))
     parents = np.repeat(np.arange(batch) * beams, beams).reshape(batch, beams)
     tokens = np.full((batch, beams), sampling.pad_id, np.int32)
     for row in range(batch):
@@ -374,9 +380,8 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
       done[row] = finished[row].done(float(best[row].max()), length)
     if all(done) or length == budget:
       break
-    order = jnp.asarray(parents.reshape(-1))
-    logits, valid, cache = step(jnp.asarray(tokens.reshape(-1)), valid[order],
-                                _reorder(cache, order), start + length - 1, extras)
+    valid, cache = _reorder((valid, cache), parents.reshape(-1), ex=ex)
+    logits, valid, cache = step(tokens.reshape(-1), valid, cache, start + length - 1, extras)
   out = np.full((batch, budget), sampling.pad_id, np.int32)
   lengths, values = np.zeros(batch, np.int32), np.zeros(batch, np.float32)
   for row in range(batch):

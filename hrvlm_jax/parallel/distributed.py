@@ -14,6 +14,7 @@ import hashlib
 import logging
 import math
 import os
+import socket
 import threading
 import time
 from typing import Any, Literal
@@ -207,6 +208,31 @@ def shutdown() -> None:
     jax.distributed.shutdown()
 
 
+def hosts() -> list[str]:
+  """Host names by process; to be called on all of them."""
+  name = np.zeros(64, np.uint8)
+  own = np.frombuffer(socket.gethostname().encode()[:64], np.uint8)
+  name[:len(own)] = own
+  if jax.process_count() == 1:
+    return [socket.gethostname()]
+  return [bytes(row).rstrip(b'\0').decode() for row in
+          np.asarray(multihost_utils.process_allgather(name))]
+
+
+def devices_words() -> str:
+  """The devices of a run by kind and host, in a line."""
+  names, kinds = hosts(), {}
+  for device in jax.devices():
+    on = kinds.setdefault(device.device_kind, {})
+    on[device.process_index] = on.get(device.process_index, 0) + 1
+  parts = []
+  for kind, on in kinds.items():
+    shown = [f'{names[process]} {count}' for process, count in sorted(on.items())[:8]]
+    more = f' and {len(on) - 8} more' if len(on) > 8 else ''
+    parts.append(f'{sum(on.values())} x {kind} in {len(on)} process(es): {", ".join(shown)}{more}')
+  return 'devices: ' + '; '.join(parts)
+
+
 def is_main() -> bool:
   """Whether this process writes files and prints."""
   return jax.process_index() == 0
@@ -216,6 +242,13 @@ def barrier(name: str) -> None:
   """All processes wait for each other here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+  """An array of the first process on all; every process gives one of that shape and type."""
+  if jax.process_count() == 1:
+    return np.asarray(values)
+  return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def check_same(text: str, *, what: str) -> None:

@@ -39,6 +39,11 @@ class Layout:
     self.mesh = make_mesh(mesh, devices=devices)
     self.shards = batch_shards(self.mesh)
 
+  @property
+  def own(self) -> bool:
+    """Whether all its devices are this process's: others of the run then take no part in it."""
+    return all(device.process_index == jax.process_index() for device in self.mesh.devices.flat)
+
   def state_shardings(self, abstract: Any, table: Sequence[rules.Rule] = rules.RULES) -> Any:
     """Shardings of a train state (a tree of shapes) by the rules of a model.
 

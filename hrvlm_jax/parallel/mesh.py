@@ -125,9 +125,10 @@ def single_device_mesh(device: Any = None) -> Mesh:
   return make_mesh(MeshConfig(data=1), devices=[device or jax.devices()[0]])
 
 
-def batch_shards(mesh: Mesh) -> int:
-  """Over how many shards a batch is cut."""
-  return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def batch_shards(mesh: Mesh | Mapping[str, int]) -> int:
+  """Over how many shards a batch is cut; also of the sizes of the axes alone."""
+  sizes = getattr(mesh, 'shape', mesh)
+  return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

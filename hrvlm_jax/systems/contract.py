@@ -207,6 +207,11 @@ class System(Packed):
       return None
     return self.count(BLANK.width, BLANK.height, config).tokens
 
+  def places(self, config: Any) -> int | None:
+    """Patches of a picture that run through the tower, where a selection leaves most of them out;
+    None: all. What a step needs is counted with it (`training.fitting`)."""
+    return None
+
   def width(self, config: Any) -> int:
     """Width of the visual tokens; default: the `width` of the config, else of its `vision`."""
     found = getattr(config, 'width', None)

@@ -38,8 +38,8 @@ def pin_threads(workdir: str | os.PathLike) -> int:
   return threads
 
 
-def check(workdir: str | os.PathLike, threads: int) -> None:
-  """Records what the bits depend on, or compares it with the record of the first start.
+def check(workdir: str | os.PathLike, threads: int) -> dict[str, Any]:
+  """What the bits depend on, compared with the record of the first start (`record` writes it).
 
   Raises:
     UserError: something differs (all listed).
@@ -53,8 +53,14 @@ def check(workdir: str | os.PathLike, threads: int) -> None:
   if changed:
     raise UserError(f'{workdir}: cannot go on with the same bits ({"; ".join(changed)}); go on as '
                     'it was, or set training.deterministic=False')
-  if not before and jax.process_index() == 0:
-    (pathlib.Path(workdir) / RECORD).write_text(json.dumps(now, indent=2) + '\n')
+  return now
+
+
+def record(workdir: str | os.PathLike, now: dict[str, Any]) -> None:
+  """Writes the record of the first start; called by the first process."""
+  path = pathlib.Path(workdir) / RECORD
+  if not path.exists():
+    path.write_text(json.dumps(now, indent=2) + '\n')
 
 
 def compiler_options() -> dict[str, Any]:

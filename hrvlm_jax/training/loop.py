@@ -14,7 +14,7 @@ import os
 import pathlib
 import signal
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import multihost_utils
@@ -26,13 +26,14 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.parallel import distributed
+from hrvlm_jax.parallel.fitting import device_bytes, slices_of
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.training import determinism
+from hrvlm_jax.training import determinism, fitting, starts
 from hrvlm_jax.training.batches import make_batches
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.evaluators import Evaluator, evaluators_of
-from hrvlm_jax.training.metrics import MetricsWriter
-from hrvlm_jax.training.program import TrainProgram, assemble
+from hrvlm_jax.training.metrics import MetricsWriter, check_wandb
+from hrvlm_jax.training.program import TrainProgram, assemble, outline_of
 from hrvlm_jax.training.saving import Saver
 from hrvlm_jax.training.start import check_same_model, initial_params, stored_params
 from hrvlm_jax.training.step import State
@@ -59,7 +60,7 @@ class Result:
 
 
 def train(
-  config: RunConfig, workdir: str | os.PathLike, *, progress: bool = True,
+  config: RunConfig, workdir: str | os.PathLike, *, progress: bool | Literal['lines'] = True,
   params: Any = None, on_step: Callable[[int, State], None] | None = None,
 ) -> Result:
   """Trains to `training.steps`, resuming by itself from the work directory's newest checkpoint.
@@ -69,6 +70,8 @@ def train(
   Args:
     workdir: a folder, or the address of one in a bucket (gs://...), which several hosts need unless
       they share a file system.
+    progress: True shows a bar on a terminal and else a line per logged step, 'lines' always lines,
+      False neither.
     params: initial parameters (instead of random ones or `init_from`); ignored on resume.
     on_step: called after every step (tests, in-loop evaluation).
 
@@ -80,23 +83,43 @@ def train(
     return _train(config, place, progress, params, on_step)
 
 
-def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_step) -> Result:
-  workdir, t, layout = place.local, config.training, Layout(config.mesh)
-  resolved = _claim(config, place)
-  if t.deterministic:
-    determinism.check(workdir, determinism.pin_threads(workdir))
+def _train(config: RunConfig, place: Workdir, progress: bool | str, params: Any, on_step) -> Result:
+  workdir, t, resolved = place.local, config.training, to_dict(config)
+  distributed.check_same(json.dumps(resolved), what='the config')
+  starts.check_shared(place)
+  check_same_model(workdir, resolved, checkpoints=place.address)
+  bits = determinism.check(workdir, determinism.pin_threads(workdir)) if t.deterministic else None
   evaluators = evaluators_of(config)
-  batches = make_batches(config, layout)
-  for evaluator in evaluators:
-    evaluator.prepare(config, layout=layout, workdir=workdir)
+  check_wandb(t.wandb)
   with store.TrainStore(
       place.address, keep=t.keep, keep_every=t.keep_every, config=resolved) as checkpoints:
     stored = _stored_before(config, checkpoints) if params is None else paths.flatten(params)
-    program = assemble(config, layout.mesh, stored=stored)
-    notes: list[str] = [program.summary]
+    outline = outline_of(config, stored=stored)
+    choice = fitting.chosen_mesh(config, outline, jax.device_count(), device_bytes(),
+                                 slices=slices_of(jax.devices()))
+    fitting.check_state(choice)
+    layout = Layout(choice.mesh)
+    program = assemble(config, layout.mesh, outline=outline)
+    batches = make_batches(config, layout)
+    for evaluator in evaluators:
+      evaluator.prepare(config, layout=layout, workdir=workdir)
+    notes: list[str] = [distributed.devices_words(), *fitting.told(config, choice),
+                        fitting.batch_words(config, choice.mesh.shape), program.summary]
     if jax.process_count() > 1:
       notes.append(_host_part(batches))
     state, start = _start(program, layout, checkpoints, batches, params, notes.append)
+    # Nothing is refused any more: from here on the work directory is this start's.
+    if changes := starts.changed(place, resolved):
+      notes.append(starts.words(changes))
+    if distributed.is_main() and start < t.steps:
+      workdir.mkdir(parents=True, exist_ok=True)
+      starts.record(place, resolved, tokenizer_of(config.data.tokenizer), step=start,
+                    changes=changes, mesh=choice.mesh.shape)
+      if bits is not None:
+        determinism.record(workdir, bits)
+    if distributed.is_main():
+      place.remove(PREEMPTED)
+    distributed.barrier('start recorded')
     writer = (MetricsWriter(workdir, start=start, total=t.steps, progress=progress, wandb=t.wandb,
                             config=resolved)
               if distributed.is_main() else _Silent())
@@ -109,31 +132,12 @@ def _train(config: RunConfig, place: Workdir, progress: bool, params: Any, on_st
         step, loss = run.steps(state, start, signals, on_step)
       finally:
         writer.close()
-    if signals.caught and distributed.is_main():
-      # Exit code 0 is not the whole story: whoever watches the run starts it again.
-      (workdir / PREEMPTED).touch()
+    if distributed.is_main():
+      starts.end(place, start, step)
+      if signals.caught:
+        # Exit code 0 is not the whole story: whoever watches the run starts it again.
+        (workdir / PREEMPTED).touch()
   return Result(step, loss, signals.caught, run.compilations, dict(batches.counts))
-
-
-def _claim(config: RunConfig, place: Workdir) -> dict[str, Any]:
-  """Writes what the run is made of into its work directory; returns the plain config.
-
-  Raises:
-    UserError: processes with other configs, a folder of another model, or one not shared.
-  """
-  workdir, resolved = place.local, to_dict(config)
-  distributed.check_same(json.dumps(resolved), what='the config')
-  check_same_model(workdir, resolved, checkpoints=place.address)
-  if distributed.is_main():
-    (workdir / 'tokenizer').mkdir(parents=True, exist_ok=True)
-    tokenizer_of(config.data.tokenizer).save(workdir / 'tokenizer')
-    (workdir / 'config.json').write_text(json.dumps(resolved, indent=2))
-    place.remove(PREEMPTED)
-  distributed.barrier('work directory')
-  if not place.shared and not (workdir / 'config.json').exists():
-    raise UserError(f'{workdir}: process {jax.process_index()} does not see what process 0 wrote '
-                    'there; several hosts need a work directory on storage that they share')
-  return resolved
 
 
 def _stored_before(config: RunConfig, checkpoints: store.TrainStore) -> dict[str, Any] | None:
@@ -218,9 +222,13 @@ class _Run:
       whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), placed)
       profile.before(step + 1)
       # Nothing reaches or leaves the devices inside a step but what was put there.
+      programs, begun = self.compilations, time.perf_counter()
       with jax.transfer_guard('disallow'):
         state, metrics = self._step(state, placed)
       step += 1
+      if self.compilations > programs:
+        self.writer.event(f'step {step}: compiled for {_shape_words(whole)} in '
+                          f'{time.perf_counter() - begun:.1f} s')
       profile.after(step, metrics)
       self._settle()
       self._pending = _Taken(step, metrics, batch, whole)
@@ -228,12 +236,17 @@ class _Run:
         on_step(step, state)
       if step % t.checkpoint_every == 0 and step < t.steps:
         self._settle()
+        begun = time.perf_counter()
         self.saver.save(step, state, self.batches.get_state())
+        self.writer.event(f'step {step}: checkpoint taken in {time.perf_counter() - begun:.1f} s, '
+                          'written in the background')
       self._evaluate(step, state)
     profile.close()
     self._settle()
     if step > start:
+      begun = time.perf_counter()
       self.saver.finish(step, state, self.batches.get_state())
+      self.writer.event(f'step {step}: checkpoint written in {time.perf_counter() - begun:.1f} s')
     return step, self._loss
 
   def _settle(self) -> None:
@@ -299,6 +312,13 @@ class _Profile:
       self._on = False
 
 
+def _shape_words(batch: Any) -> str:
+  """The shape of a batch that a program was compiled for: its rows, or all of its arrays."""
+  flat = paths.flatten(batch)
+  chosen = {name: flat[name] for name in ('tokens', 'views/pixels', 'pixels') if name in flat}
+  return ', '.join(f'{name} {list(leaf.shape)}' for name, leaf in (chosen or flat).items())
+
+
 def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:
   process = f'_{jax.process_index()}' if jax.process_count() > 1 else ''
   path = workdir / f'bad_batch_{step}{process}.npz'
@@ -310,6 +330,8 @@ class _Silent:
   """Writes nothing: the metrics writer of all processes but the first."""
 
   def log(self, text: str) -> None: ...
+
+  def event(self, text: str) -> None: ...
 
   def write(self, step: int, values: Any, *, advance: int = 0) -> None: ...
 

@@ -7,10 +7,12 @@ certainly done.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import datetime
 import json
 import math
 import os
 import pathlib
+import sys
 from typing import Any
 import uuid
 
@@ -21,12 +23,17 @@ from hrvlm_jax.core.errors import UserError
 
 
 class MetricsWriter:
-  """Appends to `<workdir>/metrics.jsonl` and TensorBoard, and drives the progress bar.
+  """Appends to `<workdir>/metrics.jsonl` and TensorBoard, and shows how the run goes on.
+
+  On a terminal that is a progress bar. In a log it is one plain line per logged step, evaluation,
+  checkpoint and compilation, written at once.
 
   A resumed run first drops lines of steps it will run again, so that every step has one line.
 
   Args:
     start, total: first and last step, for the progress bar and its ETA.
+    progress: True: a bar where standard error is a terminal, else lines; 'lines': lines; False:
+      nothing but what is logged.
     wandb: a project of Weights & Biases, which also gets the values; None: none. A resumed run goes
       on in the same run there.
     config: told to Weights & Biases.
@@ -35,8 +42,8 @@ class MetricsWriter:
     UserError: `wandb` is not installed.
   """
 
-  def __init__(self, workdir: str | os.PathLike, *, start: int, total: int, progress: bool = True,
-               tensorboard: bool = True, wandb: str | None = None,
+  def __init__(self, workdir: str | os.PathLike, *, start: int, total: int,
+               progress: bool | str = True, tensorboard: bool = True, wandb: str | None = None,
                config: Mapping[str, Any] | None = None):
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._keep_until(start)
@@ -46,8 +53,10 @@ class MetricsWriter:
       from tensorboardX import SummaryWriter
 
       self._board = SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=start)
-    self._bar = tqdm(total=total, initial=start, disable=not progress, unit='step',
-                     dynamic_ncols=True)
+    self._total, self._shown = total, bool(progress)
+    self._lines = progress == 'lines' or (self._shown and not sys.stderr.isatty())
+    self._bar = tqdm(total=total, initial=start, disable=self._lines or not self._shown,
+                     unit='step', dynamic_ncols=True)
     self._wandb = None if wandb is None else _wandb_run(wandb, workdir, config)
 
   def _keep_until(self, step: int) -> None:
@@ -77,13 +86,37 @@ class MetricsWriter:
           self._board.add_scalar(key, value, step)
     if self._wandb is not None:
       self._wandb.log({k: v for k, v in plain.items() if isinstance(v, (int, float))}, step=step)
+    if self._lines:
+      self.log(self._line(step, plain))
     self._bar.update(advance)
     if 'loss' in plain:
       self._bar.set_postfix_str(f'loss {plain["loss"]:.4f}')
 
+  def _line(self, step: int, values: Mapping[str, Any]) -> str:
+    """A step, or an evaluation after it, in a line."""
+    if 'loss' not in values:
+      shown = (f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}'
+               for key, value in values.items())
+      return f'step {step}: {", ".join(shown)}'
+    number = lambda key, form: f'{values[key]:{form}}' if isinstance(
+      values.get(key), (int, float)) else 'n/a'
+    rate = values.get('steps_per_second') or 0
+    left = f'{datetime.timedelta(seconds=round((self._total - step) / rate))} left' if rate else ''
+    return (f'step {step} of {self._total}: loss {number("loss", ".4f")}, '
+            f'{number("tokens_per_second", ".0f")} tokens/s, MFU {number("mfu", ".1%")}, '
+            f'input wait {number("input_wait_share", ".1%")}, {left}')
+
   def log(self, text: str) -> None:
-    """A line above the progress bar."""
-    self._bar.write(text)
+    """A line above the progress bar, or of the log."""
+    if self._bar.disable:
+      print(text, flush=True)  # whoever reads a log reads it now
+    else:
+      self._bar.write(text)
+
+  def event(self, text: str) -> None:
+    """A line about what the run does, where progress is shown."""
+    if self._shown:
+      self.log(text)
 
   def close(self) -> None:
     """Flushes everything."""
@@ -95,12 +128,25 @@ class MetricsWriter:
       self._wandb.finish()
 
 
-def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None):
+def check_wandb(project: str | None) -> None:
+  """Weights & Biases must be there where a run names a project of it.
+
+  Raises:
+    UserError: it is not installed.
+  """
+  if project is None:
+    return
   try:
-    import wandb
+    import wandb  # noqa: F401
   except ImportError as error:
-    raise UserError("training.wandb: Weights & Biases is not installed; pip install "
-                    "'hrvlm_jax[wandb]' or set it to None") from error
+    raise UserError("training.wandb: Weights & Biases is not installed; pip install '.[wandb]' in "
+                    'the checkout, or set it to None') from error
+
+
+def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None):
+  check_wandb(project)
+  import wandb
+
   # One run there per work directory, whatever its name elsewhere.
   path = pathlib.Path(workdir) / 'wandb_id'
   if not path.exists():

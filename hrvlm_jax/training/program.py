@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from hrvlm_jax.core import paths
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional, Params
 from hrvlm_jax.parallel import rules
@@ -83,25 +85,90 @@ class TrainProgram:
       shapes, arrays=placed(arrays, batch_sharding(self.mesh, leading=leading)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """What of a program does not depend on a mesh.
+
+  Attributes:
+    fn, groups, state: as in `TrainProgram`.
+  """
+
+  fn: Functional
+  groups: Mapping[str, Group]
+  state: Any
+
+
+def outline_of(config: RunConfig, *, stored: Mapping[str, Any] | None = None) -> Outline:
+  """The outline of a run.
+
+  Args:
+    stored: by path, what the file the run starts from holds (see `run_dtypes`).
+
+  Raises:
+    UserError: groups that do not cover the parameters.
+  """
+  t, fn = config.training, vlm.build(config.model)
+  groups = groups_of(t, fn.abstract)
+  return Outline(fn, groups, jax.eval_shape(
+    lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract, stored)))
+
+
+def micro_rows(config: RunConfig) -> int:
+  """Rows that are cut over the mesh at a time: of one micro-batch, packed where they are."""
+  return (config.data.packing.rows or config.training.batch_size) // config.training.accumulate
+
+
+def check_rows(config: RunConfig, sizes: Mapping[str, int]) -> None:
+  """A micro-batch must be divisible over the shards of a mesh (sizes of its axes).
+
+  Raises:
+    UserError: it is not; names what would work.
+  """
+  t, shards, devices = config.training, batch_shards(sizes), math.prod(sizes.values())
+  rows = micro_rows(config)
+  if rows % shards == 0:
+    return
+  packed = config.data.packing.rows
+  total, key = ((t.batch_size, 'training.batch_size') if packed is None else
+                (packed, 'data.packing.rows'))
+  works = []
+  parts = next((n for n in range(t.accumulate, 0, -1) if total % n == 0
+                and t.batch_size % n == 0 and total // n % shards == 0), None)
+  if parts is not None:
+    works.append(f'--config.training.accumulate={parts}')
+  each = t.accumulate * shards
+  works.append(f'--config.{key}={-(-total // each) * each}')
+  fewer = math.gcd(rows, devices)
+  cut = [(name, size) for name, size in sizes.items() if size > 1]
+  shown = ','.join(f'{name}={size}' for name, size in cut)
+  if devices // fewer <= 8:
+    works.append(f'a mesh of {fewer} shard(s), such as --mesh '
+                 f'data=1,fsdp={fewer},tensor={devices // fewer}')
+  raise UserError(
+    f'{key}={total} in training.accumulate={t.accumulate} part(s) is {rows} row(s) at a time, '
+    f'which the {shards} shards (data x fsdp) of the mesh {shown} cannot share evenly; what works: '
+    f'{", or ".join(works)}')
+
+
 def assemble(config: RunConfig, mesh: Mesh, *, stored: Mapping[str, Any] | None = None,
-             platform: str | None = None,
+             outline: Outline | None = None, platform: str | None = None,
              adapt: Callable[[Execution], Execution] = lambda ex: ex) -> TrainProgram:
   """The program of a run on a mesh.
 
   Args:
     stored: by path, what the file the run starts from holds (see `run_dtypes`).
+    outline: of the run, where it was made already.
     platform: of the devices, where those of the mesh are stand-ins.
     adapt: changes what the step is traced for (`planning`).
 
   Raises:
     UserError: groups that do not cover the parameters, leaves that cannot be cut over the mesh (all
-      listed).
+      listed), a batch that cannot.
   """
   t = config.training
-  fn = vlm.build(config.model)
-  groups = groups_of(t, fn.abstract)
-  state = jax.eval_shape(
-    lambda p: init_state(t, groups, p), run_dtypes(t, groups, fn.abstract, stored))
+  check_rows(config, mesh.shape)
+  outline = outline or outline_of(config, stored=stored)
+  fn, groups, state = outline.fn, outline.groups, outline.state
   ex = adapt(execution_of(t, mesh, platform=platform))
   # The chunk of the loss is meant per device; the step sees the batch of all.
   wide = dataclasses.replace(t, loss_chunk=t.loss_chunk * batch_shards(mesh))

@@ -25,6 +25,7 @@ EVERY = 60.0
 # What a start reads of the start before it.
 _READ_BACK = ('config.json', 'metrics.jsonl', 'determinism.json', 'wandb_id')
 _CHECKPOINTS = 'checkpoints'
+STARTS = 'starts'  # what each start was made of (`training.starts`)
 
 
 class Workdir:
@@ -77,9 +78,12 @@ class Workdir:
                       'may this machine use it?') from error
 
   def _read_back(self) -> None:
-    for name in _READ_BACK:
+    starts = self.remote / STARTS
+    more = [f'{STARTS}/{path.name}' for path in starts.glob('*.json')] if starts.exists() else []
+    for name in (*_READ_BACK, *more):
       source = self.remote / name
       if source.exists():
+        (self.local / name).parent.mkdir(exist_ok=True)
         (self.local / name).write_bytes(source.read_bytes())
 
   def copy(self) -> None:

@@ -20,9 +20,11 @@ from hrvlm_jax.language.chat import Dialogue
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
+from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm import laid, model as vlm
+from hrvlm_jax.vlm.cut import cut_batch, filled_up
 
 _SENTINEL = -200  # placeholder where the vocabulary has no image token (LLaVA)
 
@@ -67,6 +69,8 @@ class Answerer:
     params: parameters of `vlm.build(config)` (layers stacked).
     ex: execution of all programs.
     exif: how image files are opened.
+    layout: where parameters that were given in their places lie, with layers unrolled already; the
+      rows of a batch are cut over it. On several processes every method is called on all of them.
 
   Attributes:
     methods: settings of inference methods laid over the model (`vlm.fastv`, `vlm.vicrop`), by name;
@@ -74,31 +78,41 @@ class Answerer:
   """
 
   def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, ex: Execution = HERE,
-               exif: str = 'apply'):
-    self.config, self.exif = config, exif
+               exif: str = 'apply', layout: Layout | None = None):
+    self.config, self.exif, self.layout = config, exif, layout
+    if layout is not None:
+      ex = ex.replace(mesh=layout.mesh)
     self.methods: dict[str, Mapping[str, Any]] = {}
     self.system = registry.get(config.system)
     self.text = text_of(config, tokenizer)
-    self.generator = Generator(vlm.build(config, unrolled=True), vlm.unroll(config, params),
-                               ex=ex)
+    self.generator = Generator(vlm.build(config, unrolled=True),
+                               vlm.unroll(config, params) if layout is None else params, ex=ex)
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, ex: Execution = HERE, exif: str = 'apply',
            encoder_options: dict[str, Any] | None = None,
-           methods: Mapping[str, Mapping[str, Any]] | None = None) -> Answerer:
+           methods: Mapping[str, Mapping[str, Any]] | None = None,
+           layout: Layout | None = None) -> Answerer:
     """From a checkpoint folder or the work directory of a run.
 
     Args:
       encoder_options: settings of the encoder to override (`max_crops`, `num_tokens`, ...).
       methods: see `with_methods`.
+      layout: the mesh that parameters are laid over, by the rules of training: every process reads
+        what its devices hold, straight into its place.
 
     Raises:
       UserError: no checkpoint, no tokenizer, tensors that do not fit (all listed); a method that
         the model does not suit.
     """
     config = model_config(checkpoint, encoder_options)
-    params = store.load_params(checkpoint, vlm.build(config).abstract)
-    answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif)
+    if layout is None or layout.mesh.size == 1:
+      layout, params = None, store.load_params(checkpoint, vlm.build(config).abstract)
+    else:
+      if methods:
+        raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
+      params = laid.load(checkpoint, config, layout)
+    answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, layout=layout)
     return with_methods(answerer, methods or {})
 
   def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], Question]]:
@@ -125,8 +139,17 @@ class Answerer:
 
     options: fields of `Sampling` (max_new_tokens, temperature, beams, ...).
     """
-    batch = self.batch(self.shown([self.opened(item) for item in items]))
-    return self.answers(batch, key=key, **options)
+    batch = self.placed(self.shown([self.opened(item) for item in items]))
+    return self.answers(batch, key=key, **options)[:len(items)]
+
+  def placed(self, items: Items) -> dict[str, Any]:
+    """The `batch` of opened items where the model lies; on a mesh with rows up to its shards."""
+    if self.layout is None:
+      return self.batch(items)
+    last = len(items) - 1
+    return cut_batch(self.system, self.config.encoder, self.text,
+                     [min(n, last) for n in range(filled_up(len(items), self.layout))],
+                     items.__getitem__, self.layout)
 
   def answers(self, batch: dict[str, Any], *, key=None, **options) -> list[str]:
     """Answers to the rows of a `batch`, which may lie on several devices and processes."""
@@ -142,7 +165,7 @@ class Answerer:
   def stream(self, images: Sequence[Any], text: Question, *, key=None, **options) -> Iterator[str]:
     """The answer to one question, piece by piece."""
     opened = [self._open(image) for image in images]
-    batch = self.batch(self.shown([(opened, text)]))
+    batch = self.placed(self.shown([(opened, text)]))
     embeds, valid, extras = self.generator.prompt(batch)
     ids: list[int] = []
     shown = now = ''
@@ -166,7 +189,7 @@ class Answerer:
   def overlay(self, image: Image.Image, question: Question | None = None) -> Image.Image:
     """The image with what the system looked at (crops, selection, gates)."""
     item = ([image], question or 'What is in the image?')
-    info = self.generator.info(self.batch([item])) if self.system.overlay_needs_info else {}
+    info = self.generator.info(self.placed([item])) if self.system.overlay_needs_info else {}
     return self.system.overlay(image, self.config.encoder, info)
 
   def _open(self, image: Any) -> Image.Image:

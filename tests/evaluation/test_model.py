@@ -78,7 +78,8 @@ from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.evaluation.model import EvaluatedModel
 from hrvlm_jax.evaluation.runner import Options, evaluate
 from hrvlm_jax.systems import registry
-from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.vlm import laid, model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 assert jax.device_count() == 8
 config = registry.get('mc_llava').tiny()
@@ -86,8 +87,10 @@ rng = np.random.default_rng(0)
 fill = lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32)
 params = jax.tree.map(fill, vlm.build(config).abstract)
 for devices in (1, 8):
-  model = EvaluatedModel(Answerer(config, params, tokenizer_of('byte')), max_new_tokens=4,
-                         devices=jax.devices()[:devices])
+  layout = None if devices == 1 else Layout({'data': 4, 'fsdp': 2})
+  held = params if layout is None else laid.lay(config, params, layout)
+  model = EvaluatedModel(Answerer(config, held, tokenizer_of('byte'), layout=layout),
+                         max_new_tokens=4)
   result = evaluate('needle', model.described(name='tiny'), data=sys.argv[2],
                     out=f'{sys.argv[3]}/{devices}', options=Options(batch_size=8, progress=False))
   print(devices, result.value)

@@ -47,6 +47,8 @@ def test_plan_verb_on_the_train_step(file, tmp_path, capsys):
     'gpu:4',
     '--image',
     '80x60',
+    '--effort',
+    'quick',
     '--json',
     str(out),
   ]
@@ -87,6 +89,8 @@ def test_plan_verb_on_the_decode_step(file, capsys):
   'arguments, sentence',
   [
     (['--mesh', 'data'], 'expected AXIS=SIZE'),
+    (['--mesh', 'data=2,data=2'], 'data is there twice'),
+    (['--mesh', 'fdsp=2'], 'unknown key .*fdsp'),
     (['--image', '80'], 'expected WIDTHxHEIGHT'),
     (['--batches', 'a', '--search'], 'expected numbers'),
     (['--topology', 'v5e:16'], '2 dimensions'),
@@ -177,7 +181,8 @@ def test_a_batch_that_does_not_divide_is_named():
     training=TrainingConfig(steps=1, batch_size=3, optimizer=OptimizerConfig(learning_rate=1.0)),
   )
   mesh = jax.sharding.AbstractMesh((2, 1, 1, 1), ('data', 'fsdp', 'sequence', 'tensor'))
-  with pytest.raises(UserError, match=r'tokens.*found 3 rows, expected a multiple of 2'):
+  with pytest.raises(UserError, match=r'batch_size=3 in .*accumulate=1 part.*is 3 row.*'
+                     r'2 shards .*data=2.*batch_size=4, or a mesh of 1 shard.*tensor=2'):
     programs.train_program(mesh, config=to_dict(config), image=(80, 60))
   with pytest.raises(UserError, match='alone take'):
     batch_shapes(config, 4, length=4, image=(80, 60))

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import shutil
 import signal
 import sys
 import types
@@ -301,3 +303,56 @@ def test_another_model_in_the_same_work_directory(data, finished):
   other = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, mlp_width=32))
   with pytest.raises(UserError, match='model.text.mlp_width was 16, is 32'):
     loop.train(config(data, model=other), pathlib.Path(finished), progress=False)
+
+
+def contents(folder):
+  """Every file below a folder: its bytes and when it was written."""
+  return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
+          for path in folder.rglob('*') if path.is_file()}
+
+
+def test_records_of_starts_and_lines_of_a_log(data, finished, tmp_path, capsys, monkeypatch):
+  """Refused: nothing changes. Changed: said, recorded by steps, and in the checkpoints."""
+  shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+  before = contents(tmp_path)
+  c = config(data, steps=8, deterministic=True)
+  renamed = dataclasses.replace(c.model, chat='pheye')
+  for changed, sentence in (
+      (dataclasses.replace(c, seed=9), 'seed was 0, is 9'),
+      (dataclasses.replace(c, model=renamed), 'another model'),
+      (dataclasses.replace(c, data=dataclasses.replace(c.data, train='gone.json')), 'gone.json'),
+      (config(data, steps=8, eval='gone.json', eval_every=1), 'gone.json'),
+      (config(data, steps=8, groups=(Group(pattern='vision/.*'),)), 'cover'),
+      (config(data, steps=8, evaluators=({'name': 'gone'},)), 'gone')):
+    with pytest.raises(UserError, match=sentence):
+      loop.train(changed, tmp_path, progress=False)
+    assert contents(tmp_path) == before, sentence
+  # Another rate, but no step is left: said, and not recorded.
+  rate = OptimizerConfig(learning_rate=5e-4)
+  capsys.readouterr()
+  said = 'training.optimizer.learning_rate was 0.001, is 0.0005'
+  assert loop.train(config(data, steps=6, optimizer=rate), tmp_path, progress=False).loss is None
+  assert said in capsys.readouterr().out
+  assert json.loads((tmp_path / 'config.json').read_text())['training']['optimizer'][
+    'learning_rate'] == 1e-3
+  loop.train(config(data, steps=8, optimizer=rate, deterministic=True), tmp_path, progress='lines')
+  printed = capsys.readouterr().out
+  assert said in printed and 'training.steps was 6, is 8' in printed
+  read = lambda path: json.loads((tmp_path / path).read_text())
+  first, second = read('starts/000000.json'), read('starts/000006.json')
+  assert (first['from_step'], first['to_step']) == (0, 6)
+  assert (second['from_step'], second['to_step']) == (6, 8)
+  assert second['changed']['training.optimizer.learning_rate'] == [1e-3, 5e-4]
+  rates = [c['training']['optimizer']['learning_rate'] for c in (
+    first['config'], second['config'], read('config.json'), store.load_config(
+      tmp_path / 'checkpoints' / '6'), store.load_config(tmp_path / 'checkpoints' / '8'))]
+  assert rates == [1e-3, 5e-4, 5e-4, 1e-3, 5e-4]
+  # The log of a pod: what it runs on, then a line per step, compilation and checkpoint.
+  for pattern in (
+      r'^devices: \d+ x \S.* in 1 process\(es\): \S+ \d+$', r'^mesh data=1 .*% free \(parameters ',
+      r'^batch 4 in 1 part\(s\), 4 row.*bucket lengths 64$',
+      r'^step 7: compiled for tokens \[4, 64\].* in \d+\.\d s$',
+      r'^step 8 of 8: loss \d\.\d+, \d+ tokens/s, MFU .+, input wait \d+\.\d%, 0:00:00 left$',
+      r'^step 8: checkpoint written in \d'):
+    assert re.search(pattern, printed, re.M), (pattern, printed)
+  assert '\r' not in printed

@@ -7,5 +7,6 @@ SYSTEM = System(
   name='ps3', config=config.PS3Config, encoder=encoder.Encoder, alone=model.PS3,
   released=config.RELEASED, tiny=config.tiny, backbones=views.backbones, count=views.count,
   views=views.views, packing=views.packing, grid=views.grid, rules=views.rules,
-  overlay=views.overlay, overlay_needs_info=True, tokens=views.tokens, table=weights.table,
-  prompt_ids=text.prompt_ids, from_release=weights.from_release, to_release=weights.to_release)
+  overlay=views.overlay, overlay_needs_info=True, tokens=views.tokens, places=views.places,
+  table=weights.table, prompt_ids=text.prompt_ids, from_release=weights.from_release,
+  to_release=weights.to_release)

@@ -33,6 +33,11 @@ def tokens(config: PS3Config) -> int:
                    first_scales=look.first_scales).tokens
 
 
+def places(config: PS3Config) -> int:
+  """Patches that run through the tower: the thumbnail's and those of the looks."""
+  return tokens(config)
+
+
 def count(width: int, height: int, config: PS3Config) -> Count:
   """One view and the same number of tokens for every image: they are squashed.
 

@@ -109,6 +109,11 @@ def tokens(config: VilaHDConfig) -> int:
   return config.image_tokens
 
 
+def places(config: VilaHDConfig) -> int:
+  """Patches that run through the tower: the thumbnail's and those of the looks."""
+  return config.plan(config.scale_choices[-1]).tokens
+
+
 def packing(config: VilaHDConfig) -> Packing:
   """Images of all rows share their slots."""
   return Packing(

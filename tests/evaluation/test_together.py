@@ -1,0 +1,68 @@
+"""`hrvlm eval` on several processes: a model over all their devices, or one for each of them."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from tests.vlm import meshes
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+SAMPLES = pathlib.Path(__file__).parent / 'samples'
+
+
+def run(out, checkpoint, *arguments, processes=1, die=0):
+  """Exit status and output of every process; process 0 dies after `die` batches."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES='2', PYTHONPATH=str(REPO),
+                     HRVLM_HEARTBEAT_SECONDS='4', TF_CPP_MIN_LOG_LEVEL='2')  # fmt: skip
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  several = lambda i: ['--distributed', 'on', '--coordinator', f'localhost:{port}',
+                       '--num-processes', str(processes), '--process-id', str(i)]  # fmt: skip
+  children = [subprocess.Popen(
+    [sys.executable, '-m', 'tests.evaluation.together', str(die if i == 0 else 0),
+     '--checkpoint', str(checkpoint), '--benchmark', 'needle', '--data', str(SAMPLES / 'needle'),
+     '--out', str(out), '--batch-size', '2', '--max-new-tokens', '4', '--quiet', *arguments,
+     *(several(i) if processes > 1 else [])],
+    cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for i in range(processes)]  # fmt: skip
+  outputs = [child.communicate(timeout=400)[0] for child in children]
+  return [child.returncode for child in children], outputs
+
+
+def texts(out):
+  return [json.loads(line)['text'] for line in (out / 'predictions.jsonl').open()]
+
+
+@pytest.mark.full('parallel')
+def test_two_processes_answer_one_benchmark(tmp_path):
+  checkpoint = tmp_path / 'checkpoint'
+  meshes.make('mc_llava', checkpoint)
+  codes, outputs = run(tmp_path / 'one', checkpoint, '--mesh', 'data=1,tensor=2')
+  assert codes == [0], outputs
+  expected = texts(tmp_path / 'one')
+  assert len(expected) > 4 and len(set(expected)) > 1
+  # Each its own model and its own samples: nothing is said of a mesh.
+  codes, outputs = run(tmp_path / 'each', checkpoint, processes=2)
+  assert codes == [0, 0], outputs
+  assert len(list((tmp_path / 'each').glob('predictions-*-of-00002.jsonl'))) == 2
+  assert texts(tmp_path / 'each') == expected
+  # One model over the devices of both; the first is killed, and the same command goes on.
+  mesh = ('--mesh', 'data=2,tensor=2')
+  codes, outputs = run(tmp_path / 'both', checkpoint, *mesh, processes=2, die=1)
+  assert codes[0] == -9 and codes[1] != 0, outputs
+  assert not (tmp_path / 'both' / 'result.json').exists()
+  begun = (tmp_path / 'both' / 'predictions-00000-of-00001.jsonl').read_text().splitlines()
+  assert len(begun) == 2
+  codes, outputs = run(tmp_path / 'both', checkpoint, *mesh, processes=2)
+  assert codes == [0, 0], outputs
+  assert 'answers on 4 x cpu, mesh data=2,tensor=2' in outputs[0]
+  assert texts(tmp_path / 'both') == expected
+  # A mistake on both is a sentence on both.
+  codes, outputs = run(tmp_path / 'bad', checkpoint, '--mesh', 'data=3,tensor=2', processes=2)
+  assert codes == [2, 2] and all('is 6, which is not the 4 device' in text for text in outputs)

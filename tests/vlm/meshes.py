@@ -1,0 +1,102 @@
+"""Answers of a tiny model on one device and on meshes, from a checkpoint, as `hrvlm ask` loads it.
+
+    python -m tests.vlm.meshes SYSTEM CHECKPOINT MESH ... [--processes HOST:PORT,N,I]
+
+MESH is `one` or what `--mesh` takes. Prints one JSON object: mesh -> answers to five questions, at
+once and one by one, greedy, with beams and streamed. A checkpoint that is not there is made.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+
+
+def make(system: str, folder: pathlib.Path) -> None:
+  """A checkpoint of a tiny model with random weights, large enough that answers differ."""
+  import jax
+  import numpy as np
+
+  from hrvlm_jax.checkpoint import store
+  from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.language.prompt import tokenizer_of
+  from hrvlm_jax.systems import registry
+  from hrvlm_jax.vlm import model as vlm
+
+  config = registry.get(system).tiny()
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
+                        vlm.build(config).abstract)
+  store.save_params(folder, params, {'model': to_dict(config)})
+  (folder / 'tokenizer').mkdir()
+  tokenizer_of('byte').save(folder / 'tokenizer')
+
+
+def answers(checkpoint: str, mesh: str, *, beams: int = 2) -> dict[str, list[list[int]]]:
+  """Tokens of the answers, by how they were asked."""
+  import jax
+  import numpy as np
+  from PIL import Image
+
+  from hrvlm_jax.cli.arguments import axes
+  from hrvlm_jax.parallel.layout import Layout
+  from hrvlm_jax.vlm.answer import Answerer
+
+  layout = None if mesh == 'one' else Layout(axes(mesh))
+  model = Answerer.load(checkpoint, layout=layout)
+  if layout is not None:
+    held = {leaf.sharding.mesh for leaf in jax.tree.leaves(model.generator.params)}
+    assert held == {layout.mesh}
+  ids: list[list[int]] = []
+  model.decode = lambda row: list(map(int, row))
+  rng = np.random.default_rng(1)
+  items = [([Image.fromarray(rng.integers(0, 256, (40 + 9 * i, 90 - 7 * i, 3), dtype=np.uint8))],
+            f'What is {i}?') for i in range(5)]
+  options = dict(max_new_tokens=6)
+  found = {'at once': model.answer(items, **options),
+           'beams': model.answer(items, beams=beams, **options),
+           'one': model.answer(items[:1], **options),
+           'one, beams': model.answer(items[:1], beams=beams, **options)}
+  opened = model.placed(model.shown([model.opened(items[0])]))
+  embeds, valid, extras = model.generator.prompt(opened)
+  for token in model.generator.stream(embeds, valid, model.sampling(**options), extras=extras):
+    ids.append(int(token[0]))
+  found['streamed'] = [ids]
+  if layout is not None:
+    g = model.generator
+    _, cache = g._prefill(g.params, embeds, valid, extras, slots=valid.shape[1] + 16, ex=g.ex)
+    shards = layout.shards
+    for leaf in jax.tree.leaves(cache):
+      local = leaf.sharding.shard_shape(leaf.shape)
+      assert local[0] == leaf.shape[0] // shards, (leaf.shape, local)
+      tensor = layout.mesh.shape['tensor']
+      assert leaf.shape[2] % tensor or local[2] == leaf.shape[2] // tensor, (leaf.shape, local)
+  return found
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('system')
+  parser.add_argument('checkpoint', type=pathlib.Path)
+  parser.add_argument('meshes', nargs='+')
+  parser.add_argument('--processes')
+  arguments = parser.parse_args()
+  import jax
+
+  jax.config.update('jax_default_matmul_precision', 'highest')
+  if arguments.processes:
+    from hrvlm_jax.parallel import distributed
+
+    address, number, own = arguments.processes.split(',')
+    distributed.initialize(coordinator=address, num_processes=int(number), process_id=int(own))
+  elif not arguments.checkpoint.exists():
+    make(arguments.system, arguments.checkpoint)
+  found = {mesh: answers(str(arguments.checkpoint), mesh) for mesh in arguments.meshes}
+  print(json.dumps(found), flush=True)
+  if arguments.processes:
+    jax.distributed.shutdown()
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,54 @@
+"""A model that is cut over devices answers with one device's tokens."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+MESHES = ('data=1,tensor=2,fsdp=2', 'data=1,tensor=4', 'data=1,fsdp=4', 'data=2,tensor=2')
+
+
+def start(arguments, *, devices, processes=1):
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(devices // processes),
+                     PYTHONPATH=str(REPO), TF_CPP_MIN_LOG_LEVEL='2',
+                     XLA_FLAGS='--xla_backend_optimization_level=0')  # fmt: skip
+  command = [sys.executable, '-m', 'tests.vlm.meshes', *map(str, arguments)]
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  several = [['--processes', f'localhost:{port},{processes},{i}'] for i in range(processes)]
+  children = [subprocess.Popen([*command, *(several[i] if processes > 1 else [])], cwd=REPO,
+                               env=environment, stdout=subprocess.PIPE, text=True)
+              for i in range(processes)]
+  outputs = [child.communicate(timeout=800)[0] for child in children]
+  assert not any(child.returncode for child in children), outputs
+  found = [json.loads(output.splitlines()[-1]) for output in outputs]
+  assert all(each == found[0] for each in found)
+  return found[0]
+
+
+def check(found, one):
+  assert len(one['at once']) == 5 and len({tuple(row) for row in one['at once']}) > 1
+  assert one['one'] == one['at once'][:1] and one['streamed'] == one['one']
+  for mesh, answers in found.items():
+    assert answers == one, mesh
+
+
+def test_a_cut_model_answers_like_one_device(tmp_path):
+  found = start(['mc_llava', tmp_path / 'checkpoint', 'one', 'data=2,tensor=2'], devices=4)
+  check(found, found['one'])
+
+
+@pytest.mark.full('parallel')
+@pytest.mark.parametrize('system', ['llava_hr', 'vila_hd', 'pheye'])
+def test_every_cut_of_every_kind(system, tmp_path):
+  """Prefix, two passes and cross-attention; also by two processes of two devices each."""
+  checkpoint = tmp_path / 'checkpoint'
+  found = start([system, checkpoint, 'one', *MESHES], devices=4)
+  check(found, found['one'])
+  check(start([system, checkpoint, *MESHES[2:]], devices=4, processes=2), found['one'])
