@@ -23,7 +23,8 @@ __all__ = ['convert', 'evaluate', 'export', 'finetune', 'load', 'train']
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = 32 << 20) -> Model:
+         urls: bool = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None
+         ) -> Model:
   """A model, ready to be asked.
 
   Args:
@@ -40,6 +41,9 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     exif: 'apply' turns photographs upright as their EXIF block says, 'ignore' does not.
     urls: images may be http or https addresses.
     max_bytes: of an image that is fetched, or given as a data URL.
+    mesh: devices that the model is cut over, such as {'tensor': 4} or {'fsdp': 8}: each reads its
+      part of the weights, and no more. On several processes (`jax.distributed`) every call is made
+      on all of them. Default: one device.
 
   Raises:
     UserError: nothing there, tensors that do not fit (all listed), unknown settings, the hub cannot
@@ -52,7 +56,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
   from hrvlm_jax.front import loading
 
   return loading.load(what, revision=revision, dtype=dtype, encoder=encoder, methods=methods,
-                      exif=exif, urls=urls, max_bytes=max_bytes)
+                      exif=exif, urls=urls, max_bytes=max_bytes, mesh=mesh)
 
 
 def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
@@ -72,7 +76,7 @@ def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,
     UserError: a config or data that cannot be used.
 
   >>> result = train('run.py', 'runs/mine', **{'training.steps': 2})
-  1,001,888 of 1,001,888 parameters ...
+  devices: ...
   >>> result.step
   2
   >>> model = load('runs/mine')

@@ -146,6 +146,8 @@ upload_logs() {
 obituary() {
   case $1 in
     0) return 0 ;;
+    2) printf 'The program refused to go on (exit code 2): its log ends with the reason.' ;;
+    5) printf 'The program failed, or another host of the run died (exit code 5): the end of the log says which.' ;;
     134) printf 'The program was aborted (signal 6). If another host of the run died, this is how JAX ends on the others: read the log of the worker that failed first.' ;;
     137)
       [ ! -e "$DIR/killed" ] || {

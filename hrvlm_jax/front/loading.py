@@ -19,8 +19,9 @@ from hrvlm_jax.interop import hub
 from hrvlm_jax.interop.convert import Release
 from hrvlm_jax.interop.export import read_source
 from hrvlm_jax.language.tokenizer import tokenizer_from_files
+from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm import laid, model as vlm
 from hrvlm_jax.vlm.answer import Answerer, find_tokenizer, model_config, with_methods
 from hrvlm_jax.vlm.encode import ImageEncoder
 
@@ -28,7 +29,8 @@ from hrvlm_jax.vlm.encode import ImageEncoder
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = MAX_BYTES) -> Model:
+         urls: bool = False, max_bytes: int = MAX_BYTES, mesh: Mapping[str, int] | None = None
+         ) -> Model:
   """See `hrvlm_jax.api.load`."""
   options = dict(encoder or {})
   reading = dict(exif=exif, urls=urls, max_bytes=max_bytes)
@@ -36,9 +38,13 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     ex = Execution(dtype=dtype)
   except TypeError as error:
     raise UserError(f'dtype: found {dtype!r}, expected float32 or bfloat16') from error
+  lies = None if mesh is None else Layout(mesh)
+  if lies is not None and methods:
+    raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
   if is_checkpoint(what):
     config, origin = model_config(what, options), read_source(layout.resolve(what)).get('origin')
-    params = store.load_params(what, vlm.build(config).abstract)
+    params = (store.load_params(what, vlm.build(config).abstract) if lies is None
+              else laid.load(what, config, lies))
     tokenizer = None if config.text is None else find_tokenizer(what)
     if revision is not None:
       raise UserError(f'{what}: is a checkpoint; a revision belongs to a name on the hub')
@@ -49,16 +55,22 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     if config.text is not None and not release.tokenizer:
       raise UserError(f'{folder}: no tokenizer beside the weights; copy the tokenizer files of the '
                       'language model there')
-    params, _ = release.params()
-    params = jax.device_put(params)
+    if lies is None:
+      params, _ = release.params()
+      params = jax.device_put(params)
+    else:
+      params = laid.load_tensors(release.tensors, release.table, config, lies,
+                                 what=f'folder {folder}')
     files = {name: path.read_bytes() for name, path in release.tokenizer.items()}
     tokenizer = tokenizer_from_files(files) if files else None
   common: dict[str, Any] = dict(ex=ex, name=os.fspath(what), origin=origin, **reading)
   if config.text is None:
+    if lies is not None:
+      raise UserError(f'{what}: is an encoder alone, which runs on one device; leave out the mesh')
     if methods:
       raise UserError(f'{what}: is an encoder alone; {", ".join(methods)} belong to answers')
     return Model(config, encoder=ImageEncoder(config, params, tokenizer), **common)
-  answerer = Answerer(config, params, tokenizer, ex=ex, exif=exif)
+  answerer = Answerer(config, params, tokenizer, ex=ex, exif=exif, layout=lies)
   return Model(config, answerer=with_methods(answerer, methods or {}), **common)
 
 

@@ -24,9 +24,9 @@ import jax
 from hrvlm_jax.core.errors import UserError
 
 MISTAKE, FAILED = 2, 5  # exit status: a mistake of the user, anything else
-# Seconds of one look at the coordination service; of a process for the sentence of another; of the
-# first process, whose end would end the others, for the others.
-_LOOK, _SECOND, _LAST = 10.0, 3.0, 15.0
+# Seconds between two looks at the coordination service; of a process for the sentence of another;
+# of the first process, whose end would end the others, for the others.
+_LOOK, _SECOND, _LAST = 2.0, 3.0, 15.0
 _KEY = 'hrvlm/failure'
 
 
@@ -50,7 +50,7 @@ def shared(verb: str) -> Iterator[None]:
   except BaseException as error:  # noqa: BLE001 - the process ends here
     watch.fail(error)
   finally:
-    watch.over.set()
+    watch.close()
 
 
 def _service():
@@ -62,36 +62,37 @@ def _service():
 
 
 class _Watch:
-  """One process's eye on the others.
-
-  Attributes:
-    over: set when nothing that happens elsewhere matters any more.
-  """
+  """One process's eye on the others."""
 
   def __init__(self, verb: str):
     service = _service()
     self._verb, self._client = verb, service.client
     self._process, self._count = service.process_id, service.num_processes
-    self.over, self._failing = threading.Event(), threading.Event()
+    self._over, self._failing = threading.Event(), threading.Event()
     self._ending = threading.Lock()  # held by the thread that ends the process
-    threading.Thread(target=self._look, daemon=True).start()
+    self._thread = threading.Thread(target=self._look, daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    """Nothing that happens elsewhere matters any more."""
+    self._over.set()
+    self._thread.join(_SECOND)
 
   def _look(self) -> None:
-    while not (self.over.is_set() or self._failing.is_set()):
-      begun = time.monotonic()
-      if found := self._told(_LOOK):
-        if not (self.over.is_set() or self._failing.is_set()):
-          self._follow(found)
-        return
-      if time.monotonic() - begun < _LOOK / 2:  # the service does not answer: JAX will say so
-        self.over.wait(1)
+    while not (self._over.wait(_LOOK) or self._failing.is_set()):
+      found = self._told()
+      if found and not (self._over.is_set() or self._failing.is_set()):
+        self._follow(found)
 
-  def _told(self, seconds: float) -> dict | None:
+  def _told(self, seconds: float = 0.0) -> dict | None:
     """What a process that failed has left, waiting so long for it."""
-    try:
-      return json.loads(self._client.blocking_key_value_get(_KEY, int(seconds * 1000)))
-    except Exception:  # noqa: BLE001 - time-out, or a service that has gone
-      return None
+    deadline = time.monotonic() + seconds
+    while True:
+      with contextlib.suppress(Exception):  # nothing is there, or the service has gone
+        return json.loads(self._client.key_value_try_get(_KEY))
+      if time.monotonic() >= deadline:
+        return None
+      time.sleep(0.1)
 
   def _follow(self, found: dict) -> NoReturn:
     """Ends as another process did."""
@@ -113,6 +114,9 @@ class _Watch:
       print(f'{self._verb}: {error}', file=sys.stderr, flush=True)
     else:
       traceback.print_exception(error, file=sys.stderr)
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        print(f'{self._verb}: no other process said that it failed; if the lines above speak of a '
+              'connection, another host has died: see its log', file=sys.stderr)
     status = MISTAKE if mistake else FAILED
     told = {'process': self._process, 'host': socket.gethostname(), 'status': status,
             'sentence': str(error) if mistake else _short(error)}

@@ -1,30 +1,28 @@
 """A stored model laid over a mesh: no host and no device ever holds all of it.
 
-Parameters lie as in training (`parallel.rules`). Orbax reads what the devices of this process hold;
-stacked layers are then taken apart in their places, one leaf after the other, so that no more than
-one leaf is there twice.
+Parameters lie as in training (`parallel.rules`). Of an Orbax checkpoint every process reads what
+its devices hold; stacked layers are then taken apart in their places, one leaf after the other, so
+that no more than one leaf is there twice. Of an original's tensors, which are mapped files, every
+device gets its piece, transposed on the way; layers that generation holds apart are never stacked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 import functools
-import math
 import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
+import numpy as np
 
-from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint import rows, store
+from hrvlm_jax.checkpoint.hf import is_finite
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.parallel import fitting, rules
-from hrvlm_jax.parallel.fitting import Choice, Need
+from hrvlm_jax.core.errors import raise_all
+from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.layout import Layout
-from hrvlm_jax.parallel.mesh import MeshConfig, mesh_config
-from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
 from hrvlm_jax.vlm import model as vlm
 
@@ -42,6 +40,75 @@ def load(checkpoint: str | os.PathLike, config: ModelConfig, layout: Layout) -> 
   places = rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config))
   flat = paths.flatten(store.load_params(checkpoint, abstract, shardings=places))
   return unroll(config, flat)
+
+
+def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: ModelConfig,
+                 layout: Layout, *, what: str = 'checkpoint') -> dict[str, Any]:
+  """The same from an original's tensors (`checkpoint.hf.TensorFolder`), in the model's dtypes.
+
+  Aliases and tied copies are not compared, as `convert` does: that would read them.
+
+  Raises:
+    UserError: damaged, missing, unexpected, misshapen or non-finite tensors, parameters that no
+      tensor gives (all listed), leaves that cannot be cut.
+  """
+  abstract = vlm.build(config).abstract
+  flat = paths.flatten(abstract)
+  places = paths.flatten(
+    rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config)))
+  present, problems = rows.find_problems(table, abstract, tensors.shapes,
+                                         unreadable=getattr(tensors, 'unreadable', ()))
+  sources: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
+  for entry in present:
+    for position, path in enumerate(entry.row.our_paths):
+      sources.setdefault(path, {})[entry.layer] = functools.partial(
+        _loaded, tensors, entry, position)
+  problems += [f'{path}: in no file; convert the folder first, which starts it fresh'
+               for path in flat if path not in sources]
+  raise_all(f'tensors of the {what}', [*getattr(tensors, 'problems', ()), *problems])
+  stacks = tuple(f'{name}/blocks/' for name in config.fusion.unrolled)
+  result, broken = {}, []
+  for path, leaf in flat.items():
+    stack = next((stack for stack in stacks if path.startswith(stack)), None)
+    read, place = sources[path], places[path]
+    make = functools.partial(_made, path=path, dtype=leaf.dtype, broken=broken)
+    if None in read:
+      result[path] = make(leaf.shape, place, read[None])
+    elif stack is None:
+      result[path] = make(leaf.shape, place, read)
+    else:
+      rest, apart = path.removeprefix(stack), NamedSharding(place.mesh, P(*place.spec[1:]))
+      result |= {f'{stack}{number}/{rest}': make(leaf.shape[1:], apart, read[number])
+                 for number in range(leaf.shape[0])}
+  raise_all(f'tensors of the {what}', broken)
+  return paths.unflatten(result)
+
+
+def _loaded(tensors: Mapping[str, np.ndarray], entry: rows.Entry, position: int) -> np.ndarray:
+  """One of our leaves (or a layer of it) as a view of a mapped tensor, where that is possible."""
+  loaded = entry.row.op.load(np.asarray(tensors[entry.names[0]]))
+  return loaded if isinstance(entry.row.ours, str) else loaded[position]
+
+
+def _made(shape, place, read, *, path: str, dtype: Any, broken: list[str]) -> jax.Array:
+  """An array whose pieces are read as the devices of this process need them.
+
+  Args:
+    read: gives the whole; or, by layer, the layers of a stack.
+  """
+  pieces: dict[Any, np.ndarray] = {}
+
+  def piece(index):
+    key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+    if key not in pieces:
+      found = (read()[index] if callable(read) else
+               np.stack([read[layer]()[index[1:]] for layer in range(*key[0])]))
+      if not is_finite(found):
+        broken.append(f'{path}: holds infinities or NaN')
+      pieces[key] = np.ascontiguousarray(found, dtype)
+    return pieces[key]
+
+  return jax.make_array_from_callback(tuple(shape), place, piece)
 
 
 def lay(config: ModelConfig, params: Any, layout: Layout) -> dict[str, Any]:
@@ -71,93 +138,3 @@ def unroll(config: ModelConfig, flat: dict[str, jax.Array]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=256)
 def _apart(depth: int, place: NamedSharding):
   return jax.jit(lambda leaf: [leaf[i] for i in range(depth)], out_shardings=[place] * depth)
-
-
-def answer_need(config: ModelConfig, abstract: Any, mesh: MeshConfig, *, rows: int,
-                new_tokens: int, beams: int = 1, dtype: str = 'float32') -> Need:
-  """What a device of a mesh (all sizes known) needs to answer `rows` questions at a time.
-
-  Parameters are counted exactly. The prompt is taken to be the visual tokens of one image and 512
-  places of text.
-
-  Args:
-    abstract: parameters of the model.
-
-  Raises:
-    UserError: leaves that cannot be cut over the mesh.
-  """
-  text, sizes = config.text, mesh.shape
-  places = rules.param_shardings(abstract, fitting.abstract_mesh(mesh),
-                                 rules=sharding_rules(config))
-  held = fitting.local_bytes(jax.tree.leaves(abstract), jax.tree.leaves(places))
-  number, tensor = jnp.dtype(dtype).itemsize, sizes['tensor']
-  each = math.ceil(rows / (sizes['data'] * sizes['fsdp']))
-  slots = (registry.get(config.system).tokens(config.encoder) or 2048) + 512 + new_tokens
-  heads = text.kv_heads / (tensor if text.kv_heads % tensor == 0 else 1)
-  cache = each * beams * slots * 2 * text.depth * heads * text.head_dim * number
-  prompt = each * slots * (6 * text.width + 3 * text.mlp_width / tensor) * number
-  layer = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract['language']['blocks']))
-  layer *= number / text.depth / tensor
-  logits = each * beams * text.vocab_size * 4 * 3
-  parts = {'parameters': held, 'cache': cache * (2 if beams > 1 else 1),
-           'prompt and one layer': prompt + 2 * layer + logits}
-  return Need({name: int(count) for name, count in parts.items()})
-
-
-def told(layout: Layout, choice: Choice) -> str:
-  """The line about where a model answers."""
-  kind = layout.mesh.devices.flat[0].device_kind
-  return (f'answers on {layout.mesh.size} x {kind}, mesh {fitting.axes_of(choice.mesh)}: '
-          f'{choice.words}')
-
-
-def layout_for(config: ModelConfig, *, mesh: dict[str, int] | None, rows: int, new_tokens: int,
-               beams: int = 1, dtype: str = 'float32', devices: Sequence[Any] | None = None,
-               least: int = 1) -> tuple[Layout, Choice]:
-  """Where a model answers, and what that leaves free: the mesh that was named, else the smallest.
-
-  Without one a device of this process is tried first, then all of this process, then those of all
-  processes: of what a process holds alone it needs no messages.
-
-  Args:
-    mesh: sizes of axes, over the devices of all processes.
-    rows: questions at a time.
-    devices: this process's, to be chosen from; default: all.
-    least: devices to begin with.
-
-  Raises:
-    UserError: a mesh that does not fit the devices or the model, or a model that fits nowhere.
-  """
-  if config.text is None:
-    raise UserError(f'model.text is none: {config.system} alone answers no questions')
-  abstract, limit = vlm.build(config).abstract, fitting.device_bytes()
-  local = list(devices or jax.local_devices())
-  need = functools.partial(answer_need, config, abstract, rows=rows, new_tokens=new_tokens,
-                           beams=beams, dtype=dtype)
-  if mesh is not None:
-    resolved = mesh_config(mesh).resolve(jax.device_count())
-    return Layout(resolved), Choice(resolved, need(resolved), limit)
-
-  def tried(sizes: MeshConfig) -> Need | None:
-    try:
-      return need(sizes)
-    except UserError:  # heads or widths that do not divide
-      return None
-
-  best = None
-  for chosen in dict.fromkeys((tuple(local[:least]), tuple(local), tuple(jax.devices()))):
-    # Heads first: weights that are spread over fsdp are gathered anew for every token.
-    meshes = sorted(fitting.candidates(len(chosen), slices=fitting.slices_of(chosen)),
-                    key=lambda m: (m.fsdp * m.tensor, m.fsdp))
-    choice = fitting.smallest(meshes, tried, limit)
-    if choice is not None:
-      best = Layout(choice.mesh, devices=chosen), choice
-      if choice.fits:
-        break
-  layout, choice = best
-  held = choice.need.parts['parameters']
-  if held > limit:
-    raise UserError(f'{config.system}: parameters are {fitting.size(held)} a device on '
-                    f'{layout.mesh.size} device(s), each has {fitting.size(limit)}; use more '
-                    'devices')
-  return layout, choice

@@ -19,6 +19,7 @@ def make(system: str, folder: pathlib.Path) -> None:
 
   from hrvlm_jax.checkpoint import store
   from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.interop.export import export
   from hrvlm_jax.language.prompt import tokenizer_of
   from hrvlm_jax.systems import registry
   from hrvlm_jax.vlm import model as vlm
@@ -30,6 +31,29 @@ def make(system: str, folder: pathlib.Path) -> None:
   store.save_params(folder, params, {'model': to_dict(config)})
   (folder / 'tokenizer').mkdir()
   tokenizer_of('byte').save(folder / 'tokenizer')
+  export(folder, f'{folder}_export')
+
+
+def check_tensors(params, checkpoint: str, layout) -> None:
+  """An original's tensors, laid straight from their files, are the same arrays in the same places."""
+  import jax
+  import numpy as np
+
+  from hrvlm_jax.core import paths
+  from hrvlm_jax.interop.convert import Release
+  from hrvlm_jax.vlm import laid
+
+  release = Release(f'{checkpoint}_export')
+  found = paths.flatten(laid.load_tensors(release.tensors, release.table, release.config, layout))
+  wanted = paths.flatten(params)
+  assert found.keys() == wanted.keys()
+  for path, leaf in wanted.items():
+    assert leaf.sharding.is_equivalent_to(found[path].sharding, leaf.ndim), path
+    for a, b in zip(leaf.addressable_shards, found[path].addressable_shards, strict=True):
+      np.testing.assert_array_equal(a.data, b.data, err_msg=path)
+  largest = max(jax.tree.leaves(params), key=lambda leaf: leaf.nbytes)
+  assert layout.mesh.shape['fsdp'] * layout.mesh.shape['tensor'] == 1 or (
+    largest.addressable_shards[0].data.nbytes < largest.nbytes)
 
 
 def answers(checkpoint: str, mesh: str, *, beams: int = 2) -> dict[str, list[list[int]]]:
@@ -45,6 +69,7 @@ def answers(checkpoint: str, mesh: str, *, beams: int = 2) -> dict[str, list[lis
   layout = None if mesh == 'one' else Layout(axes(mesh))
   model = Answerer.load(checkpoint, layout=layout)
   if layout is not None:
+    check_tensors(model.generator.params, checkpoint, layout)
     held = {leaf.sharding.mesh for leaf in jax.tree.leaves(model.generator.params)}
     assert held == {layout.mesh}
   ids: list[list[int]] = []
