@@ -18,6 +18,7 @@ def make(system: str, folder: pathlib.Path) -> None:
   import numpy as np
 
   from hrvlm_jax.checkpoint import store
+  from hrvlm_jax.core import paths
   from hrvlm_jax.core.config import to_dict
   from hrvlm_jax.interop.export import export
   from hrvlm_jax.language.prompt import tokenizer_of
@@ -25,9 +26,11 @@ def make(system: str, folder: pathlib.Path) -> None:
   from hrvlm_jax.vlm import model as vlm
 
   config = registry.get(system).tiny()
-  rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(np.float32),
-                        vlm.build(config).abstract)
+  # Larger than at the start of a training: what comes next depends on what came before.
+  scale = lambda path: (20 if path.endswith('embed/embedding') else
+                        4 if path.endswith('kernel') else 1)
+  params = paths.map_with_path(lambda path, leaf: scale(path) * np.asarray(leaf),
+                               vlm.build(config).init(jax.random.key(0)))
   store.save_params(folder, params, {'model': to_dict(config)})
   (folder / 'tokenizer').mkdir()
   tokenizer_of('byte').save(folder / 'tokenizer')
@@ -35,7 +38,7 @@ def make(system: str, folder: pathlib.Path) -> None:
 
 
 def check_tensors(params, checkpoint: str, layout) -> None:
-  """An original's tensors, laid straight from their files, are the same arrays in the same places."""
+  """An original's tensors, laid straight from their files: the same arrays in the same places."""
   import jax
   import numpy as np
 
