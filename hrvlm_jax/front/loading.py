@@ -44,7 +44,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
   if is_checkpoint(what):
     config, origin = model_config(what, options), read_source(layout.resolve(what)).get('origin')
     params = (store.load_params(what, vlm.build(config).abstract) if lies is None
-              else laid.load(what, config, lies))
+              else laid.load(what, config, lies, dtype=dtype))
     tokenizer = None if config.text is None else find_tokenizer(what)
     if revision is not None:
       raise UserError(f'{what}: is a checkpoint; a revision belongs to a name on the hub')
@@ -60,7 +60,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
       params = jax.device_put(params)
     else:
       params = laid.load_tensors(release.tensors, release.table, config, lies,
-                                 what=f'folder {folder}')
+                                 dtype=dtype, what=f'folder {folder}')
     files = {name: path.read_bytes() for name, path in release.tokenizer.items()}
     tokenizer = tokenizer_from_files(files) if files else None
   common: dict[str, Any] = dict(ex=ex, name=os.fspath(what), origin=origin, **reading)

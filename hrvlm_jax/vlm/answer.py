@@ -107,11 +107,14 @@ class Answerer:
     """
     config = model_config(checkpoint, encoder_options)
     if layout is None or layout.mesh.size == 1:
-      layout, params = None, store.load_params(checkpoint, vlm.build(config).abstract)
+      layout = None
+      # A method may compute in float32 what answers do not.
+      params = store.load_params(checkpoint, vlm.build(config).abstract if methods else
+                                 laid.held(config, ex.dtype))
     else:
       if methods:
         raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
-      params = laid.load(checkpoint, config, layout)
+      params = laid.load(checkpoint, config, layout, dtype=ex.dtype)
     answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, layout=layout)
     return with_methods(answerer, methods or {})
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import functools
 import os
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
@@ -27,24 +29,40 @@ from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
 from hrvlm_jax.vlm import model as vlm
 
 
-def load(checkpoint: str | os.PathLike, config: ModelConfig, layout: Layout) -> dict[str, Any]:
+def held(config: ModelConfig, dtype: str) -> dict[str, Any]:
+  """Shapes and dtypes of the parameters of a model that answers with activations of `dtype`.
+
+  Matrices of the language model are rounded to it as they are read: they are rounded before every
+  product anyway, so that answers are the same bits, of half the memory.
+  """
+  narrow = jnp.dtype(dtype)
+  cast = lambda path, leaf: jax.ShapeDtypeStruct(
+    leaf.shape, narrow if narrow.itemsize < leaf.dtype.itemsize
+    and re.fullmatch(r'language/(.*/)?(kernel|embedding)', path) else leaf.dtype)
+  return paths.map_with_path(cast, vlm.build(config).abstract)
+
+
+def load(checkpoint: str | os.PathLike, config: ModelConfig, layout: Layout, *,
+         dtype: str = 'float32') -> dict[str, Any]:
   """Parameters of `vlm.build(config, unrolled=True)` in their places.
 
   Args:
     checkpoint: see `store.load_params`.
+    dtype: of activations (`held`).
 
   Raises:
     UserError: no checkpoint, tensors that do not fit, leaves that cannot be cut (all listed).
   """
-  abstract = vlm.build(config).abstract
+  abstract = held(config, dtype)
   places = rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config))
   flat = paths.flatten(store.load_params(checkpoint, abstract, shardings=places))
   return unroll(config, flat)
 
 
 def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: ModelConfig,
-                 layout: Layout, *, what: str = 'checkpoint') -> dict[str, Any]:
-  """The same from an original's tensors (`checkpoint.hf.TensorFolder`), in the model's dtypes.
+                 layout: Layout, *, dtype: str = 'float32', what: str = 'checkpoint'
+                 ) -> dict[str, Any]:
+  """The same from an original's tensors (`checkpoint.hf.TensorFolder`).
 
   Aliases and tied copies are not compared, as `convert` does: that would read them.
 
@@ -52,7 +70,7 @@ def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: M
     UserError: damaged, missing, unexpected, misshapen or non-finite tensors, parameters that no
       tensor gives (all listed), leaves that cannot be cut.
   """
-  abstract = vlm.build(config).abstract
+  abstract = held(config, dtype)
   flat = paths.flatten(abstract)
   places = paths.flatten(
     rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config)))

@@ -17,7 +17,7 @@ from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.parallel.mesh import MeshConfig, mesh_config
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
-from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm import laid
 
 
 def answer_need(config: ModelConfig, abstract: Any, mesh: MeshConfig, *, rows: int,
@@ -77,7 +77,7 @@ def layout_for(config: ModelConfig, *, mesh: Mapping[str, int] | None, rows: int
   """
   if config.text is None:
     raise UserError(f'model.text is none: {config.system} alone answers no questions')
-  abstract, limit = vlm.build(config).abstract, fitting.device_bytes()
+  abstract, limit = laid.held(config, dtype), fitting.device_bytes()
   local = list(devices or jax.local_devices())
   need = functools.partial(answer_need, config, abstract, rows=rows, new_tokens=new_tokens,
                            beams=beams, dtype=dtype)

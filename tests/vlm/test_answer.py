@@ -84,3 +84,24 @@ def test_the_last_batch_is_filled_up_and_cut():
 def test_an_answer_is_right_whatever_its_case_and_the_space_around_it():
   assert is_correct(' k.\n', 'K') and is_correct('4Tz', '4TZ')
   assert not is_correct('', 'K') and not is_correct('KK', 'K')
+
+
+def test_matrices_held_in_the_dtype_of_activations_answer_with_the_same_bits(answerer):
+  """A bfloat16 model needs half the memory: rounded as it is read, not before every product."""
+  from hrvlm_jax.core import paths
+  from hrvlm_jax.core.execution import Execution
+  from hrvlm_jax.vlm import laid
+
+  params = vlm.build(answerer.config).init(jax.random.key(1))
+  params = paths.map_with_path(lambda path, x: x * 4 if path.endswith('kernel') else x, params)
+  rounded = jax.tree.map(lambda x, like: x.astype(like.dtype), params,
+                         laid.held(answerer.config, 'bfloat16'))
+  size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree['language']))
+  assert size(rounded) < 0.51 * size(params)
+  logits = []
+  for tree in (params, rounded):
+    model = Answerer(answerer.config, tree, tokenizer_of('byte'), ex=Execution(dtype='bfloat16'))
+    embeds, valid, extras = model.generator.prompt(model.batch(ITEMS[:2]))
+    logits.append(model.generator.generate(embeds, valid, model.sampling(max_new_tokens=3),
+                                           extras=extras, keep_logits=True).logits)
+  np.testing.assert_array_equal(*logits)
