@@ -23,12 +23,14 @@ def main(argv: list[str]) -> int:
                       help='a scheduled program as text (.gz, .xz, .bz2 too): time by class, by '
                       'source and the ten dearest places, instead of a plan')
   parser.add_argument('--chip', default='v5e', help='with --explain: v5e, v5p or v6e')
-  parser.add_argument('--topology', required=not stored,
+  asks = any(word == 'answer' or word == '--step=answer' for word in argv)
+  parser.add_argument('--topology', required=not (stored or asks),
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
                       'or cpu:8, which stands for no chip')
   parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
   parser.add_mesh()
-  parser.add_argument('--step', choices=('train', 'prefill', 'decode'), default='train')
+  parser.add_argument('--step', choices=('train', 'prefill', 'decode', 'answer'), default='train',
+                      help='answer: by arithmetic, on the topology or on the smallest slices')
   parser.add_argument('--length', type=int, help='places of a row; default: longest bucket')
   parser.add_argument('--image', type=size, default=(1024, 768), help='WIDTHxHEIGHT of the images')
   parser.add_argument('--images', type=int, default=1, help='images of an example')
@@ -58,6 +60,8 @@ def main(argv: list[str]) -> int:
   config = run_config.load(RunConfig, arguments.config, arguments.overrides)
   if arguments.mesh is not None:
     config = dataclasses.replace(config, mesh=mesh_config(arguments.mesh))
+  if arguments.step == 'answer':
+    return _answering(config, arguments)
   topology = parse(arguments.topology, slices=arguments.slices)
   effort = arguments.effort
   if effort is None:
@@ -86,6 +90,23 @@ def main(argv: list[str]) -> int:
     arguments.json.write_text(json.dumps(report, indent=2) + '\n')
     print(f'written: {arguments.json}')
   return 0 if report['memory']['fits'] else 1
+
+
+def _answering(config, arguments) -> int:
+  """Where the model of a config answers."""
+  from hrvlm_jax.parallel.mesh import mesh_config
+  from hrvlm_jax.planning import answering
+
+  if config.model.text is None:
+    raise UserError(f'model.text is none: {config.model.system} alone answers no questions')
+  if arguments.mesh is not None and arguments.topology is None:
+    raise UserError('--mesh needs --topology with --step answer; without both the smallest slices '
+                    'are looked for')
+  lines, fits = answering.describe(
+    config.model, () if arguments.topology is None else (arguments.topology,),
+    mesh=None if arguments.mesh is None else mesh_config(arguments.mesh))
+  print('\n'.join(lines))
+  return 0 if fits else 1
 
 
 def _chosen(config, topology, arguments):

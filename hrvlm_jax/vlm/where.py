@@ -51,6 +51,34 @@ def answer_need(config: ModelConfig, abstract: Any, mesh: MeshConfig, *, rows: i
   return Need({name: int(count) for name, count in parts.items()})
 
 
+def chosen(config: ModelConfig, abstract: Any, devices: int, limit: int, *, slices: int = 1,
+           mesh: MeshConfig | None = None, **asked: Any) -> Choice | None:
+  """The mesh that was named, else the smallest of so many devices; None where none can be cut.
+
+  Args:
+    limit: bytes that a device offers.
+    asked: of `answer_need`.
+
+  Raises:
+    UserError: a named mesh that fits neither the devices nor the model.
+  """
+  need = functools.partial(answer_need, config, abstract, **asked)
+  if mesh is not None:
+    mesh = mesh.resolve(devices)
+    return Choice(mesh, need(mesh), limit)
+
+  def tried(sizes: MeshConfig) -> Need | None:
+    try:
+      return need(sizes)
+    except UserError:  # heads or widths that do not divide
+      return None
+
+  # Heads first: weights that are spread over fsdp are gathered anew for every token.
+  meshes = sorted(fitting.candidates(devices, slices=slices),
+                  key=lambda m: (m.fsdp * m.tensor, m.fsdp))
+  return fitting.smallest(meshes, tried, limit)
+
+
 def told(layout: Layout, choice: Choice) -> str:
   """The line about where a model answers."""
   kind = layout.mesh.devices.flat[0].device_kind
@@ -63,8 +91,8 @@ def layout_for(config: ModelConfig, *, mesh: Mapping[str, int] | None, rows: int
                least: int = 1) -> tuple[Layout, Choice]:
   """Where a model answers, and what that leaves free: the mesh that was named, else the smallest.
 
-  Without one a device of this process is tried first, then all of this process, then those of all
-  processes: of what a process holds alone it needs no messages.
+  Without one a device of this process is tried first, then two, four and so on to all of this
+  process, then those of all processes: of what a process holds alone it needs no messages.
 
   Args:
     mesh: sizes of axes, over the devices of all processes.
@@ -79,26 +107,17 @@ def layout_for(config: ModelConfig, *, mesh: Mapping[str, int] | None, rows: int
     raise UserError(f'model.text is none: {config.system} alone answers no questions')
   abstract, limit = laid.held(config, dtype), fitting.device_bytes()
   local = list(devices or jax.local_devices())
-  need = functools.partial(answer_need, config, abstract, rows=rows, new_tokens=new_tokens,
-                           beams=beams, dtype=dtype)
+  asked = dict(rows=rows, new_tokens=new_tokens, beams=beams, dtype=dtype)
   if mesh is not None:
-    resolved = mesh_config(mesh).resolve(jax.device_count())
-    return Layout(resolved), Choice(resolved, need(resolved), limit)
-
-  def tried(sizes: MeshConfig) -> Need | None:
-    try:
-      return need(sizes)
-    except UserError:  # heads or widths that do not divide
-      return None
-
-  best = None
-  for chosen in dict.fromkeys((tuple(local[:least]), tuple(local), tuple(jax.devices()))):
-    # Heads first: weights that are spread over fsdp are gathered anew for every token.
-    meshes = sorted(fitting.candidates(len(chosen), slices=fitting.slices_of(chosen)),
-                    key=lambda m: (m.fsdp * m.tensor, m.fsdp))
-    choice = fitting.smallest(meshes, tried, limit)
+    choice = chosen(config, abstract, jax.device_count(), limit, mesh=mesh_config(mesh), **asked)
+    return Layout(choice.mesh), choice
+  best, parts = None, [least]
+  while parts[-1] < len(local):
+    parts.append(min(2 * parts[-1], len(local)))
+  for some in dict.fromkeys((*(tuple(local[:n]) for n in parts), tuple(jax.devices()))):
+    choice = chosen(config, abstract, len(some), limit, slices=fitting.slices_of(some), **asked)
     if choice is not None:
-      best = Layout(choice.mesh, devices=chosen), choice
+      best = Layout(choice.mesh, devices=some), choice
       if choice.fits:
         break
   layout, choice = best

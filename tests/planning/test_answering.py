@@ -1,0 +1,60 @@
+"""Where releases answer, by arithmetic."""
+
+import math
+import pathlib
+import re
+
+import jax
+import pytest
+
+from hrvlm_jax.cli import main as cli
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.parallel import fitting
+from hrvlm_jax.parallel.mesh import MeshConfig
+from hrvlm_jax.parallel.topology import parse
+from hrvlm_jax.planning import answering
+from hrvlm_jax.systems import registry
+from hrvlm_jax.vlm import laid, where
+
+PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'answering.md'
+
+
+def test_every_release_has_its_smallest_slice():
+  assert PAGE.read_text() == answering.page()
+  names = [name for name, _ in answering.releases()]
+  systems = {config.system for _, config in answering.releases()}
+  assert {'mc_llava', 'pheye', 'llava_hr', 'vila_hd'} <= systems
+  for name in names:
+    assert re.search(rf'^\| {re.escape(name)} \|.*\d+x\d+', PAGE.read_text(), re.M), name
+  # 13B in bfloat16 are 26 GB: no chip of 16 GB, and less than four of them.
+  config = next(c for n, c in answering.releases() if c.system == 'llava_hr' and c.text.depth == 40)
+  assert not answering.answers_on(config, parse('v5e:1x1')).fits
+  topology, choice = answering.smallest_slice(config, 'v5e')
+  assert topology.chips == 4 and choice.mesh.tensor * choice.mesh.fsdp == 4
+  params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(laid.held(config, 'bfloat16')))
+  assert choice.need.parts['parameters'] == pytest.approx(2 * params / 4, rel=0.1)
+
+
+def test_the_verb(capsys):
+  command = ['plan', '--config', 'llava_hr:x_13b,stage2', '--step', 'answer']
+  assert cli.run(command) == 0
+  printed = capsys.readouterr().out
+  assert 'BY ARITHMETIC' in printed and re.search(r'^v5e: v5e:2x2 \(4 chips\), mesh tensor=4',
+                                                  printed, re.M)
+  assert cli.run([*command, '--topology', 'v5e:1x1']) == 1
+  assert 'DOES NOT FIT' in capsys.readouterr().out
+  assert cli.run([*command, '--topology', 'v5e:2x2', '--mesh', 'fsdp=4']) == 0
+  assert 'mesh fsdp=4' in capsys.readouterr().out
+  with pytest.raises(UserError, match='--mesh needs --topology'):
+    cli.run([*command, '--mesh', 'fsdp=4'])
+
+
+def test_a_model_answers_on_one_device_where_it_fits():
+  config = registry.get('mc_llava').tiny()
+  layout, choice = where.layout_for(config, mesh=None, rows=1, new_tokens=8)
+  assert layout.mesh.size == 1 and choice.fits and choice.mesh == MeshConfig(data=1)
+  assert 'answers on 1 x ' in where.told(layout, choice)
+  need = lambda **asked: where.answer_need(
+    config, laid.held(config, 'float32'), MeshConfig(data=1), rows=4, new_tokens=64, **asked)
+  assert need(beams=4).parts['cache'] == 8 * need().parts['cache']
+  assert fitting.size(need().total).endswith('MiB')
