@@ -70,7 +70,7 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
   import hrvlm_jax
 
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
-                         encoder=knobs.get('encoder'), urls=arguments.urls,
+                         encoder=knobs.get('encoder'), urls=arguments.urls, mesh=arguments.mesh,
                          methods={name: knob for name, knob in knobs.items() if name != 'encoder'})
   counts = {'asked': 0, 'wrong': 0, 'empty': 0, 'before': 0}
   texts: dict[int, str] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import logging
 import os
 import pathlib
 from typing import Any
@@ -19,11 +20,14 @@ from hrvlm_jax.interop import hub
 from hrvlm_jax.interop.convert import Release
 from hrvlm_jax.interop.export import read_source
 from hrvlm_jax.language.tokenizer import tokenizer_from_files
+from hrvlm_jax.parallel import distributed
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vlm import laid, model as vlm
+from hrvlm_jax.vlm import laid, model as vlm, where
 from hrvlm_jax.vlm.answer import Answerer, find_tokenizer, model_config, with_methods
 from hrvlm_jax.vlm.encode import ImageEncoder
+
+_log = logging.getLogger(__name__)
 
 
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
@@ -38,11 +42,9 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     ex = Execution(dtype=dtype)
   except TypeError as error:
     raise UserError(f'dtype: found {dtype!r}, expected float32 or bfloat16') from error
-  lies = None if mesh is None else Layout(mesh)
-  if lies is not None and methods:
-    raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
   if is_checkpoint(what):
     config, origin = model_config(what, options), read_source(layout.resolve(what)).get('origin')
+    lies = _layout(config, mesh, methods, dtype)
     params = (store.load_params(what, vlm.build(config).abstract) if lies is None
               else laid.load(what, config, lies, dtype=dtype))
     tokenizer = None if config.text is None else find_tokenizer(what)
@@ -52,6 +54,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     folder, origin = hub.resolve(_folder(what), revision=revision)
     release = Release(folder)
     config = _with_options(release.config, options)
+    lies = _layout(config, mesh, methods, dtype)
     if config.text is not None and not release.tokenizer:
       raise UserError(f'{folder}: no tokenizer beside the weights; copy the tokenizer files of the '
                       'language model there')
@@ -65,13 +68,27 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     tokenizer = tokenizer_from_files(files) if files else None
   common: dict[str, Any] = dict(ex=ex, name=os.fspath(what), origin=origin, **reading)
   if config.text is None:
-    if lies is not None:
-      raise UserError(f'{what}: is an encoder alone, which runs on one device; leave out the mesh')
     if methods:
       raise UserError(f'{what}: is an encoder alone; {", ".join(methods)} belong to answers')
     return Model(config, encoder=ImageEncoder(config, params, tokenizer), **common)
   answerer = Answerer(config, params, tokenizer, ex=ex, exif=exif, layout=lies)
   return Model(config, answerer=with_methods(answerer, methods or {}), **common)
+
+
+def _layout(config: ModelConfig, mesh: Mapping[str, int] | None, methods: Mapping[str, Any] | None,
+            dtype: str) -> Layout | None:
+  """The mesh that was named, else the smallest that holds the model; None for one device."""
+  if mesh is not None and (methods or config.text is None):
+    what = ', '.join(sorted(methods)) if methods else f'{config.system} alone'
+    raise UserError(f'{what}: runs on one device; leave out the mesh')
+  if methods or config.text is None or (mesh is None and jax.device_count() == 1):
+    return None
+  lies, choice = where.layout_for(config, mesh=mesh, rows=1, new_tokens=256, dtype=dtype)
+  if lies.mesh.size == 1:
+    return None
+  if distributed.is_main():
+    _log.warning('%s', where.told(lies, choice))
+  return lies
 
 
 def is_checkpoint(what: str | os.PathLike) -> bool:

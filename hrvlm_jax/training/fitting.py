@@ -31,7 +31,7 @@ from hrvlm_jax.training.program import Outline, check_rows, micro_rows
 # Activations of one layer that live together, forward and backward, in widths and hidden widths.
 _LAYER = (8, 4)
 # The same, of what a layer keeps for the backward pass.
-_KEPT = {'layers': (1, 0), 'dots': (6, 2), 'none': (10, 4)}
+_KEPT = {'layers': (1, 0), 'attention': (2, 0), 'dots': (6, 2), 'none': (10, 4)}
 _SCORES = 1 << 28  # scores that a device makes at a time (`core.attention`)
 _HEAD = 64  # width of a head, where only the width of the stream is known
 
