@@ -11,12 +11,14 @@ Orbax's experimental v1 interface is used in this file only and bound to orbax-c
 from collections.abc import Iterator, Mapping
 import contextlib
 import logging
+import sys
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import multihost
 import orbax.checkpoint.experimental.v1 as ocp
 
 from hrvlm_jax.checkpoint import files, layout, streaming
@@ -83,11 +85,31 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
   return paths.unflatten(flat)
 
 
+class _AsyncOptions(ocp.options.AsyncOptions):
+  """Orbax's, but a process whose write has failed waits for no other.
+
+  Orbax lets it meet the others first, for up to 20 minutes; they wait for it to finish writing.
+  """
+
+  def v0(self) -> Any:
+    options = super().v0()
+    meet = multihost.get_barrier_sync_fn()
+
+    def meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+      if (error := sys.exc_info()[1]) is not None:
+        raise error
+      meet(key=key, timeout_ms=timeout_ms)
+
+    options.barrier_sync_fn = meet_unless_failed
+    return options
+
+
 def _context() -> ocp.Context:
-  context = ocp.Context()
   # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
-  context.asynchronous.create_directories_asynchronously = False
-  return context
+  options = {'create_directories_asynchronously': False}
+  if jax.process_count() == 1:
+    return ocp.Context(async_options=ocp.options.AsyncOptions(**options))
+  return ocp.Context(async_options=_AsyncOptions(**options))
 
 
 def save_params(
@@ -370,7 +392,7 @@ class TrainStore:
     except Exception:
       failed, self._orbax, self._pending = self._orbax, None, None
       with contextlib.suppress(Exception):  # the same error again
-        if failed is not None:
+        if failed is not None and jax.process_count() == 1:  # closing waits for all processes
           failed.close()
       self._prune()
       raise
