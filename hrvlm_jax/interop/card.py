@@ -110,7 +110,12 @@ def model_card(config: ModelConfig, table: Table, *, origin: Mapping[str, Any] |
   if origin:
     at = f' at revision `{origin["revision"]}`' if origin.get('revision') else ''
     lines += [f'The weights were converted from `{origin["name"]}`{at}.', '']
-  lines += [*(usage or ()), '## Licences', '']
+  use = "model.encode('photo.png')" if config.text is None else (
+    "print(model.ask('photo.png', 'What is this?'))")
+  lines += usage or ['## Use', '', '```python', 'import hrvlm_jax', '',
+                     "model = hrvlm_jax.load('this folder, or owner/name on the hub')", use, '```',
+                     '']
+  lines += ['## Licences', '']
   if found:
     lines += ['The sizes are those of the models below. If the weights started from them, these '
               'licences apply (as their model cards stated them; look there again before use), '
