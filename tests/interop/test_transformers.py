@@ -125,6 +125,10 @@ def test_attention_checkpointing_and_pipeline(name, pair):
   eager = AutoModelForImageTextToText.from_pretrained(
     pair.folder, trust_remote_code=True, attn_implementation='eager', dtype=torch.float32)
   assert near(eager(**inputs).logits[real].detach(), expected) < 1e-5
+  for model, kind in ((pair.model, 'sdpa'), (eager, 'eager')):
+    kinds = {m.config._attn_implementation for m in model.modules()
+             if type(m).__name__.endswith('Attention')}
+    assert kinds == {kind}
   labels = inputs['input_ids'].clone()
   labels[:, :-4] = -100
   gradients = []

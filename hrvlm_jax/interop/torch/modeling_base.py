@@ -21,3 +21,9 @@ class HrvlmPreTrainedModel(PreTrainedModel):
   # Where to look closer is decided in float32 (see `ps3.Selection`).
   _keep_in_fp32_modules_strict = ['selection', 'prompt_head']
   _skip_keys_device_placement = ['past_key_values']
+
+  def __init__(self, config):
+    super().__init__(config)
+    # The layers of the vision transformer stand in no model of their own that would be told.
+    if config.vision_config is not None:
+      config.vision_config._attn_implementation = config._attn_implementation

@@ -127,7 +127,8 @@ class HrvlmProcessor(ProcessorMixin):
       tokenizer.pad_token = tokenizer.eos_token
 
   def __call__(self, images=None, text=None, return_tensors=None, padding=True, padding_side=None,
-               add_special_tokens=True, text_kwargs=None, images_kwargs=None, **options):
+               add_special_tokens=True, text_kwargs=None, images_kwargs=None,
+               processor_kwargs=None, **options):
     """input_ids and attention_mask [b t] of the texts, and the arrays of the pictures.
 
     Args:
@@ -141,7 +142,8 @@ class HrvlmProcessor(ProcessorMixin):
     Raises:
       ValueError: another number of pictures than of `<image>` in the texts.
     """
-    options |= (text_kwargs or {}) | (images_kwargs or {})
+    # Chat templates of transformers 5.0 hand `processor_kwargs` on as it is.
+    options |= (text_kwargs or {}) | (images_kwargs or {}) | (processor_kwargs or {})
     if options.pop('truncation', False):
       raise ValueError('truncation would cut visual tokens; shorten the text')
     max_length, to = options.pop('max_length', None), options.pop('pad_to_multiple_of', None)
