@@ -189,7 +189,10 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     before = getattr(cache, VALID, None)
     if valid is None and before is None:
       return mask, positions
-    mask = torch.ones_like(input_ids) if mask is None else mask.clone()
+    if mask is None:  # nothing is padded: generation leaves it out
+      length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
+      mask = input_ids.new_ones(len(input_ids), length)
+    mask = mask.clone()
     if valid is not None:
       places = input_ids == self.config.image_token_id
       real = self._per_row(valid[:, None].to(mask.dtype), places, repeats)[:, 0]
