@@ -193,12 +193,13 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       length = input_ids.shape[1] + (0 if cache is None else cache.get_seq_length())
       mask = input_ids.new_ones(len(input_ids), length)
     mask = mask.clone()
+    if before is not None:
+      mask[:, :before.shape[1]] *= before.to(mask.dtype)
     if valid is not None:
       places = input_ids == self.config.image_token_id
       real = self._per_row(valid[:, None].to(mask.dtype), places, repeats)[:, 0]
-      mask = mask.masked_scatter(places, mask[places] * real)
-    else:
-      mask[:, :before.shape[1]] *= before.to(mask.dtype)
+      own = mask[:, -input_ids.shape[1]:]
+      mask[:, -input_ids.shape[1]:] = own.masked_scatter(places, own[places] * real)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     return mask, positions[:, -input_ids.shape[1]:]
 
