@@ -13,6 +13,7 @@ Each case is one `hrvlm plan` command; its report is kept as docs/plans/NAME.jso
 import argparse
 import json
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -39,6 +40,74 @@ CASES = {
 }
 
 
+# Seconds a step that were asked for, by the reader's optimistic time.
+MARKS = {
+  'llava_hr_7b_stage2_v5e_16x16': 0.50, 'llava_hr_7b_stage2_v5p_4x4x4': 0.70,
+  'mc_llava_3b_v5e_8x8': 0.70, 'pheye_x2_672_v5e_4x4': 1.8, 'ps3_4k_v5e_16x16': 2.3,
+  'vila_hd_8b_4k_v5e_16x16': 22, 'vila_hd_8b_4k_v5p_4x4x4': 31}
+# What was tried where one is missed.
+TRIED: dict[str, str] = {}
+
+TEXT = """# Plans
+
+Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
+ahead of time for chips that were not there, at the compiler's full effort and stopped before it
+generates code. `hrvlm plan` reads the scheduled program in the order of its schedule: what a step
+takes, and what it takes it for. It is a model, calibrated on products and memory-bound kernels;
+nothing was measured on a chip. Times go from the reader's own, optimistic number to a likely one,
+which takes 1.2 times as long. Memory is the compiler's own for what lies there at the peak, and
+0.4 GiB that the program's code is allowed.
+
+`hrvlm plan --explain` prints the same account by source function and the ten dearest places with
+file and line; `--explain FILE --chip v5e` does so for a program that is stored as text.
+`--costs FILE` takes constants that `hrvlm bench tpu_calibrate` measured on a machine with chips.
+
+`hrvlm plan --search` goes in stages: every mesh with recomputation of whole layers, the best two
+with the other policies, the best of all with half and twice the micro-batches. What cannot be cut
+or cannot fit by arithmetic (state, gradients, what layers keep) is not compiled.
+
+## Steps
+
+"today" is what the program of these recipes took before, read by the same reader (below). "beyond
+products" is the share of the step that is not in matrix products outside of attention.
+
+{steps}
+{missing}
+By class, seconds of the optimistic time:
+
+{accounts}
+
+## Marks that are missed
+
+{missed}
+
+## Options of the compiler
+
+Of `hrvlm_jax/parallel/compiler.json`, for training and plans alike. Counted with the reader, on
+one program each.
+
+{options}
+
+## What these plans said before
+
+The older `hrvlm plan` was a roofline: products at 75 % of the peak, with all messages, memory
+traffic and element-wise work hidden behind them. Its seconds and MFU below were never near the
+truth. "read" is the scheduled program of the same recipes (commit 6103b18, compiled again at
+d302382, stored in docs/plans/before/) by today's reader; attention had its scores in memory on
+every mesh.
+
+{before}
+
+## Assumed
+
+{assumed}
+
+```
+{commands}
+```
+"""
+
+
 def run(name: str, arguments: str) -> bool:
   """Runs one case; returns whether it gave a report."""
   REPORTS.mkdir(parents=True, exist_ok=True)
@@ -53,6 +122,13 @@ def run(name: str, arguments: str) -> bool:
   return True
 
 
+def kept() -> tuple[dict[str, dict], dict[str, dict]]:
+  """(reports by name in the order of the cases, what stood before)."""
+  found = {path.stem: json.loads(path.read_text()) for path in sorted(REPORTS.glob('*.json'))}
+  before = json.loads((REPORTS / 'before' / 'steps.json').read_text())
+  return {name: found[name] for name in CASES if name in found}, before
+
+
 def is_missing(name: str) -> bool:
   """Whether a case has no report worth keeping."""
   path = REPORTS / f'{name}.json'
@@ -64,73 +140,100 @@ def is_missing(name: str) -> bool:
   return report['command'] != f'hrvlm plan {CASES[name]}' or seconds > 300
 
 
-def page(reports: dict[str, dict]) -> str:
-  """docs/plans.md."""
-  head = ['step', 'chips', 'mesh', 'batch', 'arguments', 'temporaries', 'total of HBM', 'fits',
-          'step s', 'MFU', 'MFU without overlap', 'messages GB', 'compiled in s', 'CPU s',
-          'effort']  # fmt: skip
-  rows = [head, ['---'] * len(head)]
-  for name, r in reports.items():
-    memory = r['memory']['bytes_per_device']
-    gib = lambda n: 'n/a' if n is None else f'{n / GIB:.1f}'
-    roof = r.get('roofline')
-    mesh = ' '.join(f'{axis}={n}' for axis, n in r['mesh'].items() if n > 1)
-    # Without libtpu's log the number is the analysis', see `parallel.plan._as_allocated`.
-    bound = '' if r['memory']['usable_bytes'] < r['memory']['hbm_bytes'] else '<= '
-    total = f'{bound}{gib(memory["total"])} of {r["memory"]["usable_bytes"] / GIB:.4g}'
-    sent = sum(row['bytes'] for row in r.get('collectives_per_device', {}).values()) / 1e9
-    rows.append([
-      name, f'{r["chips"]} ({r["topology"]})', mesh, str(r['examples']), gib(memory['arguments']),
-      gib(memory.get('temporaries')), total, 'yes' if r['memory']['fits'] else 'NO',
-      f'{roof["step_seconds"]:.2f}' if roof else 'n/a', f'{roof["mfu"]:.0%}' if roof else 'n/a',
-      f'{roof["mfu_without_overlap"]:.0%}' if roof else 'n/a', f'{sent:.1f}',
-      f'{r["compile_seconds"]:.0f}', f'{r["compile_cpu_seconds"]:.0f}', r['effort'],
-    ])  # fmt: skip
-  table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-  assumed = {
-    text for r in reports.values() for text in r.get('roofline', {}).get('assumptions', ())}
-  notes = '\n'.join(f'- {text}' for text in sorted(assumed))
+def page(reports: dict[str, dict], before: dict[str, dict]) -> str:
+  """docs/plans.md; `before`: docs/plans/before/steps.json."""
   absent = [name for name in CASES if name not in reports]
   missing = f'\nNo report yet: {", ".join(absent)}.\n' if absent else ''
-  commands = '\n'.join(f'{r["command"]}' for r in reports.values())
-  return f"""# Plans
+  assumed = {text for r in reports.values() for text in r['step']['assumptions']}
+  return TEXT.format(
+    steps=_table(_steps(reports, before)), accounts=_table(_accounts(reports)), missing=missing,
+    before=_table(_before(before)), missed='\n'.join(_missed(reports)) or 'None.',
+    options=_table(_options()), assumed='\n'.join(f'- {text}' for text in sorted(assumed)),
+    commands='\n'.join(r['command'] for r in reports.values()))
 
-Written by `python scripts/plans.py`; do not edit. Each row is the real step of a recipe, compiled
-ahead of time for chips that were not there. Memory is the compiler's own, GiB per device; times are
-predicted from the program's products and messages and were not measured. Compile times are of the
-machine that ran the command, two CPU cores with nothing else to do; on a busy one the CPU time is
-the better measure.
 
-Effort: nine tenths of the compiler's usual time go into kernels, which a plan never runs. `quick`
-(the default of `hrvlm plan`) spares most of it: the step and its sharding are the same, the
-schedule is simpler. `--effort full` compiles as a run on the chips would. An earlier form of
-LLaVA-HR's step was compiled both ways on v5e:16x16, on a busy machine: 7.64 GB a chip, 23.0 GB of
-messages, 333 s with full effort; 7.35 GB, 25.2 GB, 93 s (72 s of CPU time) with quick.
+def _table(rows: list[list[str]]) -> str:
+  head, *body = rows
+  return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [head, ['---'] * len(head), *body])
 
-`hrvlm plan --explain FILE --chip v5e` reads a scheduled program that was stored as text (such as
-`compiled.as_text()`, `.gz` and `.xz` too) in the order of its schedule: time by class, by source
-function, the messages, and the ten dearest places with file and line, from an optimistic to a
-likely time. Its constants and what they rest on stand in `hrvlm_jax/planning/costs.json`; none was
-measured on a chip. The figures below are the older roofline's: they leave out synchronous messages,
-element-wise work and most memory traffic.
 
-`hrvlm plan --search` compiles one candidate after the other: for training on 256 chips 36 (18
-meshes, recomputation of layers or of all but products), less those that cannot be cut or that did
-not fit with less memory. Each takes what a row below says; a tiny model on v5e:2x2 took 11 s of CPU
-time.
+def _mesh(report: dict) -> str:
+  return ' '.join(f'{axis}={n}' for axis, n in report['mesh'].items() if n > 1)
 
-A total with `<=` is an upper bound: gaps between temporaries are counted twice in it.
 
-{table}
-{missing}
-Assumed by the predicted times:
+def _range(step: dict) -> str:
+  return f'{_number(step["seconds"])} to {_number(step["likely_seconds"])}'
 
-{notes}
 
-```
-{commands}
-```
-"""
+def _number(seconds: float) -> str:
+  return f'{seconds:.2f}' if seconds < 10 else f'{seconds:.1f}'
+
+
+def _steps(reports, before) -> list[list[str]]:
+  rows = [['step', 'chips', 'mesh', 'remat', 'batch (parts)', 'memory GiB', 'today s', 'at most s',
+           'now s', 'MFU', 'beyond products', 'messages that block GB', 'compiled CPU s']]
+  for name, r in reports.items():
+    memory, step, account = r['memory'], r['step'], r['account']
+    old = before.get(name)
+    mark = MARKS.get(name)
+    remat, parts = (re.search(pattern, ' '.join(r['notes'])) for pattern in (
+      r'remat (\w+)', r' in (\d+) part'))
+    met = '' if mark is None else ' (met)' if step['seconds'] <= mark else ' (missed)'
+    slices = f'{r["slices"]} x ' if r['slices'] > 1 else ''
+    rows.append([
+      name, f'{r["chips"]} ({slices}{r["topology"]})', _mesh(r), remat.group(1),
+      f'{r["examples"]} ({parts.group(1)})',
+      f'{memory["bytes_per_device"]["total"] / GIB:.1f} of {memory["usable_bytes"] / GIB:.4g}',
+      _number(old['seconds']) if old else '', f'{mark:g}{met}' if mark else '', _range(step),
+      f'{step["mfu"]:.0%} to {step["likely_mfu"]:.0%}', f'{account["beyond_products"]:.0%}',
+      f'{account["synchronous_bytes"] / 1e9:.1f}', f'{r["compile_cpu_seconds"]:.0f}'])
+  return rows
+
+
+def _accounts(reports) -> list[list[str]]:
+  groups = ['products', 'attention', 'kernels', 'element-wise', 'memory traffic', 'gathers',
+            'copies', 'synchronous messages', 'exposed messages']
+  rows = [['step', *groups]]
+  for name, r in reports.items():
+    found = r['account']['groups']
+    rows.append([name, *(f'{found[g]["seconds"]:.3f}' if g in found else '' for g in groups)])
+  return rows
+
+
+def _before(before) -> list[list[str]]:
+  rows = [['step', 'mesh', 'older plan s', 'its MFU', 'read s', 'MFU', 'products', 'attention',
+           'element-wise', 'synchronous messages', 'exposed messages', 'messages that block GB']]
+  for name, row in before.items():
+    groups = [f'{row["groups"].get(g, 0.0):.3f}' for g in rows[0][6:-1]]
+    rows.append([name, row['mesh'], _number(row['older_seconds']), f'{row["older_mfu"]:.0%}',
+                 _number(row['seconds']), f'{row["mfu"]:.0%}', *groups,
+                 f'{row["synchronous_bytes"] / 1e9:.1f}'])
+  return rows
+
+
+def _missed(reports) -> list[str]:
+  """A sentence per mark that is missed: what is above the products, and what was tried."""
+  lines = []
+  for name, mark in MARKS.items():
+    report = reports.get(name)
+    if report is None or report['step']['seconds'] <= mark:
+      continue
+    account = report['account']
+    parts = sorted(account['groups'].items(), key=lambda row: -row[1]['seconds'])
+    named = ', '.join(f'{group} {_number(row["seconds"])} s' for group, row in parts
+                      if row['share'] >= 0.01)
+    lines.append(f'- {name}: {_number(report["step"]["seconds"])} s, at most {mark:g} s was asked '
+                 f'for. {named}. {TRIED.get(name, "")}'.rstrip())
+  return lines
+
+
+def _options() -> list[list[str]]:
+  rows = [['chip', 'option', 'value', 'why', 'counted']]
+  table = json.loads((ROOT / 'hrvlm_jax' / 'parallel' / 'compiler.json').read_text())['options']
+  for chip, options in table.items():
+    rows += [[chip, name, str(row['value']), row['why'], row['effect']]
+             for name, row in options.items()]
+  return rows
 
 
 def main() -> int:
@@ -143,8 +246,7 @@ def main() -> int:
     name for name in CASES
     if arguments.only in name and (not arguments.missing or is_missing(name))]
   failed = [name for name in chosen if not run(name, CASES[name])]
-  reports = {path.stem: json.loads(path.read_text()) for path in sorted(REPORTS.glob('*.json'))}
-  (ROOT / 'docs' / 'plans.md').write_text(page(reports))
+  (ROOT / 'docs' / 'plans.md').write_text(page(*kept()))
   if failed:
     print(f'no report: {", ".join(failed)}', file=sys.stderr)
   return 1 if failed else 0

@@ -76,7 +76,9 @@ def main(argv: list[str]) -> None:
       result = runner.run_case(case, settings)
     results.append(result)
     print(docs.summary(result), flush=True)
-    if not (arguments.dry or arguments.alone):
+    if 'written' in result:  # a case that keeps its result itself
+      print(f'written: {result["written"]}')
+    elif not (arguments.dry or arguments.alone):
       runner.save(result, settings)
   if arguments.json:
     pathlib.Path(arguments.json).write_text(json.dumps(results, indent=1) + '\n')

@@ -13,16 +13,16 @@ from hrvlm_jax.core.errors import UserError
 def main(argv: list[str]) -> int:
   """Compiles the real step of a config for a TPU topology or a GPU mesh, without having one.
 
-  Prints memory per device, operations, messages between devices, and the step time that a roofline
-  predicts. Status 1 when the step does not fit. With --explain it reads a scheduled program that
-  is stored in a file and prints what its time goes into.
+  Prints memory per device, operations, messages between devices, and the time of a step by what it
+  is spent on, from an optimistic to a likely end. Status 1 when the step does not fit. With
+  --explain FILE it reads a scheduled program that is stored in a file instead.
   """
-  stored = any(word.split('=')[0] == '--explain' for word in argv)
+  stored = _names_a_file(argv)
   parser = Parser('plan', main.__doc__, config=True, config_required=not stored)
-  parser.add_argument('--explain', type=pathlib.Path, metavar='FILE',
-                      help='a scheduled program as text (.gz, .xz, .bz2 too): time by class, by '
-                      'source and the ten dearest places, instead of a plan')
-  parser.add_argument('--chip', default='v5e', help='with --explain: v5e, v5p or v6e')
+  parser.add_argument('--explain', type=pathlib.Path, nargs='?', const=True, metavar='FILE',
+                      help='also time by source function and the ten dearest places; with FILE, a '
+                      'scheduled program as text (.gz, .xz, .bz2 too), of that program alone')
+  parser.add_argument('--chip', default='v5e', help='with --explain FILE: v5e, v5p, v6e, ...')
   asks = any(word == 'answer' or word == '--step=answer' for word in argv)
   parser.add_argument('--topology', required=not (stored or asks),
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
@@ -34,25 +34,35 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--length', type=int, help='places of a row; default: longest bucket')
   parser.add_argument('--image', type=size, default=(1024, 768), help='WIDTHxHEIGHT of the images')
   parser.add_argument('--images', type=int, default=1, help='images of an example')
-  parser.add_argument('--search', action='store_true',
-                      help='try meshes (for training also recomputation and batch), keep the best')
+  parser.add_argument('--search', action='store_true', help='try meshes, then for training '
+                      'recomputation and micro-batches, keep the best; what cannot fit by '
+                      'arithmetic is not compiled')
   parser.add_argument('--batches', type=numbers, default=(),
                       help='with --search: global batches to try, such as 128,256')
-  parser.add_argument('--effort', choices=('quick', 'full', 'arithmetic'),
-                      help='of the compiler for TPUs: full compiles as a run on the chips would, '
-                      'quick (default) is a few per cent off in a quarter of the time; arithmetic '
-                      'compiles nothing, and is the default for GPUs, whose compiler is not here '
-                      '(quick partitions the step for stand-ins of them)')
+  parser.add_argument('--effort', choices=('arithmetic', 'scheduled', 'generated'),
+                      help='scheduled (default): the compiler for TPUs at full effort, stopped '
+                      'before it generates code; generated takes ten times as long and uses its '
+                      'own cycles of products; arithmetic compiles nothing, and is the default for '
+                      'GPUs, whose compiler is not here (scheduled partitions the step for '
+                      'stand-ins of them)')
+  parser.add_argument('--costs', type=pathlib.Path, metavar='FILE',
+                      help='constants as `hrvlm bench tpu_calibrate` measures them, instead of '
+                      'those of planning/costs.json')
+  parser.add_argument('--compiler', type=option, action='append', default=[],
+                      metavar='NAME=VALUE', help='option of the compiler for TPUs beside those of '
+                      'the chip (parallel/compiler.json), several times')
+  parser.add_argument('--program', type=pathlib.Path, metavar='FILE',
+                      help='keep the scheduled program there (.gz, .xz, .bz2: compressed)')
   parser.add_argument('--json', type=pathlib.Path, help='write the report there')
   parser.add_argument('--timeout', type=float, default=1800, help='seconds for one compilation')
   arguments = parser.parse(argv)
-  if arguments.explain is not None:
+  if stored:
     return _explain(arguments)
 
   from hrvlm_jax.core.config import to_dict
   from hrvlm_jax.parallel.mesh import MeshConfig, mesh_config
   from hrvlm_jax.parallel.topology import parse
-  from hrvlm_jax.planning import plan
+  from hrvlm_jax.planning import plan, report as reports
   from hrvlm_jax.training import fitting, run_config
   from hrvlm_jax.training.config import RunConfig
 
@@ -66,7 +76,7 @@ def main(argv: list[str]) -> int:
   effort = arguments.effort
   if effort is None:
     plain = topology.chip.platform == 'gpu' and arguments.step == 'train' and not arguments.search
-    effort = arguments.effort = 'arithmetic' if plain else 'quick'
+    effort = 'arithmetic' if plain else 'scheduled'
   if effort == 'arithmetic':
     return _arithmetic(config, topology, arguments)
   options = {'config': to_dict(config), 'length': arguments.length, 'image': arguments.image,
@@ -75,8 +85,10 @@ def main(argv: list[str]) -> int:
   if arguments.step != 'train':
     target = 'hrvlm_jax.planning.programs:serve_program'
     options['what'] = arguments.step
+  how = {'effort': effort, 'timeout': arguments.timeout, 'constants': arguments.costs,
+         'compiler': dict(arguments.compiler)}
   if arguments.search:
-    report = _search(arguments, target, options)
+    report = _search(arguments, target, options, how)
   else:
     mesh = to_dict(config.mesh)
     if arguments.step == 'train' and config.mesh == MeshConfig():
@@ -84,8 +96,8 @@ def main(argv: list[str]) -> int:
       print('\n'.join(fitting.told(config, choice)))
       mesh = to_dict(choice.mesh)
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
-                       effort=effort, timeout=arguments.timeout)
-  print(plan.describe(report))
+                       keep=arguments.program, **how)
+  print(reports.describe(report, dearest=arguments.explain is not None))
   if arguments.json is not None:
     arguments.json.write_text(json.dumps(report, indent=2) + '\n')
     print(f'written: {arguments.json}')
@@ -144,11 +156,20 @@ def _arithmetic(config, topology, arguments) -> int:
   return 0 if choice.need.total <= choice.limit else 1
 
 
+def _names_a_file(argv: list[str]) -> bool:
+  """Whether --explain is followed by a file: then nothing is compiled."""
+  for word, after in zip(argv, [*argv[1:], '--']):
+    if word.startswith('--explain=') or (word == '--explain' and not after.startswith('-')):
+      return True
+  return False
+
+
 def _explain(arguments) -> int:
   """Prints what a stored program spends its time on; `--json` keeps the tables."""
   from hrvlm_jax.planning import explain, schedule
+  from hrvlm_jax.planning.costs import costs
 
-  reading = schedule.read(explain.load(arguments.explain), arguments.chip)
+  reading = schedule.read(explain.load(arguments.explain), costs(arguments.chip, arguments.costs))
   print(explain.describe(reading))
   if arguments.json is not None:
     arguments.json.write_text(json.dumps(explain.summary(reading), indent=2) + '\n')
@@ -156,69 +177,26 @@ def _explain(arguments) -> int:
   return 0
 
 
-def _search(arguments, target, options):
-  """The best of several meshes, and for training of recomputation and batch.
+def _search(arguments, target, options, how):
+  """The best of several meshes, and for training of recomputation, batch and micro-batches.
 
   A mesh cuts a micro-batch into data x fsdp parts. Where the config's has too few rows for them,
   fewer micro-batches are taken, the global batch staying what it is.
   """
   from hrvlm_jax.parallel.topology import parse
-  from hrvlm_jax.planning import plan
+  from hrvlm_jax.planning.search import Search, mesh_candidates
 
+  if arguments.program is not None:
+    raise UserError('--program keeps one program; plan what --search found to keep it')
   topology = parse(arguments.topology, slices=arguments.slices)
-  meshes = [arguments.mesh] if arguments.mesh else plan.mesh_candidates(topology)
-  trains = arguments.step == 'train'
-  candidates = [(options, mesh) for mesh in meshes]
-  if trains:
-    training = options['config']['training']
-    change = lambda values: options | {
-      'config': options['config'] | {'training': training | values}}
-    # What needs less memory comes first: what does not fit then need not be tried with more.
-    candidates = [
-      (change({'remat': remat, 'batch_size': batch,
-               'accumulate': _micro_batches(batch, training['accumulate'], mesh)}), mesh)
-      for remat in ('layers', 'dots') for batch in arguments.batches or (training['batch_size'],)
-      for mesh in meshes]
-  print(f'{len(candidates)} candidates', file=sys.stderr)
-  best, _ = plan.search(target, candidates, arguments.topology, slices=arguments.slices,
-                        effort=arguments.effort, timeout=arguments.timeout,
-                        report=lambda text: print(text, file=sys.stderr, flush=True),
-                        label=_label if trains else None, hopeless=_hopeless if trains else None)
+  meshes = [arguments.mesh] if arguments.mesh else mesh_candidates(topology)
+  found = Search(target, options, topology, **how,
+                 say=lambda text: print(text, file=sys.stderr, flush=True))
+  best = found.best(meshes, batches=arguments.batches, trains=arguments.step == 'train')
   if best is None:
-    raise UserError(f'none of {len(candidates)} candidates fits {arguments.topology}; try more '
+    raise UserError(f'none of {len(found.reports)} candidates fits {arguments.topology}; try more '
                     'chips, a smaller batch (--batches), or training.accumulate')
-  return {key: value for key, value in best.items() if key not in ('options', 'asked')}
-
-
-def _shards(mesh) -> int:
-  return mesh.get('data', 1) * mesh.get('fsdp', 1) * mesh.get('dcn_data', 1)
-
-
-def _micro_batches(batch: int, most: int, mesh) -> int:
-  """The largest number of micro-batches, at most `most`, that the mesh can cut; else `most`."""
-  return next((n for n in range(most, 0, -1)
-               if batch % n == 0 and batch // n % _shards(mesh) == 0), most)
-
-
-def _hopeless(options, mesh, reports) -> str | None:
-  """Why a candidate need not be compiled."""
-  training = options['config']['training']
-  rows = training['batch_size'] // training['accumulate']
-  # A free axis (-1) is left to the compilation, which knows the devices.
-  if min(mesh.values()) > 0 and rows % _shards(mesh):
-    return f'{rows} rows cannot be cut over {_shards(mesh)} shards (data x fsdp)'
-  for report in reports:
-    tried = report['options']['config']['training']
-    same = report['asked'] == dict(mesh) and tried | {'remat': ''} == training | {'remat': ''}
-    if same and 'error' not in report and not report['memory']['fits']:
-      return f'does not fit with remat={tried["remat"]} either'
-  return None
-
-
-def _label(options) -> str:
-  training = options['config']['training']
-  return (f'remat={training["remat"]} batch={training["batch_size"]} in '
-          f'{training["accumulate"]} part(s)')
+  return best
 
 
 def size(text: str) -> tuple[int, int]:
@@ -236,3 +214,11 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(','))
   except ValueError:
     raise argparse.ArgumentTypeError(f"found '{text}', expected numbers with commas") from None
+
+
+def option(text: str) -> tuple[str, str]:
+  """`xla_x=true` -> ('xla_x', 'true')."""
+  name, equals, value = text.partition('=')
+  if not (name and equals and value):
+    raise argparse.ArgumentTypeError(f"found '{text}', expected NAME=VALUE")
+  return name, value

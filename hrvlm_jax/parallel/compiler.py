@@ -1,13 +1,31 @@
-"""Options of the compiler by backend, as data."""
+"""Options of the compiler by chip, as data: `compiler.json`."""
 
 from __future__ import annotations
 
+import functools
+import importlib.resources
+import json
+from typing import Any
 
-def compiler_options(platform: str) -> dict[str, bool]:
-  """Options for `jax.jit(..., compiler_options=)` by backend, for large sharded steps.
+from hrvlm_jax.parallel.topology import chips
 
-  TPU: none; libtpu schedules around latency and fuses asynchronous collectives by itself. GPU: the
-  latency-hiding scheduler, without which gathers of weights are not overlapped, is said explicitly,
-  because its default has changed between versions.
+
+def compiler_options(chip: str) -> dict[str, Any]:
+  """Options for `jax.jit(..., compiler_options=)`, for large sharded steps.
+
+  Args:
+    chip: a name of topologies.json, or a platform, whose options all its chips have.
+
+  Returns:
+    The options of its platform and its own; none where the file names none.
   """
-  return {'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True}}.get(platform, {})
+  table = _file()
+  known = chips().get(chip)
+  names = (known.platform, chip) if known else (chip,)
+  return {option: row['value'] for name in names for option, row in table.get(name, {}).items()}
+
+
+@functools.cache
+def _file() -> dict[str, dict[str, dict[str, Any]]]:
+  text = importlib.resources.files(__package__).joinpath('compiler.json').read_text()
+  return json.loads(text)['options']

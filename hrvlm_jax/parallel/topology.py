@@ -34,6 +34,7 @@ class Chip:
     max_chips: of one slice.
     accelerator_type, names_count: how Google Cloud names a slice of n chips or cores.
     mxu: side of the matrix unit; smaller or odd sizes are padded to it.
+    usable_gib: of hbm_gib, what libtpu gives a program where that is known.
     topology_options: what `jax.experimental.topologies` needs to show one device per core pair.
   """
 
@@ -53,6 +54,7 @@ class Chip:
   names_count: str
   mxu: int
   topology_options: dict[str, Any]
+  usable_gib: float | None = None
 
   @property
   def peak_flops(self) -> float:
@@ -63,6 +65,11 @@ class Chip:
   def hbm_bytes(self) -> int:
     """Memory of one JAX device."""
     return int(self.hbm_gib * GIB / self.devices_per_chip)
+
+  @property
+  def usable_bytes(self) -> int:
+    """Memory of one JAX device that a program may fill."""
+    return self.hbm_bytes if self.usable_gib is None else int(self.usable_gib * GIB)
 
   @property
   def hbm_bandwidth(self) -> float:

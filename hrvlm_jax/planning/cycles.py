@@ -54,7 +54,27 @@ class Kind(enum.StrEnum):
   MESSAGE = 'messages, synchronous'
   MESSAGE_WAIT = 'waits for messages'
   MESSAGE_LEFT = 'messages never finished'
+  BETWEEN = 'waits for messages between slices'
   DMA_WAIT = 'waits for prefetches'
+
+  @property
+  def group(self) -> str:
+    """The coarse class, a key of `GROUPS`."""
+    return next(name for name, kinds in GROUPS.items() if self in kinds)
+
+
+# What a plan's table shows.
+GROUPS = {
+  'products': (Kind.PRODUCT, Kind.CONVOLUTION),
+  'attention': (Kind.ATTENTION_PRODUCT, Kind.ATTENTION_SCORES, Kind.ATTENTION_KERNEL),
+  'kernels': (Kind.KERNEL,),
+  'element-wise': (Kind.ELEMENTWISE,),
+  'memory traffic': (Kind.STACK, Kind.DMA_WAIT),
+  'gathers': (Kind.GATHER,),
+  'copies': (Kind.COPY,),
+  'synchronous messages': (Kind.MESSAGE,),
+  'exposed messages': (Kind.MESSAGE_WAIT, Kind.MESSAGE_LEFT, Kind.BETWEEN),
+}
 
 
 @dataclasses.dataclass(frozen=True)

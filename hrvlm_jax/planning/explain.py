@@ -7,7 +7,7 @@ costs.json. `hrvlm plan --explain FILE` prints them for a stored program.
 from __future__ import annotations
 
 import bz2
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import gzip
 import lzma
 import pathlib
@@ -33,6 +33,19 @@ def load(path: pathlib.Path) -> str:
     raise UserError(f'{path}: cannot be read as a program text: {error}') from error
 
 
+def store(path: pathlib.Path, text: str) -> None:
+  """Writes a program, compressed where the suffix says so (.gz, .xz, .bz2).
+
+  Raises:
+    UserError: the file cannot be written.
+  """
+  try:
+    with _OPENERS.get(path.suffix, open)(path, 'wt') as file:
+      file.write(text)
+  except OSError as error:
+    raise UserError(f'{path}: cannot be written: {error}') from error
+
+
 def assumptions(reading: Reading) -> list[str]:
   """What the numbers rest on, one sentence each."""
   c = reading.costs
@@ -43,10 +56,13 @@ def assumptions(reading: Reading) -> list[str]:
     f'peak, memory at {c.hbm_efficiency:.0%} of {c.rates.hbm / 1e9:.0f} GB/s, '
     f'{c.vector_slots} vector operations a cycle',
     f'messages are rings along one axis, {c.rates.ring / 1e9:.0f} GB/s per device, '
-    f'{c.latency * 1e6:g} us and {c.hop * 1e6:g} us a hop; between slices the same',
+    f'{c.latency * 1e6:g} us and {c.hop * 1e6:g} us a hop; between slices '
+    f'{c.between / 1e9:.2f} GB/s per device and the same latency',
     f"likely: what is not the compiler's own estimate takes {c.likely:g} times as long",
     'of a conditional the dearest branch counts; queues do not slow the work beside them',
   ]
+  if c.source:
+    lines.append(c.source)
   if reading.unknown_loops:
     lines.append(f'{reading.unknown_loops} loop(s) of unknown length counted once: TOO LOW')
   if reading.guessed:
@@ -60,7 +76,8 @@ def summary(reading: Reading, *, dearest: int = 10) -> dict[str, Any]:
 
   Returns:
     seconds, likely_seconds, flops, peak_share, memory_bytes, synchronous_bytes (of messages that
-    block), classes and sources (name -> seconds, share, flops, bytes), places (the dearest:
+    block), groups, classes and sources (name -> seconds, share, flops, bytes; groups are those of
+    `cycles.GROUPS`), beyond_products (share of the time outside of products), places (the dearest:
     seconds, times, class, file, line, function, operation, instruction), messages (kind, group,
     how -> times, wire_bytes, seconds), assumptions.
   """
@@ -92,6 +109,9 @@ def summary(reading: Reading, *, dearest: int = 10) -> dict[str, Any]:
     'memory_bytes': reading.memory_bytes,
     'synchronous_bytes': sum(row['bytes'] for row in messages.values()
                              if row['how'] == 'synchronous'),
+    'groups': rows(lambda charge: charge.cost.kind.group),
+    'beyond_products': 1 - rows(lambda charge: charge.cost.kind.group).get(
+      'products', {'share': 0.0})['share'],
     'classes': rows(lambda charge: charge.cost.kind),
     'sources': rows(lambda charge: _function(charge.cost.place)),
     'places': places,
@@ -103,26 +123,34 @@ def summary(reading: Reading, *, dearest: int = 10) -> dict[str, Any]:
 def describe(reading: Reading, *, dearest: int = 10) -> str:
   """The tables as text."""
   found = summary(reading, dearest=dearest)
-  lines = [
+  return '\n'.join([
     f'one call on {found["chip"]}: {_time(found["seconds"])} (optimistic) to '
     f'{_time(found["likely_seconds"])} (likely)',
+    *tables(found), 'assumed:', *(f'  {text}' for text in found['assumptions'])])
+
+
+def tables(found: Mapping[str, Any], *, dearest: bool = True) -> list[str]:
+  """The tables of a `summary`, line by line; `dearest`: also by source, and the dearest places."""
+  lines = [
     f'products: {found["flops"] / 1e12:.3f} TFLOP executed, {found["peak_share"]:.1%} of the peak; '
     f'memory traffic {found["memory_bytes"] / 1e9:.3f} GB',
-    *_table('by class', found['classes'].items()),
-    *_table('by source function', list(found['sources'].items())[:2 * dearest]),
-  ]
+    *_table('by class', found['classes'].items())]
+  if dearest:
+    lines += _table('by source function', list(found['sources'].items())[:20])
   if found['messages']:
-    lines.append('messages, hidden or not:')
+    lines.append(f'messages, hidden or not ({found["synchronous_bytes"] / 1e9:.3f} GB block):')
     lines += [f'  {row["kind"]:20s}of {row["group"]:4d} {row["how"]:13s}{row["times"]:8d} x '
               f'{row["wire_bytes"] / 1e9:10.3f} GB sent {_time(row["seconds"]):>12s}'
-              for row in found['messages']]
+              for row in found['messages'][:None if dearest else 10]]
+  if not dearest:
+    return lines
   lines.append(f'the {len(found["places"])} dearest places:')
   for row in found['places']:
     where = str(Place(row['file'], row['function'], row['line']))
     lines.append(f'  {_time(row["seconds"]):>11s} {row["share"]:6.1%}  {row["times"]:6d} x  '
                  f'{row["class"]}: {where}')
     lines.append(f'{"":22s}{row["instruction"]}  {row["operation"]}'.rstrip())
-  return '\n'.join([*lines, 'assumed:', *(f'  {text}' for text in found['assumptions'])])
+  return lines
 
 
 def _table(title: str, rows: Sequence) -> list[str]:

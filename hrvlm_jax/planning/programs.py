@@ -19,7 +19,7 @@ from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
-from hrvlm_jax.planning.plan import Program
+from hrvlm_jax.planning.program import Program
 from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.training.batches import batch_shapes
 from hrvlm_jax.training.config import RunConfig

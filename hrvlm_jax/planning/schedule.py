@@ -6,14 +6,15 @@
 The text is that of `compiled.as_text()`, or the dump `*after_optimizations_after_buffer_assignment`
 that libtpu writes before it generates code (`XLA_FLAGS=--xla_dump_to=DIR --xla_dump_hlo_as_text`).
 The latter takes a fraction of the compilation and carries the real schedule, but no cycles of the
-compiler's own; `plan` does not make it yet and hands nothing in here.
+compiler's own; it is what `plan` reads.
 
 Instructions run in the order of the text. Loops count their trips; of a conditional the dearest
 branch counts. Copies between memories have a queue of their own at memory speed, messages one at
 the speed of a ring, and of both only what a `done` waits for costs time. A message carried in
 fusions travels while those compute; what is left at its end is waited for. Assumed: the queues do
-not slow the work beside them, a message goes along one axis of the torus, and messages between
-slices travel like those within one.
+not slow the work beside them, and a message goes along one axis of the torus. Messages between
+slices pass through the hosts (`send`, `recv` of the megascale runtime) and have a queue of their
+own at the speed of that network.
 """
 
 from __future__ import annotations
@@ -122,16 +123,16 @@ class Reading:
     return self.prefetched + sum(charge.cost.bytes * charge.times for charge in self.charges)
 
 
-def read(text: str, chip: str) -> Reading:
+def read(text: str, chip: str | Costs) -> Reading:
   """Reads the text of a scheduled program.
 
   Args:
-    chip: a chip of `costs.json`.
+    chip: a TPU by name, or its constants.
 
   Raises:
     UserError: an unknown chip, or a text that is no scheduled program.
   """
-  found = costs(chip)
+  found = costs(chip) if isinstance(chip, str) else chip
   module = hlo.Module.parse(text)
   if not module.entry:
     raise UserError('program text: found no ENTRY computation, expected the text of a compiled '
@@ -144,14 +145,16 @@ def read(text: str, chip: str) -> Reading:
 
 @dataclasses.dataclass
 class _Queues:
-  """State of the two queues while a computation runs; times in cycles from its start.
+  """State of the queues while a computation runs; times in cycles from its start.
 
-  `pending`: started instruction -> (when it ends, class of waiting for it).
+  `pending`: started instruction, or name of a meeting between slices -> (when it ends, class of
+  waiting for it).
   """
 
   now: float = 0.0
   copies: float = 0.0
   messages: float = 0.0
+  between: float = 0.0
   pending: dict[str, tuple[float, Kind]] = dataclasses.field(default_factory=dict)
 
 
@@ -196,6 +199,9 @@ class _Walk:
       return
     if code in ('while', 'conditional', 'call'):
       queues.now += self._control(inst, times)
+      return
+    if code in ('send', 'recv') and (meeting := _meeting(inst)):
+      self._between(inst, times, queues, meeting)
       return
     if code.endswith('-done'):
       end = queues.pending.pop((hlo.operands(inst) or [''])[0], None)
@@ -317,6 +323,25 @@ class _Walk:
       Message(kind, group, payload, wire, times, seconds, how, operation(inst)))
     return seconds
 
+  def _between(self, inst: hlo.Instruction, times: int, queues: _Queues, meeting: str) -> None:
+    """A message between slices: what is sent travels, and the `recv` of its name waits for it."""
+    if inst.opcode == 'recv':
+      queues.pending[inst.name] = queues.pending.pop(meeting, (queues.now, Kind.BETWEEN))
+      return
+    attribute = lambda name: re.search(rf'_xla_megascale_{name}="([^"]*)"', inst.attributes)
+    kind = attribute('transfer_type').group(1).lower().replace('_', '-')
+    target = attribute('target')
+    slices = len(target.group(1).split('}')[0].split(',')) if target else 2
+    size = hlo.bytes_of(hlo.elements(inst.type)[0])
+    # What is given to a reduce-scatter is whole; `wire_bytes` asks for its part.
+    payload = size // slices if kind == 'reduce-scatter' else size
+    wire = wire_bytes(kind, payload, slices)
+    seconds = wire / self._costs.between + self._costs.latency
+    self._messages.append(Message(kind + ' between slices', slices, payload, wire, times, seconds,
+                                  'asynchronous', operation(inst)))
+    queues.between = max(queues.now, queues.between) + seconds * self._costs.rates.clock
+    queues.pending[meeting] = queues.between, Kind.BETWEEN
+
   def _wait(self, computation, inst, times, queues: _Queues, end: float, kind: Kind) -> None:
     if end > queues.now:
       self._charge(computation, inst, times, end - queues.now, kind)
@@ -329,6 +354,14 @@ class _Walk:
       place = self._sources.place([inst, *(i for _, i in self._module.inner(inst))])
       self._charges.append(
         Charge(computation, inst, times, Cost(cycles, kind, 0.0, 0.0, False, place)))
+
+
+def _meeting(inst: hlo.Instruction) -> str | None:
+  """The name under which slices meet for a message; None: it goes to the host alone."""
+  if '_xla_megascale_transfer_type' not in inst.attributes:
+    return None
+  match = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', inst.attributes)
+  return match.group(1) if match else None
 
 
 def _copied(inst: hlo.Instruction) -> int:

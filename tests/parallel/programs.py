@@ -10,7 +10,7 @@ from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.flops import count_flops
 from hrvlm_jax.parallel.mesh import batch_sharding
-from hrvlm_jax.planning.plan import Program
+from hrvlm_jax.planning.program import Program
 
 
 def forward(params, x, *, heads, ex):

@@ -14,7 +14,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel import topology
 from hrvlm_jax.parallel.compiler import compiler_options
 from hrvlm_jax.parallel.flops import count_flops
-from hrvlm_jax.planning import hlo, plan
+from hrvlm_jax.planning import compilation, hlo, memory, plan, report, search
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 TARGET = 'tests.parallel.programs:transformer'
@@ -204,87 +204,84 @@ def test_plan_for_gpus_is_labelled_an_estimate(gpu_report):
 
 
 def test_report_for_people(gpu_report):
-  text = plan.describe(gpu_report)
+  text = report.describe(gpu_report)
   words = ['1 x h100:8: 8 chips', 'mesh data=2 fsdp=2 tensor=2', '3 layers of width 64', 'fits']
   for part in [*words, 'messages per device', 'predicted MFU', 'assumed:', 'estimate']:
     assert part in text
 
 
 def test_compiler_options_are_known_to_the_compiler():
-  # Any backend refuses names and values that XLA does not know.
-  for platform in ('cpu', 'gpu', 'tpu'):
+  # Any backend refuses names and values that XLA does not know; those of TPUs only libtpu knows.
+  for platform in ('cpu', 'gpu'):
     options = compiler_options(platform)
     assert jax.jit(lambda x: x + 1, compiler_options=options or None)(1) == 2
+  assert compiler_options('h100') == compiler_options('gpu') and not compiler_options('cpu')
 
 
 def test_roofline_arithmetic():
   chips = topology.parse('v5e:4x4')
-  memory = {'arguments': 819e9, 'outputs_not_donated': 0, 'temporaries': 0}
+  used = {'arguments': 819e9, 'outputs_not_donated': 0, 'temporaries': 0}
   messages = {
     'all-gather': {'wire_bytes': 50e9},
     'all-reduce between slices': {'wire_bytes': 6.25e9},
   }
-  roof = plan.roofline(chips, executed=197e12 * 0.75 * 2, model=197e12 * 16, memory=memory,
-                       messages=messages)  # fmt: skip
+  seconds, assumed = report.roofline(chips, executed=197e12 * 0.75 * 2, memory=used,
+                                     messages=messages)
   expected = {'matrix': 2.0, 'memory': 1.0, 'links': 0.5, 'between_slices': 1.0}
-  assert {k: pytest.approx(v) for k, v in roof['seconds'].items()} == expected
-  assert (roof['step_seconds'], roof['bound_by']) == (2.0, 'matrix')
-  assert roof['mfu'] == pytest.approx(0.5) and roof['mfu_without_overlap'] == pytest.approx(1 / 4.5)
+  assert {k: pytest.approx(v) for k, v in seconds.items()} == expected and assumed
 
 
-def test_plan_for_a_tpu_without_one():
-  mesh = {'data': 1, 'fsdp': 2, 'tensor': 2}
-  if importlib.util.find_spec('libtpu') is None:
-    with pytest.raises(UserError, match='needs libtpu'):
-      plan.plan(TARGET, SIZE, 'v5e:2x2', mesh=mesh)
-    return
-  report = plan.plan(TARGET, SIZE | {'length': 32}, 'v5e:2x2', mesh=mesh)
-  assert report['memory']['kind'] == 'compiled' and report['memory']['fits']
-  # A v5e keeps 0.25 GiB of its 16 for itself: the number comes from the compiler's log.
-  assert report['memory']['usable_bytes'] == 15.75 * 2**30
-  assert report['device_kind'] == 'TPU v5 lite' and report['loops_of_unknown_length'] == 0
-  per_device = report['model_flops'] / 4
-  # Recomputation adds up to a third; nothing is counted twice.
-  assert 1.0 <= report['executed_matrix_flops_per_device'] / per_device <= 1.4
-  assert report['collectives_per_device']['all-gather']['count'] >= 3
+def test_plan_for_a_tpu_needs_its_compiler(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(UserError, match='needs libtpu'):
+    plan.plan(TARGET, SIZE, 'v5e:2x2', mesh={})
 
 
 def test_out_of_memory_is_an_answer():
   text = 'RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.12G of 15.75G hbm.'
-  found = plan._out_of_memory(text, topology.parse('v5e:2x2'))
+  found = memory.of_refusal(text, 5)
   assert found['total'] == int(20.12 * 2**30) and found['usable'] == int(15.75 * 2**30)
   text = ('RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO '
           'temporaries (118.15G) exceeds available HBM (15.75G).')  # fmt: skip
-  found = plan._out_of_memory(text, topology.parse('v5e:2x2'))
+  found = memory.of_refusal(text, 5)
   assert found['temporaries'] == int(118.15 * 2**30) and found['usable'] == int(15.75 * 2**30)
-  assert plan._out_of_memory('something else', topology.parse('v5e:2x2')) is None
+  assert found['total'] == found['temporaries'] + 5
+  assert memory.of_refusal('something else', 5) is None
+
+
+def test_memory_of_a_program_without_code():
+  text = 'Memory Space: default (color=0)\nTotal bytes: 1200 (0.00MiB)\n  cumulative_size; size\n'
+  found = memory.of_report(text, 1000)
+  assert (found['arguments'], found['temporaries']) == (1000, 200)
+  assert found['total'] == 1200 + memory.PROGRAM_ALLOWANCE
+  with pytest.raises(ValueError, match='no total'):
+    memory.of_report('nothing', 1)
 
 
 def test_memory_is_what_the_compiler_gave_the_program():
   parts = {'arguments': 100 << 20, 'outputs_not_donated': 0, 'temporaries': 999 << 20,
            'program': 10 << 20, 'total': 1109 << 20}  # fmt: skip
-  report = {'memory': {'kind': 'compiled', 'bytes_per_device': parts, 'usable_bytes': 1 << 30,
-                       'fits': False}}  # fmt: skip
   log = 'I1 a.cc:1] XLA::TPU program HBM usage: 190.50M / 15.75G\n'
-  memory = plan._as_allocated(report, log)['memory']
-  assert memory['bytes_per_device'] == parts | {
-    'temporaries': int(180.5 * 2**20), 'total': int(290.5 * 2**20)}
-  assert memory['fits'] and memory['usable_bytes'] == int(15.75 * 2**30)
-  assert plan._as_allocated(report, 'nothing') == report
+  assert memory.of_log(parts, log) == parts | {
+    'temporaries': int(180.5 * 2**20), 'total': int(290.5 * 2**20),
+    'usable': int(15.75 * 2**30)}
+  assert memory.of_log(parts, 'nothing') == parts
 
 
-def test_arguments_beyond_the_memory_are_not_compiled(monkeypatch):
-  from hrvlm_jax.parallel.mesh import single_device_mesh
-  from tests.parallel.programs import transformer
-
+def test_arguments_beyond_the_memory_are_not_compiled(monkeypatch, tmp_path):
   monkeypatch.setattr(jax.stages.Lowered, 'compile', None)  # calling it would fail
-  mesh = single_device_mesh()
-  program = transformer(mesh, depth=8, width=2**15)
-  report = plan.compile_program(program, topology.parse('gpu:1'), mesh)
-  assert not report['memory']['fits'] and 'roofline' not in report
+  request = {'target': TARGET, 'options': {'depth': 8, 'width': 2**15}, 'topology': 'gpu:1',
+             'slices': 1, 'mesh': {'data': 1}, 'compiler': {}}
+  answer = compilation.compile_step(request, tmp_path)
+  known = json.loads((tmp_path / compilation.TRACED).read_text())
+  spent = {'effort': 'scheduled', 'compile_seconds': 1, 'compile_cpu_seconds': 1}
+  found = report.build(topology.parse('gpu:1'), known | spent, answer['memory'], text=None,
+                       reading=None)
+  assert not found['memory']['fits'] and 'step' not in found
   state = 12 * 8 * 2**30 * 4  # twelve kernels' worth of 2^15 x 2^15 a layer, float32
-  assert report['memory']['bytes_per_device']['total'] == state + 16 * 128 * 2**15 * 4
-  assert 'DOES NOT FIT' in plan.describe(report | {'effort': 'quick'})
+  assert found['memory']['bytes_per_device']['total'] == state + 16 * 128 * 2**15 * 4
+  assert 'DOES NOT FIT' in report.describe(found)
+  assert report.verdict(found).startswith('does not fit')
 
 
 @pytest.mark.parametrize(
@@ -306,26 +303,28 @@ def test_faults_show_the_end_of_the_log():
 
 
 def test_search_takes_the_fastest_that_fits(monkeypatch):
-  def fake(target, options, topology, *, mesh, slices, effort, timeout):
+  def fake(target, options, topology, *, mesh, slices):
     if mesh['fsdp'] == 1:
       raise UserError('cannot shard')
     rate = {2: 10.0, 4: 20.0, 8: 30.0}[mesh['fsdp']]
-    memory = {'fits': mesh['fsdp'] != 8, 'usable_bytes': 1, 'bytes_per_device': {'total': 2}}
-    return {'memory': memory, 'examples_per_second': rate, 'mesh': mesh,
-            'roofline': {'step_seconds': 1.0, 'mfu': 0.5}}  # fmt: skip
+    used = {'fits': mesh['fsdp'] != 8, 'usable_bytes': 1, 'bytes_per_device': {'total': 2}}
+    return {'memory': used, 'examples_per_second': rate, 'mesh': mesh, 'step': {
+      'seconds': 1.0, 'likely_seconds': 1.2, 'mfu': 0.5, 'likely_mfu': 0.4}}
 
   monkeypatch.setattr(plan, 'plan', fake)
   said = []
-  candidates = [({'remat': 'layers'}, {'data': 8 // f, 'fsdp': f}) for f in (1, 2, 4, 8)]
-  best, reports = plan.search(TARGET, candidates, 'gpu:8', report=said.append)
-  assert best['mesh'] == {'data': 2, 'fsdp': 4} and best['options'] == {'remat': 'layers'}
-  assert len(reports) == 4 and 'cannot shard' in said[0] and 'does not fit' in said[3]
+  meshes = [{'data': 8 // f, 'fsdp': f} for f in (1, 2, 4, 8)]
+  found = search.Search(TARGET, {}, topology.parse('gpu:8'), say=said.append)
+  best = found.best(meshes, trains=False)
+  assert best['mesh'] == {'data': 2, 'fsdp': 4}
+  assert len(found.reports) == 4 and 'cannot shard' in said[0] and 'does not fit' in said[3]
+  assert 'data=2 fsdp=4' in said[2] and '1.000 to 1.200 s' in said[2]
 
 
 def test_mesh_candidates_cover_all_devices():
   for text in ('v5e:16x16', 'v5p:4x4x4', 'tpu7x:2x2x1', 'gpu:1'):
     found = topology.parse(text, slices=2)
-    candidates = plan.mesh_candidates(found)
+    candidates = search.mesh_candidates(found)
     assert candidates
     assert all(math.prod(mesh.values()) == found.devices for mesh in candidates)
     assert len({tuple(mesh.values()) for mesh in candidates}) == len(candidates)

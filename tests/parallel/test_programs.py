@@ -93,6 +93,8 @@ def test_plan_verb_on_the_decode_step(file, capsys):
     (['--mesh', 'fdsp=2'], 'unknown key .*fdsp'),
     (['--image', '80'], 'expected WIDTHxHEIGHT'),
     (['--batches', 'a', '--search'], 'expected numbers'),
+    (['--compiler', 'xla_x'], 'expected NAME=VALUE'),
+    (['--program', 'x.txt', '--search'], 'keeps one program'),
     (['--topology', 'v5e:16'], '2 dimensions'),
   ],
 )
@@ -101,56 +103,75 @@ def test_mistakes(file, arguments, sentence):
     cli.run(['plan', '--config', file, '--topology', 'gpu:4', *arguments])
 
 
-def test_search_tries_meshes_recomputation_and_batches(file, monkeypatch, capsys):
+def planned(monkeypatch, *, fits, rate=lambda training, mesh: 1.0):
+  """Replaces the compiler: what was tried, as (remat, batch, micro-batches, mesh)."""
   from hrvlm_jax.planning import plan
 
   tried = []
 
-  def fake(target, options, topology, *, mesh, slices, effort, timeout):
+  def fake(target, options, topology, *, mesh, slices, **how):
     training = options['config']['training']
-    tried.append((training['remat'], training['batch_size'], mesh['fsdp']))
-    memory = {'kind': 'k', 'fits': training['remat'] == 'layers', 'usable_bytes': 1,
-              'bytes_per_device': {'total': 2}}  # fmt: skip
+    tried.append((training['remat'], training['batch_size'], training['accumulate'], mesh))
+    memory = {'kind': 'k', 'fits': fits(training), 'usable_bytes': 1,
+              'bytes_per_device': {'total': 2}}
     return {
-      'memory': memory, 'examples_per_second': training['batch_size'] * mesh['fsdp'], 'mesh': mesh,
+      'memory': memory, 'examples_per_second': rate(training, mesh), 'mesh': mesh,
       'slices': 1, 'topology': topology, 'chips': 4, 'device_kind': 'd', 'notes': [],
-      'model_flops': 1.0, 'compile_seconds': 1, 'compile_cpu_seconds': 1, 'effort': effort,
-      'tokens_per_second_per_chip': 1,
-      'collectives_per_device': {},
-      'roofline': {'step_seconds': 1.0, 'mfu': 0.5, 'seconds': {}, 'bound_by': 'matrix',
-                   'step_seconds_without_overlap': 1.0, 'mfu_without_overlap': 0.5,
-                   'assumptions': []},
-    }  # fmt: skip
+      'model_flops': 1.0, 'compile_seconds': 1, 'compile_cpu_seconds': 1, 'effort': 'e',
+      'tokens_per_second_per_chip': 1, 'collectives_per_device': {}, 'roofline': {},
+      'step': {'seconds': 1.0, 'likely_seconds': 1.5, 'mfu': 0.5, 'likely_mfu': 0.3,
+               'assumptions': []}}
 
   monkeypatch.setattr(plan, 'plan', fake)
+  return tried
+
+
+def test_search_goes_by_meshes_then_recomputation_then_micro_batches(file, monkeypatch, capsys):
+  tried = planned(monkeypatch, fits=lambda training: training['remat'] != 'none',
+                  rate=lambda training, mesh: training['batch_size'] * mesh['fsdp']
+                  + (training['remat'] == 'dots'))
   command = ['plan', '--config', file, '--topology', 'gpu:4', '--search', '--batches', '8,16']
   assert plan_verb.main(command[1:]) == 0
-  assert {(r, b) for r, b, _ in tried} == {(r, b) for r in ('dots', 'layers') for b in (8, 16)}
+  first = [row for row in tried if row[0] == 'layers' and row[2] == 1]
+  assert tried[:len(first)] == first and {row[1] for row in first} == {8, 16}
+  best, second = {'data': 1, 'fsdp': 4, 'tensor': 1, 'dcn_data': 1}, 2
+  others = [row for row in tried if row[0] != 'layers' and row[2] == 1]
+  assert {row[0] for row in others} >= {'none', 'dots'}
+  assert sum(row[0] == 'dots' for row in others) == second  # of two meshes
+  assert tried[-1] == ('dots', 16, 2, best)  # micro-batches last
   captured = capsys.readouterr()
-  assert 'mesh fsdp=4' in captured.out and 'remat=layers batch=16' in captured.err
+  assert 'mesh fsdp=4' in captured.out and 'fsdp=4 remat=layers batch=16' in captured.err
 
 
 def test_search_compiles_nothing_that_cannot_fit(file, monkeypatch, capsys):
-  from hrvlm_jax.planning import plan
-
-  tried = []
-
-  def fake(target, options, topology, *, mesh, slices, effort, timeout):
-    training = options['config']['training']
-    tried.append((training['remat'], training['accumulate'], mesh['data'] * mesh['fsdp']))
-    memory = {'fits': False, 'usable_bytes': 1, 'bytes_per_device': {'total': 2}}
-    return {'memory': memory, 'mesh': mesh}
-
-  monkeypatch.setattr(plan, 'plan', fake)
+  tried = planned(monkeypatch, fits=lambda training: False)
   command = ['plan', '--config', file, '--topology', 'gpu:8', '--search',
              '--config.training.batch_size=12', '--config.training.accumulate=6']  # fmt: skip
   with pytest.raises(UserError, match='none of .* candidates fits'):
     plan_verb.main(command[1:])
   # Twelve rows: no eight shards; on four the largest number of micro-batches with four rows each.
-  assert set(tried) == {('layers', 3, 4), ('layers', 6, 2)}
-  printed = capsys.readouterr().err
-  assert '2 rows cannot be cut over 8 shards' in printed
-  assert 'does not fit with remat=layers either' in printed
+  cut = {(row[0], row[2], row[3]['data'] * row[3]['fsdp']) for row in tried}
+  assert cut == {('layers', 3, 4), ('layers', 6, 2)}
+  assert '2 rows cannot be cut over 8 shards' in capsys.readouterr().err
+  # A billion places of 2 bytes a layer and width: arithmetic alone refuses it.
+  tried.clear()
+  with pytest.raises(UserError, match='none of .* candidates fits'):
+    plan_verb.main([*command[1:7], '--length', str(2**31)])
+  assert not tried and 'cannot fit: at least' in capsys.readouterr().err
+
+
+def test_the_least_memory_is_state_and_gradients(file):
+  from hrvlm_jax.parallel.topology import parse
+  from hrvlm_jax.planning.arithmetic import Least
+  from hrvlm_jax.training import run_config
+
+  config = to_dict(run_config.load(RunConfig, file, []))
+  size = sum(np.prod(x.shape) for x in _leaves())
+  least = Least({'config': config}, parse('gpu:4'))
+  whole = least.bytes({'config': config}, {'data': 4, 'fsdp': 1})
+  # Parameters, two moments, and gradients or what layers keep; the step counter.
+  assert 4 * 4 * size <= whole <= 4 * 4 * size + 2**20
+  assert least.bytes({'config': config}, {'fsdp': 4}) < whole / 2
 
 
 @pytest.mark.parametrize('name', ['mc_llava', 'llava_hr', 'pheye', 'single_view'])

@@ -10,7 +10,7 @@ import pytest
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.planning import explain, schedule
 from hrvlm_jax.planning.costs import costs
-from hrvlm_jax.planning.cycles import Kind, splash_blocks
+from hrvlm_jax.planning.cycles import GROUPS, Kind, splash_blocks
 from hrvlm_jax.planning.hlo import Module
 from hrvlm_jax.planning.traffic import Traffic, memory_bytes, stored_bytes
 
@@ -255,6 +255,41 @@ def test_messages_wait_for_each_other():
   assert seconds_of(reading) == pytest.approx(3 * gather_seconds())
 
 
+def between(middle: str = '', *, kind: str = 'ALL_REDUCE', slices: str = '1,2') -> str:
+  """A message between slices as libtpu writes it: sent to the host, received from it."""
+  array = 'bf16[1024,8,128]{2,1,0:T(8,128)(2,1)}'
+  how = ('is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name='
+         '"xla_megascale_runtime",_xla_host_transfer_rendezvous="all-reduce.48_0",'
+         f'_xla_megascale_target="{{{slices}}}x{{0:3}}",_xla_megascale_transfer_type="{kind}"}}')
+  return f"""  %a = {array} parameter(0)
+  %z = token[] after-all()
+  %s = ({array}, u32[], token[]) send(%a, %z), channel_id=2, {how}
+{middle}
+  %r = ({array}, u32[], token[]) recv(%z), channel_id=1, {how}
+  %x = token[] send-done(%s), channel_id=2, is_host_transfer=true
+  %d = ({array}, token[]) recv-done(%r), channel_id=1, is_host_transfer=true"""
+
+
+def test_messages_between_slices_pass_the_slow_network():
+  size = 1024 * 8 * 128 * 2
+  reading = read(between())
+  # Two slices: each sends half and receives half twice.
+  assert seconds_of(reading) == pytest.approx(2 * size / 2 / 6.25e9 + LATENCY)
+  assert set(kinds(reading)) == {Kind.BETWEEN}
+  [message] = reading.messages
+  assert (message.kind, message.group, message.times) == ('all-reduce between slices', 2, 1)
+  four = read(between(slices='1,2,3,4'))
+  assert seconds_of(four) == pytest.approx(2 * size * 3 / 4 / 6.25e9 + LATENCY)
+  assert read(between(kind='ALL_GATHER')).messages[0].kind == 'all-gather between slices'
+  # Work hides it; the reader of v6e knows a faster network.
+  work = product('p', 4096, 2048, 8192)
+  hidden = read(between(work))
+  assert hidden.cycles == pytest.approx(max(read(work).cycles, reading.cycles))
+  assert read(between(), chip='v6e').seconds < 0.6 * reading.seconds
+  # What goes to the host alone is no message between slices.
+  assert not read(between().replace('_xla_megascale', '_other')).messages
+
+
 @pytest.mark.parametrize('middle, waits', [(512, True), (4096, False)])
 def test_a_prefetch_is_waited_for(middle, waits):
   work = product('p', middle, 1024, 1024)
@@ -406,11 +441,17 @@ def test_a_compiled_splash_program():
 @pytest.mark.parametrize('name', ['mm', 'fsdp', 'splash'])
 def test_tables_add_up(name):
   found = explain.summary(schedule.read(stored(name), 'v5e'))
-  for table in ('classes', 'sources'):
+  for table in ('classes', 'sources', 'groups'):
     assert sum(row['seconds'] for row in found[table].values()) == pytest.approx(found['seconds'])
     assert sum(row['share'] for row in found[table].values()) == pytest.approx(1)
   assert found['seconds'] < found['likely_seconds'] <= 1.2 * found['seconds'] * (1 + 1e-9)
   assert len(found['places']) <= 10 and found['assumptions']
+  products = found['groups'].get('products', {'share': 0})['share']
+  assert found['beyond_products'] == pytest.approx(1 - products)
+
+
+def test_every_class_has_a_group():
+  assert sorted(kind for kinds in GROUPS.values() for kind in kinds) == sorted(Kind)
 
 
 # --- the file, the verb, mistakes ----------------------------------------------------------------
