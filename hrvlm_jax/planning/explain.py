@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import gzip
 import lzma
 import pathlib
+import re
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError
@@ -33,15 +34,22 @@ def load(path: pathlib.Path) -> str:
     raise UserError(f'{path}: cannot be read as a program text: {error}') from error
 
 
+def slim(text: str) -> str:
+  """A program without what no reader needs: folders of this machine, machine code of kernels."""
+  text = re.sub(r'"/[^"\n]*?/(hrvlm_jax|site-packages)/', r'"\1/', text)
+  text = re.sub(r'"/[^"\n]*/([^"/\n]+\.py")', r'"\1', text)
+  return re.sub(r'("body":\s*)"[^"\n]*"', r'\1""', text)
+
+
 def store(path: pathlib.Path, text: str) -> None:
-  """Writes a program, compressed where the suffix says so (.gz, .xz, .bz2).
+  """Writes a program (`slim`), compressed where the suffix says so (.gz, .xz, .bz2).
 
   Raises:
     UserError: the file cannot be written.
   """
   try:
     with _OPENERS.get(path.suffix, open)(path, 'wt') as file:
-      file.write(text)
+      file.write(slim(text))
   except OSError as error:
     raise UserError(f'{path}: cannot be written: {error}') from error
 

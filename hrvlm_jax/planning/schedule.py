@@ -170,7 +170,7 @@ class _Walk:
     self._prefetched = 0.0
     self._unknown_loops = 0
     self._guessed: Counter[str] = Counter()
-    # Channel of a message carried in fusions -> (cycles left, runs, the message as charged).
+    # Channel of a message carried in fusions -> (cycles left, runs, where it starts).
     self._carried: dict[str, tuple[float, int, tuple[str, hlo.Instruction]]] = {}
 
   def reading(self) -> Reading:
@@ -274,6 +274,7 @@ class _Walk:
     if key not in self._prices:
       self._prices[key] = self._pricing.cost(computation, inst)
     cost = self._prices[key]
+    before = len(self._messages)
     channels = [self._enter(name, i, times) for name, i in carried]
     names = list(dict.fromkeys(channels))
     if inst.name.startswith('async-collective-start') and names:
@@ -284,6 +285,9 @@ class _Walk:
                                                   for _, name in hlo.callees(inst.attributes)))
     if names and (finishes or alone):
       kind = Kind.MESSAGE_WAIT if finishes else Kind.MESSAGE
+      if not finishes:  # what starts here has nothing beside it
+        self._messages[before:] = [dataclasses.replace(message, how='synchronous')
+                                   for message in self._messages[before:]]
       for name in names:
         left = max(self._carried.pop(name)[0], 0.0)
         self._charge(computation, inst, times, left, kind)

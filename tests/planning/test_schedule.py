@@ -221,6 +221,8 @@ def test_an_all_reduce_goes_round_twice_and_a_reduce_scatter_once():
               'kind=kCustom, calls=%all-reduce-scatter.1', body, partitions=64)
   assert seconds_of(part) == pytest.approx(size / 16 * 15 / RING + LATENCY + group / 2 * HOP)
   assert part.messages[0].kind == 'reduce-scatter' and set(kinds(part)) == {Kind.MESSAGE}
+  assert part.messages[0].how == 'synchronous'  # nothing runs beside it
+  assert explain.summary(part)['synchronous_bytes'] == size / 16
 
 
 def started(middle: str, *, finish: bool = True) -> schedule.Reading:
@@ -467,6 +469,21 @@ def test_explain_verb(tmp_path, capsys):
   assert 'by class:' in printed and 'the 10 dearest places:' in printed
   assert 'optimistic' in printed and 'likely' in printed and 'cases.py:' in printed
   assert json.loads(out.read_text())['chip'] == 'v5p'
+
+
+def test_a_stored_program_has_no_folders_and_no_machine_code(tmp_path):
+  text = stored('splash').replace('FileNames\n', 'FileNames\n98 "/home/me/x/hrvlm_jax/a/b.py"\n'
+                                  '99 "/opt/lib/site-packages/p/q.py"\n97 "/opt/lib/enum.py"\n')
+  text = text.replace('"custom_call_config":{', '"custom_call_config":{"body":"QUJD+/=",')
+  for name in ('a.txt', 'a.txt.xz'):
+    explain.store(tmp_path / name, text)
+    kept = explain.load(tmp_path / name)
+    assert '98 "hrvlm_jax/a/b.py"' in kept and '99 "site-packages/p/q.py"' in kept
+    assert '97 "enum.py"' in kept and 'QUJD' not in kept and '"/' not in kept
+    assert schedule.read(kept, 'v5e').cycles == schedule.read(text, 'v5e').cycles
+  assert (tmp_path / 'a.txt.xz').stat().st_size < (tmp_path / 'a.txt').stat().st_size / 4
+  with pytest.raises(UserError, match='cannot be written'):
+    explain.store(tmp_path / 'no' / 'a.txt', text)
 
 
 def test_mistakes(tmp_path):
