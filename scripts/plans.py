@@ -7,7 +7,8 @@
                                                compilation took more than five minutes of CPU time
     python scripts/plans.py --table            writes the page from the reports that are there
 
-Each case is one `hrvlm plan` command; its report is kept as docs/plans/NAME.json.
+Each case is one `hrvlm plan` command; its report is kept as docs/plans/NAME.json, its program as
+docs/plans/programs/NAME.txt.xz, and what later ones must not exceed in docs/plans/bounds.json.
 """
 
 import argparse
@@ -114,12 +115,25 @@ def run(name: str, arguments: str) -> bool:
   out = REPORTS / f'{name}.json'
   command = [sys.executable, '-m', 'hrvlm_jax.cli', 'plan', *shlex.split(arguments)]
   print('+ hrvlm plan', arguments, flush=True)
-  done = subprocess.run([*command, '--json', str(out), '--timeout', '3600'], cwd=ROOT)
+  program = REPORTS / 'programs' / f'{name}.txt.xz'
+  program.parent.mkdir(exist_ok=True)
+  done = subprocess.run([*command, '--json', str(out), '--program', str(program),
+                         '--timeout', '3600'], cwd=ROOT)
   if done.returncode not in (0, 1) or not out.exists():
     return False
   report = json.loads(out.read_text()) | {'command': f'hrvlm plan {arguments}'}
   out.write_text(json.dumps(report, indent=2) + '\n')
   return True
+
+
+def bounds(reports: dict[str, dict]) -> dict[str, dict]:
+  """What tests allow each step: 2 % more than it takes."""
+  return {name: {
+    'seconds': round(1.02 * r['step']['seconds'], 4),
+    'synchronous_bytes': int(1.02 * r['account']['synchronous_bytes']),
+    'attention_share': round(
+      1.02 * r['account']['groups'].get('attention', {'share': 0.0})['share'], 4)}
+    for name, r in reports.items()}
 
 
 def kept() -> tuple[dict[str, dict], dict[str, dict]]:
@@ -246,7 +260,9 @@ def main() -> int:
     name for name in CASES
     if arguments.only in name and (not arguments.missing or is_missing(name))]
   failed = [name for name in chosen if not run(name, CASES[name])]
-  (ROOT / 'docs' / 'plans.md').write_text(page(*kept()))
+  reports, before = kept()
+  (ROOT / 'docs' / 'plans.md').write_text(page(reports, before))
+  (REPORTS / 'bounds.json').write_text(json.dumps(bounds(reports), indent=1) + '\n')
   if failed:
     print(f'no report: {", ".join(failed)}', file=sys.stderr)
   return 1 if failed else 0

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes)
+PARTS=(systems training parallel interop recipes plans)
 
 part=${1:-}
 if [[ $part == --list ]]; then
@@ -26,7 +26,11 @@ fi
 shift
 
 source scripts/env.sh
-ensure_env test torch==2.13.0
+needed=(torch==2.13.0)
+if [[ $part == plans ]]; then # the compiler for TPUs; no TPU is needed
+  needed+=(libtpu==0.0.42.1)
+fi
+ensure_env test "${needed[@]}"
 
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT

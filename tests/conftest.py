@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU, exact matrix products, no network, and no hidden skips."""
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -28,7 +29,7 @@ import pytest  # noqa: E402
 
 # The only reasons for which a test may be skipped. A skip of any other kind is a failure
 # (tests/packaging/test_skips.py).
-SKIP_MARKS = ('gpu', 'tpu', 'peers', 'gcloud')
+SKIP_MARKS = ('gpu', 'tpu', 'peers', 'gcloud', 'libtpu')
 
 
 # What runs in under two minutes on two cores and touches every room: `pytest -m fast`, before each
@@ -72,6 +73,8 @@ def _missing(mark: str) -> str | None:
 
     if all(device.platform != mark for device in jax.devices()):
       return f'no {mark.upper()} here'
+  if mark == 'libtpu' and importlib.util.find_spec('libtpu') is None:
+    return 'libtpu, the compiler for TPUs, is not installed'
   if mark == 'peers' and not os.environ.get('HRVLM_PEERS'):
     return 'HRVLM_PEERS names no folder of other projects'
   if mark == 'gcloud' and not (os.environ.get('HRVLM_GCLOUD') and shutil.which('gcloud')):

@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding
 from hrvlm_jax.parallel import distributed, rules
 from hrvlm_jax.parallel.compiler import compiler_options
 from hrvlm_jax.parallel.mesh import MeshConfig, batch_shards, check_batch, make_mesh, replicated
+from hrvlm_jax.parallel.topology import chip_of
 
 
 class Layout:
@@ -83,8 +84,10 @@ class Layout:
     whole: NamedSharding = replicated(self.mesh)
 
     # Options speak of messages between devices; a program for one device gets none.
-    platform = self.mesh.devices.flat[0].platform
-    options = {**(compiler_options(platform) if self.mesh.size > 1 else {}), **(options or {})}
+    device = self.mesh.devices.flat[0]
+    chip = chip_of(device.device_kind)
+    wanted = compiler_options(chip.name if chip else device.platform)
+    options = {**(wanted if self.mesh.size > 1 else {}), **(options or {})}
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, whole),
                    compiler_options=options or None)
 

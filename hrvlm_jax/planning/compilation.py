@@ -123,6 +123,8 @@ def _write(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 def main(arguments: Sequence[str]) -> int:
   """The child: request as JSON, folder of the answer."""
   request, folder = json.loads(arguments[0]), pathlib.Path(arguments[1])
+  # JAX notes ten calls of every operation, all of them its own where a kernel is called.
+  jax.config.update('jax_traceback_in_locations_limit', 40)
   # The compiler spawns no tool that could help here; its chatter goes to stderr, which the parent
   # shows only when there is no answer.
   with contextlib.suppress(BrokenPipeError):

@@ -63,12 +63,9 @@ def train_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, length: 
 
 
 def planned(ex: Execution) -> Execution:
-  """An execution without the fused kernels that no plan can compile.
-
-  Kernels of GPUs cannot be lowered for the fake devices that stand for them, and what 'auto' takes
-  on one TPU core cannot be partitioned.
-  """
-  return ex.replace(attention='xla') if ex.attention == 'auto' or ex.on == 'gpu' else ex
+  """An execution without what cannot be compiled here: kernels of GPUs cannot be lowered for the
+  fake devices that stand for them. TPUs keep the attention that a run takes."""
+  return ex.replace(attention='xla') if ex.on == 'gpu' else ex
 
 
 def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: str,

@@ -8,7 +8,7 @@ import sys
 import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MARKS = ('gpu', 'tpu', 'peers', 'gcloud')
+MARKS = ('gpu', 'tpu', 'peers', 'gcloud', 'libtpu')
 
 SAMPLE = """
 import pytest

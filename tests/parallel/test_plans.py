@@ -42,7 +42,8 @@ def parts(arguments):
   config = run_config.load(RunConfig, str(REPO / option('--config')),
                            [tuple(pair) for pair in overrides])  # fmt: skip
   assert option('--config').endswith(option('--topology'))  # the recipe's own mesh for these chips
-  mesh = config.mesh.resolve(parse(option('--topology')).devices)
+  slices = int(option('--slices')) if '--slices' in words else 1
+  mesh = config.mesh.resolve(parse(option('--topology'), slices=slices).devices)
   return config, jax.sharding.AbstractMesh(tuple(mesh.shape.values()), AXES)
 
 
