@@ -48,7 +48,7 @@ def test_plan_verb_on_the_train_step(file, tmp_path, capsys):
     '--image',
     '80x60',
     '--effort',
-    'quick',
+    'scheduled',
     '--json',
     str(out),
   ]
