@@ -1,6 +1,6 @@
-"""LLaVA-HR-7B and LLaVA-HR-X-13B: two stages. configs/llava_hr.py:SIZE,STAGE[,CHIPS]
+"""LLaVA-HR-7B, LLaVA-HR-13B and LLaVA-HR-X-13B: two stages. configs/llava_hr.py:SIZE,STAGE[,CHIPS]
 
-7b, x_13b. stage1: the projector and the align module learn to caption (558K pairs); stage2:
+7b, x_13b (ConvNeXt-XXL), 13b (published as numbers alone). stage1: the projector and the align module learn to caption (558K pairs); stage2:
 everything learns on 665K conversations. CHIPS: a key of `CHIPS`. The first of each where it is left
 out.
 
@@ -10,9 +10,10 @@ Command:  hrvlm convert --config configs/llava_hr.py:7b,stage1 --part language=V
             hrvlm train --config configs/llava_hr.py:7b,$stage --workdir runs/llava_hr_7b_$stage
           done
 Hardware: 8 x A800 80 GB (`gpu:8`; the paper says so for 7b).
-Time:     7b: 20.7 hours for both stages (paper, Table 1); x_13b: not published. Not run here.
+Time:     7b: 20.7 hours for both stages (paper, Table 1); the others: not published. Not run here.
 Expected: after stage 2 (paper, Tables 4 and 5):
           7b:    VQAv2 81.9, TextVQA 67.1, MME 1554.9, POPE 87.6
+          13b:   VQAv2 82.3, TextVQA 68.1, MME 1540.9, POPE 87.8
           x_13b: VQAv2 82.6, TextVQA 70.9, MME 1487.3, POPE 88.0
 Source:   `luogen1996/LLaVA-HR: scripts/v1_5/pretrain_llava_hr.sh, train_eval_llava_hr.sh`. Both
           stages: AdamW without weight decay, cosine schedule, 3 % warm-up, gradient norm 1,
@@ -33,15 +34,16 @@ from hrvlm_jax.training.recipe import words
 
 # Never read: the ConvNeXt's classifier, CLIP's final norm.
 UNREAD = r'vision/(slow/head|fast/post_norm)/.*'
+VICUNA_7B = dict(width=4096, depth=32, heads=32, kv_heads=32, mlp_width=11008)
+VICUNA_13B = dict(width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13824)
+CONVNEXT_L = dict(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), norm_eps=1e-6, classes=1000,
+                  head_width=1536)
+CONVNEXT_XXL = dict(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072), norm_eps=1e-5,
+                    classes=1000, head_width=None)
 SIZES = {
-  '7b': dict(
-    language=dict(width=4096, depth=32, heads=32, kv_heads=32, mlp_width=11008),  # Vicuna-7B
-    slow=dict(depths=(3, 3, 27, 3), widths=(192, 384, 768, 1536), norm_eps=1e-6,  # ConvNeXt-L
-              classes=1000, head_width=1536)),
-  'x_13b': dict(
-    language=dict(width=5120, depth=40, heads=40, kv_heads=40, mlp_width=13824),  # Vicuna-13B
-    slow=dict(depths=(3, 4, 30, 3), widths=(384, 768, 1536, 3072), norm_eps=1e-5,  # ConvNeXt-XXL
-              classes=1000, head_width=None)),
+  '7b': dict(language=VICUNA_7B, slow=CONVNEXT_L),
+  'x_13b': dict(language=VICUNA_13B, slow=CONVNEXT_XXL),
+  '13b': dict(language=VICUNA_13B, slow=CONVNEXT_L),
 }
 STAGES = {
   'stage1': dict(
