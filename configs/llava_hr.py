@@ -1,8 +1,8 @@
 """LLaVA-HR-7B, LLaVA-HR-13B and LLaVA-HR-X-13B: two stages. configs/llava_hr.py:SIZE,STAGE[,CHIPS]
 
-7b, x_13b (ConvNeXt-XXL), 13b (published as numbers alone). stage1: the projector and the align module learn to caption (558K pairs); stage2:
-everything learns on 665K conversations. CHIPS: a key of `CHIPS`. The first of each where it is left
-out.
+7b, x_13b (ConvNeXt-XXL), 13b (published as numbers alone). stage1: the projector and the align
+module learn to caption (558K pairs); stage2: everything learns on 665K conversations. CHIPS: a key
+of `CHIPS`. The first of each where it is left out.
 
 Command:  hrvlm convert --config configs/llava_hr.py:7b,stage1 --part language=VICUNA_7B
             --part vision/fast=CLIP_L_336 --part vision/slow=CONVNEXT --to weights/llava_hr_7b_start

@@ -23,8 +23,8 @@ __all__ = ['convert', 'evaluate', 'export', 'finetune', 'load', 'train']
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None
-         ) -> Model:
+         urls: bool = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None,
+         alpha: str = 'drop', max_pixels: int = 178_956_970) -> Model:
   """A model, ready to be asked.
 
   Args:
@@ -41,6 +41,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     exif: 'apply' turns photographs upright as their EXIF block says, 'ignore' does not.
     urls: images may be http or https addresses.
     max_bytes: of an image that is fetched, or given as a data URL.
+    alpha: 'white' puts transparent pictures on a white page, 'drop' forgets transparency.
+    max_pixels: larger images are refused before they are decoded.
     mesh: devices that the model is cut over, such as {'tensor': 4} or {'fsdp': 8}: each reads its
       part of the weights, and no more. On several processes (`jax.distributed`) every call is made
       on all of them. Default: one device.
@@ -56,7 +58,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
   from hrvlm_jax.front import loading
 
   return loading.load(what, revision=revision, dtype=dtype, encoder=encoder, methods=methods,
-                      exif=exif, urls=urls, max_bytes=max_bytes, mesh=mesh)
+                      exif=exif, urls=urls, max_bytes=max_bytes, mesh=mesh, alpha=alpha,
+                      max_pixels=max_pixels)
 
 
 def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,

@@ -5,7 +5,7 @@ Nothing here imports JAX or reads a config; see `training.run_config` for the la
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hrvlm_jax import __version__
 from hrvlm_jax.cli.examples import EXAMPLES
@@ -119,6 +119,31 @@ def axes(text: str) -> dict[str, int]:
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise argparse.ArgumentTypeError(f"found '{text}': {', '.join(twice)} is there twice")
   return dict(pairs)
+
+
+def add_reading(parser: argparse.ArgumentParser, *, exif: bool = False) -> None:
+  """`--alpha`, `--max-pixels` and, where asked, `--exif`: how image files are opened (see
+  `core.images.open_image`)."""
+  if exif:
+    parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
+                        help='turn photographs upright as their EXIF block says, or not')
+  parser.add_argument('--alpha', choices=('drop', 'white'), default='drop',
+                      help='put transparent pictures on a white page, or forget transparency')
+  parser.add_argument('--max-pixels', type=_positive, default=178_956_970, metavar='N',
+                      help='refuse larger images, before they are decoded (default: %(default)s)')
+
+
+def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The options of `add_reading` that were added, for `open_image`."""
+  return {key: getattr(arguments, key) for key in ('exif', 'alpha', 'max_pixels')
+          if hasattr(arguments, key)}
+
+
+def _positive(text: str) -> int:
+  number = int(text)
+  if number < 1:
+    raise argparse.ArgumentTypeError(f'{text}: expected at least 1')
+  return number
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:

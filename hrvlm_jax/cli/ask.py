@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from hrvlm_jax.cli import questions
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, add_reading, reading_of
 from hrvlm_jax.core.errors import UserError
 
 KNOBS = (
@@ -48,8 +48,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--top-p', type=float, default=1.0)
   parser.add_argument('--beams', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
-  parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
-                      help='turn photographs upright as their EXIF block says, or not')
+  add_reading(parser, exif=True)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_mesh()
   parser.add_processes()
@@ -80,11 +79,12 @@ def main(argv: list[str]) -> int:
 def _one(arguments, knobs, sampling, *, write: bool) -> int:
   """Answers one question; on several processes all compute and one writes."""
   # Images first: a bad file is known before a large checkpoint is read.
-  images = [questions.picture_of(word, exif=arguments.exif, urls=arguments.urls)
+  reading = reading_of(arguments)
+  images = [questions.picture_of(word, urls=arguments.urls, **reading)
             for word in arguments.image]
   import hrvlm_jax
 
-  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, **reading,
                          encoder=knobs.pop('encoder', None), methods=knobs, mesh=arguments.mesh)
   answer = ''
   if arguments.beams > 1 or arguments.json:
@@ -116,8 +116,7 @@ def encode(argv: list[str]) -> int:
   parser.add_argument('--prompt', help='text that says where to look (PS3); default: by saliency')
   parser.add_argument('--overlay', metavar='OUT.png', help='draw what was looked at, per scale')
   parser.add_argument('--out', metavar='OUT.npy', help='write the tokens, float32 [n d]')
-  parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
-                      help='turn photographs upright as their EXIF block says, or not')
+  add_reading(parser, exif=True)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   arguments = parser.parse(argv)
   check_overlay(arguments.overlay)
@@ -128,7 +127,7 @@ def encode(argv: list[str]) -> int:
 
   from hrvlm_jax.core.images import open_image
 
-  image = open_image(arguments.image, exif=arguments.exif)  # before a large checkpoint is read
+  image = open_image(arguments.image, **reading_of(arguments))  # before a checkpoint is read
   import numpy as np
 
   from hrvlm_jax.core.execution import Execution

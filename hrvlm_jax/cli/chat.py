@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, add_reading, reading_of
 from hrvlm_jax.cli.ask import KNOBS, check_overlay, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 
@@ -42,20 +42,19 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--top-k', type=int, default=0)
   parser.add_argument('--top-p', type=float, default=1.0)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
-  parser.add_argument('--exif', choices=('apply', 'ignore'), default='apply',
-                      help='turn photographs upright as their EXIF block says, or not')
+  add_reading(parser, exif=True)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--urls', action='store_true', help='images may be http(s) addresses')
   arguments = parser.parse(argv)
 
   from hrvlm_jax.front.images import as_image
 
-  reading = dict(exif=arguments.exif, urls=arguments.urls)
+  reading = reading_of(arguments) | dict(urls=arguments.urls)
   images = [as_image(word, **reading) for word in arguments.image]
   import hrvlm_jax
 
-  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
-                         encoder=knobs.pop('encoder', None), methods=knobs, urls=arguments.urls)
+  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, encoder=knobs.pop('encoder', None),
+                         methods=knobs, **reading)
   settings = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
   model.check(settings)

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import typing
 
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, add_reading
 from hrvlm_jax.cli.ask import KNOBS, NAMES, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.evaluation.analysis import ANALYSES
@@ -40,6 +40,10 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--batch-size', type=int, default=8)
   parser.add_argument('--limit', type=int, help='only the first samples')
   parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
+  add_reading(parser)
+  parser.add_argument('--bad-images', choices=('wrong', 'stop'), default='wrong',
+                      help='a sample whose image cannot be used counts as wrong and is listed, or '
+                           'all images are decoded first and a bad one ends the run')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   parser.add_mesh()
@@ -214,8 +218,10 @@ def _ask(answerer, benchmark, arguments, data, out):
     benchmark, asked, data=data, out=out,
     options=Options(
       split=arguments.split, prompt_file=arguments.prompt, batch_size=arguments.batch_size,
-      limit=arguments.limit, process_index=jax.process_index(), process_count=jax.process_count(),
-      barrier=lambda: distributed.barrier('eval'), progress=not arguments.quiet,
+      limit=arguments.limit, alpha=arguments.alpha, max_pixels=arguments.max_pixels,
+      bad_images=arguments.bad_images, process_index=jax.process_index(),
+      process_count=jax.process_count(), barrier=lambda: distributed.barrier('eval'),
+      progress=not arguments.quiet,
       together=None if lies is None or lies.own else distributed.from_first))
   if result is not None:
     print(result.summary())

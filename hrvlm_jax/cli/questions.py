@@ -10,6 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
+from hrvlm_jax.cli.arguments import reading_of
 from hrvlm_jax.core.errors import UserError
 
 
@@ -59,7 +60,8 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
     raise UserError(f'--batch-size {arguments.batch_size}: expected at least 1')
   folder, lines = _lines(arguments)
   about = {'checkpoint': os.path.abspath(arguments.checkpoint), 'knobs': knobs,
-           'settings': settings, 'dtype': arguments.dtype, 'exif': arguments.exif}
+           'settings': settings, 'dtype': arguments.dtype, 'exif': arguments.exif,
+           'alpha': arguments.alpha}
   kept = None
   if arguments.out is not None:
     kept = Answered(arguments.out, about)
@@ -69,7 +71,7 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
 
   import hrvlm_jax
 
-  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, **reading_of(arguments),
                          encoder=knobs.get('encoder'), urls=arguments.urls, mesh=arguments.mesh,
                          methods={name: knob for name, knob in knobs.items() if name != 'encoder'})
   counts = {'asked': 0, 'wrong': 0, 'empty': 0, 'before': 0}
@@ -145,7 +147,7 @@ def _lines(arguments) -> tuple[str, Iterator[tuple[int, str]]]:
   return folder, read()
 
 
-def picture_of(word: str, *, exif: str, urls: bool):
+def picture_of(word: str, *, urls: bool, **reading):
   """The image of a word of the command line; `-` is standard input.
 
   Raises:
@@ -154,5 +156,5 @@ def picture_of(word: str, *, exif: str, urls: bool):
   from hrvlm_jax.front.images import as_image
 
   if word == '-' and not pathlib.Path('-').exists():
-    return as_image(sys.stdin.buffer.read(), exif=exif, name='standard input')
-  return as_image(word, exif=exif, urls=urls)
+    return as_image(sys.stdin.buffer.read(), name='standard input', **reading)
+  return as_image(word, urls=urls, **reading)

@@ -29,8 +29,9 @@ BICUBIC = Image.Resampling.BICUBIC
 BILINEAR = Image.Resampling.BILINEAR
 NEAREST = Image.Resampling.NEAREST
 
-# About 9450 x 9450, the limit above which Pillow itself warns of a decompression bomb.
-MAX_PIXELS = 89_478_485
+# About 13,377 x 13,377, the limit above which Pillow refuses an image as a decompression bomb: half
+# a gigabyte of RGB. `max_pixels` raises it where larger pictures are meant.
+MAX_PIXELS = 178_956_970
 
 # Containers with a decoder that is pure pixels. EPS and friends would start other programs.
 FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'ICO', 'AVIF', 'JPEG2000')
@@ -53,6 +54,7 @@ class ImageError(UserError):
 
 ImageFile = str | os.PathLike | bytes | bytearray | memoryview
 ExifPolicy = Literal['apply', 'ignore']
+AlphaPolicy = Literal['drop', 'white']
 
 # Pillow gives the memory of every picture back to the system and gets it anew, page by page: 14 %
 # of the time from a 12-megapixel JPEG to Pheye's views. It keeps up to 64 MB (4 blocks) per process
@@ -61,6 +63,7 @@ if 'PILLOW_BLOCKS_MAX' not in os.environ:
   Image.core.set_blocks_max(max(4, Image.core.get_blocks_max()))
 
 _ORIENTATION = 0x0112
+_PNG = b'\x89PNG\r\n\x1a\n'
 _open_lock = threading.Lock()
 
 
@@ -68,19 +71,24 @@ def open_image(
   source: ImageFile,
   *,
   exif: ExifPolicy = 'apply',
+  alpha: AlphaPolicy = 'drop',
   max_pixels: int = MAX_PIXELS,
   name: str | None = None,
   inexact: int | None = None,
 ) -> Image.Image:
   """Decodes an image file completely, in its own mode (RGB, RGBA, palette, CMYK, 16-bit...).
 
-  Of an animated image (GIF, WebP, APNG, multi-page TIFF) the first frame is returned.
+  Of an animated image (GIF, WebP, APNG, multi-page TIFF) the first frame is returned. Comments and
+  profiles of a PNG do not matter, however large.
 
   Args:
     source: path, or the bytes of the file.
     exif: 'apply' turns the image upright as its EXIF orientation says, which is what a person
       expects; 'ignore' keeps the stored orientation, as the original evaluation codes do. An
       unreadable EXIF block counts as absent.
+    alpha: 'white' puts a picture with transparency on a white page, as a browser shows it (black
+      text on a transparent page is else a black rectangle); 'drop' leaves it to `to_rgb`, which
+      forgets it as the originals do.
     max_pixels: refuse more than this many pixels (width x height), before decoding.
     name: how errors call the image; default: the path, or 'image' for bytes.
     inexact: decode JPEG files at 1/2, 1/4 or 1/8 of their size, as small as both sides stay at
@@ -90,10 +98,12 @@ def open_image(
     ImageError: missing file, directory, unreadable, empty, not an image of a supported kind,
       truncated or damaged, zero size, too many pixels. A `UserError`: one sentence that names the
       file.
-    ValueError: unknown `exif` policy.
+    ValueError: unknown `exif` or `alpha` policy.
   """
   if exif not in ('apply', 'ignore'):
     raise ValueError(f"exif: expected 'apply' or 'ignore', got {exif!r}")
+  if alpha not in ('drop', 'white'):
+    raise ValueError(f"alpha: expected 'drop' or 'white', got {alpha!r}")
   if isinstance(source, (bytes, bytearray, memoryview)):
     name, data = name or 'image', bytes(source)
   else:
@@ -102,6 +112,27 @@ def open_image(
   if not data:
     raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
 
+  try:
+    image = _decoded(data, max_pixels, name, inexact)
+  except ImageError as error:
+    bare = _without_texts(data) if error.kind == 'damaged' else data
+    if bare == data:
+      raise
+    image = _decoded(bare, max_pixels, name, inexact)
+  if getattr(image, 'is_animated', False):
+    image = image.copy()  # the first frame alone, without the open file
+  if exif == 'apply':
+    image = _upright(image)
+  return on_page(image, alpha)
+
+
+def on_page(image: Image.Image, alpha: AlphaPolicy) -> Image.Image:
+  """A picture with transparency on a white page, under 'white'; else as it is."""
+  white = alpha == 'white' and image.has_transparency_data
+  return to_rgb(image, alpha='white') if white else image
+
+
+def _decoded(data: bytes, max_pixels: int, name: str, inexact: int | None) -> Image.Image:
   image = _open_header(io.BytesIO(data), data[:512], name)
   _check_size(image.size, max_pixels, name)
   try:
@@ -110,9 +141,21 @@ def open_image(
   except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...
     raise ImageError(
       'damaged', f'{name}: the image data is truncated or damaged ({_reason(error)})') from error
-  if getattr(image, 'is_animated', False):
-    image = image.copy()  # the first frame alone, without the open file
-  return _upright(image) if exif == 'apply' else image
+  return image
+
+
+def _without_texts(data: bytes) -> bytes:
+  """A PNG without comments and colour profile, which Pillow refuses above a megabyte; no pixel
+  depends on them. Other files, and what is no whole chunk, as they are."""
+  if not data.startswith(_PNG):
+    return data
+  kept, place = [_PNG], len(_PNG)
+  while place + 12 <= len(data):
+    end = place + 12 + int.from_bytes(data[place:place + 4], 'big')
+    if data[place + 4:place + 8] not in (b'tEXt', b'zTXt', b'iTXt', b'iCCP'):
+      kept.append(data[place:end])
+    place = end
+  return b''.join([*kept, data[place:]])
 
 
 def image_size(
@@ -138,7 +181,14 @@ def image_size(
     if not head:
       raise ImageError('empty', f'{name}: the image file is empty (0 bytes)')
     file.seek(0)
-    image = _open_header(file, head, name)
+    try:
+      image = _open_header(file, head, name)
+    except ImageError as error:
+      if error.kind != 'damaged' or not head.startswith(_PNG):
+        raise
+      file.seek(0)
+      file = io.BytesIO(_without_texts(file.read()))
+      image = _open_header(file, head, name)
     _check_size(image.size, max_pixels, name)
     _shrink(image, inexact)
     size = image.size
@@ -206,7 +256,8 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
   if width * height > max_pixels:
     raise ImageError(
       'too large', f'{name}: the image has {width} x {height} = {width * height} pixels, the limit '
-      f'is {max_pixels}; make it smaller or raise the pixel limit')
+      f'is {max_pixels}; make it smaller or raise the limit (--max-pixels N; data.max_pixels in a '
+      f'run; decoded it takes {width * height * 3 / 1e9:.1f} GB)')
 
 
 def check_size(width: int, height: int) -> None:
@@ -435,6 +486,8 @@ def _looks_like(head: bytes) -> str:
     return ' of pixels but XML or SVG text'
   if head.startswith(b'%pdf'):
     return ' but a PDF document'
+  if head[4:12] in (b'ftypheic', b'ftypheix', b'ftyphevc', b'ftypmif1', b'ftypmsf1'):
+    return ' that can be read but HEIC or HEIF; save it as JPEG or PNG'
   if head.startswith((b'\xff\xd8', b'\x89png')):
     return ' that can be read: its header is damaged'
   return f' of a supported kind ({", ".join(_formats())})'

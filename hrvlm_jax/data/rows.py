@@ -72,16 +72,16 @@ class ImageRef:
     return images.read_file(inside(self.folder, self.path), name=self.name)
 
   def open(
-    self, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS,
-    inexact: int | None = None,
+    self, *, exif: images.ExifPolicy = 'apply', alpha: images.AlphaPolicy = 'drop',
+    max_pixels: int = images.MAX_PIXELS, inexact: int | None = None,
   ) -> Image.Image:
     """The decoded image in its own mode; see `core.images.open_image`.
 
     Raises:
       UserError: see `read` and `core.images.open_image`.
     """
-    return images.open_image(self.read(), exif=exif, max_pixels=max_pixels, name=self.name,
-                             inexact=inexact)
+    return images.open_image(self.read(), exif=exif, alpha=alpha, max_pixels=max_pixels,
+                             name=self.name, inexact=inexact)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,15 +130,16 @@ def inside(folder: str, path: str) -> str:
 
 
 def open_images(
-  row: Row, *, exif: images.ExifPolicy = 'apply', max_pixels: int = images.MAX_PIXELS,
-  inexact: int | None = None,
+  row: Row, *, exif: images.ExifPolicy = 'apply', alpha: images.AlphaPolicy = 'drop',
+  max_pixels: int = images.MAX_PIXELS, inexact: int | None = None,
 ) -> list[Image.Image]:
   """All images of a row, decoded.
 
   Raises:
     BadRow: the first image that cannot be used, with its kind of fault.
   """
-  return each_image(row, lambda ref: ref.open(exif=exif, max_pixels=max_pixels, inexact=inexact))
+  return each_image(row, lambda ref: ref.open(exif=exif, alpha=alpha, max_pixels=max_pixels,
+                                              inexact=inexact))
 
 
 def image_sizes(

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.packing import Size
 from hrvlm_jax.data.rows import BadRow, Row, image_sizes, open_images
 from hrvlm_jax.language.chat import Encoded
@@ -59,6 +60,7 @@ class ToExample:
   Attributes:
     views: (images, encoder config) -> dict of arrays with 'tokens' per image.
     exif: 'apply' turns photographs upright, 'ignore' follows the originals.
+    alpha, max_pixels: see `core.images.open_image`.
     inexact: decode JPEG files at a fraction of their size (`core.images.open_image`).
     max_length: the largest bucket; a row that is longer after `limit` is a bad row.
     limit: length of the text, as the original of the system treats it.
@@ -74,6 +76,8 @@ class ToExample:
   views: Callable[[Sequence[Image.Image], Any], dict[str, np.ndarray]]
   encoder: Any
   exif: str = 'apply'
+  alpha: str = 'drop'
+  max_pixels: int = MAX_PIXELS
   inexact: int | None = None
   max_length: int | None = None
   limit: TextLimit = TextLimit()
@@ -99,7 +103,8 @@ class ToExample:
     """
     encoded, rng = self.encode(row), np.random.default_rng() if rng is None else rng
     configs = self.drawn(row, rng)
-    images = open_images(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
+    images = open_images(row, exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels,
+                         inexact=self.inexact)[:self.images_of(row, encoded)]
     boxes = [None] * len(images)
     if self.boxes and row.extra.get('box') is not None:
       if len(images) != 1:
@@ -159,7 +164,8 @@ class ToExample:
       configs = opened.configs
     else:
       encoded, configs = self.encode(row), self.drawn(row, rng) if self.draw else None
-      sizes = image_sizes(row, exif=self.exif, inexact=self.inexact)[:self.images_of(row, encoded)]
+      sizes = image_sizes(row, exif=self.exif, max_pixels=self.max_pixels,
+                          inexact=self.inexact)[:self.images_of(row, encoded)]
     configs = [self.encoder] * len(sizes) if configs is None else configs[:len(sizes)]
     counts = [self.count(*size, config) for size, config in zip(sizes, configs, strict=True)]
     tokens = [count.tokens for count in counts]

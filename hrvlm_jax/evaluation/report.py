@@ -21,7 +21,7 @@ _SIDE = 640
 
 _FACTS = ('split', 'model', 'checkpoint', 'checkpoint_hash', 'prompt_template', 'dataset',
           'generation', 'preprocessing', 'n', 'n_missing', 'n_empty', 'n_truncated', 'n_unparsed',
-          'git')
+          'n_bad_images', 'git')
 
 _STYLE = """
 body { font-family: sans-serif; margin: 2em auto; max-width: 72em; color: #222 }
@@ -42,17 +42,19 @@ def write(
     questions: Mapping[str, str],
     overlay_fn: Callable | None = None,
     count: int = 12,
+    reading: Mapping | None = None,
 ) -> None:
   """Writes the page.
 
   Args:
     found: prediction records by sample id. questions: rendered prompts by sample id.
     overlay_fn: (image, question) -> picture, called for the examples shown.
+    reading: how images are opened, see `core.images.open_image`.
     count: at most so many right and so many wrong examples, spread evenly over the benchmark.
   """
   chosen = choose(result.per_sample, len(samples), count)
   blocks = [_example(samples[i], found.get(samples[i].id), questions.get(samples[i].id, ''),
-                     result.per_sample[i] if result.per_sample else None, overlay_fn)
+                     result.per_sample[i] if result.per_sample else None, overlay_fn, reading or {})
             for i in chosen]
   title = html.escape(f'{result.identity["task"]}: {result.identity.get("model", "")}')
   page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -97,8 +99,9 @@ def _picture(image: Image.Image) -> str:
 
 
 def _example(sample: Sample, record: Mapping | None, question: str, score: float | None,
-             overlay_fn: Callable | None) -> str:
-  opened = [image.open() for image in sample.images]
+             overlay_fn: Callable | None, reading: Mapping) -> str:
+  bad = '' if record is None else record.get('bad_image', '')
+  opened = [] if bad else [image.open(**reading) for image in sample.images]
   boxes = sample.meta.get('boxes') or []
   shown = [_picture(thumbnail(image, boxes)) for image in opened]
   if overlay_fn is not None and opened:
@@ -107,7 +110,7 @@ def _example(sample: Sample, record: Mapping | None, question: str, score: float
   kind = '' if score is None else ' right' if score >= 0.5 else ' wrong'
   given = '(none)' if record is None else record['text']
   references = '(hidden)' if sample.answers is None else ' | '.join(dict.fromkeys(sample.answers))
-  rows = [('id', sample.id), ('category', sample.category), ('answer', given),
+  rows = [('id', sample.id), ('not asked', bad), ('category', sample.category), ('answer', given),
           ('references', references), ('score', '' if score is None else f'{score:.3f}')]
   cells = ''.join(f'<tr><th>{name}</th><td>{html.escape(str(value))}</td></tr>'
                   for name, value in rows if value != '')

@@ -26,6 +26,8 @@ class Result:
     n, n_missing, n_empty, n_truncated, n_unparsed: samples; without an answer; with an empty one;
       stopped by the length limit; not understood by the headline's parser. Missing, empty and
       unparsed answers count as wrong.
+    n_bad_images: samples that were not asked because an image cannot be used; they are among the
+      empty ones and count as wrong.
     ci95: bootstrap interval of the headline.
     notes: sentences to print beside the number.
     per_sample: score 0..1 of each sample in order; empty without labels.
@@ -43,6 +45,7 @@ class Result:
   n_unparsed: int
   ci95: tuple[float, float] | None
   notes: tuple[str, ...]
+  n_bad_images: int = 0
   per_sample: tuple[float, ...] = dataclasses.field(repr=False, default=())
 
   def to_dict(self) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def score_texts(
   texts = [found[s.id]['text'] if s.id in found else '' for s in samples]
   missing = sum(s.id not in found for s in samples)
   empty = sum(s.id in found and not text.strip() for s, text in zip(samples, texts))
+  bad = [s.id for s in samples if 'bad_image' in found.get(s.id, {})]
   truncated = sum(found.get(s.id, {}).get('finish_reason') == 'length' for s in samples)
   hidden = sum(s.answers is None for s in samples)
   scores = None
@@ -102,15 +106,19 @@ def score_texts(
     notes.extend(scores.notes)
   if missing:
     notes.append(f'{missing} of {len(samples)} samples have no prediction; they count as wrong')
-  if empty:
-    notes.append(f'{empty} answers are empty; they count as they are')
+  if bad:
+    shown = ', '.join(bad[:5]) + (', ...' if len(bad) > 5 else '')
+    notes.append(f'{len(bad)} samples were not asked, an image of theirs cannot be used; they '
+                 f'count as wrong: {shown} (first: {found[bad[0]]["bad_image"]})')
+  if empty > len(bad):
+    notes.append(f'{empty - len(bad)} answers are empty; they count as they are')
   if identity.get('limit'):
     notes.append(f'only the first {len(samples)} samples: not comparable with the full split')
   elif published is not None and published != len(samples):
     notes.append(f'{len(samples)} samples where the published split has {published}')
   return Result(
       identity=identity, n=len(samples), n_missing=missing, n_empty=empty, n_truncated=truncated,
-      n_unparsed=scores.unparsed if scores else 0, notes=tuple(notes),
+      n_bad_images=len(bad), n_unparsed=scores.unparsed if scores else 0, notes=tuple(notes),
       metric=scores.metric if scores else None, value=scores.value if scores else None,
       values=scores.values if scores else {}, by_category=scores.by_category if scores else {},
       ci95=_interval(scores), per_sample=tuple(map(float, scores.per_sample)) if scores else ())

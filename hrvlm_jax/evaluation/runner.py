@@ -16,16 +16,18 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
+import functools
 import json
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.evaluation import benchmarks, prompts, provenance, records, report
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample, Samples
 from hrvlm_jax.evaluation.metrics.choice import likelihood_choice
@@ -101,6 +103,9 @@ class Options:
     prompt_file: a template to use instead of the packaged one.
     limit: only the first samples; the result says so.
     examples: how many right and how many wrong answers the report shows.
+    alpha, max_pixels: how images are opened, see `core.images.open_image`.
+    bad_images: a sample whose image cannot be used is not asked and counts as 'wrong', or all
+      images are decoded before the first question and one that cannot be used is a 'stop'.
     process_index, process_count: this process answers samples process_index::process_count.
     barrier: waits for all processes; called before and after the files are merged.
     together: the processes answer every batch together, each its part of it, and the first writes:
@@ -112,6 +117,9 @@ class Options:
   batch_size: int = 8
   limit: int | None = None
   examples: int = 12
+  alpha: str = 'drop'
+  max_pixels: int = MAX_PIXELS
+  bad_images: Literal['wrong', 'stop'] = 'wrong'
   process_index: int = 0
   process_count: int = 1
   barrier: Callable[[], None] = lambda: None
@@ -151,14 +159,18 @@ def evaluate(benchmark: str | Benchmark, model: Model, *, data: str | Path, out:
     The result; None on processes other than the first.
 
   Raises:
-    UserError: unknown benchmark, bad files, an image that cannot be decoded, a result folder of
-      another run, an answer function that returns the wrong number of answers.
+    UserError: unknown benchmark, bad files, images that cannot be decoded (under 'stop', all of
+      them named), a result folder of another run, an answer function that returns the wrong
+      number of answers.
   """
   benchmark = benchmarks.get(benchmark) if isinstance(benchmark, str) else benchmark
-  ask = _ask(benchmark, model)
+  reading = dict(alpha=options.alpha, max_pixels=options.max_pixels)
+  ask = _ask(benchmark, model, reading)
   task = _task(benchmark, model.setup, Path(data), options)
   out, first = Path(out), options.process_index == 0
   out.mkdir(parents=True, exist_ok=True)
+  if options.bad_images == 'stop':
+    _decode_all(task, options)
   _claim(out, task.identity, write=first)
   _answer(task, ask, out, options)
   options.barrier()
@@ -168,7 +180,7 @@ def evaluate(benchmark: str | Benchmark, model: Model, *, data: str | Path, out:
     result = score_texts(
       benchmark, task.split, task.samples, found, identity=task.identity,
       published=None if options.limit else benchmark.splits[task.split])
-    _write_folder(out, task, found, result, examples=options.examples,
+    _write_folder(out, task, found, result, examples=options.examples, reading=reading,
                   overlay=model.overlay if options.process_count == 1 else None)
   options.barrier()
   return result
@@ -231,6 +243,8 @@ def _task(benchmark: Benchmark, setup: Setup, data: Path, options: Options) -> _
     'dataset': _dataset(samples, data),
     'prompt_template': {'source': template.source, 'text': template.text, 'sha256': template.hash},
     'max_new_tokens': benchmark.max_new_tokens, **dataclasses.asdict(setup)}
+  if options.alpha != 'drop':
+    value['preprocessing'] = dict(value['preprocessing']) | {'alpha': options.alpha}
   try:
     identity = json.loads(json.dumps(value))
   except TypeError as error:
@@ -305,14 +319,34 @@ def _answered_by_other_layouts(out: Path, process_count: int) -> set[str]:
   return done
 
 
-def pictures(sample: Sample) -> Picture:
-  """The decoded image of a sample, several as a tuple, None without one."""
-  opened = tuple(image.open() for image in sample.images)
+def _decode_all(task: _Task, options: Options) -> None:
+  """Raises:
+    UserError: images of this process's samples that cannot be used.
+  """
+  problems, mine = [], task.samples[options.process_index::options.process_count]
+  for sample in tqdm(mine, desc='images', unit='sample', disable=not options.progress):
+    try:
+      pictures(sample, alpha=options.alpha, max_pixels=options.max_pixels)
+    except UserError as error:
+      problems.append(f'sample {sample.id}: {error}')
+  raise_all(f"{task.benchmark.name}: images that cannot be used (bad_images='wrong' counts their "
+            'samples as wrong)', problems)
+
+
+def pictures(sample: Sample, **reading) -> Picture:
+  """The decoded image of a sample, several as a tuple, None without one.
+
+  Args:
+    reading: `alpha` and `max_pixels` of `core.images.open_image`.
+  """
+  opened = tuple(image.open(**reading) for image in sample.images)
   return opened if len(opened) > 1 else opened[0] if opened else None
 
 
-def _ask(benchmark: Benchmark, model: Model) -> Callable:
+def _ask(benchmark: Benchmark, model: Model, reading: Mapping[str, Any]) -> Callable:
   """A function of (sample, question) pairs that gives the fields of a prediction for each.
+
+  A sample whose image cannot be used is not asked: its text is empty and `bad_image` says why.
 
   Raises:
     UserError: the model lacks what the benchmark asks for.
@@ -320,27 +354,47 @@ def _ask(benchmark: Benchmark, model: Model) -> Callable:
   if benchmark.likelihood:
     if model.likelihood is None:
       raise UserError(f'{benchmark.name}: needs likelihoods of the options, which this model lacks')
-    return lambda asked: _likeliest(model.likelihood, asked)
-  if model.answer is None:
+    answer = functools.partial(_likeliest, model.likelihood)
+  elif model.answer is None:
     raise UserError(f'{benchmark.name}: needs a function that answers questions')
-  return lambda asked: [_fields(answer) for answer in model.answer(
-    [(pictures(sample), question) for sample, question in asked])]
+  else:
+    answer = lambda asked: [_fields(answer) for answer in model.answer(
+      [(picture, question) for _, picture, question in asked])]
+
+  def ask(asked: Sequence[tuple[Sample, str]]) -> list[dict]:
+    opened, bad = {}, {}
+    for number, (sample, question) in enumerate(asked):
+      try:
+        opened[number] = sample, pictures(sample, **reading), question
+      except UserError as error:
+        bad[number] = {'text': '', 'finish_reason': '', 'bad_image': str(error)}
+    if not opened:
+      return list(bad.values())
+    whole = list(opened.values())  # filled up: one program serves every batch
+    answers = answer(whole + whole[-1:] * (len(asked) - len(whole)))
+    if len(answers) != len(asked):
+      raise UserError(
+        f'the answer function gave {len(answers)} answers to {len(asked)} questions')
+    found = bad | dict(zip(opened, answers[:len(opened)], strict=True))
+    return [found[number] for number in range(len(asked))]
+
+  return ask
 
 
-def _likeliest(likelihood: LikelihoodFn, asked: Sequence[tuple[Sample, str]]) -> list[dict]:
+def _likeliest(likelihood: LikelihoodFn, asked: Sequence[tuple[Sample, Picture, str]]
+               ) -> list[dict]:
   """The option of the lowest loss for each question, with the losses of all."""
   triples = []
-  for sample, question in asked:
-    picture = pictures(sample)
+  for sample, picture, question in asked:
     triples += [(picture, question, option) for option in sample.choices]
   losses = [float(loss) for loss in likelihood(triples)]
   if len(losses) != len(triples):
     raise UserError(
       f'the likelihood function gave {len(losses)} losses for {len(triples)} options')
   rest = iter(losses)
-  rows = [[next(rest) for _ in sample.choices] for sample, _ in asked]
+  rows = [[next(rest) for _ in sample.choices] for sample, *_ in asked]
   return [{'text': sample.choices[likelihood_choice(row)], 'finish_reason': '', 'losses': row}
-          for (sample, _), row in zip(asked, rows)]
+          for (sample, *_), row in zip(asked, rows)]
 
 
 def _fields(answer: str | Answer) -> dict[str, Any]:
@@ -352,7 +406,8 @@ def _fields(answer: str | Answer) -> dict[str, Any]:
 
 
 def _write_folder(out: Path, task: _Task, found: Mapping[str, dict], result: Result, *,
-                  overlay: OverlayFn | None = None, examples: int = Options.examples) -> None:
+                  overlay: OverlayFn | None = None, examples: int = Options.examples,
+                  reading: Mapping[str, Any] | None = None) -> None:
   """All files; result.json comes last but for the report: without it a folder is unfinished."""
   samples, benchmark = task.samples, task.benchmark
   lines = []
@@ -363,7 +418,9 @@ def _write_folder(out: Path, task: _Task, found: Mapping[str, dict], result: Res
       'references': sample.answers, 'category': sample.category, 'score': score,
       'finish_reason': record.get('finish_reason', ''),
       'num_image_tokens': record.get('num_image_tokens'),
-      'num_new_tokens': record.get('num_new_tokens')}, ensure_ascii=False))
+      'num_new_tokens': record.get('num_new_tokens'),
+      **({'bad_image': record['bad_image']} if 'bad_image' in record else {})},
+      ensure_ascii=False))
   records.write_whole(out / records.MERGED, '\n'.join(lines) + '\n')
   if benchmark.submission and not result.n_missing:
     records.write_submission(benchmark, samples, [found[s.id]['text'] for s in samples], out)
@@ -371,4 +428,4 @@ def _write_folder(out: Path, task: _Task, found: Mapping[str, dict], result: Res
   value = result.to_dict() | {'finished': finished}
   records.write_whole(out / 'result.json', json.dumps(value, indent=2) + '\n')
   report.write(out / 'report.html', result, samples, found, overlay_fn=overlay,
-               questions=task.questions, count=examples)
+               questions=task.questions, count=examples, reading=reading or {})

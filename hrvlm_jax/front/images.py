@@ -18,7 +18,14 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, ExifPolicy, ImageError, open_image
+from hrvlm_jax.core.images import (
+  MAX_PIXELS,
+  AlphaPolicy,
+  ExifPolicy,
+  ImageError,
+  on_page,
+  open_image,
+)
 from hrvlm_jax.data.sources import IMAGE_SUFFIXES
 
 MAX_BYTES = 32 << 20  # of a download or a data URL
@@ -27,16 +34,16 @@ _FORMS = ('a path, bytes, a PIL image, a NumPy array [h w 3], a data URL or an a
           '(https://...)')
 
 
-def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, files: bool = True,
-             max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS,
-             name: str | None = None) -> Image.Image:
+def as_image(source: Any, *, exif: ExifPolicy = 'apply', alpha: AlphaPolicy = 'drop',
+             urls: bool = False, files: bool = True, max_bytes: int = MAX_BYTES,
+             max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
   """A decoded picture.
 
   Args:
     source: a path; bytes or an open file; a PIL image; an array [h w], [h w 1], [h w 3] or
       [h w 4], uint8 or floats from 0 to 1; `data:` URL; http or https address; Hugging Face's
       {'bytes', 'path'}.
-    exif: see `core.images.open_image`.
+    exif, alpha: see `core.images.open_image`; `alpha` also of pictures and arrays.
     urls: addresses may be fetched. Off, so that a question from elsewhere makes this machine ask
       no other.
     files: paths may be read (off for questions that come over a network).
@@ -47,10 +54,10 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, fil
   Raises:
     UserError: nothing of these, an address while they are off, too large, no usable image.
   """
-  read = dict(exif=exif, max_pixels=max_pixels)
+  read = dict(exif=exif, alpha=alpha, max_pixels=max_pixels)
   if isinstance(source, Image.Image):
     _check_pixels(source.size, max_pixels, name or 'image')
-    return source
+    return on_page(source, alpha)
   if isinstance(source, Mapping):
     source = source.get('bytes') or source.get('url') or source.get('path')
   if isinstance(source, (bytes, bytearray, memoryview)):
@@ -74,7 +81,8 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', urls: bool = False, fil
                       'not read')
     return open_image(source, name=name, **read)
   if hasattr(source, '__array__'):
-    return from_array(np.asarray(source), max_pixels=max_pixels, name=name or 'array')
+    return on_page(
+      from_array(np.asarray(source), max_pixels=max_pixels, name=name or 'array'), alpha)
   found = 'nothing' if source is None else type(source).__name__
   raise UserError(f'{name or "image"}: found {found}, expected {_FORMS}')
 

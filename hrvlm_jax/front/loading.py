@@ -14,6 +14,7 @@ from hrvlm_jax.checkpoint import layout, store
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.front.images import MAX_BYTES
 from hrvlm_jax.front.model import Model
 from hrvlm_jax.interop import hub
@@ -33,11 +34,14 @@ _log = logging.getLogger(__name__)
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = MAX_BYTES, mesh: Mapping[str, int] | None = None
-         ) -> Model:
+         urls: bool = False, max_bytes: int = MAX_BYTES, mesh: Mapping[str, int] | None = None,
+         alpha: str = 'drop', max_pixels: int = MAX_PIXELS) -> Model:
   """See `hrvlm_jax.api.load`."""
   options = dict(encoder or {})
-  reading = dict(exif=exif, urls=urls, max_bytes=max_bytes)
+  if exif not in ('apply', 'ignore') or alpha not in ('drop', 'white') or max_pixels < 1:
+    raise UserError(f'exif={exif!r}, alpha={alpha!r}, max_pixels={max_pixels!r}: expected apply or '
+                    'ignore, drop or white, and a number of pixels')
+  reading = dict(exif=exif, urls=urls, max_bytes=max_bytes, alpha=alpha, max_pixels=max_pixels)
   try:
     ex = Execution(dtype=dtype)
   except TypeError as error:
@@ -71,7 +75,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     if methods:
       raise UserError(f'{what}: is an encoder alone; {", ".join(methods)} belong to answers')
     return Model(config, encoder=ImageEncoder(config, params, tokenizer), **common)
-  answerer = Answerer(config, params, tokenizer, ex=ex, exif=exif, layout=lies)
+  answerer = Answerer(config, params, tokenizer, ex=ex, exif=exif, alpha=alpha,
+                      max_pixels=max_pixels, layout=lies)
   return Model(config, answerer=with_methods(answerer, methods or {}), **common)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.core.execution import Execution
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.evaluation.model import EvaluatedModel, OptionScore
 from hrvlm_jax.front.images import MAX_BYTES, as_image
 from hrvlm_jax.language.chat import ASSISTANT, USER, Dialogue, Message
@@ -57,10 +58,11 @@ class Model:
   def __init__(self, config: ModelConfig, *, answerer: Answerer | None = None,
                encoder: ImageEncoder | None = None, ex: Execution, name: str = '',
                origin: Mapping[str, Any] | None = None, exif: str = 'apply', urls: bool = False,
-               max_bytes: int = MAX_BYTES):
+               max_bytes: int = MAX_BYTES, alpha: str = 'drop', max_pixels: int = MAX_PIXELS):
     self.config, self.answerer, self.name = config, answerer, name
     self.origin = dict(origin or {})
-    self._ex, self._reading = ex, dict(exif=exif, urls=urls, max_bytes=max_bytes)
+    self._ex, self._reading = ex, dict(
+      exif=exif, urls=urls, max_bytes=max_bytes, alpha=alpha, max_pixels=max_pixels)
     self._encoder, self._scorer = encoder, None
     if answerer is not None and encoder is None:
       self._encoder = ImageEncoder(config, answerer.generator.params)

@@ -8,9 +8,10 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, resize_exact, resize_on_canvas, to_rgb
+from hrvlm_jax.core.images import resize_exact, resize_on_canvas, to_rgb
 
 Pair = tuple[int, int]
+LIMIT = 357_913_940  # pixels of an intermediate form
 
 
 def check_elongation(width: int, height: int, size: Pair) -> None:
@@ -20,11 +21,11 @@ def check_elongation(width: int, height: int, size: Pair) -> None:
     size: of its intermediate form, though that is never made whole.
 
   Raises:
-    UserError: that form has more than 4 x `core.images.MAX_PIXELS` pixels.
+    UserError: that form has more than `LIMIT` pixels.
   """
-  if size[0] * size[1] > 4 * MAX_PIXELS:
+  if size[0] * size[1] > LIMIT:
     raise UserError(f'image of {width}x{height} pixels is too elongated: making it square needs a '
-                    f'picture of {size[0]} x {size[1]} pixels, at most {4 * MAX_PIXELS} pixels '
+                    f'picture of {size[0]} x {size[1]} pixels, at most {LIMIT} pixels '
                     'are allowed; crop it first')
 
 

@@ -123,14 +123,13 @@ class Answers(Evaluator):
   def _with(self, params: Any) -> Answerer:
     if self._answerer is None:
       self._answerer = Answerer(self.config.model, params, tokenizer_of(self.config.data.tokenizer),
-                                ex=Execution(mesh=self.layout.mesh),
-                                exif=self.config.data.exif)
+                                ex=Execution(mesh=self.layout.mesh), **self.config.data.reading)
     else:
       self._answerer.generator.params = vlm.unroll(self.config.model, params)
     return self._answerer
 
   def _images(self, index: int) -> list[Any]:
-    return open_images(self.source[index], exif=self.config.data.exif)
+    return open_images(self.source[index], **self.config.data.reading)
 
   def _question(self, index: int) -> dict[str, Any]:
     row = self.source[index]

@@ -69,7 +69,7 @@ def conversations(config: RunConfig, *, layout: Layout | None = None,
                     f'model.text.vocab_size is {rows}; use the tokenizer that belongs to the model')
   text = text_of(config.model, tokenizer)
   example = ToExample(text=text, views=system.views, count=system.count,
-                      encoder=config.model.encoder, exif=data.exif, inexact=data.inexact_decode,
+                      encoder=config.model.encoder, **data.reading, inexact=data.inexact_decode,
                       max_length=max(data.lengths),
                       limit=TextLimit(length=data.max_length, policy=data.too_long),
                       boxes=data.boxes, augment=data.background, draw=data.draw)

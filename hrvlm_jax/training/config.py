@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
 from hrvlm_jax.data.packing import Packing
@@ -184,6 +185,10 @@ class DataConfig:
     order: 'uniform', or 'grouped': batches of similar length and one modality (LLaVA).
     group: (examples per device and micro-batch, devices) of the grouping; None: whole batches.
     exif: 'apply' turns photographs upright; 'ignore' as the originals did.
+    alpha: 'white' puts transparent pictures on a white page; 'drop' forgets transparency as the
+      originals did.
+    max_pixels: an image of more pixels is a bad row, known before it is decoded; a worker needs
+      about 3 bytes for each while it decodes.
     inexact_decode: decode JPEG files at 1/2, 1/4 or 1/8 of their size while both sides stay at
       least so many pixels: several times faster, INEXACT (other pixels than the originals saw, and
       fewer crops where their number depends on the size). None: exact.
@@ -212,6 +217,8 @@ class DataConfig:
   order: OrderName = 'uniform'
   group: tuple[int, int] | None = None
   exif: Literal['apply', 'ignore'] = 'apply'
+  alpha: Literal['drop', 'white'] = 'drop'
+  max_pixels: int = MAX_PIXELS
   inexact_decode: int | None = None
   bad_rows: Literal['skip', 'fatal'] = 'skip'
   workers: int = 0
@@ -219,6 +226,15 @@ class DataConfig:
   boxes: bool = False
   background: PasteOnBackground | None = None
   draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if self.max_pixels < 1:
+      raise ValueError(f'DataConfig: max_pixels must be at least 1, got {self.max_pixels}')
+
+  @property
+  def reading(self) -> dict[str, Any]:
+    """How images are opened, for `core.images.open_image`."""
+    return dict(exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from hrvlm_jax.checkpoint import layout, store
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.images import open_image
+from hrvlm_jax.core.images import MAX_PIXELS, open_image
 from hrvlm_jax.language.chat import Dialogue
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
@@ -68,7 +68,7 @@ class Answerer:
   Args:
     params: parameters of `vlm.build(config)` (layers stacked).
     ex: execution of all programs.
-    exif: how image files are opened.
+    exif, alpha, max_pixels: how image files are opened, see `core.images.open_image`.
     layout: where parameters that were given in their places lie, with layers unrolled already; the
       rows of a batch are cut over it. On several processes every method is called on all of them.
 
@@ -78,8 +78,10 @@ class Answerer:
   """
 
   def __init__(self, config: ModelConfig, params, tokenizer: Tokenizer, *, ex: Execution = HERE,
-               exif: str = 'apply', layout: Layout | None = None):
+               exif: str = 'apply', alpha: str = 'drop', max_pixels: int = MAX_PIXELS,
+               layout: Layout | None = None):
     self.config, self.exif, self.layout = config, exif, layout
+    self.reading = dict(exif=exif, alpha=alpha, max_pixels=max_pixels)
     if layout is not None:
       ex = ex.replace(mesh=layout.mesh)
     self.methods: dict[str, Mapping[str, Any]] = {}
@@ -90,6 +92,7 @@ class Answerer:
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, ex: Execution = HERE, exif: str = 'apply',
+           alpha: str = 'drop', max_pixels: int = MAX_PIXELS,
            encoder_options: dict[str, Any] | None = None,
            methods: Mapping[str, Mapping[str, Any]] | None = None,
            layout: Layout | None = None) -> Answerer:
@@ -115,7 +118,8 @@ class Answerer:
       if methods:
         raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
       params = laid.load(checkpoint, config, layout, dtype=ex.dtype)
-    answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, layout=layout)
+    answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, alpha=alpha,
+                   max_pixels=max_pixels, layout=layout)
     return with_methods(answerer, methods or {})
 
   def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], Question]]:
@@ -196,7 +200,7 @@ class Answerer:
     return self.system.overlay(image, self.config.encoder, info)
 
   def _open(self, image: Any) -> Image.Image:
-    return image if isinstance(image, Image.Image) else open_image(image, exif=self.exif)
+    return image if isinstance(image, Image.Image) else open_image(image, **self.reading)
 
 
 # Inference methods that stand in for a model: name -> module with the classes of its settings and

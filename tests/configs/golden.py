@@ -29,7 +29,8 @@ RECIPES = {
   'pheye:x4_448,stage1,code': 8, 'pheye:x2_672,stage2,v5e:4x4': 16,
   **{f'mc_llava:{stage},one_view': 8 for stage in ('full', 'lora', 'projector')},
   'mc_llava:full': 8, 'mc_llava:full,one_view,v5e:8x8': 64,
-  **{f'llava_hr:{size},{stage}': 8 for size in ('7b', 'x_13b', '13b') for stage in ('stage1', 'stage2')},
+  **{f'llava_hr:{size},{stage}': 8 for size in ('7b', 'x_13b', '13b')
+     for stage in ('stage1', 'stage2')},
   'llava_hr:7b,stage2,v5e:16x16': 256, 'llava_hr:7b,stage2,v5p:4x4x4': 64,
   **{f'vila_hd:{size},{stage}': 64 for size in ('1_5k', '4k')
      for stage in ('align', 'tower', 'pretrain', 'sft')},

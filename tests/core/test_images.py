@@ -25,6 +25,72 @@ def encoded(image, kind, **options):
   return buffer.getvalue()
 
 
+def png_chunk(kind, data):
+  return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+@pytest.mark.parametrize('kind, count, after', [
+  ('zTXt', 1, False), ('iTXt', 1, False), ('iCCP', 1, False), ('tEXt', 1, True),
+  ('zTXt', 80, False)])
+def test_metadata_of_a_png_does_not_matter(kind, count, after, tmp_path):
+  """More than Pillow takes: 1 MiB in one chunk, 64 MiB in all; in front of the pixels or behind."""
+  picture = noise(6, 4)
+  plain = encoded(picture, 'PNG')
+  data = bytes((2 << 20) if count == 1 else (1 << 20) - 100)
+  body = {'zTXt': b'Comment\0\0' + zlib.compress(data), 'iCCP': b'icc\0\0' + zlib.compress(data),
+          'iTXt': b'XML:com.adobe.xmp\0\1\0\0\0' + zlib.compress(data),
+          'tEXt': b'Comment\0' + data}[kind]
+  place = plain.index(b'IEND') - 4 if after else 33  # behind the header
+  large = plain[:place] + png_chunk(kind.encode(), body) * count + plain[place:]
+  opened = images.open_image(large)
+  assert opened.tobytes() == picture.tobytes()
+  (tmp_path / 'a.png').write_bytes(large)
+  assert images.image_size(large) == images.image_size(tmp_path / 'a.png') == (6, 4)
+  with pytest.raises(UserError, match='damaged'):  # what is wrong elsewhere still is
+    images.open_image(large[:-40 if not after else place - 10])
+
+
+@pytest.mark.parametrize('kind, mode', [
+  ('PNG', 'RGBA'), ('PNG', 'LA'), ('PNG', 'P'), ('GIF', 'P'), ('WEBP', 'RGBA'), ('PNG', '1')])
+def test_a_transparent_page_is_white_where_asked(kind, mode):
+  """Black text on a transparent page: a browser shows black on white."""
+  page = Image.new('LA', (8, 8), (0, 0))
+  page.paste((0, 255), (2, 2, 5, 5))
+  options = {'lossless': True} if kind == 'WEBP' else {}
+  if mode in ('P', '1'):
+    grey = page.getchannel('A').point(lambda a: 1 if a else 0).convert('L')
+    flat = Image.new('P', (8, 8))
+    flat.putpalette([0, 0, 0] * 256)
+    flat.paste(grey)
+    options['transparency'] = 0
+    data = encoded(flat, kind, **options)
+  else:
+    data = encoded(page.convert(mode), kind, **options)
+  seen = np.asarray(images.to_rgb(images.open_image(data, alpha='white')))
+  ink = np.asarray(page.getchannel('A')) > 0
+  assert (seen[ink] == 0).all() and (seen[~ink] == 255).all()
+  assert (np.asarray(images.to_rgb(images.open_image(data))) == 0).all()  # as the originals
+  opaque = encoded(noise(4, 4), 'PNG')
+  assert images.open_image(opaque, alpha='white').tobytes() == images.open_image(opaque).tobytes()
+  with pytest.raises(ValueError, match='alpha'):
+    images.open_image(data, alpha='black')
+
+
+def test_pixel_limit():
+  assert images.MAX_PIXELS == 178_956_970
+  header = encoded(Image.new('1', (8, 8)), 'PNG')
+  wide = header[:16] + struct.pack('>II', 20_000, 10_000) + header[24:29]
+  bomb = wide + struct.pack('>I', zlib.crc32(wide[12:29])) + header[33:]
+  with pytest.raises(UserError, match='200000000 pixels, the limit is 178956970.*--max-pixels'):
+    images.open_image(bomb)
+  assert images.image_size(bomb, max_pixels=200_000_000) == (20_000, 10_000)
+
+
+def test_heic_is_named():
+  with pytest.raises(UserError, match='HEIC or HEIF; save it as JPEG or PNG'):
+    images.open_image(b'\x00\x00\x00\x18ftypheic\x00\x00\x00\x00' + bytes(40))
+
+
 @pytest.mark.parametrize('content, words', [
   (b'', 'empty'),
   (b'<!DOCTYPE html><html><body>404</body></html>', 'web page'),

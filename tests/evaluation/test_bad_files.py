@@ -119,9 +119,31 @@ def test_tsv(copy, tmp_path):
   assert 'row 5: has 2 columns, the header has 14' in text
   assert 'row 6: has no image (refers to row 99)' in text
   path.write_text(lines[0] + '1\t"open')
-  assert 'ends inside a quoted field' in message('mmbench', folder)
+  assert 'is never closed' in message('mmbench', folder)
   path.write_text('a\tb\n1\t2\n')
   assert 'has no column index' in message('mmbench', folder)
+
+
+def test_quotation_marks_in_a_tsv(tmp_path):
+  """An inch mark is a character; a cell that begins with one and never closes is named."""
+  from hrvlm_jax.evaluation.benchmarks.tables import read_tsv
+  path = tmp_path / 'a.tsv'
+
+  def cells(text):
+    path.write_text('index\tquestion\tanswer\n' + text)
+    problems = []
+    return [(row['index'], row['question']) for _, row in read_tsv(path, problems)], problems
+
+  lone = '0\tA 5" disk?\tA\n1\tx\tB\n2\tA 3.5" one?\tA\n'
+  assert cells(lone) == ([('0', 'A 5" disk?'), ('1', 'x'), ('2', 'A 3.5" one?')], [])
+  assert cells('0\tA 5" disk?\tA\n1\tx\tB\n')[0] == [('0', 'A 5" disk?'), ('1', 'x')]
+  assert cells('0\t"two\nlines ""so"""\tA\r\n1\tx\tB')[0] == [('0', 'two\nlines "so"'), ('1', 'x')]
+  assert cells('0\t"Exit" says it\tA\n1\tx\tB\n')[0] == [('0', 'Exit says it'), ('1', 'x')]
+  for text in ('0\t"open\tA\n1\tx\tB\n', '0\tx\tB\n1\t"open\tA\n'):
+    with pytest.raises(UserError, match='begins in line [23] is never closed'):
+      cells(text)
+  found, problems = cells('0\t"swallows\tA\n1\tthe "\tB\n2\tx\tC\n')
+  assert problems or len(found) == 3, found
 
 
 def test_tsv_image_that_is_not_base64(copy):

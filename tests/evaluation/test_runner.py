@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,3 +228,32 @@ def test_own_prompt_file(tmp_path):
     run(tmp_path / 'q', prompt_file=template)
 
 
+
+
+def test_a_bad_image_is_counted_wrong_or_stops_before_the_first_question(tmp_path):
+  """Never in the middle of a run."""
+  data = Path(shutil.copytree(SAMPLES / 'mme', tmp_path / 'mme'))
+  bad = sorted(data.rglob('*.jpg')) or sorted(data.rglob('*.png'))
+  bad[0].write_bytes(bad[0].read_bytes()[:60])
+  sizes = []
+  model = Model(setup=SETUP, answer=lambda pairs: sizes.append(len(pairs)) or by_length(pairs))
+
+  def ask(out, **options):
+    return evaluate('mme', model, data=data, out=out,
+                    options=Options(batch_size=4, progress=False, **options))
+
+  whole = run(tmp_path / 'whole')
+  result = ask(tmp_path / 'wrong')
+  lines = list(map(json.loads, (tmp_path / 'wrong/predictions.jsonl').read_text().splitlines()))
+  listed = [line for line in lines if 'bad_image' in line]
+  assert result.n == whole.n and result.n_bad_images == len(listed) >= 1 and set(sizes) == {4}
+  assert all(bad[0].name in line['bad_image'] and line['text'] == '' and line['score'] == 0
+             for line in listed)
+  assert any(f'{len(listed)} samples were not asked' in note for note in result.notes)
+  before = list(map(json.loads, (tmp_path / 'whole/predictions.jsonl').read_text().splitlines()))
+  assert [line['text'] for line in lines if 'bad_image' not in line] == [
+    line['text'] for line, other in zip(before, lines) if 'bad_image' not in other]
+  sizes.clear()
+  with pytest.raises(UserError, match=bad[0].name):
+    ask(tmp_path / 'stop', bad_images='stop')
+  assert not sizes and not (tmp_path / 'stop/run.json').exists()

@@ -30,9 +30,13 @@ class ImageSource:
   read: Callable[[], bytes]
   path: Path | None = None
 
-  def open(self) -> Image.Image:
-    """The decoded image, in its own mode, EXIF orientation ignored as the original codes do."""
-    return images.open_image(self.read(), name=self.name, exif='ignore')
+  def open(self, **reading) -> Image.Image:
+    """The decoded image, in its own mode, EXIF orientation ignored as the original codes do.
+
+    Args:
+      reading: `alpha` and `max_pixels` of `core.images.open_image`.
+    """
+    return images.open_image(self.read(), name=self.name, **{'exif': 'ignore', **reading})
 
 
 @dataclasses.dataclass(frozen=True)

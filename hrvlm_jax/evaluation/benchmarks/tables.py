@@ -38,6 +38,10 @@ def read_tsv(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, A
       if len(cells) != len(header):
         problems.append(f'{where}: has {len(cells)} columns, the header has {len(header)}')
         continue
+      if _swallows(cells, header.index('index')):
+        problems.append(f'{where}: a cell that begins with a quotation mark goes on over the next '
+                        'row; double the mark and put the cell into quotation marks')
+        continue
       row = {key: cell for key, cell in zip(header, cells) if cell != ''}
       if len(row.get('image', '')) > _MAX_REFERENCE:
         row['image'] = _tsv_image(path, start, size, header.index('image'), where)
@@ -47,25 +51,57 @@ def read_tsv(path: Path, problems: list[str]) -> Iterator[tuple[str, dict[str, A
 
 
 def _records(file, path: Path) -> Iterator[tuple[int, int, list[str]]]:
-  """(offset, bytes, cells) of each record; a record goes on while a quote is open."""
-  start, pending = 0, b''
-  for line in file:
-    pending += line
-    if pending.count(b'"') % 2:
-      continue
-    if pending.strip():
-      yield start, len(pending), _cells(pending, path)
-    start, pending = start + len(pending), b''
-  if pending:
-    raise UserError(f'{path}: ends inside a quoted field (the file is cut off)')
+  """(offset, bytes, cells) of each record; one goes on over lines while a quoted cell is open.
+
+  A quotation mark opens a quoted cell at its beginning only: in `a 5" disk` it is a character.
+  """
+  taken: list[bytes] = []
+
+  def lines() -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+      taken.append(line)
+      yield _text(line, f'{path}, line {number}')
+
+  start, first = 0, 1
+  for cells in csv.reader(lines(), delimiter='\t'):
+    record = b''.join(taken)
+    if record.count(b'"') % 2 and _is_open(record, path):
+      raise UserError(f'{path}: a quoted field that begins in line {first} is never closed (the '
+                      'file is cut off, or a cell begins with a quotation mark of its own: double '
+                      'it and put the cell into quotation marks)')
+    if record.strip():
+      yield start, len(record), cells
+    start, first = start + len(record), first + len(taken)
+    taken.clear()
+
+
+def _swallows(cells: list[str], index: int) -> bool:
+  """Whether a quoted cell holds the beginning of the next row: its number, then a tab."""
+  if not cells[index].isdigit():
+    return False
+  following = f'{int(cells[index]) + 1}\t'
+  return any(f'\n{following}' in cell for cell in cells)
+
+
+def _text(line: bytes, where: str) -> str:
+  try:
+    return line.decode('utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{where}: is not UTF-8 text ({error})') from error
+
+
+def _is_open(record: bytes, path: Path) -> bool:
+  """Whether a record ends inside a quoted cell."""
+  try:
+    text = io.StringIO(_text(record, str(path)), newline='')
+    next(csv.reader(text, delimiter='\t', strict=True))
+  except csv.Error as error:
+    return 'unexpected end of data' in str(error)
+  return False
 
 
 def _cells(record: bytes, path: Path) -> list[str]:
-  try:
-    text = record.decode('utf-8').rstrip('\r\n')
-  except UnicodeDecodeError as error:
-    raise UserError(f'{path}: is not UTF-8 text ({error})') from error
-  return next(csv.reader(io.StringIO(text, newline=''), delimiter='\t'))
+  return next(csv.reader(io.StringIO(_text(record, str(path)), newline=''), delimiter='\t'))
 
 
 def _tsv_image(path: Path, start: int, size: int, column: int, where: str) -> ImageSource:

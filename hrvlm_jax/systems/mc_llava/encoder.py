@@ -143,8 +143,7 @@ def kept_tokens(views: int, config: MCLlavaConfig) -> list[int]:
     raise UserError(
       f'num_tokens={total} is below the number of views {views}: some views would keep nothing; '
       f'raise num_tokens to {views} or more, or set max_crops=0 (the whole image alone; an '
-      'elongated '
-      'image keeps its crops for any other max_crops)')
+      'elongated image keeps its crops for any other max_crops)')
   return [min(n, size) for n in counts]
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.rows import Row, open_images
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -34,11 +35,13 @@ class ToSample:
 
   config: data.SampleConfig
   side: int
+  alpha: str = 'drop'
+  max_pixels: int = MAX_PIXELS
 
   def __call__(self, row: Row, rng: np.random.Generator) -> dict[str, Any]:
     regions = regions_of(row)
     # Boxes count the pixels as they are stored, so EXIF turns nothing here.
-    image = open_images(row, exif='ignore')[0]
+    image = open_images(row, exif='ignore', alpha=self.alpha, max_pixels=self.max_pixels)[0]
     made = data.sample(image, regions, self.config, rng, side=self.side)
     return made | {'counted': np.array([True])}
 
@@ -111,7 +114,8 @@ class Pretrain(Objective):
     collate = ToBatch(tokenize=tokenizer(vocabulary, encoder.text), parts=run.training.accumulate)
     return pipeline.build(
       open_regions(options.train, annotations=self.options.annotations),
-      ToSample(config=self.options.regions, side=encoder.scales[-1]),
+      ToSample(config=self.options.regions, side=encoder.scales[-1], alpha=config.data.alpha,
+               max_pixels=config.data.max_pixels),
       pipeline.Options(batch_size=run.training.batch_size, seed=run.seed, shuffle=options.shuffle,
                        workers=options.workers, own=own, shards=math.gcd(
                          options.shards, run.training.batch_size // run.training.accumulate),
