@@ -53,7 +53,8 @@ def main(argv: list[str]) -> int:
   images = [as_image(word, **reading) for word in arguments.image]
   import hrvlm_jax
 
-  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, encoder=knobs.pop('encoder', None),
+  encoder = knobs.pop('encoder', None)
+  model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, encoder=encoder,
                          methods=knobs, **reading)
   settings = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
