@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import resize_exact, resize_on_canvas, to_rgb
+from hrvlm_jax.core.images import resize_exact, to_rgb
+from hrvlm_jax.core.strips import resize_on_canvas
 
 Pair = tuple[int, int]
 LIMIT = 357_913_940  # pixels of an intermediate form

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from hrvlm_jax.core import images
+from hrvlm_jax.core import images, strips
 from hrvlm_jax.core.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -296,18 +296,18 @@ def test_parts_and_canvases_are_those_of_the_whole(monkeypatch, piece):
     size = tuple(int(n) for n in rng.integers(1, 200, 2))
     x0, y0 = (int(rng.integers(0, n)) for n in size)
     box = (x0, y0, int(rng.integers(x0 + 1, size[0] + 1)), int(rng.integers(y0 + 1, size[1] + 1)))
-    part = images.resize_part(image, size, box)
+    part = strips.resize_part(image, size, box)
     assert part.tobytes() == images.resize_exact(image, size).crop(box).tobytes()
     canvas = (width + int(rng.integers(0, 90)), height + int(rng.integers(0, 90)))
     place = tuple(int(rng.integers(0, c - n + 1)) for c, n in zip(canvas, image.size))
     page = Image.new('RGB', canvas, (122, 116, 104))
     page.paste(image, place)
-    made = images.resize_on_canvas(image, canvas, place, (122, 116, 104), size)
+    made = strips.resize_on_canvas(image, canvas, place, (122, 116, 104), size)
     assert made.tobytes() == images.resize_exact(page, size).tobytes()
   with pytest.raises(ValueError, match='leaves the canvas'):
-    images.resize_on_canvas(image, image.size, (1, 0), (0, 0, 0), (8, 8))
+    strips.resize_on_canvas(image, image.size, (1, 0), (0, 0, 0), (8, 8))
   with pytest.raises(ValueError, match='box'):
-    images.resize_part(image, (8, 8), (0, 0, 9, 8))
+    strips.resize_part(image, (8, 8), (0, 0, 9, 8))
 
 
 def test_scaled_decoding_is_asked_for(tmp_path):

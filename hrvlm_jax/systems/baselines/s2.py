@@ -16,9 +16,10 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.images import check_size, resize_part, to_rgb
+from hrvlm_jax.core.images import check_size, to_rgb
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
+from hrvlm_jax.core.strips import resize_part
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout
 from hrvlm_jax.systems.baselines.scaling import multi_scale, squares_per_side

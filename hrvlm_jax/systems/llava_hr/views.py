@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hrvlm_jax.core.images import check_size, resize_part, to_rgb
+from hrvlm_jax.core.images import check_size, to_rgb
 from hrvlm_jax.core.resample import CLIP_MEAN
+from hrvlm_jax.core.strips import resize_part
 from hrvlm_jax.parallel.rules import DEPTHWISE, WHOLE_VECTORS, Rule
 from hrvlm_jax.systems.contract import Count
 from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
