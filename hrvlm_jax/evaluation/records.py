@@ -63,6 +63,8 @@ class PredictionsFile:
 def read(path: str | Path) -> dict[str, dict]:
   """Records of a predictions file by sample id, in file order.
 
+  LLaVA's answers files say `question_id` (a number or a text) for `sample_id`.
+
   Raises:
     UserError: missing, a malformed line, a record without `sample_id` or `text`, an id twice.
   """
@@ -79,6 +81,10 @@ def read(path: str | Path) -> dict[str, dict]:
     except ValueError:
       problems.append(f'line {number}: is not a JSON object')
       continue
+    if isinstance(record, dict) and 'sample_id' not in record:
+      question = record.get('question_id')
+      if isinstance(question, (str, int)) and not isinstance(question, bool):
+        record['sample_id'] = str(question)
     if not isinstance(record, dict) or not isinstance(record.get('sample_id'), str) \
         or not isinstance(record.get('text'), str):
       problems.append(f"line {number}: expected an object with the texts 'sample_id' and 'text'")

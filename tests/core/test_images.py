@@ -288,7 +288,7 @@ def test_resize_and_crop_refuse_nonsense():
 @pytest.mark.parametrize('piece', [1 << 23, 500])
 def test_parts_and_canvases_are_those_of_the_whole(monkeypatch, piece):
   """Byte for byte, in one piece and in many strips."""
-  monkeypatch.setattr(images, '_PIECE', piece)
+  monkeypatch.setattr(strips, '_PIECE', piece)
   rng = np.random.default_rng(piece)
   for _ in range(25):
     width, height = (int(n) for n in np.exp(rng.uniform(0, 5.3, 2)))

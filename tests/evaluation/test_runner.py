@@ -139,6 +139,19 @@ def test_torn_last_line_is_cut_off(tmp_path, torn):
   assert path.read_bytes().startswith(whole)
 
 
+def test_answers_files_of_llava(tmp_path):
+  """`question_id`, a number or a text, names the sample; other keys do not matter."""
+  path = tmp_path / 'answers.jsonl'
+  rows = [{'question_id': 7, 'prompt': 'q', 'text': 'cat', 'answer_id': 'x', 'model_id': 'llava',
+           'metadata': {}}, {'question_id': 'b', 'text': 'dog'}]
+  path.write_text('\n'.join(map(json.dumps, rows)))
+  assert {key: row['text'] for key, row in records.read(path).items()} == {'7': 'cat', 'b': 'dog'}
+  path.write_text('{"question_id": true, "text": "x"}\n{"question_id": null, "text": "x"}')
+  with pytest.raises(UserError, match='2 problems') as error:
+    records.read(path)
+  assert 'line 1: expected' in str(error.value)
+
+
 def test_damaged_predictions_are_refused_in_one_message(tmp_path):
   path = tmp_path / 'p.jsonl'
   path.write_text('nonsense\n{"sample_id": "a", "text": "1"}\n{"sample_id": "a", "text": "2"}\n'
