@@ -111,6 +111,6 @@ def export(argv: list[str]) -> int:
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
   exporting.export(arguments.checkpoint, arguments.to, dtype=dtype,
-                   merge_lora=arguments.merge_lora, layout=arguments.layout)
+                   merge_lora=arguments.merge_lora, layout=arguments.layout, say=print)
   print(f'exported {arguments.checkpoint} to {arguments.to}')
   return 0

@@ -20,7 +20,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.interop import adapters, folder as transformers_folder, hub
+from hrvlm_jax.interop import adapters, folder as transformers_folder, hub, layouts
 from hrvlm_jax.interop.export import TEXT_FOLDER
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
 from hrvlm_jax.systems import registry
@@ -39,6 +39,8 @@ def recognise(folder: str | os.PathLike) -> ModelConfig:
     raise UserError(f'{folder}: no config.json; expected the folder of a released model')
   values = hf.read_json(path)
   if (config := transformers_folder.recognise(values)) is not None:
+    return config
+  if (config := layouts.recognise(values)) is not None:
     return config
   for name in registry.names():
     if (config := registry.get(name).from_release(values)) is not None:
@@ -67,12 +69,14 @@ class Release:
     self.folder = pathlib.Path(folder)
     self.config = recognise(self.folder)
     system = registry.get(self.config.system)
-    ours = hf.read_json(self.folder / 'config.json').get('layout') == transformers_folder.LAYOUT
-    parts = () if ours else system.folders
+    values = hf.read_json(self.folder / 'config.json')
+    ours, own = values.get('layout') == transformers_folder.LAYOUT, layouts.is_own(values)
+    parts = () if ours or own else system.folders
     self.tensors: Mapping[str, np.ndarray] = (
       folders.open_folders(self.folder, parts) if parts
       else hf.TensorFolder(self.folder, strict=False))
-    self.table = transformers_folder.table(self.config) if ours else system.table(self.config)
+    self.table = (transformers_folder.table(self.config) if ours else
+                  layouts.table(self.config, own=own))
     self.files = [self.folder / 'config.json', *self.tensors.files]
     adapter = self.folder / adapters.FOLDER if adapter is None else pathlib.Path(adapter)
     if adapter != self.folder / adapters.FOLDER or adapter.is_dir():

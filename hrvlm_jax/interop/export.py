@@ -4,7 +4,7 @@ at a time, all or nothing."""
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import contextlib
 import itertools
 import os
@@ -21,11 +21,11 @@ from hrvlm_jax.checkpoint.rows import Table, entries, stream_tensors
 from hrvlm_jax.checkpoint.safetensors import dtype_name
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.interop import adapters, folder
+from hrvlm_jax.interop import adapters, folder, layouts
 from hrvlm_jax.interop.card import model_card, processor_files
 from hrvlm_jax.interop.hub import SOURCE
 from hrvlm_jax.systems import registry
-from hrvlm_jax.systems.contract import ModelConfig, System
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import find_tokenizer, model_config
 
@@ -35,7 +35,8 @@ Tensors = Iterable[tuple[str, np.ndarray]]
 
 
 def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=None,
-           merge_lora: bool = False, layout: str = 'original') -> dict[str, Any]:
+           merge_lora: bool = False, layout: str = 'original',
+           say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
   """Writes weights, configs, tokenizer, processors, model card and manifest of a checkpoint.
 
   LoRA sets of the language model are written as an adapter folder of peft beside the weights, or
@@ -46,7 +47,9 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     dtype: of the written floating-point tensors; default: as stored, and for a converted
       checkpoint tensor by tensor that of its source.
     merge_lora: add the sets to the kernels they act on, in float32.
-    layout: 'original', or 'transformers' with model code of ours (see `interop.folder`).
+    layout: 'original', or 'transformers' with model code of ours (see `interop.folder`). A model
+      that the original's cannot hold is written in the house's own (`interop.layouts`).
+    say: told about that.
 
   Returns:
     The facts of the manifest, checksums left out.
@@ -76,8 +79,11 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   system, ours = registry.get(config.system), layout == 'transformers'
   if ours:
     folder.check(plain, what=str(checkpoint))
-  table = folder.table(plain) if ours else system.table(plain)
-  folders = () if ours else system.folders
+  fields = [] if ours else layouts.lost(plain)
+  if fields:
+    say(layouts.said(plain, fields))
+  table = folder.table(plain) if ours else layouts.table(plain, own=bool(fields))
+  folders = () if ours or fields else system.folders
   source = read_source(stored.directory)
   skipped = frozenset(source.get('missing', ()))
   abstract = _check(stored, config, checkpoint)
@@ -92,14 +98,14 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   tensors = _counted(_cast(
     ((name, x) for name, x in stream_tensors(abstract, table, read) if name not in skipped),
     dtype, casts), counts)
-  extra = folder.files(plain, tokenizer) if ours else _beside(plain, tokenizer, system)
+  extra = folder.files(plain, tokenizer) if ours else _beside(plain, tokenizer, folders, fields)
   extra['README.md'] = model_card(plain, table, origin=source.get('origin'),
                                   fresh=source.get('fresh'),
                                   usage=folder.usage(plain) if ours else None)
   facts = _facts(config, table, stored, source, merged)
   with store_files.staged_folder(target) as stage:
     _write(stage, tensors, folders)
-    if system.pickled and not ours:
+    if system.pickled and not ours and not fields:
       _write_pickled(stage, system.pickled, table, abstract)
     for group in loose.values():
       _write_adapter(stage, group[0], table, stored, dtype, folders)
@@ -109,10 +115,11 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   return facts
 
 
-def _beside(config: ModelConfig, tokenizer: Any, system: System) -> dict[str, Any]:
-  """The original's own files, tokenizer and processors."""
-  place = f'{TEXT_FOLDER}/' if TEXT_FOLDER in system.folders else ''
-  extra = system.to_release(config)
+def _beside(config: ModelConfig, tokenizer: Any, folders: tuple[str, ...], lost: list[str]
+            ) -> dict[str, Any]:
+  """The layout's own files, tokenizer and processors."""
+  place = f'{TEXT_FOLDER}/' if TEXT_FOLDER in folders else ''
+  extra = layouts.files(config, own=bool(lost))
   extra = {name: value for name, value in processor_files(config, tokenizer).items()
            if not any(pathlib.PurePosixPath(other).name == name for other in extra)} | extra
   if tokenizer is not None:
