@@ -15,7 +15,7 @@ def main(argv: list[str]) -> int:
   parser = Parser('convert', main.__doc__, config=True, config_required=False)
   parser.add_argument('--from', dest='source', metavar='FOLDER',
                       help='folder of the original weights with its config.json, or a name on the '
-                           'Hugging Face hub with its commit: owner/name@commit')
+                           'Hugging Face hub, owner/name or owner/name@commit')
   parser.add_argument('--revision', metavar='COMMIT', help='the commit of a name on the hub')
   parser.add_argument('--adapter', metavar='FOLDER',
                       help='a LoRA adapter of peft for the language model, kept as a set')

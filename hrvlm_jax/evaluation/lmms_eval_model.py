@@ -9,6 +9,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.evaluation import lmms_eval_plugin as plugin
 from hrvlm_jax.evaluation.model import EvaluatedModel
 from hrvlm_jax.vlm.answer import Answerer, answer_all
@@ -22,13 +23,14 @@ class HrvlmJax(lmms):
     batch_size: questions per call.
     exif: 'ignore' (as the original evaluations) or 'apply'.
     device: given by lmms-eval; JAX chooses its own devices.
+    dtype: of activations, float32 or bfloat16.
     options: settings of the system's encoder, such as `max_crops=100`.
   """
 
   is_simple = False
 
   def __init__(self, checkpoint: str, batch_size: int | str = 1, exif: str = 'ignore',
-               device: str | None = None, **options):
+               device: str | None = None, dtype: str = 'float32', **options):
     super().__init__()
     del device
     if str(batch_size) == 'auto':
@@ -36,7 +38,8 @@ class HrvlmJax(lmms):
     options = {key: value for key, value in options.items()
                if key not in ('max_batch_size', 'use_cache', 'batch_size')}
     self.model_name = checkpoint
-    self._answerer = Answerer.load(checkpoint, exif=exif, encoder_options=options or None)
+    self._answerer = Answerer.load(checkpoint, ex=Execution(dtype=dtype), exif=exif,
+                                   encoder_options=options or None)
     self._batch_size = int(batch_size)
     self._rank, self._world_size = jax.process_index(), jax.process_count()
 

@@ -16,9 +16,11 @@ import os
 import pathlib
 from typing import Any
 
+import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import image_size
 from hrvlm_jax.core.layers import LoRA
@@ -38,12 +40,15 @@ from hrvlm_jax.training.answers import METRICS, AnswersOptions
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.metrics import read_metrics
 from hrvlm_jax.training.objectives import OBJECTIVES
+from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import find_tokenizer, model_config, text_of
 
+ASKED = 'finetune.json'  # in OUT: what was asked for
 LORA_LEAVES = r'language/.*lora_[ab].*'
 ANSWER_TOKENS = 64  # most of a held-out answer
 _MEASURED = 500  # rows whose length is looked at before training
 _BATCH = 8
+_LARGE = 200_000_000  # parameters from which on the backward pass recomputes layers
 
 Say = Callable[[str], None]
 
@@ -87,16 +92,24 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
   source = open_source(data, images=images)
   rows = usable(source, say)
   parts = split(len(rows), held_out, seed)
-  start = _start(checkpoint, out, say)
+  asked = {'checkpoint': _absolute(checkpoint), 'data': _absolute(data),
+           'images': None if images is None else _absolute(images), 'lora': lora, 'epochs': epochs,
+           'held_out': held_out, 'metric': metric, 'batch_size': batch_size,
+           'learning_rate': learning_rate, 'seed': seed, 'dtype': dtype,
+           'encoder': json.loads(json.dumps(dict(encoder or {}), default=str)), 'rows': len(rows)}
+  _same(out, asked)
+  start = _start(checkpoint, out, asked, say)
   config = _model(start, lora, encoder)
+  _claim(out, asked)
   system, tokenizer = registry.get(config.system), find_tokenizer(start)
-  (out / 'data').mkdir(parents=True, exist_ok=True)
+  (out / 'data').mkdir(exist_ok=True)
   folder = write_rows({name: [rows[i] for i in part] for name, part in parts.items()}, out / 'data')
   tokenizer_folder = out / 'tokenizer'
   tokenizer_folder.mkdir(exist_ok=True)
   tokenizer.save(tokenizer_folder)
   train, kept = len(parts['train']), len(parts['eval'])
-  size = batch_size or min(_BATCH, train)
+  # Rows are cut over the devices.
+  size = batch_size or -(-min(_BATCH, train) // jax.device_count()) * jax.device_count()
   steps = max(1, math.ceil(train * epochs / size))
   frozen = [pattern for pattern in (system.frozen,) if pattern]
   if lora:
@@ -110,6 +123,8 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
     training=TrainingConfig(
       steps=steps, batch_size=size, dtype=dtype, log_every=max(1, min(10, steps // 10)),
       checkpoint_every=max(1, min(500, steps)), keep=1,
+      frozen_dtype=dtype if dtype != 'float32' else None,
+      remat='layers' if _parameters(config) > _LARGE else 'none',
       groups=(*(Group(pattern=pattern, frozen=True) for pattern in frozen),
               Group(pattern=r'.*/(bias|scale)', decay=False), Group(pattern='.*')),
       objective=config.fusion.kind if config.fusion.kind in OBJECTIVES.names() else 'next_token',
@@ -150,6 +165,27 @@ def _check_numbers(lora, epochs, held_out, batch_size, learning_rate) -> None:
     problems.append(f'learning_rate: found {learning_rate}, expected more than 0')
   if problems:
     raise UserError('; '.join(problems))
+
+
+def _absolute(what: str | os.PathLike) -> str:
+  return os.path.abspath(what) if os.path.exists(what) else os.fspath(what)
+
+
+def _same(out: pathlib.Path, asked: Mapping[str, Any]) -> None:
+  """Refuses to go on in the folder of something else.
+
+  Raises:
+    UserError: what differs.
+  """
+  if not out.is_dir() or not any(out.iterdir()):
+    return
+  if not (out / ASKED).is_file():
+    raise UserError(f'{out}: is not empty and holds no run of hrvlm finetune; choose another --out')
+  before = json.loads((out / ASKED).read_text())
+  changed = [f'{key} was {before.get(key)!r}, is {value!r}' for key, value in asked.items()
+             if before.get(key) != value]
+  if changed:
+    raise UserError(f'{out}: holds another run ({"; ".join(changed)}); choose another --out')
 
 
 def usable(source: Any, say: Say) -> list[Row]:
@@ -223,14 +259,20 @@ def write_rows(parts: Mapping[str, Sequence[Row]], folder: pathlib.Path) -> str:
   return os.path.abspath(folders.pop() if stay else folder / 'images' if refs else folder)
 
 
-def _start(checkpoint: str | os.PathLike, out: pathlib.Path, say: Say) -> pathlib.Path:
+def _claim(out: pathlib.Path, asked: Mapping[str, Any]) -> None:
+  out.mkdir(parents=True, exist_ok=True)
+  (out / ASKED).write_text(json.dumps(asked, indent=1) + '\n')
+
+
+def _start(checkpoint: str | os.PathLike, out: pathlib.Path, asked: Mapping[str, Any], say: Say
+           ) -> pathlib.Path:
   """The checkpoint to begin with; an original's weights are converted once, to OUT/start."""
   if is_checkpoint(checkpoint):
     return pathlib.Path(os.fspath(layout.resolve(checkpoint)))
   start = out / 'start'
   if not is_checkpoint(start):
-    hub.resolve(checkpoint)
-    out.mkdir(parents=True, exist_ok=True)
+    hub.resolve(checkpoint)  # nothing is written for what is not there
+    _claim(out, asked)
     convert(checkpoint, start, say=say)
   return start
 
@@ -273,6 +315,10 @@ def _lengths(config: ModelConfig, tokenizer: Any, rows: Sequence[Row]) -> tuple[
                     'positions; lower them (--encoder.KEY=VALUE)')
   largest = min(bucket(longest), most)
   return tuple(sorted({n for n in (bucket(largest // 2), largest) if n > visual} | {largest}))
+
+
+def _parameters(config: ModelConfig) -> int:
+  return sum(math.prod(leaf.shape) for leaf in paths.flatten(vlm.build(config).abstract).values())
 
 
 def _before(start, encoder, exif, rows: Sequence[Row], score, out: pathlib.Path, metric: str

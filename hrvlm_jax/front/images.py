@@ -9,6 +9,7 @@ import glob
 import io
 import os
 import pathlib
+import time
 from typing import Any
 import urllib.error
 import urllib.parse
@@ -30,6 +31,7 @@ from hrvlm_jax.data.sources import IMAGE_SUFFIXES
 
 MAX_BYTES = 32 << 20  # of a download or a data URL
 TIMEOUT = 20.0  # seconds for the server to say something
+LONGEST = 120.0  # seconds for all it says
 _FORMS = ('a path, bytes, a PIL image, a NumPy array [h w 3], a data URL or an address '
           '(https://...)')
 
@@ -155,7 +157,7 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> 
   """
   shown = url if len(url) <= 100 else f'{url[:97]}...'
   opener = urllib.request.build_opener(_Redirects())
-  out = io.BytesIO()
+  out, began = io.BytesIO(), time.monotonic()
   try:
     request = urllib.request.Request(url, headers={'User-Agent': 'hrvlm_jax'})
     with opener.open(request, timeout=timeout) as answer:
@@ -163,6 +165,8 @@ def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> 
         out.write(piece)
         if out.tell() > max_bytes:
           raise ImageError('too large', f'{shown}: holds more than {max_bytes:,} bytes')
+        if time.monotonic() - began > LONGEST:
+          raise ImageError('missing', f'{shown}: is not there after {LONGEST:g} seconds')
   except urllib.error.HTTPError as error:
     raise ImageError('missing', f'{shown}: the server answers {error.code} ({error.reason})'
                      ) from error

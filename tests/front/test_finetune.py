@@ -66,6 +66,15 @@ def test_the_page_from_twenty_pictures_to_a_tuned_model(here, capsys):
   assert moved and not any(path.startswith('language/') for path in moved)
   assert not any(re.fullmatch(registry.get('mc_llava').frozen, path) for path in moved)
 
+  # An original's folder is converted once, below the run.
+  start = finetune._start('runs/mine_exported', here / 'runs/z', {'seed': 1}, lambda text: None)
+  assert start == here / 'runs/z/start'
+  with pytest.raises(UserError, match='holds another run .seed was 1, is 2.; choose another --out'):
+    finetune._same(here / 'runs/z', {'seed': 2})
+  with pytest.raises(UserError, match='holds no run of hrvlm finetune'):
+    finetune._same(here / 'pictures', {'seed': 2})
+  assert not finetune.adapters.lora_sets(finetune._model(start, None, None))
+
   # Run again, it is done; another rank is refused.
   again = shlex.split(next(line for line in commands if ' finetune ' in line))[1:] + ['--quiet']
   assert main(again) == 0 and 'try: hrvlm ask' in capsys.readouterr().out
