@@ -32,6 +32,7 @@ from hrvlm_jax.interop import adapters, hub
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER
 from hrvlm_jax.language.generate import bucket
+from hrvlm_jax.language.prompt import Text
 from hrvlm_jax.parallel import distributed
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
@@ -91,17 +92,18 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
   out = pathlib.Path(out)
   source = open_source(data, images=images)
   rows = usable(source, say)
-  parts = split(len(rows), held_out, seed)
   asked = {'checkpoint': _absolute(checkpoint), 'data': _absolute(data),
            'images': None if images is None else _absolute(images), 'lora': lora, 'epochs': epochs,
            'held_out': held_out, 'metric': metric, 'batch_size': batch_size,
            'learning_rate': learning_rate, 'seed': seed, 'dtype': dtype,
-           'encoder': json.loads(json.dumps(dict(encoder or {}), default=str)), 'rows': len(rows)}
+           'encoder': json.loads(json.dumps(dict(encoder or {}), default=str))}
   _same(out, asked)
   start = _start(checkpoint, out, asked, say)
   config = _model(start, lora, encoder)
-  _claim(out, asked)
   system, tokenizer = registry.get(config.system), find_tokenizer(start)
+  rows = fitting(rows, text_of(config, tokenizer), say)
+  parts = split(len(rows), held_out, seed)
+  _claim(out, asked)
   (out / 'data').mkdir(exist_ok=True)
   folder = write_rows({name: [rows[i] for i in part] for name, part in parts.items()}, out / 'data')
   tokenizer_folder = out / 'tokenizer'
@@ -194,23 +196,46 @@ def usable(source: Any, say: Say) -> list[Row]:
   Raises:
     UserError: there is none.
   """
-  rows, problems = [], []
-  for index in range(len(source)):
+  def checked(index: int) -> Row:
+    row = source[index]
+    roles = [message.role for message in row.messages]
+    if len(roles) < 2 or roles != [USER, ASSISTANT] * (len(roles) // 2):
+      raise BadRow('conversation', row.where, 'expected questions and their answers in turn')
+    for ref in row.images:
+      image_size(ref.read(), name=ref.name)
+    return row
+
+  return _kept(range(len(source)), checked, say)
+
+
+def fitting(rows: Sequence[Row], text: Text, say: Say) -> list[Row]:
+  """The rows whose conversations the model's chat template can hold; others are said.
+
+  Raises:
+    UserError: there is none.
+  """
+  def checked(row: Row) -> Row:
     try:
-      row = source[index]
-      roles = [message.role for message in row.messages]
-      if len(roles) < 2 or roles != [USER, ASSISTANT] * (len(roles) // 2):
-        raise BadRow('conversation', row.where, 'expected questions and their answers in turn')
-      for ref in row.images:
-        image_size(ref.read(), name=ref.name)
-      rows.append(row)
+      text.encode(row.messages, len(row.images))
+    except UserError as error:
+      raise UserError(f'{row.where}: {error}') from error
+    return row
+
+  return _kept(rows, checked, say)
+
+
+def _kept(values: Sequence[Any], checked: Callable[[Any], Row], say: Say) -> list[Row]:
+  rows, problems = [], []
+  for value in values:
+    try:
+      rows.append(checked(value))
     except UserError as error:
       problems.append(str(error))
   if problems:
     listed = '\n'.join(f'  {problem}' for problem in problems[:5])
     more = f'\n  and {len(problems) - 5} more (hrvlm data check lists them)' if len(problems) > 5 \
         else ''
-    text = f'{len(problems)} of {len(source)} rows cannot be used:\n{listed}{more}'
+    text = f'{len(problems)} of {len(values)} rows cannot be used:\n{listed}{more}'
     if not rows:
       raise UserError(text)
     say(text)

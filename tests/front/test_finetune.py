@@ -14,6 +14,7 @@ from hrvlm_jax.cli.main import main
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.front import finetune
+from hrvlm_jax.language.prompt import Text, tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training import run_config
 from hrvlm_jax.training.config import RunConfig
@@ -107,6 +108,13 @@ def test_rows_that_cannot_be_used_are_said_and_left_out(here):
   (here / 'bad.jsonl').write_text('\n'.join(bad) + '\n')
   with pytest.raises(UserError, match='3 of 3 rows cannot be used'):
     finetune.usable(finetune.open_source('bad.jsonl', images='pictures'), said.append)
+  # Two turns, under a template of one.
+  two = {'conversations': [{'from': who, 'value': 'x'} for who in ('human', 'gpt') * 2]}
+  (here / 'two.json').write_text(json.dumps([two]))
+  rows = finetune.usable(finetune.open_source('two.json'), said.append)
+  text = Text(tokenizer=tokenizer_of('byte'), chat='pheye', image_token=None)
+  with pytest.raises(UserError, match='two.json, row 0.*has one question and one answer'):
+    finetune.fitting(rows, text, said.append)
   with pytest.raises(UserError, match='one row cannot be trained on and held out'):
     finetune.split(1, 0.1, 0)
   parts = finetune.split(20, 0.1, 0)
