@@ -25,6 +25,8 @@ from hrvlm_jax.serving.requests import Piece, Prepared
 _STREAM = [(b'content-type', b'text/event-stream; charset=utf-8'), (b'cache-control', b'no-cache'),
            (b'x-accel-buffering', b'no')]
 
+_CHARACTERS = 32  # of text per place of a slot, far above any tokenizer's mean
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -167,6 +169,10 @@ class Completions:
 
   def _prepare(self, asked: Asked) -> Prepared:
     engine, limits = self.driver.engine, self.limits
+    written = sum(len(message.text) for message in asked.dialogue.messages)
+    if written > _CHARACTERS * engine.length:  # nobody's thread is to tokenise megabytes
+      raise UserError(f'the conversation has {written} characters, more than a slot of '
+                      f'{engine.length} places can hold; shorten it')
     images = [open_url(url, limits.pictures, name=f'image {number}')
               for number, url in enumerate(asked.urls, 1)]
     if asked.tokens is not None:

@@ -143,7 +143,7 @@ def test_what_is_refused_and_how(served, client):
                  [{'role': 'user', 'content': [
                    {'type': 'image_url', 'image_url': {'url': 'http://example.com/a.png'}},
                    {'type': 'text', 'text': 'What?'}]}],
-                 [{'role': 'assistant', 'content': 'x'}], asks('x' * 5000)),
+                 [{'role': 'assistant', 'content': 'x'}], asks('x' * 5000), asks('x' * 500_000)),
     'max_tokens': (0, -1, 'many', LENGTH, 2**40), 'temperature': (-1, 'hot', 1e9),
     'top_p': (0, 2), 'n': (0, 100), 'stop': (['a'] * 5, ''), 'top_logprobs': (3, 99),
     'seed': (2**80,), 'tools': ([{'type': 'function'}],), 'presence_penalty': (1.0,),

@@ -1,0 +1,120 @@
+"""Continuous batching beside fixed batches: steps, tokens per second, time to the first token.
+
+    python scripts/serving_speed.py --size 100m --out benchmarks/results/serving_cpu.json
+
+32 requests that all arrive at once, 8 slots, images prepared beforehand, new tokens per request
+round(2**u) with u uniform in 1..7. Both sides take them in the order of arrival; fixed batches of 8
+run until their longest answer ends. Programs are compiled before. Beside the seconds of the clock
+stand those of the processor, which other work on the machine does not touch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from benchmarks.ours.train import model_config
+from hrvlm_jax.language.generate import Sampling
+from hrvlm_jax.language.prompt import tokenizer_of
+from hrvlm_jax.serving.engine import Engine
+from hrvlm_jax.serving.requests import Prepared, Request
+from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vlm.answer import Answerer
+
+SLOTS, REQUESTS, SEED = 8, 32, 0
+QUESTION = 'What is written on the sign?'
+
+
+def lengths() -> list[int]:
+  """New tokens of each request."""
+  draws = np.random.default_rng(SEED).uniform(1, 7, REQUESTS)
+  return np.rint(2 ** draws).astype(int).tolist()
+
+
+def continuous(engine: Engine, prepared: list[Prepared]) -> dict[str, Any]:
+  """All requests, first come, first served: steps, seconds until each one's first token."""
+  state, waiting, begin, first = engine.start(), list(prepared), time.perf_counter(), []
+  while waiting or state.busy:
+    if waiting and state.free is not None:
+      state, row, piece = engine.admit(state, waiting.pop(0))
+      first.append(time.perf_counter() - begin)
+      pieces = {row: piece}
+    else:
+      state, pieces = engine.step(state)
+    for row, piece in pieces.items():
+      if piece.reason:
+        state = state.release(row)
+  return {'steps': state.counts.steps, 'first_p50': float(np.quantile(first, .5)),
+          'first_p95': float(np.quantile(first, .95))}
+
+
+def fixed(answerer: Answerer, images: list[Image.Image], budgets: list[int]) -> dict[str, Any]:
+  """Batches in the order of arrival, each one loop on the device until its longest answer ends."""
+  steps = 0
+  for start in range(0, len(budgets), SLOTS):
+    longest = max(budgets[start:start + SLOTS])
+    batch = answerer.batch([([image], QUESTION) for image in images[start:start + SLOTS]])
+    embeds, valid, extras = answerer.generator.prompt(batch)
+    made = answerer.generator.generate(embeds, valid, Sampling(max_new_tokens=longest),
+                                       extras=extras)
+    assert (made.lengths == longest).all()
+    steps += longest - 1  # the first token comes from reading the prompt
+  return {'steps': steps}
+
+
+def timed(run: Callable[[], dict[str, Any]], tokens: int) -> dict[str, Any]:
+  """What a side found, its seconds and its tokens per second of clock and of processor."""
+  clock, processor = time.perf_counter(), time.process_time()
+  found = run()
+  clock, processor = time.perf_counter() - clock, time.process_time() - processor
+  return {**found, 'seconds': clock, 'processor_seconds': processor,
+          'tokens_per_second': tokens / clock, 'tokens_per_processor_second': tokens / processor}
+
+
+def main() -> int:
+  """See the head of this file."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--size', choices=('tiny', '100m'), default='100m')
+  parser.add_argument('--system', choices=('mc_llava', 'pheye', 'llava_hr'), default='mc_llava')
+  parser.add_argument('--out', type=pathlib.Path)
+  arguments = parser.parse_args()
+  config = model_config(arguments.system, arguments.size)
+  params = jax.jit(vlm.build(config).init)(jax.random.key(0))
+  answerer = Answerer(config, params, tokenizer_of('byte'))
+  budgets = lengths()
+  rng = np.random.default_rng(1)
+  images = [Image.fromarray(rng.integers(0, 256, (100, 100, 3), np.uint8)) for _ in budgets]
+  probe = len(answerer.batch([([images[0]], QUESTION)])['tokens'][0])
+  engine = Engine(answerer, slots=SLOTS, length=probe + 128)
+  prepared = [engine.prepare(Request(images=[image], question=QUESTION, max_new_tokens=budget,
+                                     stop_ids=()))
+              for image, budget in zip(images, budgets, strict=True)]
+  continuous(engine, prepared[:1])  # compiled
+  compiled = engine.compilations()
+  fixed(answerer, images, budgets)  # every budget is a program of its own
+  result = {
+    'system': arguments.system, 'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
+    'seed': SEED, 'tokens': sum(budgets), 'device': str(jax.devices()[0]),
+    'continuous': timed(lambda: continuous(engine, prepared), sum(budgets)),
+    'fixed': timed(lambda: fixed(answerer, images, budgets), sum(budgets)),
+    'compiled_meanwhile': engine.compilations() - compiled}
+  for key in ('steps', 'tokens_per_second', 'tokens_per_processor_second'):
+    result[f'{key}_ratio'] = result['continuous'][key] / result['fixed'][key]
+  text = json.dumps(result, indent=2)
+  print(text)
+  if arguments.out:
+    arguments.out.write_text(f'{text}\n')
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
