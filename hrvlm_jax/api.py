@@ -192,13 +192,14 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, dtype: Any 
 
 
 def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype: Any = None,
-           merge_lora: bool = False) -> dict[str, Any]:
+           merge_lora: bool = False, layout: str = 'original') -> dict[str, Any]:
   """A checkpoint -> a folder in the original's own layout; complete or not at all.
 
   Args:
     target: absent or empty.
     dtype: of the written tensors; default: as stored.
     merge_lora: add LoRA sets to the kernels; default: an adapter folder beside them.
+    layout: 'transformers' for a folder that transformers opens, with model code of ours.
 
   Returns:
     The facts of its manifest.
@@ -216,4 +217,4 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype: A
     import jax.numpy as jnp
 
     dtype = jnp.dtype(dtype)
-  return run(checkpoint, target, dtype=dtype, merge_lora=merge_lora)
+  return run(checkpoint, target, dtype=dtype, merge_lora=merge_lora, layout=layout)

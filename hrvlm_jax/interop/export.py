@@ -30,6 +30,7 @@ from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import find_tokenizer, model_config
 
 TEXT_FOLDER = 'llm'  # holds the tokenizer in layouts of several folders
+LAYOUTS = ('original', folder.LAYOUT)
 
 Tensors = Iterable[tuple[str, np.ndarray]]
 
@@ -63,6 +64,8 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     name = os.fspath(target).partition('://')[2].strip('/') or 'owner/name'
     raise UserError(f'{target}: is an address, and an export is a folder; export to a folder, then '
                     f'hrvlm push FOLDER {name}')
+  if layout not in LAYOUTS:
+    raise UserError(f'layout: found {layout!r}, expected one of {", ".join(LAYOUTS)}')
   stored = StoredParams(checkpoint)
   config = model_config(checkpoint)
   read, merged = stored, {}
@@ -76,7 +79,7 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     raise UserError(f'{checkpoint}: LoRA sets of the vision tower have no place in the layout of '
                     f'{config.system}; merge them with --merge-lora')
   plain = adapters.without_sets(config) if merge_lora or loose else config
-  system, ours = registry.get(config.system), layout == 'transformers'
+  system, ours = registry.get(config.system), layout == folder.LAYOUT
   if ours:
     folder.check(plain, what=str(checkpoint))
   fields = [] if ours else layouts.lost(plain)

@@ -12,8 +12,10 @@ import torch
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.checkpoint.rows import entries
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.front import loading
 from hrvlm_jax.interop import folder
 from hrvlm_jax.interop.convert import convert
+from hrvlm_jax.interop.export import export
 from hrvlm_jax.interop.jinja import chat_template
 from hrvlm_jax.interop.torch import (
   configuration_hrvlm,
@@ -132,6 +134,7 @@ def test_the_folder_names_and_hashes_its_code(tmp_path):
   marker = tmp_path / 'marker'
   for path in pathlib.Path(pair.folder).glob('*.py'):
     path.write_text(f'open({str(marker)!r}, "w")')
+  assert loading.load(pair.folder).config == pair.config
   convert(pair.folder, tmp_path / 'back')
   assert not marker.exists()
   before, after = (store.load_params(place, vlm.build(pair.config).abstract)
@@ -178,3 +181,8 @@ def test_what_has_no_code_is_refused_by_name(change, message):
   with pytest.raises(UserError, match=message) as error:
     folder.check(change(MODELS['single_view']), what='c')
   assert '--for original' in str(error.value)
+
+
+def test_an_unknown_layout_is_refused():
+  with pytest.raises(UserError, match="layout: found 'onnx', expected one of original, transf"):
+    export('/no/such', '/no/such/either', layout='onnx')
