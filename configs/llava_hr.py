@@ -64,11 +64,17 @@ STAGES = {
     start='runs/llava_hr_{}_stage1', fresh=('vision/adapters/.*',)),
 }
 # Every micro-batch gathers all parameters anew: where memory allows there is one. None: as many as
-# the original has.
+# the original has. remat and meshes of TPUs: docs/plans.md.
 CHIPS = {
   'gpu:8': dict(accumulate=None, mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1, dcn_data=1)),
-  'v5e:16x16': dict(accumulate=1, mesh=dict(data=8, fsdp=16, sequence=1, tensor=2, dcn_data=1)),
-  'v5p:4x4x4': dict(accumulate=1, mesh=dict(data=4, fsdp=16, sequence=1, tensor=1, dcn_data=1)),
+  'v5e:16x16': dict(accumulate=1, remat='none',
+                    mesh=dict(data=8, fsdp=16, sequence=1, tensor=2, dcn_data=1)),
+  '2xv5e:16x16': dict(accumulate=1, remat='none',
+                      mesh=dict(data=4, fsdp=16, sequence=1, tensor=4, dcn_data=2)),
+  'v5p:4x4x4': dict(accumulate=1, remat='none',
+                    mesh=dict(data=4, fsdp=16, sequence=1, tensor=1, dcn_data=1)),
+  'v6e:16x16': dict(accumulate=1, remat='none',
+                    mesh=dict(data=8, fsdp=16, sequence=1, tensor=2, dcn_data=1)),
 }
 
 
@@ -106,7 +112,8 @@ def get_config(argument=''):
   config.training = dict(
     steps=numbers['steps'], batch_size=numbers['batch_size'],
     accumulate=machine['accumulate'] or numbers['accumulate'],
-    loss_average='micro_batch', dtype='bfloat16', frozen_dtype='bfloat16', remat='layers',
+    loss_average='micro_batch', dtype='bfloat16', frozen_dtype='bfloat16',
+    remat=machine.get('remat', 'layers'),
     attention='auto',
     groups=(dict(pattern=UNREAD, frozen=True), *numbers['groups']),
     optimizer=dict(

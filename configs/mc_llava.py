@@ -57,7 +57,9 @@ CROPS = {
 }
 CHIPS = {
   'gpu:8': dict(accumulate=8, mesh=dict(data=1, fsdp=-1, sequence=1, tensor=1, dcn_data=1)),
-  'v5e:8x8': dict(accumulate=1, mesh=dict(data=1, fsdp=64, sequence=1, tensor=1, dcn_data=1)),
+  # Not fsdp over all chips: libtpu then sums gradients whole on every one (docs/plans.md).
+  'v5e:8x8': dict(accumulate=1, remat='dots',
+                  mesh=dict(data=2, fsdp=32, sequence=1, tensor=1, dcn_data=1)),
 }
 
 
@@ -94,7 +96,8 @@ def get_config(argument=''):
 
   config.training = dict(
     steps=numbers['steps'], batch_size=numbers['batch_size'], accumulate=machine['accumulate'],
-    loss_average='tokens', dtype='bfloat16', frozen_dtype='bfloat16', remat='layers',
+    loss_average='tokens', dtype='bfloat16', frozen_dtype='bfloat16',
+    remat=machine.get('remat', 'layers'),
     attention='auto',
     groups=(*(dict(pattern=pattern, frozen=True) for pattern in (UNREAD, *numbers['frozen'])),
             dict(pattern='.*')),

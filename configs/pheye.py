@@ -48,7 +48,9 @@ STAGES = {
 ADAPTERS = ('paper', 'code')
 CHIPS = {
   'gpu:8': dict(accumulate=8, mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1)),
-  'v5e:4x4': dict(accumulate=1, mesh=dict(data=1, fsdp=16, sequence=1, tensor=1, dcn_data=1)),
+  # Not fsdp over all chips: libtpu then sums gradients whole on every one (docs/plans.md).
+  'v5e:4x4': dict(accumulate=1, remat='attention',
+                  mesh=dict(data=2, fsdp=8, sequence=1, tensor=1, dcn_data=1)),
 }
 # Cross-attention blocks, norms and sub-image positions; both LoRA sets.
 READ = r'fusion/.*|vision/(norm1|norm2|sub_image)/.*'
@@ -92,7 +94,8 @@ def get_config(argument=''):
 
   config.training = dict(
     steps=numbers['steps'], batch_size=128, accumulate=machine['accumulate'],
-    loss_average='tokens', dtype='bfloat16', frozen_dtype='bfloat16', remat='layers',
+    loss_average='tokens', dtype='bfloat16', frozen_dtype='bfloat16',
+    remat=machine.get('remat', 'layers'),
     attention='auto',
     groups=(*frozen, dict(pattern=READ), dict(pattern=LORA), dict(pattern='.*', frozen=True)),
     optimizer=dict(

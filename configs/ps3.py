@@ -55,7 +55,8 @@ TOWERS = {
 }
 CHIPS = {
   'gpu:128': dict(mesh=dict(data=-1, fsdp=8, sequence=1, tensor=1, dcn_data=1)),  # fsdp: a node
-  'v5e:16x16': dict(mesh=dict(data=2, fsdp=128, sequence=1, tensor=1, dcn_data=1)),
+  # Shards of 16 rows and more of a width of 1152; smaller ones are summed whole (docs/plans.md).
+  'v5e:16x16': dict(mesh=dict(data=8, fsdp=32, sequence=1, tensor=1, dcn_data=1)),
 }
 # Not decayed by the original: leaves of one dimension or none, and names with bn, ln, bias or
 # logit_scale. Here layers lie stacked, so the leaves are named. Tables, residuals and the pool's

@@ -66,8 +66,14 @@ C_RADIO = dict(  # C-RADIO-v2-L: a 256 x 256 table of positions, cropped, and no
 TOWERS = {'siglip': SIGLIP, 'siglip2': SIGLIP, 'cradio_v2': C_RADIO}
 CHIPS = {
   'gpu:64': dict(rows=64, mesh=dict(data=-1, fsdp=16, sequence=1, tensor=1, dcn_data=1)),
-  'v5e:16x16': dict(rows=128, mesh=dict(data=1, fsdp=64, sequence=1, tensor=4, dcn_data=1)),
-  'v5p:4x4x4': dict(rows=256, mesh=dict(data=1, fsdp=64, sequence=1, tensor=1, dcn_data=1)),
+  'v5e:16x16': dict(rows=128, remat='attention',
+                    mesh=dict(data=1, fsdp=128, sequence=1, tensor=2, dcn_data=1)),
+  '2xv5e:16x16': dict(rows=256, remat='attention',
+                      mesh=dict(data=1, fsdp=128, sequence=1, tensor=2, dcn_data=2)),
+  'v5p:4x4x4': dict(rows=256, remat='attention',
+                    mesh=dict(data=2, fsdp=32, sequence=1, tensor=1, dcn_data=1)),
+  'v6e:16x16': dict(rows=128, remat='attention',
+                    mesh=dict(data=1, fsdp=128, sequence=1, tensor=2, dcn_data=1)),
 }  # rows: of a micro-batch
 
 
@@ -108,7 +114,8 @@ def get_config(argument=''):
   config.training = dict(
     steps=numbers['steps'], batch_size=numbers['batch_size'],
     accumulate=numbers['batch_size'] // machine['rows'], objective='two_pass',
-    loss_average='micro_batch', dtype='bfloat16', frozen_dtype='bfloat16', remat='layers',
+    loss_average='micro_batch', dtype='bfloat16', frozen_dtype='bfloat16',
+    remat=machine.get('remat', 'layers'),
     attention='auto',
     groups=(dict(pattern=UNREAD, frozen=True),
             *(dict(pattern=PARTS[part], decay=False) for part in numbers['trains']),

@@ -30,11 +30,21 @@ CASES = {
   '--topology v5e:16x16 --length 2048',
   'llava_hr_7b_stage2_v5p_4x4x4': '--config configs/llava_hr.py:7b,stage2,v5p:4x4x4 '
   '--topology v5p:4x4x4 --length 2048',
+  'llava_hr_7b_stage2_v6e_16x16': '--config configs/llava_hr.py:7b,stage2,v6e:16x16 '
+  '--topology v6e:16x16 --length 2048',
+  'llava_hr_7b_stage2_2xv5e_16x16': '--config configs/llava_hr.py:7b,stage2,2xv5e:16x16 '
+  '--topology v5e:16x16 --slices 2 --length 2048',
   'vila_hd_8b_4k_v5e_16x16': '--config configs/vila_hd.py:4k,sft,v5e:16x16 '
   '--topology v5e:16x16 --image 3780x3780',
   'vila_hd_8b_4k_v5p_4x4x4': '--config configs/vila_hd.py:4k,sft,v5p:4x4x4 '
   '--topology v5p:4x4x4 --image 3780x3780',
+  'vila_hd_8b_4k_v6e_16x16': '--config configs/vila_hd.py:4k,sft,v6e:16x16 '
+  '--topology v6e:16x16 --image 3780x3780',
+  'vila_hd_8b_4k_2xv5e_16x16': '--config configs/vila_hd.py:4k,sft,2xv5e:16x16 '
+  '--topology v5e:16x16 --slices 2 --image 3780x3780',
   'mc_llava_3b_v5e_8x8': '--config configs/mc_llava.py:full,one_view,v5e:8x8 --topology v5e:8x8',
+  'mc_llava_3b_crops_8_v5e_8x8': '--config configs/mc_llava.py:full,crops_8,v5e:8x8 '
+  '--topology v5e:8x8 --config.training.remat=attention',
   'pheye_x2_672_v5e_4x4': '--config configs/pheye.py:x2_672,stage2,v5e:4x4 '
   '--topology v5e:4x4 --image 672x672',
   'ps3_4k_v5e_16x16': '--config configs/ps3.py:4k,v5e:16x16 --topology v5e:16x16',
@@ -47,7 +57,27 @@ MARKS = {
   'mc_llava_3b_v5e_8x8': 0.70, 'pheye_x2_672_v5e_4x4': 1.8, 'ps3_4k_v5e_16x16': 2.3,
   'vila_hd_8b_4k_v5e_16x16': 22, 'vila_hd_8b_4k_v5p_4x4x4': 31}
 # What was tried where one is missed.
-TRIED = dict.fromkeys(MARKS, 'Nothing yet: the program is that of the older plans.')
+TRIED = {
+  'llava_hr_7b_stage2_v5e_16x16': 'Tried: recomputation of all but '
+  'products 0.534 s; windowed einsum on or off, no difference; asynchronous reductions, no '
+  'difference. The gradient of the output layer is summed whole (0.019 s), depthwise kernels take '
+  '0.038 s, sums over tensor 0.031 s, reduce-scatters of gradients 0.079 s.',
+  'llava_hr_7b_stage2_v5p_4x4x4': 'Tried: recomputation of layers, scores in memory: 0.98 s; '
+  'asynchronous reductions beside gathers 0.001 s less. Reduce-scatters of gradients stay '
+  'synchronous whatever the options.',
+  'mc_llava_3b_v5e_8x8': 'Tried: fsdp over all 64 chips, where gradients are summed whole: 1.31 s '
+  'with the scores in memory. Dropout takes 0.044 s, the weight of the output layer is gathered '
+  'for every chunk of the loss (0.041 s) and its gradient summed whole (0.019 s).',
+  'pheye_x2_672_v5e_4x4': 'Tried: windowed einsum, 0.75 s more; recomputation of all but products '
+  'needs 43 GiB.',
+  'ps3_4k_v5e_16x16': 'Tried: data=2 fsdp=128, whose shards of 9 rows are summed whole. The '
+  'attention kernel takes 1.2 s, 0.32 s of it a second forward pass: to keep its result as well '
+  'took 17.0 GiB in a prototype.',
+  'vila_hd_8b_4k_v5e_16x16': 'Tried: fsdp=64 tensor=4 58.4 s with the scores in memory; '
+  'recomputation of whole layers 29.4 s. The vocabulary of 151651 divides by nothing: the output '
+  'layer is gathered and its gradient summed for every chunk of the loss.',
+  'vila_hd_8b_4k_v5p_4x4x4': 'Tried: fsdp over all 64 chips 65.1 s with the scores in memory; '
+  'recomputation of whole layers 36.3 s. The output layer as on v5e.'}
 
 TEXT = """# Plans
 

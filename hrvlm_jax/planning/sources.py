@@ -55,15 +55,16 @@ class Sources:
   def place(self, instructions: list[hlo.Instruction]) -> Place:
     """The innermost place in the package that the first of the instructions with one names.
 
-    A fusion holds several; those with products come first in the caller's list.
+    A fusion holds several; those with products come first in the caller's list. A kernel of a
+    library may name the library's file alone.
     """
     for inst in instructions:
       for place in self.stack(inst):
         if place.file.startswith(PACKAGE):
           return place
-    stacks = (self.stack(inst) for inst in instructions)
-    return next((place for stack in stacks for place in stack
-                 if 'site-packages/' not in place.file), Place())
+    others = [place for inst in instructions for place in self.stack(inst) if place.file]
+    own = (place for place in others if 'site-packages/' not in place.file)
+    return next(own, others[0] if others else Place())
 
 
 def operation(inst: hlo.Instruction) -> str:
@@ -83,6 +84,8 @@ def _numbers(text: str) -> dict[str, int]:
 
 
 def _short(path: str) -> str:
-  """A path from the package's folder on; others stay whole."""
-  found = path.rfind('/' + PACKAGE)
-  return path[found + 1:] if found >= 0 else path
+  """A path from the package's or the libraries' folder on; others stay whole."""
+  for folder in (PACKAGE, 'site-packages/'):
+    if (found := path.rfind('/' + folder)) >= 0:
+      return path[found + 1:]
+  return path

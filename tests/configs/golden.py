@@ -32,10 +32,12 @@ RECIPES = {
   **{f'llava_hr:{size},{stage}': 8 for size in ('7b', 'x_13b', '13b')
      for stage in ('stage1', 'stage2')},
   'llava_hr:7b,stage2,v5e:16x16': 256, 'llava_hr:7b,stage2,v5p:4x4x4': 64,
+  'llava_hr:7b,stage2,v6e:16x16': 256, 'llava_hr:7b,stage2,2xv5e:16x16': 512,
   **{f'vila_hd:{size},{stage}': 64 for size in ('1_5k', '4k')
      for stage in ('align', 'tower', 'pretrain', 'sft')},
   'vila_hd:1_5k,sft,siglip2': 64, 'vila_hd:1_5k,sft,cradio_v2': 64,
   'vila_hd:4k,sft,v5e:16x16': 256, 'vila_hd:4k,sft,v5p:4x4x4': 64,
+  'vila_hd:4k,sft,v6e:16x16': 256, 'vila_hd:4k,sft,2xv5e:16x16': 512,
   'ps3:1_5k': 128, 'ps3:4k': 128, 'ps3:1_5k,siglip2': 128, 'ps3:4k,cradio_v2_l': 128,
   'ps3:4k,script': 8, 'ps3:4k,v5e:16x16': 256,
 }

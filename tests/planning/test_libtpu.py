@@ -1,12 +1,16 @@
 """Plans by the compiler for TPUs itself, one at a time on a machine; no TPU is needed."""
 
 import fcntl
+import json
 import pathlib
+import shlex
 
 import pytest
 
+from hrvlm_jax.cli import main as cli
 from hrvlm_jax.parallel.compiler import compiler_options
-from hrvlm_jax.planning import explain, plan, report
+from hrvlm_jax.planning import explain, plan, report, schedule
+from tests.parallel.test_plans import PLANS
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 TARGET = 'tests.parallel.programs:transformer'
@@ -24,7 +28,26 @@ def alone(tmp_path_factory, monkeypatch):
 
 @pytest.mark.libtpu
 @pytest.mark.full('plans')
-def test_a_small_step_for_a_tpu(alone, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize('name', PLANS.kept()[0])
+def test_the_compiler_still_makes_the_stored_step(name, alone, tmp_path):
+  """No class differs by more than 5 %, or by a thousandth of the step where it is small."""
+  out = tmp_path / 'report.json'
+  command = ['plan', *shlex.split(PLANS.CASES[name]), '--json', str(out)]
+  assert cli.run(command) == 0
+  found = json.loads(out.read_text())
+  text = explain.load(REPO / 'docs' / 'plans' / 'programs' / f'{name}.txt.xz')
+  stored = explain.summary(schedule.read(text, found['topology'].split(':')[0]))
+  new, seconds = found['account']['groups'], stored['seconds']
+  assert found['step']['seconds'] == pytest.approx(seconds, rel=0.05)
+  for group in {*new, *stored['groups']}:
+    old, now = (rows.get(group, {'seconds': 0.0})['seconds']
+                for rows in (stored['groups'], new))
+    assert now == pytest.approx(old, rel=0.05, abs=1e-3 * seconds), group
+
+
+@pytest.mark.libtpu
+@pytest.mark.full('plans')
+def test_a_small_step_for_a_tpu(alone, tmp_path, monkeypatch):
   """Both efforts agree on memory and products; --explain names the lines of what was compiled."""
   monkeypatch.setenv('PYTHONPATH', str(REPO))
   size = {'depth': 3, 'width': 256, 'heads': 2, 'batch': 8, 'length': 128}

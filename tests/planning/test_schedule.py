@@ -435,6 +435,7 @@ def test_a_compiled_splash_program():
   kernels = [c for c in reading.charges if c.cost.kind == Kind.ATTENTION_KERNEL]
   assert [splash_blocks(c.instruction) for c in kernels] == [(1024, 1024, False),
                                                             (1024, 1024, True)]
+  assert all(c.cost.place.file and c.cost.place.line for c in kernels)
   # 2 rows x 2 heads x 3 of 4 steps.
   assert [c.cycles for c in kernels] == pytest.approx(
     [12 * (6087 * 1.10 + 350), 12 * (10240 * 1.10 + 350)])
