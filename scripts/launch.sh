@@ -73,6 +73,8 @@ job
   --max-retries 20      preemptions (and stock-outs in a row) that babysit accepts
   --patience 30m        how long babysit and up try again what fails in passing: no answer, rate
                         limits, copies, package installs (15, 30, 60, ... 300 s apart)
+  --stall 1h            babysit starts a job again when no host has written to its log for so long
+                        (hrvlm train says every 10 minutes that it lives); 0 for never
   --keep                keep the machines after success
   --force               run: end a live job first
   --worker W            logs, ssh: worker (slice.worker with several slices), logs also all  (0)
@@ -97,7 +99,7 @@ TEXT
 
 # name=default for options with a value, then switches (0 or 1).
 VALUES='name= zone= zones= type= project= backend= slices=1 runtime= valid-until= max-run-duration=
-wait-timeout=6h patience=30m python=3.12 extra=tpu env-file= bucket= run-name= service-account= network= subnet=
+wait-timeout=6h patience=30m stall=1h python=3.12 extra=tpu env-file= bucket= run-name= service-account= network= subnet=
 labels= max-retries=20 worker=0 lines=+1 poll=30 ssh-tries=4 hosts=2 devices=4 kill-host=1
 kill-at-step=10 workdir= rtol=1e-5 end-within=60 capacity=on-demand'
 SWITCHES='internal-ip keep dry-run yes force prefix'
@@ -253,7 +255,7 @@ check_options() {
       ;;
     *) die "$EX_USAGE" "--backend: found '$OPT_BACKEND', expected qr or gce." ;;
   esac
-  for name in wait-timeout patience valid-until max-run-duration; do
+  for name in wait-timeout patience stall valid-until max-run-duration; do
     variable=OPT_$(upper "$name")
     [ -z "${!variable}" ] || seconds "${!variable}" >/dev/null ||
       die "$EX_USAGE" "--$name: found '${!variable}', expected a duration such as 90s, 30m, 6h or 2d."

@@ -175,6 +175,8 @@ supervise() {
     export "${pair%%=*}=${pair#*=}"
   done
   export HRVLM_RUN_DIR=$DIR HRVLM_WORKER_LABEL=$LABEL
+  # A trainer that was lost with its machine leaves a lock that is stale after 90 s: waited for.
+  export HRVLM_LOCK_WAIT=${HRVLM_LOCK_WAIT:-120}
   [ ! -d "$VENV/bin" ] || export PATH="$VENV/bin:$PATH"
   workdir=$(workdir_of "${JOB[@]}")
   case $LABEL in

@@ -3,13 +3,14 @@
 Parameters (`store.save_params`):
 
     checkpoint.json   format name, version, kind
+    manifest.json     a checksum of every other file but the commit file (`manifest.py`)
     config.json       the resolved config of the model
     arrays/           Orbax; its commit file is written last
 
 A training checkpoint, `<workdir>/checkpoints/<step>` (`store.TrainStore`), is one checkpoint of
-Orbax: `params/`, `state/`, the commit file, and in `run/` checkpoint.json with the step,
-config.json and `data/<process>.*`, the state of each process's data iterator. Version 1 had these
-files beside `arrays/` there too, and is still read.
+Orbax: `params/`, `state/`, the commit file, and in `run/` manifest.json, checkpoint.json with the
+step, config.json and `data/<process>.*`, the state of each process's data iterator. Version 1 had
+these files beside `arrays/` there too, and is still read.
 
 The commit file makes the folder a checkpoint: everything else is on disk before it, so that one
 interrupted at any moment is never taken for a whole one.
@@ -29,7 +30,7 @@ from hrvlm_jax.core.errors import UserError
 FORMAT = 'hrvlm_jax'
 VERSION = 2
 READ = (1, 2)
-STEPS = 'checkpoints'
+STEPS, SET_ASIDE = 'checkpoints', 'set_aside'
 BESIDE = 'run'
 MARKER, CONFIG, ARRAYS, DATA = 'checkpoint.json', 'config.json', 'arrays', 'data'
 COMMIT = 'commit_success.txt'
@@ -128,7 +129,8 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 def header(kind: str, **facts: Any) -> dict[str, Any]:
   """The content of the marker file of a checkpoint that is written now."""
-  return {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, 'kind': kind, **facts}
+  return {'format': FORMAT, 'version': VERSION, 'hrvlm_jax': __version__, 'kind': kind,
+          'manifest': True, **facts}
 
 
 def write_beside(

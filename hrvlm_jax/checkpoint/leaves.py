@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.checkpoint import chunks, layout, store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 
@@ -73,6 +73,8 @@ class StoredParams:
 
   def _array(self, path: str) -> ts.TensorStore:
     if path not in self._open:
+      leaf = self.flat[path]
+      chunks.check(self.directory, store.PARAMS, {path: (leaf.shape, None)})
       folder = os.fspath(layout.arrays(self.directory) / store.PARAMS)
       spec = {'driver': 'zarr3', 'kvstore': {
           'driver': 'ocdbt', 'base': folder if '://' in folder else f'file://{folder}',

@@ -8,7 +8,7 @@ Orbax's experimental v1 interface is used in this file only and bound to orbax-c
 `streaming.py` writes parameters through the older one, which lets a handler be replaced.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import logging
 import sys
@@ -21,7 +21,7 @@ import numpy as np
 from orbax.checkpoint import multihost
 import orbax.checkpoint.experimental.v1 as ocp
 
-from hrvlm_jax.checkpoint import files, layout, streaming
+from hrvlm_jax.checkpoint import chunks, commit, files, layout, manifest, streaming
 from hrvlm_jax.checkpoint.layout import PathLike, is_whole, resolve, steps
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
@@ -108,8 +108,8 @@ def _context() -> ocp.Context:
   # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
   options = {'create_directories_asynchronously': False}
   if jax.process_count() == 1:
-    return ocp.Context(async_options=ocp.options.AsyncOptions(**options))
-  return ocp.Context(async_options=_AsyncOptions(**options))
+    return commit.with_manifest(ocp.Context(async_options=ocp.options.AsyncOptions(**options)))
+  return commit.with_manifest(ocp.Context(async_options=_AsyncOptions(**options)))
 
 
 def save_params(
@@ -145,7 +145,8 @@ def save_params(
     _clear(target)
     try:
       layout.write_beside(target, config, layout.header('params'), extra_files)
-      streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(_storable, dict(params)))
+      streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(_storable, dict(params)),
+                     commit=commit.committing(target))
     except BaseException:
       if jax.process_index() == 0:
         _remove(target)
@@ -172,8 +173,16 @@ def _barrier(name: str) -> None:
 
 
 def load_config(directory: PathLike) -> dict[str, Any]:
-  """The config saved with a checkpoint; `directory` as for `resolve`."""
-  return layout.read_json(layout.beside(resolve(directory)) / layout.CONFIG)
+  """The config saved with a checkpoint; `directory` as for `resolve`.
+
+  Whoever reads a checkpoint reads its config; all its small files are checked here.
+
+  Raises:
+    UserError: no whole checkpoint, or a damaged one.
+  """
+  directory = resolve(directory)
+  manifest.check(directory)
+  return layout.read_json(layout.beside(directory) / layout.CONFIG)
 
 
 def load_marker(directory: PathLike) -> dict[str, Any]:
@@ -186,8 +195,29 @@ def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
   return _stored(resolve(directory), PARAMS)
 
 
+@contextlib.contextmanager
+def _reading(directory: epath.Path, part: str, places: Mapping[str, Any] | None) -> Iterator[None]:
+  """Checks what will be read (see `chunks.check`); what cannot be read all the same is a sentence.
+
+  Args:
+    places: leaf -> what it is read as, an array or an abstract one with a sharding; None: shapes.
+  """
+  read = None if places is None else {
+      path: (leaf.shape, getattr(leaf, 'sharding', None)) for path, leaf in places.items()}
+  try:
+    chunks.check(directory, part, read)
+    yield
+  except UserError:
+    raise
+  except (ValueError, KeyError, OSError) as error:
+    first = (str(error).strip().splitlines() or [''])[0][:200]
+    raise UserError(f'checkpoint {directory} cannot be read ({type(error).__name__}: {first}); '
+                    f'{manifest.advice(directory)}') from error
+
+
 def _stored(directory: epath.Path, part: str) -> dict[str, jax.ShapeDtypeStruct]:
-  tree = ocp.checkpointables_metadata(layout.arrays(directory)).metadata.get(part) or {}
+  with _reading(directory, part, None):
+    tree = ocp.checkpointables_metadata(layout.arrays(directory)).metadata.get(part) or {}
   leaves = flatten(tree)
   return {path: jax.ShapeDtypeStruct(tuple(m.shape), m.dtype) for path, m in leaves.items()}
 
@@ -221,7 +251,8 @@ def load_params(
     if dtype not in (None, 'stored') and jnp.issubdtype(kind, jnp.floating):
       kind = jnp.dtype(dtype)
     flat[path] = _target(leaf.shape, kind, places[path])
-  return ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
+  with _reading(directory, PARAMS, flat):
+    return ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
 
 
 def load_leaf(directory: PathLike, path: str) -> np.ndarray:
@@ -236,7 +267,8 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
     raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
   flat = {p: ocp.PLACEHOLDER for p in stored}
   flat[path] = np.empty(stored[path].shape, stored[path].dtype)
-  tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
+  with _reading(directory, PARAMS, {path: flat[path]}):
+    tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
   return paths.flatten(tree)[path]
 
 
@@ -344,6 +376,23 @@ class TrainStore:
     """The newest step with a whole checkpoint, or None."""
     found = self.steps()
     return found[-1] if found else None
+
+  def set_aside(self, found: Sequence[int]) -> epath.Path:
+    """Moves checkpoints where they are neither resumed from nor removed; call it on one process.
+
+    Returns:
+      The folder they are in now.
+    """
+    place = self.workdir / layout.SET_ASIDE
+    with files.clear_errors(f'cannot move checkpoints to {place}'):
+      place.mkdir(parents=True, exist_ok=True)
+      for step in found:
+        target, number = place / str(step), 1
+        while target.exists():
+          number += 1
+          target = place / f'{step}_{number}'
+        self.folder(step).rename(target)
+    return place
 
   def save(self, step: int, state: Any, data_state: Any = None) -> None:
     """Begins to save; waits for the previous save first.
@@ -467,18 +516,21 @@ class TrainStore:
       raise UserError(f'{self.workdir}: no checkpoint of step {step}; there are: {found}')
     folder = resolve(self.folder(step))
     params, rest = _split(abstract)
-    parts, problems, wanted = {}, [], {}
+    manifest.check(folder)
+    parts, problems, targets = {}, [], {}
     for part, leaves in ((PARAMS, params), (_REST, rest)):
       stored = _stored(folder, part)
       problems += mismatches(stored, leaves)
       if leaves:
         shapes = {p: _stored_shape(leaf) for p, leaf in leaves.items()}
         places = _places(leaves, None)
-        parts[part] = _nested(
-            {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()})
-      wanted[part] = leaves
+        targets[part] = {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()}
+        parts[part] = _nested(targets[part])
     raise_all(f'checkpoint {folder} and training state do not match', problems)
-    loaded = ocp.load_checkpointables(layout.arrays(folder), parts)
+    with contextlib.ExitStack() as checked:
+      for part, flat in targets.items():
+        checked.enter_context(_reading(folder, part, flat))
+      loaded = ocp.load_checkpointables(layout.arrays(folder), parts)
     state = _join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
     states = self.data_states(step)
     mine = states[jax.process_index()] if jax.process_index() < len(states) else None

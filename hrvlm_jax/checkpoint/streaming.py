@@ -105,12 +105,17 @@ def _with_chunks(tspec: dict[str, Any], chunk: tuple[int, ...]) -> dict[str, Any
   return tspec
 
 
-def save(path: Any, name: str, tree: Any) -> None:
-  """Saves a tree of host or device arrays as the item `name` of an Orbax checkpoint at `path`."""
+def save(path: Any, name: str, tree: Any, *, commit: Any = None) -> None:
+  """Saves a tree of host or device arrays as the item `name` of an Orbax checkpoint at `path`.
+
+  Args:
+    commit: class that commits the folder (`commit.committing`); None: Orbax's own.
+  """
   registry = ocp.type_handlers.create_type_handler_registry(
       (np.ndarray, StreamingNumpyHandler()), (jax.Array, ocp.type_handlers.ArrayHandler()))
   handler = ocp.PyTreeCheckpointHandler(
       use_ocdbt=True, use_zarr3=True, type_handler_registry=registry)
   item = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=_FILE_BYTES)
-  with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**{name: handler})) as checkpointer:
+  composite = ocp.CompositeCheckpointHandler(**{name: handler})
+  with ocp.Checkpointer(composite, temporary_path_class=commit) as checkpointer:
     checkpointer.save(path, args=ocp.args.Composite(**{name: item}))

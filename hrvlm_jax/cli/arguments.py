@@ -5,6 +5,7 @@ Nothing here imports JAX or reads a config; see `training.run_config` for the la
 
 import argparse
 from collections.abc import Sequence
+import os
 from typing import Any, NoReturn
 
 from hrvlm_jax import __version__
@@ -12,6 +13,7 @@ from hrvlm_jax.cli.examples import EXAMPLES
 from hrvlm_jax.core.errors import UserError, unknown
 
 _PREFIX = '--config.'
+_READERS = ('checkpoint', 'checkpoints', 'workdir')  # options whose files have checksums
 PROBE = '--probe\0'  # no user can type it: `cli.completion` asks a verb for its options
 
 
@@ -75,6 +77,9 @@ class Parser(argparse.ArgumentParser):
     Raises:
       UserError: unknown (with the nearest known one) or missing arguments.
     """
+    if any(action.option_strings and action.dest in _READERS for action in self._actions):
+      self.add_argument('--no-verify', action='store_true',
+                        help='read checkpoints without checking the checksums of their files')
     if PROBE in argv:
       raise Probed(self)
     self._check_names(argv)
@@ -82,6 +87,8 @@ class Parser(argparse.ArgumentParser):
     if self._takes_config:
       argv, overrides = split_overrides(argv)
     arguments = self.parse_args(list(argv))
+    if getattr(arguments, 'no_verify', False):
+      os.environ['HRVLM_VERIFY'] = '0'  # for worker processes as well; `checkpoint.manifest`
     if self._takes_config:
       if arguments.config is None and overrides:
         raise UserError(f'--config.{overrides[0][0]} needs a run config; add --config FILE.py')

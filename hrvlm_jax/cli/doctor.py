@@ -1,4 +1,7 @@
-"""`hrvlm doctor`: is this machine and installation fit to work, and if not, what to do."""
+"""`hrvlm doctor`: is this machine and installation fit to work, and if not, what to do.
+
+`hrvlm doctor CHECKPOINT` reads a checkpoint (or all of a work directory) against its checksums.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -8,6 +11,7 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 
 from hrvlm_jax import __version__
 from hrvlm_jax.cli.arguments import Parser
@@ -34,9 +38,18 @@ class Finding:
 
 
 def main(argv: list[str]) -> int:
-  """Checks versions, devices, memory, optional parts and the cache; 1 when there is a problem."""
-  Parser('doctor', main.__doc__).parse(argv)
-  findings = [*packages(), *devices(), *machine(), *extras(), cache()]
+  """Checks versions, devices, memory, optional parts and the cache, or every file of a checkpoint.
+
+  Exit status 1 when there is a problem.
+  """
+  parser = Parser('doctor', main.__doc__)
+  parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
+                      help='a checkpoint or a work directory: all its files are read')
+  arguments = parser.parse(argv)
+  if arguments.checkpoint is not None:
+    findings = checkpoints(arguments.checkpoint)
+  else:
+    findings = [*packages(), *devices(), *machine(), *extras(), cache()]
   width = max(len(finding.name) for finding in findings)
   for finding in findings:
     advice = f'  -> {finding.advice}' if finding.advice else ''
@@ -45,6 +58,36 @@ def main(argv: list[str]) -> int:
   print('no problem found' if not problems else
         f'{problems} problem{"s" * (problems > 1)} found; see the advice after ->')
   return 1 if problems else 0
+
+
+def checkpoints(place: str) -> list[Finding]:
+  """One line per checkpoint that is whole, one per file that is damaged.
+
+  Raises:
+    UserError: no checkpoint there.
+  """
+  from hrvlm_jax.checkpoint import layout, manifest
+
+  root = layout.to_path(place)
+  own = (layout.beside(root) / layout.MARKER).exists()
+  steps = [] if own else layout.steps(root)
+  findings = []
+  for folder in [root / layout.STEPS / str(step) for step in steps] or [root]:
+    clock = time.perf_counter()
+    bad = manifest.damaged(folder)
+    findings += [Finding('problem', str(folder), text) for text in bad]
+    if bad:
+      findings[-1] = dataclasses.replace(findings[-1], advice=manifest.advice(folder))
+      continue
+    files = manifest.Manifest(layout.resolve(folder)).files
+    if not files:
+      findings.append(Finding('none', str(folder), 'has no manifest.json: nothing to check it '
+                              'by (written by an earlier release)'))
+      continue
+    size = sum(size for size, _ in files.values())
+    findings.append(Finding('ok', str(folder), f'{len(files)} files, {size / 2**20:.1f} MiB read '
+                            f'in {time.perf_counter() - clock:.1f} s: all as written'))
+  return findings
 
 
 def packages() -> list[Finding]:

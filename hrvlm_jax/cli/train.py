@@ -10,6 +10,9 @@ def main(argv: list[str]) -> int:
   parser = Parser('train', main.__doc__, config=True)
   parser.add_argument('--workdir', required=True, help='checkpoints, metrics, tokenizer go here')
   parser.add_argument('--quiet', action='store_true', help='lines, not a bar, on a terminal too')
+  parser.add_argument('--resume-from', metavar='STEP|last-whole',
+                      help='go back to a checkpoint (newer ones are set aside), or to the newest '
+                           'undamaged one; default: the newest')
   parser.add_mesh()
   parser.add_processes()
   arguments = parser.parse(argv)
@@ -22,7 +25,7 @@ def main(argv: list[str]) -> int:
 
   from hrvlm_jax.core import cpu
   from hrvlm_jax.parallel.mesh import mesh_config
-  from hrvlm_jax.training import determinism, loop, run_config
+  from hrvlm_jax.training import determinism, loop, resume, run_config
   from hrvlm_jax.training.config import RunConfig
 
   with fate.shared(parser.prog):
@@ -39,7 +42,8 @@ def main(argv: list[str]) -> int:
       print(f'training {config.model.system} to step {config.training.steps}, batch '
             f'{config.training.batch_size}, seed {config.seed}; work directory '
             f'{arguments.workdir}', flush=True)
-    result = loop.train(config, arguments.workdir, progress='lines' if arguments.quiet else True)
+    result = loop.train(config, arguments.workdir, progress='lines' if arguments.quiet else True,
+                        resume_from=resume.parse(arguments.resume_from))
     if main_process:
       loss = 'nothing left to do' if result.loss is None else f'loss {result.loss:.4f}'
       state = 'stopped by a signal at' if result.interrupted else 'finished at'

@@ -10,6 +10,8 @@ dataclasses. A union of dataclasses is told apart by a field in which they diffe
 strings with different defaults), else by the key `type` holding the class name (written by
 `to_dict`), else by which class the keys fit.
 
+Bounds of numbers stand in a class' `BOUNDS` (see `core.bounds`).
+
 A class whose field types depend on its values (the encoder's class follows from the system's
 name) defines the classmethod `field_types(values) -> dict[str, type]` to override its hints.
 """
@@ -21,6 +23,7 @@ import types
 import typing
 from typing import Any, Literal, TypeVar, Union
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
 
 T = TypeVar('T')
@@ -110,6 +113,9 @@ def _build(cls: type, values: Any, path: str, problems: list[str]) -> Any:
       for name in fields if name in mapping
   }
   if len(problems) > before:
+    # The class cannot judge itself; its numbers can be judged all the same.
+    good = {name: value for name, value in built.items() if value is not _FAILED}
+    problems.extend(f'{_join(path, name)} {text}' for name, text in bounds.outside(cls, good))
     return _FAILED
   try:
     return cls(**built)

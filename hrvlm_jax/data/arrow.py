@@ -13,6 +13,7 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import Fields, Row
 from hrvlm_jax.data.tables import find_files, guess_fields, table_row
+from hrvlm_jax.data.unchanged import Unchanged
 
 STATE, SPLITS = 'state.json', 'dataset_dict.json'
 
@@ -56,6 +57,7 @@ class Arrow:
       root /= 'train'
     self.images = None if images is None else os.fspath(images)
     self.paths = find_files(root, '.arrow')
+    self._unchanged = Unchanged(self.paths)
     self._tables: list | None = None
     tables = self._open()
     self._ends = np.cumsum([table.num_rows for table in tables])
@@ -68,6 +70,7 @@ class Arrow:
     import pyarrow as pa
 
     if self._tables is None:
+      self._unchanged.check()
       self._tables = []
       for path in self.paths:
         try:
@@ -85,6 +88,8 @@ class Arrow:
       raise IndexError(index)
     number = int(np.searchsorted(self._ends, index, side='right'))
     within = index - (int(self._ends[number - 1]) if number else 0)
+    # Before the map is touched: one of a file that was cut ends the process with a bus error.
+    self._unchanged.check([self.paths[number]])
     values = self._open()[number].slice(within, 1).to_pylist()[0]
     return table_row(values, self.fields, self.images, f'{self.paths[number]}, row {within}')
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, Row
+from hrvlm_jax.data.unchanged import DataChanged
 from hrvlm_jax.language.chat import IGNORE
 
 Example = dict[str, Any]
@@ -87,6 +88,8 @@ class KeepPlace(grain.MapDataset):
       return self.slice(index)
     try:
       return self._parent[index]
+    except DataChanged:
+      raise
     except UserError as error:
       return Fault.of(error, index)
 

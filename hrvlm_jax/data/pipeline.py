@@ -34,6 +34,7 @@ from hrvlm_jax.data.faults import BadRowPolicy, Batch, Example, KeepPlace, Named
 from hrvlm_jax.data.order import GroupedShuffle, OrderName, dataset, derived_seed, in_order
 from hrvlm_jax.data.packed import PackedBatches, RowMaker
 from hrvlm_jax.data.rows import Row, Source
+from hrvlm_jax.data.workers import OfWorker, Watched, stop_thread
 
 Transform = Callable[[Row, np.random.Generator], Example]
 
@@ -139,10 +140,11 @@ class Batches:
     self._options, self._order = options, order
     # An element is this host's batch already: to choose its bucket and crop slots takes all of it.
     self._batches = grain.experimental.ElasticIterator(
-      dataset, 1, grain.sharding.ShardOptions(shard_index=0, shard_count=1),
+      OfWorker(dataset), 1, grain.sharding.ShardOptions(shard_index=0, shard_count=1),
       read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=2),
       multiprocessing_options=processes(options.workers))
-    weakref.finalize(self, _close, self._batches)  # also when the program ends
+    self._take = Watched(lambda batches=self._batches: next(batches)) if options.workers else None
+    weakref.finalize(self, _end, self._batches, self._take)  # also when the program ends
 
   def __len__(self) -> int:
     """Batches of all epochs (a very large number when endless)."""
@@ -182,8 +184,10 @@ class Batches:
 
     Raises:
       StopIteration: after the last epoch.
+      UserError: a data worker died.
     """
-    return next(self._batches)[0]  # Grain makes a batch of one batch
+    found = self._take() if self._take is not None else next(self._batches)
+    return found[0]  # Grain makes a batch of one batch
 
   def positions(self, number: int) -> Sequence[int]:
     """Positions in the order of the run of a batch's examples, over all hosts."""
@@ -212,12 +216,12 @@ class Batches:
     raise_all('the saved position belongs to another order of the data', [
       f'{key} was {stored.get(key, _ORDER.get(key))}, is {value}'
       for key, value in self._order.items() if stored.get(key, _ORDER.get(key)) != value])
-    _close(self._batches, int(state['step']))
+    _end(self._batches, self._take, int(state['step']))
     self.counts = Counter(state.get('counts', {}))
 
   def close(self) -> None:
     """Ends worker processes; the next batch starts them again."""
-    _close(self._batches)
+    _end(self._batches, self._take)
 
 
 def processes(workers: int) -> grain.MultiprocessingOptions | None:
@@ -227,6 +231,15 @@ def processes(workers: int) -> grain.MultiprocessingOptions | None:
   if not flags.FLAGS.is_parsed():  # Grain's worker processes read absl flags
     flags.FLAGS.mark_as_parsed()
   return grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+
+
+def _end(batches: grain.experimental.ElasticIterator, take: Watched | None,
+         step: int | None = None) -> None:
+  """Ends Grain's workers, unless they are gone already: it would wait for them."""
+  if take is not None:
+    stop_thread(take)
+  if take is None or not take.broken:
+    _close(batches, step)
 
 
 def _close(batches: grain.experimental.ElasticIterator, step: int | None = None) -> None:

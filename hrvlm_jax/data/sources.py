@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 import dataclasses
 import json
-import mmap
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from hrvlm_jax.data.rows import (
   image_refs,
   inside,
 )
+from hrvlm_jax.data.unchanged import Unchanged
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
@@ -70,6 +71,7 @@ class LlavaJson:
       raise UserError(f'{self.path}: no such file')
     if not os.path.isdir(self.images):
       raise UserError(f'{self.images}: no such image folder')
+    self._unchanged = Unchanged([self.path])
     data = pathlib.Path(self.path).read_bytes()
     if data[:2] in (b'\xff\xfe', b'\xfe\xff'):
       raise UserError(f'{self.path}: is UTF-16 text, expected UTF-8')
@@ -80,7 +82,7 @@ class LlavaJson:
       self._spans = _array_spans(data, start, self.path)
     else:
       self._spans = _line_spans(data, start)
-    self._map: mmap.mmap | None = None
+    self._file: Any = None
 
   def __len__(self):
     return len(self._spans)
@@ -90,14 +92,17 @@ class LlavaJson:
     return f'{self.path}, row {index} (line {self._spans[index, 2]})'
 
   def __getitem__(self, index):
-    if self._map is None:
-      with open(self.path, 'rb') as file:
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    begin, end, _ = self._spans[index]
-    return llava_row(self._map[begin:end], self.where(index), self.images)
+    if self._file is None:
+      self._unchanged.check()
+      self._file = open(self.path, 'rb')  # noqa: SIM115 - kept open, closed with the object
+    begin, end, _ = self._spans[index].tolist()
+    # No map: a file that is cut while it is mapped ends the process with a bus error.
+    data = os.pread(self._file.fileno(), end - begin, begin)
+    self._unchanged.check([self.path], self._file.fileno())
+    return llava_row(data, self.where(index), self.images)
 
   def __getstate__(self):
-    return self.__dict__ | {'_map': None}
+    return self.__dict__ | {'_file': None}
 
 
 def llava_row(data: bytes, where: str, images: str) -> Row:

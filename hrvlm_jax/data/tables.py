@@ -26,6 +26,7 @@ from hrvlm_jax.data.rows import (
   image_refs,
   question_answers,
 )
+from hrvlm_jax.data.unchanged import DataChanged, Unchanged
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 _CACHED_GROUPS = 2  # row groups of a parquet file held decoded, per process
@@ -123,6 +124,7 @@ class Parquet:
     if fields is None:
       fields = guess_fields(_parquet_file(self.paths[0]).schema_arrow.names)
     self.fields = fields
+    self._unchanged = Unchanged(self.paths)
     groups = []  # file, group, first row of the group in the file, first row of the group at all
     total = 0
     for number, path in enumerate(self.paths):
@@ -161,7 +163,9 @@ class Parquet:
       if at not in self._cache:
         while len(self._cache) >= _CACHED_GROUPS:
           self._cache.popitem(last=False)
-        with pq.ParquetFile(self.paths[number]) as file:
+        path = self.paths[number]
+        self._unchanged.check([path])
+        with self._unchanged.reading([path]), pq.ParquetFile(path) as file:
           self._cache[at] = file.read_row_group(group)
       self._cache.move_to_end(at)
       return self._cache[at]
@@ -197,6 +201,7 @@ class ArrayRecords:
   def __init__(self, pattern: str | os.PathLike):
     self.paths = find_files(pattern, '.array_record')
     self._reader = None
+    self._unchanged = Unchanged(self.paths)
     try:
       self._size = len(self._open())
     except (RuntimeError, ValueError, OSError) as error:
@@ -207,6 +212,7 @@ class ArrayRecords:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     if self._reader is None:
+      self._unchanged.check()
       self._reader = ArrayRecordDataSource(self.paths)
     return self._reader
 
@@ -216,7 +222,10 @@ class ArrayRecords:
   def __getitem__(self, index):
     where = f'{os.path.dirname(self.paths[0])}, record {index}'
     try:
-      record = self._open()[index]
+      with self._unchanged.reading():
+        record = self._open()[index]
+    except DataChanged:
+      raise
     except (RuntimeError, ValueError) as error:
       raise BadRow('checksum', where, f'cannot be read ({error})') from error
     return decode_record(record, where)

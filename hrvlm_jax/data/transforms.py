@@ -15,7 +15,7 @@ from PIL import Image
 from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.packing import Size
 from hrvlm_jax.data.rows import BadRow, Row, image_sizes, open_images
-from hrvlm_jax.language.chat import Encoded
+from hrvlm_jax.language.chat import IGNORE, Encoded
 from hrvlm_jax.language.prompt import Text, choose_bucket, join_texts, pad_batch
 
 TooLong = Literal['cut_text', 'cut_row', 'refuse']
@@ -185,7 +185,16 @@ class ToExample:
     if self.limit.policy == 'refuse' and length is not None and len(encoded.ids) > length:
       raise BadRow('too long', row.where, f'has {len(encoded.ids)} ids of text, at most {length} '
                    'are allowed (data.max_length)')
+    self._check_targets(row, encoded.labels)
     return encoded
+
+  def _check_targets(self, row: Row, labels: Sequence[int]) -> None:
+    """The first place is no target: nothing comes before it. A box is learned without text, too."""
+    if self.boxes and row.extra.get('box') is not None:
+      return
+    if all(label == IGNORE for label in labels[1:]):
+      cut = '' if self.limit.length is None else f' within data.max_length={self.limit.length}'
+      raise BadRow('no target', row.where, f'has no answer to learn{cut}')
 
   def images_of(self, row: Row, encoded: Encoded) -> int:
     """How many of the row's images its text still has a place for: a cut may drop the last ones."""
@@ -208,6 +217,7 @@ class ToExample:
       arrays = {key: value[:self.limit.length] for key, value in arrays.items()}
       if end is not None:
         arrays['prompt_end'] = np.minimum(end, np.int32(len(arrays['tokens']) - 1))
+    self._check_targets(row, arrays['labels'].tolist())
     length = len(arrays['tokens'])
     if self.max_length is not None and length > self.max_length:
       raise BadRow('too long', row.where, f'has {length} tokens with its images, the longest '

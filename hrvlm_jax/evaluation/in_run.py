@@ -94,6 +94,7 @@ class BenchmarkEvaluator(Evaluator):
     return values | {f'{o.label}_seconds': time.perf_counter() - clock}
 
   def _item(self, number: int):
+    self.beat()
     picture = pictures(self.samples[number])
     images = picture if isinstance(picture, tuple) else () if picture is None else (picture,)
     return images, self.questions[number]

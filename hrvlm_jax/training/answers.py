@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
@@ -9,12 +10,16 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 import numpy as np
+from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.registry import Registry, load_callable
-from hrvlm_jax.data.rows import open_images
+from hrvlm_jax.data.order import dataset
+from hrvlm_jax.data.rows import BadRow, image_sizes, open_images
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.language.chat import IMAGE
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -23,6 +28,8 @@ from hrvlm_jax.training.evaluators import Evaluator, EvaluatorOptions
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 from hrvlm_jax.vlm.answer_mesh import answer_over_mesh
+
+_STAND_IN = (64, 64)  # pixels of the picture that takes the place of one that cannot be used
 
 Metric = Callable[[str, str], float]  # answer, reference -> 0 to 1
 
@@ -65,7 +72,10 @@ class AnswersOptions(EvaluatorOptions):
 class Answers(Evaluator):
   """Greedy answers to the first question of every row.
 
-  Writes `answers.jsonl` and overlays of the first images. Programs are compiled once per run.
+  Writes `answers.jsonl` and overlays of the first images. Programs are compiled once per run. A row
+  that cannot be used is counted and left out, as in training (`data.bad_rows`): one that its text
+  or the header of an image shows to be bad before the first step, another at its first evaluation.
+  Images are decoded as their turn comes.
   """
 
   Options = AnswersOptions
@@ -81,24 +91,77 @@ class Answers(Evaluator):
       raise UserError(f'training.evaluators: {o.label} has no data; set its data, or data.eval')
     self.config, self.layout, self.workdir = run, layout, workdir
     self.metric = load_callable(o.metric, 'metric') if ':' in o.metric else METRICS.get(o.metric)
-    self.source = open_source(path, images=o.images or run.data.images)
-    self.count = len(self.source) if o.rows is None else min(o.rows, len(self.source))
+    self.source = dataset(open_source(path, images=o.images or run.data.images))
+    count = len(self.source) if o.rows is None else min(o.rows, len(self.source))
+    self.bad: Counter[str] = Counter()
+    self.rows = [row for index in range(count) if (row := self._question(index)) is not None]
+    self._need_rows()
+    if self.bad:
+      kinds = ', '.join(f'{number} {kind}' for kind, number in sorted(self.bad.items()))
+      self.notes = (f'{o.label}: {sum(self.bad.values())} of {count} rows cannot be used ({kinds}) '
+                    f'and are left out; the last: {self.last_fault}',)
+    self._seen = False
     self._answerer: Answerer | None = None
 
+  def _need_rows(self, last: str = '') -> None:
+    if not self.rows:
+      raise UserError(f'training.evaluators: none of the rows of {self.options.label} can be used '
+                      f'({dict(self.bad)}{last}); hrvlm data check lists them')
+
+  def _left_out(self, error: UserError) -> None:
+    """Counts a row that cannot be used.
+
+    Raises:
+      UserError: with `data.bad_rows='fatal'`.
+    """
+    if self.config.data.bad_rows == 'fatal':
+      raise error
+    self.bad[error.kind if isinstance(error, BadRow) else 'example'] += 1
+    self.last_fault = str(error)
+
   def run(self, params: Any, step: int) -> dict[str, float]:
-    """<label>_accuracy: mean score of the answers; <label>_seconds."""
+    """<label>_accuracy: mean score of the answers; <label>_seconds; <label>_bad_rows, if any."""
     clock, o = time.perf_counter(), self.options
     answerer = self._with(params)
-    rows = [self._question(i) for i in range(self.count)]
-    longest = max(len(answerer.text.tokenizer.encode(row['expected'])) for row in rows)
+    longest = max(len(answerer.text.tokenizer.encode(row['expected'])) for row in self.rows)
+    rows = [dict(row) for row in self.rows]
+    bad: dict[int, UserError] = {}
+
+    def item(number: int) -> tuple[list[Any], str]:
+      self.beat()
+      try:
+        images = self._images(rows[number]['index'])
+        if not self._seen:  # what only the system can judge: too many crops, an odd shape
+          answerer.system.views(images, self.config.model.encoder)
+      except UserError as error:
+        bad[number] = error
+        images = [Image.new('RGB', _STAND_IN)]
+      return images, rows[number]['question']
+
     texts = answer_over_mesh(
-      answerer, self.count, lambda i: (self._images(i), rows[i]['question']),
-      batch_size=o.batch_size, layout=self.layout,
+      answerer, len(rows), item, batch_size=o.batch_size, layout=self.layout,
       max_new_tokens=min(o.max_new_tokens, 2 + longest))
     for row, text in zip(rows, texts, strict=True):
       row['answer'], row['score'] = text, float(self.metric(text, row['expected']))
+    rows = self._without(rows, bad)
     self._write(self.folder(self.workdir, step), answerer, rows)
-    return self.values(rows) | {f'{o.label}_seconds': time.perf_counter() - clock}
+    values = self.values(rows) | {f'{o.label}_seconds': time.perf_counter() - clock}
+    return values | ({f'{o.label}_bad_rows': sum(self.bad.values())} if self.bad else {})
+
+  def _without(self, rows: list[dict[str, Any]], bad: Mapping[int, UserError]
+               ) -> list[dict[str, Any]]:
+    """The rows that every process could open; the others are counted and not asked again."""
+    self._seen = True
+    flags = np.zeros(len(rows), np.int32)
+    flags[list(bad)] = 1
+    if jax.process_count() > 1:
+      flags = np.asarray(multihost_utils.process_allgather(flags)).max(axis=0)
+    for number in np.flatnonzero(flags).tolist():
+      self._left_out(bad.get(number, UserError(f'{rows[number]["where"]}: cannot be used')))
+    good = np.flatnonzero(flags == 0).tolist()
+    self.rows = [self.rows[number] for number in good]
+    self._need_rows(f'; the last: {self.last_fault}' if flags.any() else '')
+    return [rows[number] for number in good]
 
   def values(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The metrics of scored rows (id, question, expected, answer, score, extra)."""
@@ -109,7 +172,7 @@ class Answers(Evaluator):
     if main:
       folder.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(rows[:self.options.overlays]):
-      if not (images := self._images(number)):
+      if not (images := self._images(row['index'])):
         continue
       picture = answerer.overlay(images[0], row['question'])
       if main:
@@ -131,13 +194,20 @@ class Answers(Evaluator):
   def _images(self, index: int) -> list[Any]:
     return open_images(self.source[index], **self.config.data.reading)
 
-  def _question(self, index: int) -> dict[str, Any]:
-    row = self.source[index]
-    turns = [message for message in row.messages if message.role in ('user', 'assistant')]
-    if len(turns) < 2 or turns[0].role != 'user' or turns[1].role != 'assistant':
-      raise UserError(f'{row.where}: expected a question and its answer')
+  def _question(self, index: int) -> dict[str, Any] | None:
+    """The question of a row, or None where the row cannot be used."""
+    try:
+      row = self.source[index]
+      image_sizes(row, exif=self.config.data.exif)
+      turns = [message for message in row.messages if message.role in ('user', 'assistant')]
+      if len(turns) < 2 or turns[0].role != 'user' or turns[1].role != 'assistant':
+        raise BadRow('conversation', row.where, 'expected a question and its answer')
+    except UserError as error:
+      self._left_out(error)
+      return None
     return {'id': row.id or str(index), 'question': turns[0].text.replace(IMAGE, '').strip(),
-            'expected': turns[1].text.strip(), 'extra': row.extra}
+            'expected': turns[1].text.strip(), 'extra': row.extra, 'index': index,
+            'where': row.where}
 
 
 def _verdict(score: float) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
@@ -38,6 +39,13 @@ class Group:
   decay: bool = True
   frozen: bool = False
 
+  BOUNDS: ClassVar = {'learning_rate': '[0, inf)'}
+
+  def __post_init__(self):
+    wrong = bounds.is_pattern(self.pattern)
+    bounds.check(
+      self, [f'pattern {self.pattern!r} is no regular expression ({wrong})'] if wrong else [])
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -48,6 +56,8 @@ class OptimizerConfig:
       AdamW for everything else. Small models from scratch learn in a fraction of the steps; the
       published recipes all use AdamW.
     warmup: steps of the linear warm-up; a value below 1 is a share of all steps.
+    b1, b2, eps: of AdamW's moments; with muon, of the leaves that AdamW updates there (its own
+      momentum is optax's 0.95; eps acts in both).
     clip_norm: largest global gradient norm; None: no clipping.
     ema: decay of an exponential moving average of the trained parameters; None: none is kept.
   """
@@ -64,16 +74,17 @@ class OptimizerConfig:
   clip_norm: float | None = 1.0
   ema: float | None = None
 
+  BOUNDS: ClassVar = {
+    'learning_rate': '[0, inf)', 'warmup': '[0, inf)', 'warmup_from': '[0, 1]', 'b1': '[0, 1)',
+    'b2': '[0, 1)', 'eps': '(0, inf)', 'weight_decay': '[0, inf)', 'clip_norm': '(0, inf)',
+    'ema': '(0, 1)'}
+
   def __post_init__(self):
-    problems = []
-    if self.learning_rate < 0:
-      problems.append(f'learning_rate must not be negative, got {self.learning_rate}')
-    if self.warmup < 0:
-      problems.append(f'warmup must not be negative, got {self.warmup}')
-    if self.ema is not None and not 0 < self.ema < 1:
-      problems.append(f'ema must lie in (0, 1), got {self.ema}')
-    if problems:
-      raise ValueError('OptimizerConfig: ' + '; '.join(problems))
+    hint = ' (None does not clip)' if self.clip_norm is not None and self.clip_norm <= 0 else ''
+    try:
+      bounds.check(self)
+    except ValueError as error:
+      raise type(error)(f'{error}{hint}') from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +118,14 @@ class TrainingConfig:
     eval_every: one more evaluator, the objective's own, on `data.eval`: steps between evaluations,
       which also follow the last step; 0: none.
     eval_images: its `rows`; None: all. eval_overlays: its `overlays`.
+    on_bad_step: a step whose loss, gradient or parameters are not finite, or whose gradient norm is
+      above `spike_norm`, ends the run ('stop') or is left out ('skip': parameters and optimizer
+      stay as they are; parameters that are not finite end the run all the same).
+    bad_steps: so many steps may be left out, over all starts of the run; one more ends it.
+    spike_norm: a gradient norm above it makes a step a bad one; None: only one that is not finite.
+    stall_minutes: a phase (a step, a wait for data, an evaluation; compiling and saving have four
+      times as long) that takes longer ends the run with status 5; 0: no limit. See
+      `training.watchdog`.
     init_from: checkpoint whose parameters the run starts from.
     init_allow: patterns of parameters that may be missing there and start fresh.
   """
@@ -134,6 +153,10 @@ class TrainingConfig:
   checkpoint_every: int = 500
   keep: int = 2
   keep_every: int | None = None
+  on_bad_step: Literal['stop', 'skip'] = 'stop'
+  bad_steps: int = 20
+  spike_norm: float | None = None
+  stall_minutes: float = 30.0
   evaluators: tuple[EvaluatorOptions, ...] = ()
   eval_every: int = 0
   eval_images: int | None = None
@@ -141,20 +164,25 @@ class TrainingConfig:
   init_from: str | None = None
   init_allow: tuple[str, ...] = ()
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('steps', 'batch_size', 'accumulate', 'loss_chunk', 'log_every',
+                     'checkpoint_every', 'keep', 'keep_every', 'eval_images', 'profile',
+                     'bad_steps'), '[1, inf)'),
+    **dict.fromkeys(('eval_every', 'eval_overlays', 'stall_minutes'), '[0, inf)'),
+    'groups': '[0, inf)', 'spike_norm': '(0, inf)'}
+
   def __post_init__(self):
     if isinstance(self.objective, str):
       object.__setattr__(self, 'objective', OBJECTIVES.default(self.objective))
     problems = []
-    for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every'):
-      if getattr(self, name) < 1:
-        problems.append(f'{name} must be at least 1, got {getattr(self, name)}')
     if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
       problems.append(f'profile must be (first, last) with 1 <= first <= last, got {self.profile}')
     if self.accumulate >= 1 and self.batch_size % self.accumulate:
       problems.append(f'batch_size {self.batch_size} is no multiple of accumulate '
                       f'{self.accumulate}')
-    if problems:
-      raise ValueError('TrainingConfig: ' + '; '.join(problems))
+    problems += [f'init_allow {pattern!r} is no regular expression ({wrong})'
+                 for pattern in self.init_allow if (wrong := bounds.is_pattern(pattern))]
+    bounds.check(self, problems)
 
   @classmethod
   def field_types(cls, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,9 +255,15 @@ class DataConfig:
   background: PasteOnBackground | None = None
   draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('lengths', 'max_length', 'slots', 'group', 'inexact_decode', 'shards',
+                     'max_pixels'), '[1, inf)'), 'workers': '[0, inf)'}
+
   def __post_init__(self):
-    if self.max_pixels < 1:
-      raise ValueError(f'DataConfig: max_pixels must be at least 1, got {self.max_pixels}')
+    problems = []
+    if not self.train:
+      problems.append('train must name a data set, got an empty text')
+    bounds.check(self, problems)
 
   @property
   def reading(self) -> dict[str, Any]:
@@ -246,3 +280,8 @@ class RunConfig:
   training: TrainingConfig
   seed: int = 0
   mesh: MeshConfig = MeshConfig()
+
+  BOUNDS: ClassVar = {'seed': '[0, 4294967295]'}
+
+  def __post_init__(self):
+    bounds.check(self)

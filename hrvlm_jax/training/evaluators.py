@@ -10,11 +10,12 @@ config file or a test, or `HRVLM_EVALUATORS=mine=my_module:Mine` in the environm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.registry import Registry
 from hrvlm_jax.parallel.layout import Layout
@@ -42,6 +43,13 @@ class EvaluatorOptions:
   every: int = 0
   label: str = 'eval'
 
+  BOUNDS: ClassVar = {
+    'every': '[0, inf)', 'rows': '[1, inf)', 'samples': '[1, inf)', 'overlays': '[0, inf)',
+    'max_new_tokens': '[1, inf)', 'batch_size': '[1, inf)'}  # of subclasses, too
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 class Evaluator:
   """Something measured at some steps of a run, on all its processes.
@@ -49,7 +57,15 @@ class Evaluator:
   It is made, prepared and run on every process, at the same steps and with the same arguments, so
   that it can compute with the state where it lies; every process takes its share of the samples
   (`vlm.answer_mesh` does), and all return the same values.
+
+  Attributes:
+    notes: what is said when the run starts (rows that were left out).
+    beat: to be called as the work goes on, so that a long evaluation is not taken for a run that
+      stands still; set by the loop.
   """
+
+  notes: tuple[str, ...] = ()
+  beat: Callable[[], None] = staticmethod(lambda: None)
 
   Options: type[EvaluatorOptions] = EvaluatorOptions
 

@@ -36,7 +36,7 @@ class MetricsWriter:
       nothing but what is logged.
     wandb: a project of Weights & Biases, which also gets the values; None: none. A resumed run goes
       on in the same run there.
-    config: told to Weights & Biases.
+    config: told to Weights & Biases; name: of the run there, default: the folder's.
 
   Raises:
     UserError: `wandb` is not installed.
@@ -44,7 +44,7 @@ class MetricsWriter:
 
   def __init__(self, workdir: str | os.PathLike, *, start: int, total: int,
                progress: bool | str = True, tensorboard: bool = True, wandb: str | None = None,
-               config: Mapping[str, Any] | None = None):
+               config: Mapping[str, Any] | None = None, name: str | None = None):
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
     self._keep_until(start)
     self._file = self.path.open('a', encoding='utf-8')
@@ -52,24 +52,21 @@ class MetricsWriter:
     if tensorboard:
       from tensorboardX import SummaryWriter
 
-      self._board = SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=start)
+      self._board = SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=start + 1)
     self._total, self._shown = total, bool(progress)
     self._lines = progress == 'lines' or (self._shown and not sys.stderr.isatty())
     self._bar = tqdm(total=total, initial=start, disable=self._lines or not self._shown,
                      unit='step', dynamic_ncols=True)
-    self._wandb = None if wandb is None else _wandb_run(wandb, workdir, config)
+    self._wandb = None if wandb is None else _wandb_run(wandb, workdir, config, name)
 
   def _keep_until(self, step: int) -> None:
     """Drops lines beyond `step` and a torn last line."""
     if not self.path.exists():
       return
     kept = []
-    for line in self.path.read_text(encoding='utf-8').splitlines():
-      try:
-        row = json.loads(line)
-      except ValueError:
-        continue
-      if row.get('step', 0) <= step:
+    for line in self.path.read_text(encoding='utf-8', errors='replace').splitlines():
+      row = _row(line)
+      if row is not None and row.get('step', 0) <= step:
         kept.append(line)
     temporary = self.path.with_suffix('.tmp')
     temporary.write_text(''.join(f'{line}\n' for line in kept), encoding='utf-8')
@@ -118,6 +115,12 @@ class MetricsWriter:
     if self._shown:
       self.log(text)
 
+  def flush(self) -> None:
+    """What was written so far is on the disk when this returns (before a checkpoint)."""
+    self._file.flush()
+    if self._board is not None:
+      self._board.flush()
+
   def close(self) -> None:
     """Flushes everything."""
     self._bar.close()
@@ -126,6 +129,16 @@ class MetricsWriter:
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+  """A line of metrics; None for a torn or foreign one."""
+  try:
+    row = json.loads(line)
+  except ValueError:
+    return None
+  good = isinstance(row, dict) and isinstance(row.get('step', 0), (int, float))
+  return row if good else None
 
 
 def check_wandb(project: str | None) -> None:
@@ -143,7 +156,8 @@ def check_wandb(project: str | None) -> None:
                     'the checkout, or set it to None') from error
 
 
-def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None):
+def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None,
+               name: str | None):
   check_wandb(project)
   import wandb
 
@@ -152,7 +166,7 @@ def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, An
   if not path.exists():
     path.write_text(uuid.uuid4().hex)
   return wandb.init(project=project, id=path.read_text(), resume='allow', dir=str(workdir),
-                    name=pathlib.Path(workdir).name, config=dict(config or {}))
+                    name=name or pathlib.Path(workdir).name, config=dict(config or {}))
 
 
 def _plain(value: Any) -> Any:
@@ -164,10 +178,5 @@ def _plain(value: Any) -> Any:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The lines of a run's metrics.jsonl; a torn last line is left out."""
-  rows = []
-  for line in (pathlib.Path(workdir) / 'metrics.jsonl').read_text(encoding='utf-8').splitlines():
-    try:
-      rows.append(json.loads(line))
-    except ValueError:
-      continue
-  return rows
+  text = (pathlib.Path(workdir) / 'metrics.jsonl').read_text(encoding='utf-8', errors='replace')
+  return [row for line in text.splitlines() if (row := _row(line)) is not None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import re
 from typing import Any
@@ -13,7 +13,7 @@ import optax
 from optax import contrib
 
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, nearest, raise_all
 from hrvlm_jax.training.config import Group, TrainingConfig
 
 SCHEDULES = ('cosine', 'linear', 'constant')
@@ -23,13 +23,45 @@ def groups_of(config: TrainingConfig, abstract: Mapping[str, Any]) -> dict[str, 
   """The group of every parameter path.
 
   Raises:
-    UserError: paths without a group (all listed), or no trained parameter at all.
+    UserError: paths without a group (all listed), no trained parameter at all, or a pattern that
+      names no parameter (it is misspelt, and what it should freeze would train).
   """
+  flat = paths.flatten(abstract)
   rules = [(group.pattern, group) for group in config.groups]
-  found = paths.match_rules(rules, paths.flatten(abstract), what='training group')
+  found = paths.match_rules(rules, flat, what='training group')
+  raise_all('training.groups', unused_groups(config.groups, flat))
+  raise_all('training.init_allow', unused_patterns(config.init_allow, flat))
   if all(group.frozen for group in found.values()):
     raise UserError('training.groups freezes every parameter; leave at least one group trained')
   return found
+
+
+def unused_groups(groups: Sequence[Group], names: Iterable[str]) -> list[str]:
+  """A sentence per group that has no parameter, though it asks for something.
+
+  The rule for all that is left ('.*' at the end) may have none, and so may a rule that begins with
+  '.*/' and freezes nothing: it says what biases and scales get, where there are any.
+  """
+  names, taken, problems = list(names), set(), []
+  for number, group in enumerate(groups):
+    hits = {name for name in names if re.fullmatch(group.pattern, name)}
+    own, general = hits - taken, group.pattern.startswith('.*/') and not group.frozen
+    last = group.pattern == '.*' and number == len(groups) - 1
+    if not hits and not last and not general:
+      problems += unused_patterns([group.pattern], names)
+    elif not own and group.frozen and not last:
+      problems.append(f'{group.pattern!r} freezes nothing: groups before it name all its '
+                      f'{len(hits)} parameters, and the first match counts; move it up')
+    taken |= hits
+  return problems
+
+
+def unused_patterns(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+  """A sentence per pattern that matches none of the names."""
+  names = list(names)
+  return [f'{pattern!r} matches no parameter (nearest: {nearest(pattern, names)}; hrvlm params '
+          'lists them)' for pattern in patterns
+          if not any(re.fullmatch(pattern, name) for name in names)]
 
 
 def split(flat: Mapping[str, Any], groups: Mapping[str, Group]) -> tuple[dict, dict]:
@@ -60,7 +92,8 @@ def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.Grad
     parts.append(optax.clip_by_global_norm(o.clip_norm))
   decayed = {path: group.decay for path, group in trained.items()}
   if o.name == 'muon':
-    parts.append(muon(schedule(config), o.weight_decay, b2=o.b2, mask=decayed))
+    parts.append(muon(schedule(config), o.weight_decay, b1=o.b1, b2=o.b2, eps=o.eps,
+                      mask=decayed))
   else:
     # float32; float64 where JAX may use it, so that nothing there is ever cast down.
     parts.append(optax.scale_by_adam(b1=o.b1, b2=o.b2, eps=o.eps,
@@ -74,7 +107,8 @@ def optimizer(config: TrainingConfig, groups: Mapping[str, Group]) -> optax.Grad
   return optax.chain(*parts)
 
 
-def muon(rate, weight_decay: float, *, b2: float, mask=None) -> optax.GradientTransformation:
+def muon(rate, weight_decay: float, *, b2: float, b1: float = 0.9, eps: float = 1e-8, mask=None
+         ) -> optax.GradientTransformation:
   """Muon for the stacked kernels of transformer blocks, AdamW for all other leaves.
 
   Works on a flat dict of leaves. `consistent_rms` 0.2 gives both kinds updates of like size, so
@@ -90,7 +124,8 @@ def muon(rate, weight_decay: float, *, b2: float, mask=None) -> optax.GradientTr
 
   return contrib.muon(
     rate, adam_learning_rate=rate, weight_decay=weight_decay, adam_weight_decay=weight_decay,
-    weight_decay_mask=mask, adam_b2=b2, consistent_rms=0.2, muon_weight_dimension_numbers=kinds)
+    weight_decay_mask=mask, adam_b1=b1, adam_b2=b2, eps=eps, consistent_rms=0.2,
+    muon_weight_dimension_numbers=kinds)
 
 
 def frozen_summary(groups: Mapping[str, Group], abstract: Mapping[str, Any]) -> str:

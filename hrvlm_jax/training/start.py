@@ -141,7 +141,11 @@ def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
   path = workdir / 'config.json'
   if not path.exists() or not store.steps(workdir if checkpoints is None else checkpoints):
     return
-  before = json.loads(path.read_text())
+  try:
+    before = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'{path}: is no JSON ({error}); it says which model the checkpoints beside it '
+                    'are of: copy it from run/config.json of one of them') from error
   if before.get('model') != resolved['model']:
     old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))

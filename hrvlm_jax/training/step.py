@@ -61,9 +61,13 @@ def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str,
 
   Random keys are a function of (seed, step), so that a resumed run draws what it would have drawn.
   ex: `execution_of(config, mesh)`.
-  metrics: loss (mean per target), targets, grad_norm, learning_rate.
+  metrics: loss (mean per target), targets, grad_norm, learning_rate, param_norm (after the update,
+  of what trains), and for whoever looks for the cause of a bad step the squares of both norms by
+  leaf, in the order of `trained_paths`. With `on_bad_step='skip'` also skipped: the update was left
+  out, and parameters, moments and average are those from before.
   """
   tx, rate = optimizer(config, groups), schedule(config)
+  skips = config.on_bad_step == 'skip'
   after_update = objective_of(config).after_update
 
   def step(state: State, batch) -> tuple[State, dict[str, jax.Array]]:
@@ -71,20 +75,41 @@ def make_train_step(fn: Functional, config: TrainingConfig, groups: Mapping[str,
     total, count, grads = value_and_grad(fn, config, groups, state['params'], batch, key,
                                          ex=ex)
     trained, frozen = split(paths.flatten(state['params']), groups)
+    before, norm = trained, optax.tree.norm(grads)
     updates, opt = tx.update(grads, state['opt'], trained)
     trained = after_update(optax.apply_updates(trained, updates))
+    if skips:
+      good = jnp.isfinite(total) & jnp.isfinite(norm)
+      if config.spike_norm is not None:
+        good &= norm <= config.spike_norm
+      keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+      trained, opt = keep(trained, before), keep(opt, state['opt'])
     new = state | {'params': _like(state['params'], frozen | trained), 'opt': opt,
                    'step': state['step'] + 1}
     if config.optimizer.ema is not None:
       decay = config.optimizer.ema
       new['ema'] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now,
                                 state['ema'], trained)
+      if skips:
+        new['ema'] = keep(new['ema'], state['ema'])
     metrics = {
       'loss': total / jnp.maximum(count, 1), 'targets': count,
-      'grad_norm': optax.tree.norm(grads), 'learning_rate': rate(state['step'])}
-    return new, metrics
+      'grad_norm': norm, 'learning_rate': rate(state['step']),
+      'param_norm': optax.tree.norm(trained),
+      'leaves': {'gradient': _squares(grads), 'parameter': _squares(trained)}}
+    return new, metrics | ({'skipped': ~good} if skips else {})
 
   return step
+
+
+def trained_paths(groups: Mapping[str, Group]) -> list[str]:
+  """The paths of the trained leaves, in the order of their norms among the metrics of a step."""
+  return sorted(path for path, group in groups.items() if not group.frozen)
+
+
+def _squares(leaves: Mapping[str, jax.Array]) -> jax.Array:
+  """The squared norm of every leaf, by sorted path."""
+  return jnp.stack([optax.tree.norm(leaves[path], squared=True) for path in sorted(leaves)])
 
 
 def _like(params: Params, flat: Mapping[str, jax.Array]) -> Params:

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 EVERY = 60.0
 # What a start reads of the start before it.
-_READ_BACK = ('config.json', 'metrics.jsonl', 'determinism.json', 'wandb_id')
+_READ_BACK = ('config.json', 'metrics.jsonl', 'determinism.json', 'wandb_id', 'resumed_from.json')
 _CHECKPOINTS = 'checkpoints'
 STARTS = 'starts'  # what each start was made of (`training.starts`)
 
@@ -49,7 +49,7 @@ class Workdir:
     self.address = os.fspath(address)
     self.remote = epath.Path(self.address) if '://' in self.address else None
     self._copied: dict[str, tuple[int, int]] = {}
-    self._done, self._thread = threading.Event(), None
+    self._done, self._thread, self._lock = threading.Event(), None, threading.Lock()
     if self.remote is None:
       self.local = pathlib.Path(self.address)
       return
@@ -61,6 +61,18 @@ class Workdir:
     if main:
       self._thread = threading.Thread(target=self._copy_now_and_then, args=(every,), daemon=True)
       self._thread.start()
+
+  @property
+  def name(self) -> str:
+    """The last part of the address."""
+    return self.address.rstrip('/').rpartition('/')[2] or self.address
+
+  def copy_now(self, log) -> None:
+    """`copy`, where a failure is only said: what is copied next may get through."""
+    try:
+      self.copy()
+    except UserError as error:
+      log(str(error))
 
   @property
   def shared(self) -> bool:
@@ -93,7 +105,8 @@ class Workdir:
       UserError: it cannot be written there.
     """
     if self.remote is not None:
-      self._try(self._copy, 'write')
+      with self._lock:
+        self._try(self._copy, 'write')
 
   def _copy(self) -> None:
     for path in sorted(self.local.rglob('*')):

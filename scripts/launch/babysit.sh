@@ -104,6 +104,20 @@ check_machines() {
   done
 }
 
+# Have the logs of all hosts been left alone for --stall? Other programs than ours may print little, and
+# of several hosts mostly the first one speaks: the youngest log counts.
+stands_still() {
+  local line age limit
+  limit=$(seconds "$OPT_STALL")
+  [ "$limit" -gt 0 ] || return 1
+  for line in "${STATUS[@]}"; do
+    age=$(field age "$line")
+    age=${age%s}
+    case $age in '' | *[!0-9]*) return 1 ;; esac
+    [ "$age" -ge "$limit" ] || return 1
+  done
+}
+
 # Watches the running job. Sets VERDICT to success, preempted, failed or silent (no host answers).
 watch_job() {
   local unreachable=0 before='' line now silent=0 deaf=0
@@ -136,6 +150,11 @@ watch_job() {
     for line in "${STATUS[@]}"; do now+="$(cut -d' ' -f2 <<<"$line")=$(field state "$line") "; done
     [ "$now" = "$before" ] || note "workers: $now"
     before=$now
+    if [ "$VERDICT" = running ] && stands_still; then
+      note "no host has written to its log for $OPT_STALL (--stall): the job stands still and counts as failed."
+      VERDICT=failed
+      return 0
+    fi
     case $VERDICT in
       success | preempted) return 0 ;;
       failed)
@@ -172,8 +191,14 @@ show_failure() {
       first=$(cut -d' ' -f2 <<<"$line")
     fi
   done
-  [ -n "$first" ] || return 0
-  note "worker $first failed first; the last 50 lines of its log:"
+  if [ -n "$first" ]; then
+    note "worker $first failed first; the last 50 lines of its log:"
+  elif [ "${#STATUS[@]}" -gt 0 ]; then
+    first=$(cut -d' ' -f2 <<<"${STATUS[0]}") # all stand still
+    note "the last 50 lines of the log of worker $first:"
+  else
+    return 0
+  fi
   last_lines "$first" 50 | tee "$SCRATCH/last_lines"
   if grep -q -e 'already in use by process' -e 'libtpu_lockfile' "$SCRATCH/last_lines"; then
     note 'another process holds the TPU: run scripts/launch.sh stop and start again.'

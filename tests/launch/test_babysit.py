@@ -423,3 +423,17 @@ def test_hints_for_known_messages(babysit):
   log = 'RuntimeError: The TPU is already in use by process with pid 12'
   result = babysit(status=[FAILED], log=log)
   assert 'run scripts/launch.sh stop' in result.err
+
+
+def test_a_log_that_stands_still_is_a_failure(babysit):
+  """All hosts silent for --stall: ended and started again; one that still writes keeps the job."""
+  still = ''.join(line(n, 'running', age='3600s') for n in (0, 1))
+  one = line(0, 'running', age='9000s') + line(1, 'running', age='599s')
+  result = babysit(status=[RUNNING, one, still, SUCCESS])
+  assert result.code == 0, result.err
+  assert verbs(result) == ['create', 'setup', 'start', 'logs', 'stop', 'start', 'delete']
+  assert '1h (--stall): the job stands still' in result.err
+  result = babysit('--stall', '0', status=[still, SUCCESS])
+  assert result.code == 0 and verbs(result) == ['create', 'setup', 'start', 'delete']
+  result = babysit('--stall', 'soon', status=[SUCCESS])
+  assert result.code == 2 and '--stall' in result.err

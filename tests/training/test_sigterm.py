@@ -31,11 +31,15 @@ CONFIG = textwrap.dedent("""
 TIME_LIMIT = 300
 
 
-def test_a_checkpoint_and_status_zero(tmp_path):
-  Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / '0.png')
+def make_data(folder):
+  Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / '0.png')
   turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'A'}]
   rows = [{'id': '0', 'image': '0.png', 'conversations': turns}]
-  (tmp_path / 'train.json').write_text(json.dumps(rows))
+  (folder / 'train.json').write_text(json.dumps(rows))
+
+
+def test_a_checkpoint_and_status_zero(tmp_path):
+  make_data(tmp_path)
   (tmp_path / 'run.py').write_text(CONFIG)
   workdir = tmp_path / 'w'
   with (tmp_path / 'log.txt').open('w') as log:
