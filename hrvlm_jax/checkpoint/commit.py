@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
+from typing import Any
 
 from etils import epath
+import jax
+from orbax.checkpoint import multihost
 from orbax.checkpoint._src.path import atomicity, atomicity_defaults
 import orbax.checkpoint.experimental.v1 as ocp
 
@@ -20,11 +24,34 @@ from hrvlm_jax.checkpoint import layout, manifest
 _MODE = 'hrvlm_jax: with a manifest'
 
 
-def with_manifest(context: ocp.Context) -> ocp.Context:
-  """The context, in which checkpoints are now committed with a manifest."""
+class _AsyncOptions(ocp.options.AsyncOptions):
+  """Orbax's, but a process whose write has failed waits for no other.
+
+  Orbax lets it meet the others first, for up to 20 minutes; they wait for it to finish writing.
+  """
+
+  def v0(self) -> Any:
+    options = super().v0()
+    meet = multihost.get_barrier_sync_fn()
+
+    def meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+      if (error := sys.exc_info()[1]) is not None:
+        raise error
+      meet(key=key, timeout_ms=timeout_ms)
+
+    options.barrier_sync_fn = meet_unless_failed
+    return options
+
+
+def context() -> ocp.Context:
+  """A context of Orbax: folders made at once, checkpoints committed with a manifest."""
+  # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
+  options = {'create_directories_asynchronously': False}
+  kind = ocp.options.AsyncOptions if jax.process_count() == 1 else _AsyncOptions
+  made = ocp.Context(async_options=kind(**options))
   atomicity_defaults._ATOMICITY_MODE_TO_PATH_CLASS.setdefault(_MODE, committing())
-  context.atomicity.mode = _MODE
-  return context
+  made.atomicity.mode = _MODE
+  return made
 
 
 def committing(root: epath.Path | None = None) -> type[atomicity.TemporaryPathBase]:

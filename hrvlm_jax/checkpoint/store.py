@@ -11,22 +11,21 @@ Orbax's experimental v1 interface is used in this file only and bound to orbax-c
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import logging
-import sys
 from typing import Any, NamedTuple
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
-from orbax.checkpoint import multihost
 import orbax.checkpoint.experimental.v1 as ocp
 
-from hrvlm_jax.checkpoint import chunks, commit, files, layout, manifest, streaming
+from hrvlm_jax.checkpoint import chunks, commit, files, layout, manifest, streaming, trees
 from hrvlm_jax.checkpoint.layout import PathLike, is_whole, resolve, steps
+from hrvlm_jax.checkpoint.trees import flatten, mismatches
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
 
-PARAMS, _REST = 'params', 'state'
+PARAMS, _REST = trees.PARAMS, trees.REST
 
 # Orbax's threads log the traceback of an error that is raised again, as a sentence, by the caller.
 _RAISED_AGAIN = ('_SignalingThread.run() raised an exception', 'in background save thread',
@@ -43,73 +42,8 @@ class Restored(NamedTuple):
   data_state: Any
 
 
-def _key(entry: Any) -> str:
-  for attribute in ('key', 'name', 'idx'):
-    if hasattr(entry, attribute):
-      return str(getattr(entry, attribute))
-  return str(entry)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-  """Any pytree as {path: leaf}, path joined by '/'; names of dict keys, fields and positions."""
-  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {'/'.join(map(_key, path)): leaf for path, leaf in leaves}
-
-
-def _is_key(leaf: Any) -> bool:
-  return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(leaf: Any) -> Any:
-  """Name of a random key's implementation, also of an abstract key (known under tracing only)."""
-  found = []
-  jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
-  return found[0]
-
-
-def _storable(leaf: Any) -> Any:
-  if _is_key(leaf):
-    return jax.random.key_data(leaf)
-  return leaf if isinstance(leaf, (jax.Array, np.ndarray)) else np.asarray(leaf)
-
-
-def _stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Shape and dtype of an abstract or concrete leaf as it is stored."""
-  if _is_key(leaf):
-    return jax.eval_shape(jax.random.key_data, leaf)
-  array = leaf if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype') else np.asarray(leaf)
-  return jax.ShapeDtypeStruct(tuple(array.shape), array.dtype)
-
-
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
   return paths.unflatten(flat)
-
-
-class _AsyncOptions(ocp.options.AsyncOptions):
-  """Orbax's, but a process whose write has failed waits for no other.
-
-  Orbax lets it meet the others first, for up to 20 minutes; they wait for it to finish writing.
-  """
-
-  def v0(self) -> Any:
-    options = super().v0()
-    meet = multihost.get_barrier_sync_fn()
-
-    def meet_unless_failed(*, key: str, timeout_ms: int) -> None:
-      if (error := sys.exc_info()[1]) is not None:
-        raise error
-      meet(key=key, timeout_ms=timeout_ms)
-
-    options.barrier_sync_fn = meet_unless_failed
-    return options
-
-
-def _context() -> ocp.Context:
-  # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
-  options = {'create_directories_asynchronously': False}
-  if jax.process_count() == 1:
-    return commit.with_manifest(ocp.Context(async_options=ocp.options.AsyncOptions(**options)))
-  return commit.with_manifest(ocp.Context(async_options=_AsyncOptions(**options)))
 
 
 def save_params(
@@ -145,7 +79,7 @@ def save_params(
     _clear(target)
     try:
       layout.write_beside(target, config, layout.header('params'), extra_files)
-      streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(_storable, dict(params)),
+      streaming.save(target / layout.ARRAYS, PARAMS, jax.tree.map(trees.storable, dict(params)),
                      commit=commit.committing(target))
     except BaseException:
       if jax.process_index() == 0:
@@ -244,13 +178,13 @@ def load_params(
   wanted = stored if abstract is None else flatten(abstract)
   title = f'checkpoint {directory} and model do not match'
   raise_all(title, mismatches(stored, wanted))
-  places = _places(wanted, shardings)
+  places = trees.places_of(wanted, shardings)
   flat = {}
   for path, leaf in wanted.items():
     kind = stored[path].dtype if dtype == 'stored' else leaf.dtype
     if dtype not in (None, 'stored') and jnp.issubdtype(kind, jnp.floating):
       kind = jnp.dtype(dtype)
-    flat[path] = _target(leaf.shape, kind, places[path])
+    flat[path] = trees.target(leaf.shape, kind, places[path])
   with _reading(directory, PARAMS, flat):
     return ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
 
@@ -270,40 +204,6 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
   with _reading(directory, PARAMS, {path: flat[path]}):
     tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
   return paths.flatten(tree)[path]
-
-
-def mismatches(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-  """A sentence per parameter on which a checkpoint and a model (both by path) differ."""
-  problems = [f'missing in the checkpoint: {p} {tuple(_stored_shape(leaf).shape)}'
-              for p, leaf in wanted.items() if p not in stored]
-  problems += [f'not in the model: {p} {tuple(stored[p].shape)}'
-               for p in stored if p not in wanted]
-  for path, leaf in wanted.items():
-    if path in stored and tuple(stored[path].shape) != tuple(_stored_shape(leaf).shape):
-      problems.append(f'shape: {path} is {tuple(_stored_shape(leaf).shape)} in the model, '
-                      f'{tuple(stored[path].shape)} in the checkpoint')
-  return problems
-
-
-def _places(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:
-  if shardings == 'host':
-    return dict.fromkeys(wanted)
-  if isinstance(shardings, Mapping):
-    flat = paths.flatten(shardings)
-    raise_all('shardings', [f'no sharding for {p}' for p in wanted if p not in flat])
-    return {path: flat[path] for path in wanted}
-  default = shardings or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  if shardings is not None:
-    return dict.fromkeys(wanted, shardings)
-  return {path: getattr(leaf, 'sharding', None) or default for path, leaf in wanted.items()}
-
-
-def _target(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
-  """What Orbax is told to restore: a NumPy array for the host, else a sharded abstract array."""
-  if place is None:
-    # Never touched: pages of an empty array cost no memory.
-    return np.empty(shape, dtype)
-  return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=place)
 
 
 class _Beside:
@@ -409,15 +309,16 @@ class TrainStore:
     self.wait()
     if is_whole(self.folder(step)):
       return
-    params, rest = _split(state)
+    params, rest = trees.split(state)
     parts: dict[str, Any] = {
-        part: _nested({path: _storable(leaf) for path, leaf in leaves.items()})
+        part: _nested({path: trees.storable(leaf) for path, leaf in leaves.items()})
         for part, leaves in ((PARAMS, params), (_REST, rest)) if leaves
     }
     parts[layout.BESIDE] = _Beside(self._beside(step, data_state))
     with self._writing(step):
       if self._orbax is None:
-        self._orbax = ocp.training.Checkpointer(self.workdir / layout.STEPS, context=_context())
+        self._orbax = ocp.training.Checkpointer(
+            self.workdir / layout.STEPS, context=commit.context())
       _clear(self.folder(step))
       self._pending = (step, self._orbax.save_checkpointables_async(step, parts, force=True))
 
@@ -515,23 +416,23 @@ class TrainStore:
     if step not in found:
       raise UserError(f'{self.workdir}: no checkpoint of step {step}; there are: {found}')
     folder = resolve(self.folder(step))
-    params, rest = _split(abstract)
+    params, rest = trees.split(abstract)
     manifest.check(folder)
     parts, problems, targets = {}, [], {}
     for part, leaves in ((PARAMS, params), (_REST, rest)):
       stored = _stored(folder, part)
       problems += mismatches(stored, leaves)
       if leaves:
-        shapes = {p: _stored_shape(leaf) for p, leaf in leaves.items()}
-        places = _places(leaves, None)
-        targets[part] = {p: _target(s.shape, s.dtype, places[p]) for p, s in shapes.items()}
+        shapes = {p: trees.stored_shape(leaf) for p, leaf in leaves.items()}
+        places = trees.places_of(leaves, None)
+        targets[part] = {p: trees.target(s.shape, s.dtype, places[p]) for p, s in shapes.items()}
         parts[part] = _nested(targets[part])
     raise_all(f'checkpoint {folder} and training state do not match', problems)
     with contextlib.ExitStack() as checked:
       for part, flat in targets.items():
         checked.enter_context(_reading(folder, part, flat))
       loaded = ocp.load_checkpointables(layout.arrays(folder), parts)
-    state = _join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
+    state = trees.join(abstract, {part: paths.flatten(loaded[part]) for part in parts})
     states = self.data_states(step)
     mine = states[jax.process_index()] if jax.process_index() < len(states) else None
     return Restored(step, state, mine)
@@ -546,24 +447,3 @@ def _remove(folder: epath.Path) -> None:
     # Left-overs are removed again by the next save; they are never read.
     if files.cause(error) is None and folder.exists():
       raise
-
-
-def _split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Leaves under `params` (by path below it) and all other leaves (by whole path)."""
-  flat = flatten(state)
-  prefix = f'{PARAMS}/'
-  params = {p.removeprefix(prefix): leaf for p, leaf in flat.items() if p.startswith(prefix)}
-  return params, {p: leaf for p, leaf in flat.items() if not p.startswith(prefix)}
-
-
-def _join(abstract: Any, parts: Mapping[str, Mapping[str, Any]]) -> Any:
-  """The inverse of `_split`, with the structure and key types of `abstract`."""
-  leaves, treedef = jax.tree_util.tree_flatten(abstract)
-  out = []
-  for path, like in zip(flatten(abstract), leaves, strict=True):
-    inside = path.startswith(f'{PARAMS}/')
-    value = parts[PARAMS][path.removeprefix(f'{PARAMS}/')] if inside else parts[_REST][path]
-    if _is_key(like):
-      value = jax.random.wrap_key_data(value, impl=_key_impl(like))
-    out.append(value)
-  return jax.tree_util.tree_unflatten(treedef, out)

@@ -49,8 +49,11 @@ class Lock:
     self._address, self._log = address, log
     self._wait = float(os.environ.get(WAIT) or 0) if wait is None else wait
     self._every, self._stale = every, stale
+    self._made: pathlib.Path | None = None
     if '://' not in address:
-      pathlib.Path(address).mkdir(parents=True, exist_ok=True)
+      folder = pathlib.Path(address)
+      self._made = None if folder.exists() else folder
+      folder.mkdir(parents=True, exist_ok=True)
       address = f'file://{os.path.abspath(address)}'
     self._store = ts.KvStore.open(f'{address.rstrip("/")}/').result()
     self._me = {'host': platform.node(), 'pid': os.getpid(), 'machine': _machine(),
@@ -97,6 +100,9 @@ class Lock:
       with contextlib.suppress(ValueError):  # it will be stale soon
         # Deleted only if it is still ours.
         self._store.write(NAME, None, if_equal=self._stamp).result()
+    if self._made is not None:  # a start that is refused leaves nothing
+      with contextlib.suppress(OSError):
+        self._made.rmdir()
 
   def check(self) -> None:
     """Raises where somebody else has taken the lock (this process stood still too long).

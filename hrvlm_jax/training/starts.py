@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from hrvlm_jax import __version__
+from hrvlm_jax.checkpoint import files
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.language.tokenizer import Tokenizer
@@ -86,8 +87,8 @@ def record(place: Workdir, resolved: Mapping[str, Any], tokenizer: Tokenizer, *,
     'hrvlm_jax': __version__, 'jax': jax.__version__, 'processes': jax.process_count(),
     'devices': jax.device_count(), 'device_kind': jax.devices()[0].device_kind, 'mesh': dict(mesh),
     'changed': dict(changes), 'config': dict(resolved)})
-  (folder / 'tokenizer').mkdir(exist_ok=True)
-  tokenizer.save(folder / 'tokenizer')
+  with files.staged_folder(folder / 'tokenizer', overwrite=True) as stage:
+    tokenizer.save(stage)
   _write(folder / 'config.json', dict(resolved))
 
 

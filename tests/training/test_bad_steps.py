@@ -219,14 +219,14 @@ def test_a_full_disk_leaves_nothing_half_written(data, run, tmp_path, monkeypatc
   real = pathlib.Path.write_text
 
   def full(self, text, *arguments, **options):
-    if self.parent == tmp_path / 'w' and self.name.startswith('config.json'):
+    if self.parent == tmp_path / 'w' and self.name == 'config.tmp':
       real(self, text[:10])
       raise OSError(errno.ENOSPC, 'No space left on device', str(self))
     return real(self, text, *arguments, **options)
 
   with monkeypatch.context() as patch:
     patch.setattr(pathlib.Path, 'write_text', full)
-    with pytest.raises(UserError, match='cannot write .*config.json.*: the disk is full'):
+    with pytest.raises(UserError, match='cannot write .*config.tmp: the disk is full'):
       go(data, tmp_path / 'w')
   assert (tmp_path / 'w' / 'config.json').read_text() == before
   with monkeypatch.context() as patch:
