@@ -198,7 +198,7 @@ class Answers(Evaluator):
     """The question of a row, or None where the row cannot be used."""
     try:
       row = self.source[index]
-      image_sizes(row, exif=self.config.data.exif)
+      image_sizes(row, max_pixels=self.config.data.max_pixels)
       turns = [message for message in row.messages if message.role in ('user', 'assistant')]
       if len(turns) < 2 or turns[0].role != 'user' or turns[1].role != 'assistant':
         raise BadRow('conversation', row.where, 'expected a question and its answer')
