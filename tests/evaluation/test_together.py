@@ -66,3 +66,44 @@ def test_two_processes_answer_one_benchmark(tmp_path):
   # A mistake on both is a sentence on both.
   codes, outputs = run(tmp_path / 'bad', checkpoint, '--mesh', 'data=3,tensor=2', processes=2)
   assert codes == [2, 2] and all('is 6, which is not the 4 device' in text for text in outputs)
+
+
+@pytest.mark.full('parallel')
+def test_evaluation_inside_a_run_of_two_processes(tmp_path):
+  """Answers to held-out questions and a benchmark: those of one process, and in one report."""
+  data = tmp_path / 'data'
+  config = tmp_path / 'config.py'
+  config.write_text(f"""
+from tests.launch.run import get_config as start
+def get_config():
+  config = start({str(data)!r})
+  config.training.update(steps=2, checkpoint_every=2, mfu=False)
+  config.training.evaluators = (
+    dict(name='answers', every=2, data={str(data / 'train.json')!r}, rows=5, max_new_tokens=4),
+    dict(name='benchmark', every=2, benchmark='needle', data={str(SAMPLES / 'needle')!r}, samples=4,
+         batch_size=4, label='needle'))
+  return config
+""")
+  found = []
+  for processes in (1, 2):
+    environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(4 // processes),
+                       PYTHONPATH=str(REPO), TF_CPP_MIN_LOG_LEVEL='2')  # fmt: skip
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    workdir = tmp_path / str(processes)
+    several = lambda i: ['--distributed', 'on', '--coordinator', f'localhost:{port}',  # noqa: B023
+                         '--num-processes', '2', '--process-id', str(i)]  # fmt: skip
+    children = [subprocess.Popen(
+      [sys.executable, '-m', 'hrvlm_jax.cli', 'train', '--config', str(config), '--quiet',
+       '--workdir', str(workdir), '--mesh', 'data=2,fsdp=2',
+       *(several(i) if processes > 1 else [])],
+      cwd=REPO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+      for i in range(processes)]  # fmt: skip
+    outputs = [child.communicate(timeout=400)[0] for child in children]
+    assert not any(child.returncode for child in children), outputs
+    assert 'step 2: eval_accuracy' in outputs[0] and 'step 2: needle_' in outputs[0]
+    assert all('eval_accuracy' not in output for output in outputs[1:])
+    folder = workdir / 'evaluation'
+    found.append([(folder / name / '2' / 'answers.jsonl').read_text() for name in ('', 'needle')])
+  assert found[0] == found[1] and found[0][0].count('\n') == 5 and found[0][1].count('\n') == 4
