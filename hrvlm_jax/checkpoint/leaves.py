@@ -57,6 +57,10 @@ class StoredParams:
       return self._leaf(path)[layer]
     return np.asarray(self._array(path)[layer].read().result())
 
+  def part(self, path: str, box: tuple[slice, ...]) -> np.ndarray:
+    """A box of a leaf; only the chunks it touches are read."""
+    return np.asarray(self._array(path)[box].read().result())
+
   def _leaf(self, path: str) -> np.ndarray:
     if path not in self._whole:
       value = np.asarray(self._array(path).read().result())

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 CHUNK_BYTES = 64 << 20
+_LEAST_BYTES = 2 << 20  # smaller ones cost more in requests than they save
 _IN_FLIGHT = 3  # chunks being encoded at a time; more gained nothing on two cores
 _FILE_BYTES = 128 << 20  # TensorStore holds a data file in memory until it is full
 
@@ -83,15 +84,21 @@ def chunking(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
   """Shape of the chunks of a leaf.
 
   A large stacked leaf is cut into its layers, the order in which a mapped file is read; another
-  large leaf along its leading axis. Orbax itself cuts by divisors only: a vocabulary of 151651
-  rows, a prime number, ended in as many chunks and a quarter of an hour.
+  large leaf along its leading axis. Matrices are then quartered along both axes (one that is not
+  stacked along its width), so that a process that holds a part of one does not read all of it.
+  Orbax itself cuts by divisors only: a vocabulary of 151651 rows, a prime number, ended in as many
+  chunks and a quarter of an hour.
   """
   size = math.prod(shape) * itemsize
   if not shape or size <= CHUNK_BYTES:
     return shape
   row = size // shape[0]
   rows = 1 if row >= CHUNK_BYTES // 64 else CHUNK_BYTES // row
-  return (min(rows, shape[0]), *shape[1:])
+  chunk = [min(rows, shape[0]), *shape[1:]]
+  for axis in (-1, -2)[:max(len(shape) - 1, 0)]:
+    if math.prod(chunk) * itemsize >= 4 * _LEAST_BYTES:
+      chunk[axis] = -(-chunk[axis] // 4)
+  return tuple(chunk)
 
 
 def _with_chunks(tspec: dict[str, Any], chunk: tuple[int, ...]) -> dict[str, Any]:

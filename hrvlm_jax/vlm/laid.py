@@ -1,9 +1,9 @@
 """A stored model laid over a mesh: no host and no device ever holds all of it.
 
-Parameters lie as in training (`parallel.rules`). Of an Orbax checkpoint every process reads what
-its devices hold; stacked layers are then taken apart in their places, one leaf after the other, so
-that no more than one leaf is there twice. Of an original's tensors, which are mapped files, every
-device gets its piece, transposed on the way; layers that generation holds apart are never stacked.
+Parameters lie as in training (`parallel.rules`). Every process reads, leaf by leaf or layer by
+layer, the box around what its devices hold: of an Orbax checkpoint the chunks that it touches, of
+an original's tensors, which are mapped files, its pages, transposed on the way. Layers that
+generation holds apart are never stacked.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ import numpy as np
 
 from hrvlm_jax.checkpoint import rows, store
 from hrvlm_jax.checkpoint.hf import is_finite
+from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import raise_all
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
 from hrvlm_jax.vlm import model as vlm
+
+Box = tuple[slice, ...]
+Key = tuple[tuple[int, int], ...]
+Read = Callable[[str, int | None, Box], np.ndarray]
 
 
 def held(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -53,10 +58,17 @@ def load(checkpoint: str | os.PathLike, config: ModelConfig, layout: Layout, *,
   Raises:
     UserError: no checkpoint, tensors that do not fit, leaves that cannot be cut (all listed).
   """
-  abstract = held(config, dtype)
-  places = rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config))
-  flat = paths.flatten(store.load_params(checkpoint, abstract, shardings=places))
-  return unroll(config, flat)
+  stored, abstract = StoredParams(checkpoint), held(config, dtype)
+  raise_all(f'checkpoint {stored.directory} and model do not match',
+            store.mismatches(stored.flat, paths.flatten(abstract)))
+
+  def read(path: str, layer: int | None, box: Box) -> np.ndarray:
+    if layer is None:
+      return stored.part(path, box)
+    return stored.part(path, (slice(layer, layer + 1), *box))[0]
+
+  return _laid(config, abstract, layout, read,
+               layered=lambda path: '/blocks/' in path)
 
 
 def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: ModelConfig,
@@ -71,9 +83,6 @@ def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: M
       tensor gives (all listed), leaves that cannot be cut.
   """
   abstract = held(config, dtype)
-  flat = paths.flatten(abstract)
-  places = paths.flatten(
-    rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config)))
   present, problems = rows.find_problems(table, abstract, tensors.shapes,
                                          unreadable=getattr(tensors, 'unreadable', ()))
   sources: dict[str, dict[int | None, Callable[[], np.ndarray]]] = {}
@@ -82,24 +91,19 @@ def load_tensors(tensors: Mapping[str, np.ndarray], table: rows.Table, config: M
       sources.setdefault(path, {})[entry.layer] = functools.partial(
         _loaded, tensors, entry, position)
   problems += [f'{path}: in no file; convert the folder first, which starts it fresh'
-               for path in flat if path not in sources]
+               for path in paths.flatten(abstract) if path not in sources]
   raise_all(f'tensors of the {what}', [*getattr(tensors, 'problems', ()), *problems])
-  stacks = tuple(f'{name}/blocks/' for name in config.fusion.unrolled)
-  result, broken = {}, []
-  for path, leaf in flat.items():
-    stack = next((stack for stack in stacks if path.startswith(stack)), None)
-    read, place = sources[path], places[path]
-    make = functools.partial(_made, path=path, dtype=leaf.dtype, broken=broken)
-    if None in read:
-      result[path] = make(leaf.shape, place, read[None])
-    elif stack is None:
-      result[path] = make(leaf.shape, place, read)
-    else:
-      rest, apart = path.removeprefix(stack), NamedSharding(place.mesh, P(*place.spec[1:]))
-      result |= {f'{stack}{number}/{rest}': make(leaf.shape[1:], apart, read[number])
-                 for number in range(leaf.shape[0])}
-  raise_all(f'tensors of the {what}', broken)
-  return paths.unflatten(result)
+  broken: dict[str, None] = {}
+
+  def read(path: str, layer: int | None, box: Box) -> np.ndarray:
+    found = sources[path][layer]()[box]
+    if not is_finite(found):
+      broken[path] = None
+    return found
+
+  params = _laid(config, abstract, layout, read, layered=lambda path: None not in sources[path])
+  raise_all(f'tensors of the {what}', [f'{path}: holds infinities or NaN' for path in broken])
+  return params
 
 
 def _loaded(tensors: Mapping[str, np.ndarray], entry: rows.Entry, position: int) -> np.ndarray:
@@ -108,25 +112,69 @@ def _loaded(tensors: Mapping[str, np.ndarray], entry: rows.Entry, position: int)
   return loaded if isinstance(entry.row.ours, str) else loaded[position]
 
 
-def _made(shape, place, read, *, path: str, dtype: Any, broken: list[str]) -> jax.Array:
-  """An array whose pieces are read as the devices of this process need them.
+def _laid(config: ModelConfig, abstract: Any, layout: Layout, read: Read, *,
+          layered: Callable[[str], bool]) -> dict[str, Any]:
+  """Every leaf in its place, layers that generation holds apart each in its own.
 
   Args:
-    read: gives the whole; or, by layer, the layers of a stack.
+    read: (path, layer or None, box of the leaf or of the layer) -> its values.
+    layered: whether a leaf is read layer by layer.
   """
-  pieces: dict[Any, np.ndarray] = {}
+  places = paths.flatten(
+    rules.param_shardings(abstract, layout.mesh, rules=sharding_rules(config)))
+  stacks = tuple(f'{name}/blocks/' for name in config.fusion.unrolled)
+  result = {}
+  for path, leaf in paths.flatten(abstract).items():
+    stack = next((stack for stack in stacks if path.startswith(stack)), None)
+    place, made = places[path], functools.partial(_made, dtype=leaf.dtype)
+    if stack is not None:
+      rest, apart = path.removeprefix(stack), NamedSharding(place.mesh, P(*place.spec[1:]))
+      for layer in range(leaf.shape[0]):
+        result[f'{stack}{layer}/{rest}'] = made(
+          leaf.shape[1:], apart, functools.partial(read, path, layer))
+    elif layered(path):
+      result[path] = _stacked(leaf.shape, place, functools.partial(read, path), dtype=leaf.dtype)
+    else:
+      result[path] = made(leaf.shape, place, functools.partial(read, path, None))
+  return paths.unflatten(result)
 
-  def piece(index):
-    key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-    if key not in pieces:
-      found = (read()[index] if callable(read) else
-               np.stack([read[layer]()[index[1:]] for layer in range(*key[0])]))
-      if not is_finite(found):
-        broken.append(f'{path}: holds infinities or NaN')
-      pieces[key] = np.ascontiguousarray(found, dtype)
-    return pieces[key]
 
-  return jax.make_array_from_callback(tuple(shape), place, piece)
+def _boxes(shape: tuple[int, ...], place: NamedSharding) -> tuple[list[Key], Key]:
+  """(what the devices of this process hold, as (start, stop) by axis; the box around all of it)."""
+  indices = place.addressable_devices_indices_map(shape).values()
+  keys = list(dict.fromkeys(_key(index, shape) for index in indices))
+  around = tuple((min(key[axis][0] for key in keys), max(key[axis][1] for key in keys))
+                 for axis in range(len(shape)))
+  return keys, around
+
+
+def _key(index: Box, shape: tuple[int, ...]) -> Key:
+  return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+
+
+def _inside(key: Key, around: Key) -> Box:
+  return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(key, around, strict=True))
+
+
+def _made(shape, place: NamedSharding, read: Callable[[Box], np.ndarray], *, dtype) -> jax.Array:
+  """An array of which this process reads, once, the box that its devices hold."""
+  keys, around = _boxes(shape, place)
+  part = read(tuple(slice(*ends) for ends in around))
+  pieces = {key: np.asarray(part[_inside(key, around)], dtype, order='C') for key in keys}
+  return jax.make_array_from_callback(tuple(shape), place, lambda i: pieces[_key(i, shape)])
+
+
+def _stacked(shape, place: NamedSharding, read: Callable[[int, Box], np.ndarray], *, dtype
+             ) -> jax.Array:
+  """The same of stacked layers, one layer after the other."""
+  keys, around = _boxes(shape, place)
+  pieces = {key: np.empty([stop - start for start, stop in key], dtype) for key in keys}
+  for layer in range(*around[0]):
+    part = read(layer, tuple(slice(*ends) for ends in around[1:]))
+    for key, piece in pieces.items():
+      if key[0][0] <= layer < key[0][1]:
+        piece[layer - key[0][0]] = part[_inside(key[1:], around[1:])]
+  return jax.make_array_from_callback(tuple(shape), place, lambda i: pieces[_key(i, shape)])
 
 
 def lay(config: ModelConfig, params: Any, layout: Layout) -> dict[str, Any]:

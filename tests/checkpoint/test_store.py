@@ -470,11 +470,11 @@ def test_chunks_of_published_shapes():
   bf16, mb = 2, 1 << 20
   assert streaming.chunking((), 4) == ()
   assert streaming.chunking((4096, 4096), bf16) == (4096, 4096)
-  assert streaming.chunking((36, 4096, 12288), bf16) == (1, 4096, 12288)
-  assert streaming.chunking((151936, 4096), bf16) == (8192, 4096)
-  assert streaming.chunking((151651, 3584), bf16) == (9362, 3584)  # a prime number of rows
-  assert streaming.chunking((3584, 151651), bf16) == (221, 151651)
-  assert streaming.chunking((1, 4096, 16384), bf16) == (1, 4096, 16384)
+  assert streaming.chunking((36, 4096, 12288), bf16) == (1, 1024, 3072)
+  assert streaming.chunking((151936, 4096), bf16) == (8192, 1024)
+  assert streaming.chunking((151651, 3584), bf16) == (9362, 896)  # a prime number of rows
+  assert streaming.chunking((3584, 151651), bf16) == (221, 37913)
+  assert streaming.chunking((1, 4096, 16384), bf16) == (1, 1024, 4096)
   assert 64 * mb == streaming.CHUNK_BYTES
 
 
