@@ -31,17 +31,19 @@ def config_of(layers: int):
 
 def make(folder: pathlib.Path, layers: int) -> None:
   """The checkpoint, and its export in the original's layout."""
+  import jax
+
   from hrvlm_jax.checkpoint import store
-  from hrvlm_jax.core import paths
   from hrvlm_jax.core.config import to_dict
   from hrvlm_jax.interop.export import export
   from hrvlm_jax.language.prompt import tokenizer_of
   from hrvlm_jax.vlm import model as vlm
 
   config = config_of(layers)
-  block = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
-  values = paths.map_with_path(lambda path, leaf: np.resize(
-    block[len(path):], leaf.shape), vlm.build(config).abstract)
+  rng = np.random.default_rng(0)
+  # Random bits with small exponents: finite, and nothing that could be compressed away.
+  fill = lambda leaf: (rng.integers(0, 1 << 30, leaf.shape, np.uint32)).view(np.float32)
+  values = jax.tree.map(fill, vlm.build(config).abstract)
   store.save_params(folder, values, {'model': to_dict(config)})
   (folder / 'tokenizer').mkdir()
   tokenizer_of('byte').save(folder / 'tokenizer')
