@@ -54,8 +54,8 @@ def test_arithmetic_is_near_the_compiler():
     assert state < compiled['arguments'] * 1.05, line
     assert state + 3 * arrays > 0.7 * compiled['arguments'], line
     assert 0.6 < need.total / compiled['total'] < 1.7, (line, need.words)
-    # The choice fits, unless even the plan is full; and nothing that is cut less does.
-    assert choice.fits or compiled['total'] > 0.9 * limit, line
+    # The choice fits, unless the plan itself leaves too little free; nothing cut less does.
+    assert choice.fits or compiled['total'] > (1 - meshes.SPARE) * limit, line
     for less in meshes.candidates(report['devices']):
       if less == choice.mesh:
         break
