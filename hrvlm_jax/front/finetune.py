@@ -46,6 +46,7 @@ from hrvlm_jax.vlm.answer import find_tokenizer, model_config, text_of
 
 ASKED = 'finetune.json'  # in OUT: what was asked for
 LORA_LEAVES = r'language/.*lora_[ab].*'
+READING = ('exif', 'alpha', 'max_pixels')  # settings of a run's data that say how images are opened
 ANSWER_TOKENS = 64  # most of a held-out answer
 _MEASURED = 500  # rows whose length is looked at before training
 _BATCH = 8
@@ -116,11 +117,12 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
   frozen = [pattern for pattern in (system.frozen,) if pattern]
   if lora:
     frozen.append(f'(?!{LORA_LEAVES})language/.*')
-  exif = (store.load_config(start).get('data') or {}).get('exif', 'apply')
+  before = store.load_config(start).get('data') or {}
+  reading = {key: before[key] for key in READING if key in before}
   places = _lengths(config, tokenizer, [rows[i] for i in parts['train'][:_MEASURED]])
   run = RunConfig(
     model=config, seed=seed,
-    data=DataConfig(train=str(out / 'data/train.jsonl'), images=folder, exif=exif,
+    data=DataConfig(train=str(out / 'data/train.jsonl'), images=folder, **reading,
                     tokenizer=str(tokenizer_folder), lengths=places),
     training=TrainingConfig(
       steps=steps, batch_size=size, dtype=dtype, log_every=max(1, min(10, steps // 10)),
@@ -139,7 +141,7 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
   say(f'{config.system} from {checkpoint}: {train} rows to train on, {kept} held out; {steps} '
       f'steps of {size} rows, learning rate {run.training.optimizer.learning_rate:g}'
       + (f', LoRA of rank {lora} on the language model' if lora else ''))
-  before = _before(start, encoder, exif, [rows[i] for i in parts['eval']], score, out, metric)
+  before = _before(start, encoder, reading, [rows[i] for i in parts['eval']], score, out, metric)
   if before is not None:
     say(f'held out, before: {metric} {before:.1%}')
   result = loop.train(run, out, progress=progress)
@@ -346,7 +348,7 @@ def _parameters(config: ModelConfig) -> int:
   return sum(math.prod(leaf.shape) for leaf in paths.flatten(vlm.build(config).abstract).values())
 
 
-def _before(start, encoder, exif, rows: Sequence[Row], score, out: pathlib.Path, metric: str
+def _before(start, encoder, reading, rows: Sequence[Row], score, out: pathlib.Path, metric: str
             ) -> float | None:
   """The score of the model as it was, kept in OUT/before.json."""
   path = out / 'before.json'
@@ -354,7 +356,7 @@ def _before(start, encoder, exif, rows: Sequence[Row], score, out: pathlib.Path,
     return None
   if path.exists() and (kept := json.loads(path.read_text())).get('metric') == metric:
     return kept['value']
-  model = load(start, encoder=encoder, exif=exif)
+  model = load(start, encoder=encoder, **reading)
   asked = [([ref.read() for ref in row.images],
             row.messages[0].text.replace(IMAGE, '').strip()) for row in rows]
   answers = model.batch(asked, max_new_tokens=ANSWER_TOKENS)
