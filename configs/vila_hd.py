@@ -104,7 +104,7 @@ def get_config(argument=''):
       family='qwen2', vocab_size=151651, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128,
       mlp_width=18944, activation='silu', norm='rmsnorm', norm_eps=1e-6, parallel_block=False,
       gated_mlp=True, rotary_dim=128, rope_theta=1e6, max_positions=32768, qkv_bias=True,
-      residual_dropout=0.0, init_std=0.02))
+      residual_dropout=0.0, init_std=0.02, pad_vocab_to=512))
 
   config.data = dict(
     train=f'data/vila_hd_{stage}.json', tokenizer='weights/qwen2-vl-7b-instruct',

@@ -54,6 +54,15 @@ def reshape(ours: Shape, theirs: Shape) -> Op:
   return Op('reshape', lambda x: x.reshape(ours), lambda x: x.reshape(theirs), lambda s: theirs)
 
 
+def filled(known: int, rows: int, inner: Op = identity) -> Op:
+  """A PyTorch tensor of `known` rows <-> `inner` of the same with rows of zeros up to `rows`."""
+  if known == rows:
+    return inner
+  grow = lambda x: np.concatenate([x, np.zeros((rows - known, *x.shape[1:]), x.dtype)])
+  return Op(f'filled({known}, {rows}, {inner.name})', lambda x: inner.load(grow(x)),
+            lambda x: inner.save(x)[:known], lambda s: (known, *inner.shape(s)[1:]))
+
+
 def split_rows(parts: int, inner: Op = identity) -> Op:
   """One fused PyTorch tensor [parts * m, ...] <-> `parts` of ours, each through `inner`."""
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hrvlm_jax.core.cpu import shifted, shifted_vjp
-from hrvlm_jax.core.layers import Initializer, PatchEmbed, normal, wide_dtype, zeros
+from hrvlm_jax.core.layers import Initializer, PatchEmbed, normal, wide, wide_dtype, zeros
 from hrvlm_jax.core.module import Module, Param, Rngs
 
-DEPTHWISE = ('auto', 'shifted', 'grouped')
+DEPTHWISE = ('auto', 'shifted', 'grouped', 'reduced')
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Initializer:
@@ -65,9 +65,11 @@ def depthwise(
 
   Args:
     impl: 'grouped' is XLA's grouped convolution; 'shifted' the sum of r * s shifted products, with
-      a backward pass of the same form; 'auto' takes 'shifted' where the program is lowered for a
-      CPU and 'grouped' elsewhere. benchmarks/depthwise.py measures both: on a CPU 'shifted' is
-      faster by an order of magnitude.
+      a backward pass of the same form; 'reduced' is 'grouped' but for the kernel's gradient, r * s
+      sums of shifted products; 'auto' takes 'shifted' where the program is lowered for a CPU,
+      'reduced' for a TPU and 'grouped' elsewhere. benchmarks/depthwise.py measures both: on a CPU
+      'shifted' is faster by an order of magnitude. On a TPU the grouped form of the kernel's
+      gradient is unrolled over all places: a third of the speed, and minutes of compilation.
 
   Raises:
     ValueError: unknown `impl`.
@@ -88,16 +90,26 @@ def _grouped_vjp(x, kernel, grad):
   return jax.vjp(_grouped, x, kernel)[1](grad)
 
 
-def _choose(impl, args, shifted, grouped):
+def _reduced_vjp(x, kernel, grad):
+  rows, cols = kernel.shape[:2]
+  height, width = x.shape[1:3]
+  padded = jnp.pad(x, ((0, 0), (rows // 2, rows // 2), (cols // 2, cols // 2), (0, 0)))
+  total = lambda i, j: (wide(padded[:, i:i + height, j:j + width]) * wide(grad)).sum(axis=(0, 1, 2))
+  dkernel = jnp.stack([jnp.stack([total(i, j) for j in range(cols)]) for i in range(rows)])
+  dx = _grouped(grad, kernel[::-1, ::-1])
+  return dx, dkernel[:, :, None].astype(kernel.dtype)
+
+
+def _choose(impl, args, *, shifted, reduced, grouped):
   """'auto' is decided where the program is lowered, so that compiling for another machine (an
   ahead-of-time plan) gets that machine's form."""
   if impl == 'auto':
-    return jax.lax.platform_dependent(*args, cpu=shifted, default=grouped)
-  return shifted(*args) if impl == 'shifted' else grouped(*args)
+    return jax.lax.platform_dependent(*args, cpu=shifted, tpu=reduced, default=grouped)
+  return {'shifted': shifted, 'reduced': reduced, 'grouped': grouped}[impl](*args)
 
 
 def _forward(x, kernel, impl):
-  return _choose(impl, (x, kernel), shifted, _grouped)
+  return _choose(impl, (x, kernel), shifted=shifted, reduced=_grouped, grouped=_grouped)
 
 
 def _forward_saved(x, kernel, impl):
@@ -105,7 +117,8 @@ def _forward_saved(x, kernel, impl):
 
 
 def _backward(impl, saved, grad):
-  return _choose(impl, (*saved, grad), shifted_vjp, _grouped_vjp)
+  return _choose(impl, (*saved, grad), shifted=shifted_vjp, reduced=_reduced_vjp,
+                 grouped=_grouped_vjp)
 
 
 _depthwise = jax.custom_vjp(_forward, nondiff_argnums=(2,))

@@ -180,12 +180,26 @@ def _lora_pair(layer: Module, spec: LoRA, ex: Execution) -> tuple[jax.Array, jax
 def dropout(x: jax.Array, rate: float | np.ndarray, key: jax.Array | None) -> jax.Array:
   """Inverted dropout; the identity without a key or at rate 0.
 
+  Random bits cost more than all else here (a fifth of a step of Pheye on a TPU), so that four
+  elements share the 32 bits of a draw. The rate is thereby rounded to a multiple of 1/256 (0.05
+  becomes 13/256 = 0.0508), rates above 0 to one of 1/256 to 255/256; what is kept is divided by the
+  rounded share, so that means are exact.
+
   rate: one for all of x, or an array that is broadcast to it.
   """
   if key is None or not np.any(rate):
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+  rate = np.asarray(rate)
+  keep = np.where(rate > 0, np.clip(np.round((1 - rate) * 256), 1, 255), 256)
+  # The four stand along the places of a row, which lie whole on a device where its features do not.
+  axis = max(x.ndim - 2, 0)
+  size = x.shape[axis]
+  draw = jax.random.bits(
+    key, (*x.shape[:axis], -(-size // 4), *x.shape[axis + 1:]), jnp.uint32)
+  bits = jnp.concatenate([draw >> shift & 255 for shift in (0, 8, 16, 24)], axis=axis)
+  bits = jax.lax.slice_in_dim(bits, 0, size, axis=axis)
+  share = keep / 256 if keep.ndim else float(keep) / 256
+  return jnp.where(bits < keep.astype(np.uint32), x / share, 0).astype(x.dtype)
 
 
 class Linear(Module):

@@ -188,8 +188,8 @@ def _kernel(plan: Blocks, heads: int, *, causal: bool, slot: int, interpret: boo
 
   shape = (plan.t, plan.s)
   one = masks.CausalMask(shape, slot, shard_count=parts) if causal else masks.FullMask(shape)
-  # A block of keys comes in whole and is worked on in halves where these are not small.
-  compute = next((n for n in (512, 384, 256) if plan.k > n and plan.k % n == 0), plan.k)
+  # A block of 1024 keys comes in whole and is worked on in halves, as it was measured.
+  compute = 512 if plan.k % 512 == 0 else plan.k
   sizes = kernels.BlockSizes(
     block_q=plan.q, block_kv=plan.k, block_kv_compute=compute, block_q_dkv=plan.q,
     block_kv_dkv=plan.k, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from hrvlm_jax.checkpoint.rows import Row, Table, identity, linear, norm, transpose
+from hrvlm_jax.checkpoint.rows import Row, Table, filled, identity, linear, norm, transpose
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA, activation, activation_name
 
@@ -28,7 +28,8 @@ class DecoderConfig:
     gated_mlp: SwiGLU (gate, up, down) instead of fc1, activation, fc2.
     residual_dropout: on the attention and MLP branches, in training only.
     init_std: of linear layers and the embedding table at initialisation.
-    pad_vocab_to: rows are padded to a multiple inside (sharding); padded logits are -inf.
+    pad_vocab_to: rows are padded to a multiple inside (sharding); padded logits are -inf. Files of
+      other libraries hold the rows of `vocab_size`.
   """
 
   family: str
@@ -203,14 +204,16 @@ def table(config: DecoderConfig) -> Table:
   """Weight names of the whole causal language model in the Hugging Face layout (`model.*`,
   `lm_head.*`)."""
   body = _phi(config) if config.family == 'phi' else _llama(config)
-  rows = [Row('embed/embedding', 'model.embed_tokens.weight', identity), *body]
+  # Rows that fill up the vocabulary exist here alone.
+  whole = lambda inner: filled(config.vocab_size, config.rows, inner)
+  rows = [Row('embed/embedding', 'model.embed_tokens.weight', whole(identity)), *body]
   tied = {}
   if config.tie_embeddings:
     tied['lm_head.weight'] = 'model.embed_tokens.weight'
   else:
-    rows.append(Row('head/kernel', 'lm_head.weight', transpose))
+    rows.append(Row('head/kernel', 'lm_head.weight', whole(transpose)))
     if config.head_bias:
-      rows.append(Row('head/bias', 'lm_head.bias', identity))
+      rows.append(Row('head/bias', 'lm_head.bias', whole(identity)))
   return Table(tuple(rows), dict(_BUFFERS), tied=tied)
 
 

@@ -202,10 +202,23 @@ class Head(Module):
     self.kernel = Param(normal(c.init_std)(rngs.params(), (c.width, c.rows), param_dtype))
     self.bias = Param(zeros(None, (c.rows,), param_dtype)) if c.head_bias else None
 
-  def __call__(self, x: Float[Array, '... d']) -> Float[Array, '... v']:
-    y = jnp.matmul(x, self.kernel[...].astype(x.dtype),
-                   preferred_element_type=wide_dtype(x.dtype))
-    return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """The output projection as arrays: kernel [d v], bias [v] or None; the first `known` columns are
+  tokens, the others fill up. Called, it gives float32 logits, -inf where it is filled up."""
+
+  kernel: jax.Array
+  bias: jax.Array | None
+  known: int = dataclasses.field(metadata={'static': True})
+
+  def __call__(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
+    y = jnp.matmul(hidden, self.kernel.astype(hidden.dtype),
+                   preferred_element_type=wide_dtype(hidden.dtype))
+    y = y if self.bias is None else y + self.bias.astype(y.dtype)
+    rows = y.shape[-1]
+    return y if rows == self.known else jnp.where(jnp.arange(rows) < self.known, y, -jnp.inf)
 
 
 class Decoder(Module):
@@ -291,11 +304,16 @@ class Decoder(Module):
     x, _ = self.layers(x, context, key=key)
     return self.norm(x)
 
+  @property
+  def output(self) -> Output:
+    """The output projection, the embedding table turned over where it is tied."""
+    kernel = self.embed.embedding[...].T if self.head is None else self.head.kernel[...]
+    bias = None if self.head is None or self.head.bias is None else self.head.bias[...]
+    return Output(kernel, bias, self.config.vocab_size)
+
   def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
     """float32 logits of final-normed states; padded vocabulary rows are -inf."""
-    y = self.embed.attend(hidden) if self.head is None else self.head(hidden)
-    rows, known = y.shape[-1], self.config.vocab_size
-    return y if rows == known else jnp.where(jnp.arange(rows) < known, y, -jnp.inf)
+    return self.output(hidden)
 
   def prefill(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, slots: int,
               before=None, extras=None, ex: Execution = HERE):

@@ -78,6 +78,10 @@ def _equation(equation) -> Iterator[tuple[Product, int]]:
   elif name == 'scan':
     yield from ((product, times * params['length'])
                 for product, times in _products(params['jaxpr'].jaxpr).items())
+  elif name == 'shard_map':
+    # Written for one device of a mesh, computed on all.
+    yield from ((product, times * params['mesh'].size)
+                for product, times in _products(params['jaxpr']).items())
   elif name == 'cond':
     branches = [_products(branch.jaxpr) for branch in params['branches']]
     cost = lambda branch: sum(product.flops * times for product, times in branch.items())

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide, wide_dtype
-
-IGNORED = -100
+from hrvlm_jax.language.decoder import Output
+from hrvlm_jax.training.head_loss import IGNORED, equal_parts, head_loss
 
 
 def shifted_targets(labels: Int[Array, 'b t']) -> Int[Array, 'b t']:
@@ -52,12 +52,15 @@ def chunked_cross_entropy(
   again for the gradient. A chunk takes places of every row, spread over its length, so that it lies
   on the devices as the batch does, whether rows or lengths are cut. Chunks of whole rows would lie
   on few devices; the partitioner then keeps the head in parts and adds up all logits (measured on
-  MC-LLaVA-3B: 94 of 112 GB of messages).
+  MC-LLaVA-3B: 94 of 112 GB of messages). An `Output` goes to `head_loss` on a mesh and on
+  accelerators.
   """
   targets = shifted_targets(jnp.asarray(labels))
   count = (targets != IGNORED).sum()
+  if isinstance(logits_of, Output) and (ex.devices > 1 or ex.on != 'cpu'):
+    return head_loss(hidden, targets, logits_of, chunk=chunk, ex=ex), count
   length = hidden.shape[1]
-  places, parts = _cut(length, chunk // hidden.shape[0])
+  places, parts = equal_parts(length, chunk // hidden.shape[0])
   extra = ((0, 0), (0, places * parts - length))
 
   def pieces(x):  # [b t ...] -> [parts b places ...]
@@ -74,15 +77,3 @@ def chunked_cross_entropy(
     pieces(jnp.pad(hidden, (*extra, (0, 0)))),
     pieces(jnp.pad(targets, extra, constant_values=IGNORED))))
   return total, count
-
-
-def _cut(length: int, most: int) -> tuple[int, int]:
-  """(places, parts) that hold `length`: parts of equal size, at most `most` but at least 1.
-
-  From 8 on a multiple of 8, that devices and tiles of memory can divide.
-  """
-  if most >= length:
-    return length, 1
-  unit = 8 if most >= 8 else 1
-  parts = -(-length // max(most // unit * unit, 1))
-  return -(-length // (parts * unit)) * unit, parts

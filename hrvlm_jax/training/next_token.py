@@ -32,4 +32,4 @@ class NextToken(Objective):
     """(sum of the next-token losses, number of targets) of one batch."""
     module = fn.bind(params)
     hidden = module(batch, key=key, ex=ex)
-    return chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk, ex=ex)
+    return chunked_cross_entropy(hidden, batch['labels'], module.output, chunk=chunk, ex=ex)

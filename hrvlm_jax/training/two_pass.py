@@ -29,7 +29,7 @@ class TwoPass(NextToken):
     """
     module = fn.bind(params)
     hidden, info = module.run(batch, key=key, ex=ex)
-    total, count = chunked_cross_entropy(hidden, batch['labels'], module.logits, chunk=chunk,
+    total, count = chunked_cross_entropy(hidden, batch['labels'], module.output, chunk=chunk,
                                          ex=ex)
     count = jnp.maximum(count, 1)
     weight = module.config.fusion.selection_weight

@@ -17,7 +17,7 @@ from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import Linear, activation, torch_uniform
 from hrvlm_jax.core.module import Functional, Module, Rngs, unstack
 from hrvlm_jax.core.registry import load_object
-from hrvlm_jax.language.decoder import Cache, Decoder
+from hrvlm_jax.language.decoder import Cache, Decoder, Output
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig, VisualTokens
 
@@ -128,6 +128,11 @@ class VLM(Module):
     embeds, valid = self.embed(batch, visual, ex=ex)
     return self.language(embeds, valid, positions=batch.get('positions'),
                          segments=batch.get('segments'), key=keys[1], ex=ex)
+
+  @property
+  def output(self) -> Output:
+    """The output projection."""
+    return self.language.output
 
   def logits(self, hidden: Float[Array, '... d']) -> Float[Array, '... v']:
     """float32 logits."""

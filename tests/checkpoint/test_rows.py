@@ -12,6 +12,8 @@ from hrvlm_jax.checkpoint.rows import (
   Table,
   check_names,
   common_dtype,
+  filled,
+  identity,
   import_tensors,
   joined,
   linear,
@@ -140,3 +142,15 @@ def test_folders_list_the_damage_of_all(tmp_path):
   assert 'a/w' not in found.unreadable and 'b/u' not in found.unreadable
   with pytest.raises(KeyError):
     found['d/x']
+
+
+def test_rows_that_fill_up_are_not_in_the_file():
+  value = np.arange(15, dtype=np.float32).reshape(5, 3)
+  for inner, ours in ((identity, (8, 3)), (transpose, (3, 8))):
+    op = filled(5, 8, inner)
+    loaded = op.load(value)
+    assert loaded.shape == ours and op.shape(ours) == (5, 3) and loaded.sum() == value.sum()
+    np.testing.assert_array_equal(op.save(loaded), value)
+  bias = filled(5, 8).load(value[:, 0])
+  assert bias.shape == (8,) and filled(5, 8).shape((8,)) == (5,)
+  assert filled(5, 5, transpose) is transpose  # tables of other models keep their version

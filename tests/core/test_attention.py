@@ -74,11 +74,50 @@ def test_half_precision_scores_are_float32():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize('causal', [False, True])
-def test_cudnn_kernel(causal):
+@pytest.mark.parametrize('told', ['all', 'right', 'left', 'packed'])
+def test_cudnn_kernel(causal, told):
   q, k, v = inputs(t=64, s=64, h=4, k=2, d=64, dtype=jnp.bfloat16)
-  mask = np.tril(np.ones((64, 64), bool)) if causal else None
-  got = lib.attention(q, k, v, causal=causal, ex=Execution(attention='cudnn'))
-  np.testing.assert_allclose(np.asarray(got, np.float32), reference(q, k, v, mask), atol=3e-2)
+  valid = np.arange(64) < np.array([50, 64])[:, None]
+  options = {'all': {}, 'right': {'valid': valid}, 'left': {'valid': valid[:, ::-1]},
+             'packed': {'valid': valid, 'segments': np.arange(64)[None].repeat(2, 0) // 20}}[told]
+  options = {name: jnp.asarray(x) for name, x in options.items()} | {'causal': causal}
+  counts = (np.asarray(options.get('valid', np.ones((2, 64), bool))) if causal
+            else np.ones((2, 64), bool))[..., None, None]
+
+  def total(q, k, v, form):
+    y = lib.attention(q, k, v, **options, ex=Execution(attention=form))
+    return jnp.square(jnp.where(counts, y, 0).astype(jnp.float32)).sum()
+
+  for ours, plain in zip(*(jax.grad(total, (0, 1, 2))(q, k, v, form) for form in ('cudnn', 'xla')),
+                         strict=True):
+    np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(plain, np.float32),
+                               atol=6e-2)
+
+
+@pytest.mark.parametrize('devices', [1, 4])
+def test_cudnn_is_told_lengths(devices, monkeypatch):
+  """Lowered for a GPU that is not here: its kernel, and no array of queries times keys."""
+  from jax._src.cudnn import fused_attention_stablehlo as fused
+
+  monkeypatch.setattr(fused, 'check_cudnn_version', lambda: 91000)
+  monkeypatch.setattr(fused, 'is_cuda_compute_capability_equal', lambda capability: False)
+  mesh = None if devices == 1 else jax.sharding.AbstractMesh((1, 2, 1, 2), AXES)
+  ex = Execution(mesh=mesh, platform='gpu')
+  valid = jnp.asarray(np.random.default_rng(0).random((2, 200)) < 0.7)
+  shapes = [jax.ShapeDtypeStruct((2, 200, heads, 64), jnp.bfloat16) for heads in (4, 2, 2)]
+  for options in ({}, {'causal': True}, {'valid': valid}, {'valid': valid, 'causal': True}):
+    loss = lambda q, k, v, o=options: lib.attention(q, k, v, **o, ex=ex).astype(jnp.float32).sum()
+    run = jax.jit(jax.grad(loss, (0, 1, 2)))
+    if mesh is None:
+      allowed = [jax.export.DisabledSafetyCheck.custom_call(f'__cudnn$fmhaSoftmax{way}')
+                 for way in ('', 'Backward')]
+      text = jax.export.export(run, platforms=['cuda'], disabled_checks=allowed)(
+        *shapes).mlir_module()
+      assert '__cudnn$fmhaSoftmaxBackward' in text and '200x200xi1' not in text
+    else:
+      text = str(jax.make_jaxpr(run)(*shapes))
+      assert 'shard_map' in text and 'dot_product_attention_bwd' in text
+      assert '200,200]' not in text
 
 
 def test_choices_that_cannot_work_are_refused():

@@ -36,7 +36,7 @@ def depthwise_with_gradients(x, kernel, impl):
 def test_forms_agree(size, shape):
   x, kernel = draw(*shape), draw(size, size, 1, shape[-1], seed=1) / size
   reference = depthwise_with_gradients(x, kernel, 'grouped')
-  for impl in ('shifted', 'auto'):
+  for impl in ('shifted', 'reduced', 'auto'):
     for ours, theirs in zip(depthwise_with_gradients(x, kernel, impl), reference, strict=True):
       np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
@@ -98,3 +98,12 @@ def test_average_pool():
   x = draw(2, 7, 6, 3)
   theirs = torch.nn.functional.avg_pool2d(tensor(x).permute(0, 3, 1, 2), 3)
   np.testing.assert_allclose(average_pool(x, 3), theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-6)
+
+
+def test_a_tpu_sums_the_gradient_of_the_kernel():
+  x, kernel = jnp.zeros((1, 8, 8, 16)), jnp.zeros((7, 7, 1, 16))
+  run = jax.jit(lambda x, k: jax.grad(lambda k: depthwise(x, k).sum())(k))
+  count = lambda platform: jax.export.export(run, platforms=[platform])(
+    x, kernel).mlir_module().count('stablehlo.convolution')
+  # The gradient of the kernel alone: a convolution of the grouped form, none as sums.
+  assert count('cuda') == 1 and count('tpu') == 0

@@ -184,3 +184,39 @@ def test_activations(name, reference):
 def test_unknown_activation():
   with pytest.raises(ValueError, match="unknown activation 'gelo'"):
     layers.activation('gelo')
+
+
+def test_dropout_is_fair_and_independent():
+  """The four elements that share a draw are as good as four draws."""
+  shape, rate = (40, 201, 64), 0.05  # 201: the last draws are not used up
+  kept = np.asarray(layers.dropout(jnp.ones(shape), rate, jax.random.key(0)))
+  share = 243 / 256  # the nearest to 0.95
+  assert set(np.unique(kept)) == {0.0, np.float32(1 / share)}
+  dropped = kept == 0
+  deviation = lambda n: 4 * np.sqrt(share * (1 - share) / n)
+  assert abs(dropped.mean() - (1 - share)) < deviation(dropped.size)
+  assert abs(kept.mean() - 1) < deviation(kept.size) / share
+  # Every row, place and feature has the rate; what shares a draw (51 places apart) is dropped
+  # together as often as chance would have it, and so are neighbours.
+  for axes in ((1, 2), (0, 2), (0, 1)):
+    each = dropped.mean(axis=axes)
+    assert abs(each - (1 - share)).max() < 1.3 * deviation(dropped.size // each.size)
+  for places in (1, 51, 102, 153):
+    both = (dropped[:, places:] & dropped[:, :-places]).mean()
+    assert abs(both - (1 - share) ** 2) < deviation(dropped[:, places:].size)
+  again = layers.dropout(jnp.ones(shape), rate, jax.random.key(0))
+  np.testing.assert_array_equal(kept, again)
+
+
+def test_rates_of_dropout_are_rounded_and_never_to_all_or_nothing():
+  x = jnp.ones((64, 1024))
+  for rate, kept in ((0.1, 230), (0.5, 128), (1e-4, 255), (0.9999, 1), (0.05, 243)):
+    found = np.unique(layers.dropout(x, rate, jax.random.key(1)))
+    np.testing.assert_allclose(found, [0, 256 / kept], rtol=1e-6)
+  # A rate for each place: where it is 0, nothing is dropped.
+  rates = np.repeat([0.0, 0.5], 32)[:, None]
+  found = np.asarray(layers.dropout(x, rates, jax.random.key(1)))
+  assert (found[:32] == 1).all() and set(np.unique(found[32:])) == {0, 2}
+  one = layers.dropout(jnp.ones(4096), 0.25, jax.random.key(1))
+  assert abs(one.mean() - 1) < 0.05 and jnp.ones((), jnp.bfloat16).dtype == layers.dropout(
+    jnp.ones(8, jnp.bfloat16), rates[:8, 0] + 0.1, jax.random.key(0)).dtype

@@ -4,6 +4,7 @@ A few shapes that stand for the kinds there are: causal and full, padding on eit
 rows, grouped heads, head widths that are padded, other lengths of queries than of keys.
 """
 
+import collections
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 
 import jax
+from jax.interpreters.partial_eval import dce_jaxpr
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -142,6 +144,22 @@ def test_a_pod_holds_no_scores():
     assert '169,169]' not in text and 'bool[8,1' not in text
 
 
+@pytest.mark.parametrize('kind, shape', [
+  ('full', (1, 729, 729, 2, 2, 72)), ('packed', (2, 1100, 1100, 4, 2, 128)),
+  ('behind', (1, 300, 1500, 2, 1, 80))])
+def test_blocks_that_are_chosen_are_lowered_for_a_tpu(kind, shape):
+  b, t, s, h, k, d = shape
+  options, _ = told(kind, b, t, s)
+  ex = Execution(platform='tpu')
+  loss = lambda q, k, v: lib.attention(q, k, v, **{
+    name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()},
+    ex=ex).astype(jnp.float32).sum()
+  shapes = ((b, t, h, d), (b, s, k, d), (b, s, k, d))
+  inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+  module = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=['tpu'])(*inputs)
+  assert module.mlir_module().count('@tpu_custom_call') == 2  # forward, and one for all gradients
+
+
 class Towers(Module):
   def __init__(self, *, rngs):
     make = lambda r: vit.Attention(32, 2, rngs=r)
@@ -151,16 +169,24 @@ class Towers(Module):
     return scan_layers(self.blocks, x, lambda layer, x, _: (layer(x, ex=ex)[0], None), ex=ex)[0]
 
 
-def kernels(remat):
-  """How often a layer's gradient runs the kernel forward."""
-  fn = Functional(lambda rngs: Towers(rngs=rngs))
-  ex = Execution(attention='interpret', remat=remat)
-  loss = lambda p: fn.apply(p, jnp.ones((1, 140, 32)), ex=ex).sum()
-  text = str(jax.make_jaxpr(jax.grad(loss))(fn.abstract))
-  return text.count('splash_mha_fwd')
+def kernels(jaxpr):
+  """Numbers of kernels forward and backward, in all that an equation calls."""
+  found = collections.Counter()
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == 'pallas_call':
+      found['fwd' if 'fwd' in str(equation.params) else 'dkv'] += 1
+    for value in equation.params.values():
+      inner = getattr(value, 'jaxpr', value)
+      found += kernels(inner) if hasattr(inner, 'eqns') else collections.Counter()
+  return found
 
 
 def test_policies_that_keep_the_attention_run_its_kernel_once():
-  found = {remat: kernels(remat) for remat in ('none', 'attention', 'dots', 'layers')}
-  once = found['none']
-  assert once > 0 and found == {'none': once, 'attention': once, 'dots': once, 'layers': 2 * once}
+  fn = Functional(lambda rngs: Towers(rngs=rngs))
+  for remat, times in (('none', 1), ('attention', 1), ('dots', 1), ('layers', 2)):
+    ex = Execution(attention='interpret', remat=remat)
+    loss = lambda p, ex=ex: fn.apply(p, jnp.ones((1, 140, 32)), ex=ex).sum()
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(fn.abstract).jaxpr
+    # What is recomputed in vain is part of the trace, not of the program.
+    program, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    assert kernels(program) == {'fwd': times, 'dkv': 1}, remat

@@ -3,11 +3,14 @@
 A program, not a test: the tests run it for one system and one mesh, by hand it runs for all.
 
     python -m tests.parallel.equivalence SYSTEM float32|float64 [STEPS] [MESH ...] [--save]
+    python -m tests.parallel.equivalence SYSTEM float32 3 splash_mixed
     python -m tests.parallel.equivalence --table       docs/equivalence.md from what was saved
 
 SYSTEM is a name of `RUNS`; MESH one of `MESHES`, `processes_X` for the same mesh over two processes
-of four devices each. Prints one JSON object, losses by mesh; `--save` keeps it under
-docs/equivalence. Ends with status 1 where a mesh is further than the tolerance from one device.
+of four devices each, `splash_X` for the same mesh with the attention kernel of a TPU, interpreted
+(minutes; float32 alone, which is what it computes in). Prints one JSON object, losses by mesh;
+`--save` keeps it under docs/equivalence. Ends with status 1 where a mesh is further than the
+tolerance from one device.
 """
 
 import argparse
@@ -34,7 +37,7 @@ MESHES: dict[str, Mapping[str, int]] = {
   'sequence': {'data': 4, 'sequence': 2},
   'mixed': {'data': 2, 'fsdp': 2, 'tensor': 2},
 }
-PROCESSES = 'processes_'
+PROCESSES, SPLASH = 'processes_', 'splash_'
 ALL = (*MESHES, f'{PROCESSES}mixed')
 # System -> objective of its training.
 RUNS = {'mc_llava': 'next_token', 'pheye': 'next_token', 'llava_hr': 'next_token',
@@ -110,7 +113,7 @@ def start_of(name: str, dtype: str) -> Start:
 
 
 def losses(name: str, dtype: str, steps: int, mesh: Mapping[str, int] | None,
-           start: Start) -> list[float]:
+           start: Start, attention: str = 'auto') -> list[float]:
   """Losses of `steps` steps with warm-up from zero and clipping at 1.0."""
   import jax
 
@@ -133,8 +136,9 @@ def losses(name: str, dtype: str, steps: int, mesh: Mapping[str, int] | None,
   state = jax.device_get(init_state(config, groups, start.state))
   shardings = layout.state_shardings(jax.eval_shape(lambda: state))
   state = layout.put(state, shardings)
+  ex = execution_of(config, layout.mesh).replace(attention=attention)
   step = layout.compile(make_train_step(start.fn, config, groups, seed=0,
-                                        ex=execution_of(config, layout.mesh)), shardings)
+                                        ex=ex), shardings)
   batches = [layout.batch(batch) for batch in start.batches]
   found = []
   for i in range(steps):
@@ -150,7 +154,9 @@ def run(names: list[str], system: str, dtype: str, steps: int) -> dict[str, list
   jax.config.update('jax_default_matmul_precision', 'highest')
   jax.config.update('jax_enable_x64', dtype == 'float64')
   first = start_of(system, dtype)
-  return {m: losses(system, dtype, steps, MESHES.get(m), first) for m in names}
+  form = lambda name: 'interpret' if name.startswith(SPLASH) else 'auto'
+  return {m: losses(system, dtype, steps, MESHES.get(m.removeprefix(SPLASH)), first, form(m))
+          for m in names}
 
 
 def start(names: list[str], arguments: argparse.Namespace, processes: int) -> dict[str, Any]:
@@ -241,7 +247,7 @@ def main() -> int:
     distributed.shutdown()
     return 0
   chosen = arguments.meshes or list(ALL)
-  if wrong := sorted(set(chosen) - set(ALL)):
+  if wrong := sorted(set(chosen) - {*ALL, *(SPLASH + mesh for mesh in MESHES)}):
     parser.error(f'unknown mesh {wrong}; known: {", ".join(ALL)}')
   single = [m for m in chosen if not m.startswith(PROCESSES)]
   several = [m.removeprefix(PROCESSES) for m in chosen if m.startswith(PROCESSES)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,18 @@ from hrvlm_jax.systems.ps3.plan import Plan
 
 SMOOTH_GRID = 6
 NARROW = 16  # channels up to which the stem is summed in order
+
+
+def _exactly(method):
+  """Products at the highest precision: a TPU rounds the factors of a float32 product to half
+  precision otherwise, which would make cells tie or change places."""
+
+  @functools.wraps(method)
+  def run(*args, **options):
+    with jax.default_matmul_precision('highest'):
+      return method(*args, **options)
+
+  return run
 
 
 @jax.tree_util.register_dataclass
@@ -181,12 +194,13 @@ class Selection(Module):
     self.prompt_proj = None if net is None else torch_linear(
       width, net.out * scales, param_dtype=param_dtype, rngs=rngs)
 
+  @_exactly
   def features(
     self, hidden: Sequence[Float[Array, 'b n d']], images: Float[Array, 'b H W 3'], *,
     all_scales: bool = False, ex: Execution = HERE,
   ) -> Features:
-    """Prompt-independent part, float32 whatever the trunk computes in (half precision would make
-    nearly all cells tie).
+    """Prompt-independent part, float32 whatever the trunk computes in and at the highest precision
+    of products (half precision would make nearly all cells tie).
 
     Args:
       hidden: outputs of the blocks `select_layers`, in order.
@@ -198,6 +212,7 @@ class Selection(Module):
     detail = None if self.saliency is None else self.saliency(wide(images), ex=ex)
     return Features(low, detail)
 
+  @_exactly
   def cosines(self, features: Features, prompt: Float[Array, 'b d'] | None):
     """(thumbnail [b s g g], detail [b s g g] or None): cosines with the prompt."""
     grid = self.config.grid

@@ -17,7 +17,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.ps3 import weights as ps3_weights
-from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig, laid_out
 from hrvlm_jax.vision.blocks import block_side, stages
 
 FOLDERS = ('llm', 'vision_tower', 'mm_projector')
@@ -83,7 +83,7 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   if mode not in ('after_prompt', 'after_image'):
     problems.append(f"look_close_mode: expected 'after_prompt' or 'after_image', found {mode!r}")
   raise_all('config.json of VILA-HD', problems)
-  text = language.config_from_hf({'model_type': 'qwen2', **values['llm_cfg']})
+  text = laid_out(language.config_from_hf({'model_type': 'qwen2', **values['llm_cfg']}))
   ours = values.get('hrvlm', {})
   if 'encoder' in ours:
     encoder = from_dict(VilaHDConfig, ours['encoder'], path='hrvlm.encoder')
