@@ -80,12 +80,8 @@ def _text_problems(text: language.DecoderConfig) -> list[str]:
   left = ('lora', 'pad_vocab_to')
   wrong = [f.name for f in dataclasses.fields(text) if f.name not in left
            and getattr(text, f.name) != getattr(again, f.name)]
-  problems = [f'model.text.{name} is {getattr(text, name)!r}, a {text.family} of transformers has '
+  return [f'model.text.{name} is {getattr(text, name)!r}, a {text.family} of transformers has '
               f'{getattr(again, name)!r}; {_ORIGINAL}' for name in wrong]
-  if text.rows != text.vocab_size:
-    problems.append(f'model.text.pad_vocab_to pads {text.vocab_size} rows to {text.rows}, and '
-                    f'transformers would read the padding as words; {_ORIGINAL}')
-  return problems
 
 
 def table(config: ModelConfig) -> Table:

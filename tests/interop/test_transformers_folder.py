@@ -168,8 +168,6 @@ def test_a_sentencepiece_model_has_the_same_ids(place, tmp_path):
 
 
 @pytest.mark.parametrize('change, message', [
-  (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, pad_vocab_to=64)),
-   'pad_vocab_to'),
   (lambda c: dataclasses.replace(c, text=dataclasses.replace(c.text, rope_linear_factor=1.0,
                                                              norm='layernorm')), 'model.text.norm'),
   (lambda c: dataclasses.replace(c, system='toy'), 'system toy'),
