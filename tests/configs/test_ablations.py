@@ -56,3 +56,23 @@ def test_the_loss_of_a_row_can_be_traced(name, row):
     lambda p, b: objective.loss(fn, p, b, ex=Execution(dtype='bfloat16', remat='layers')),
     state['params'], batch)
   assert total.shape == count.shape == ()
+
+
+# What a row of a table differs in, typed off the papers: file, row -> (place, value).
+GATES = {'default': 'tanh', 'gate_sigmoid': 'sigmoid', 'gate_hsigmoid': 'hsigmoid'}
+# PS3, Table 1: share of the patches of all high-resolution scales that is selected.
+SHARES = {'ps3_756_44': 0.44, 'ps3_1512_20': 0.20, 'ps3_1512_44': 0.44, 'ps3_3780_18': 0.18}
+
+
+def test_rows_are_what_their_names_say():
+  table = runpy.run_path(str(FOLDER / 'llava_hr_table3.py'))['ROWS']
+  assert {row: table[row][0].adapters.gate for row in GATES} == GATES
+  assert table['direction_low_to_high'][0].adapters.direction == 'low_to_high'
+  assert table['fusion_concat'][0].fusion == 'concat'
+  assert table['fast_none'][0].fast is None and table['slow_none'][0].slow is None
+  table = runpy.run_path(str(FOLDER / 'vila_hd_table1.py'))['ROWS']
+  for row, share in SHARES.items():
+    encoder = table[row][0].encoder
+    patches = sum((side // 14) ** 2 for side in encoder.tower.scales[1:])
+    assert abs(encoder.tokens / patches - share) < 0.006, (row, encoder.tokens, patches)
+    assert encoder.tower.scales[-1] == int(row.split('_')[1])

@@ -169,3 +169,24 @@ def test_each_drawn_pair_is_an_example():
     mix([Share(name='a', format=PromptFormat(turns=2, each=True))], {'a': bad})[0]
   with pytest.raises(ValueError, match='each: needs'):
     PromptFormat(each=True)
+
+
+# Section 3.1 and appendix A of the paper, typed off: data set -> what follows its questions.
+PHRASE = '\nAnswer the question using a single word or phrase'
+STAGE_3 = {
+  'llava': '', 'llavar': '', 'vqav2': PHRASE, 'gqa': PHRASE, 'okvqa': PHRASE, 'ocrvqa': PHRASE,
+  'textvqa': PHRASE, 'stvqa': PHRASE,
+  'aokvqa': "\nAnswer with the option's letter from the given choices directly."}
+
+
+def test_prompts_of_pheye_stage_3():
+  rng = np.random.default_rng(0)
+  asked = {share.name: share.format.apply(row('x', turns=1), rng).messages[0].text
+           for share in MIXTURES['pheye_stage_3']}
+  assert asked.pop('textcaps') == (
+    'Generate a one-sentence caption for the provided image, incorporating textual elements '
+    'visible in the image.')
+  assert asked == {name: f'q0{suffix}' for name, suffix in STAGE_3.items()}
+  captions = {share.format.apply(row('x', turns=1), rng).messages[0].text
+              for share in MIXTURES['pheye_stage_1'] for _ in range(200)}
+  assert len(captions) == 10  # one of ten instructions

@@ -5,6 +5,7 @@
 
 import json
 from pathlib import Path
+import shutil
 
 import pytest
 
@@ -18,9 +19,13 @@ CASES = json.loads((SAMPLES / 'cases.json').read_text('utf-8'))
 
 def _answers(case, loaded):
   if 'answer_with' in case:  # options are shuffled: answer with the right or with another letter
-    wanted = case['answer_with']
-    return {s.id: s.answers[0] if wanted[s.id] == 'right' else 'AB'[s.answers[0] == 'A']
-            for s in loaded}
+    wanted, folder = case['answer_with'], SAMPLES / case['folder']
+    right = {}  # V*Bench: the first option of the file, wherever it is shown
+    for s in loaded:
+      first = json.loads((folder / f'{s.id}.json').read_text('utf-8'))['options'][0]
+      right[s.id] = 'ABCD'[s.choices.index(first)]
+    return {key: letter if wanted[key] == 'right' else 'AB'[letter == 'A']
+            for key, letter in right.items()}
   return case.get('answers')
 
 
@@ -135,3 +140,18 @@ def test_headline_is_among_the_checked_values():
       loaded = benchmarks.get(case['benchmark']).load(SAMPLES / case['folder'], case['split'])
       scores = benchmarks.get(case['benchmark']).score(loaded, [''] * len(loaded))
       assert scores.metric in case['values']
+
+
+def test_vstar_letters_follow_the_shuffle(tmp_path):
+  """The first option of the file is right, under whatever letter it is shown."""
+  for part in ('direct_attributes', 'relative_position'):
+    (tmp_path / part).mkdir()
+    for number in range(8):
+      shutil.copy(next((SAMPLES / 'vstar').rglob('*.jpg')), tmp_path / part / f'{number}.jpg')
+      (tmp_path / part / f'{number}.json').write_text(json.dumps({
+        'question': 'Which?', 'options': ['right', 'b', 'c', 'd'], 'bbox': [],
+        'target_object': []}))
+  loaded = benchmarks.get('vstar').load(tmp_path, 'all')
+  letters = [sample.answers[0] for sample in loaded]
+  assert letters == ['ABCD'[sample.choices.index('right')] for sample in loaded]
+  assert len(letters) == 16 and len(set(letters)) == 4

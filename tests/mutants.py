@@ -1,0 +1,111 @@
+"""Small faults put into a copy of the sources; each must be killed by the test named beside it.
+
+    python -m tests.mutants [WORD ...]      those whose name holds a word; default: all
+
+A mutant that lives is a test that cannot fail. Every bug that is found adds its own: file, the text
+that is right, the text of the bug, and the test that was missing. Status 1 when one lives.
+"""
+
+import dataclasses
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[1]
+COPIED = ('hrvlm_jax', 'configs', 'tests', 'pyproject.toml')
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+  """One fault.
+
+  Attributes:
+    name: in the table.
+    path: of the file, from the root.
+    right, wrong: the text, which stands there once, and what takes its place.
+    test: pytest's arguments; must fail with the fault, and pass without it.
+  """
+
+  name: str
+  path: str
+  right: str
+  wrong: str
+  test: str
+
+
+MUTANTS = (
+  Mutant('vstar_letter', 'hrvlm_jax/evaluation/benchmarks/choice.py',
+         '(letters[order.index(0)],)', "('A',)",
+         'tests/evaluation/test_samples.py -k vstar'),
+  Mutant('stage_3_prompt', 'hrvlm_jax/data/mixture.py',
+         "Share(name='textvqa', amount=35_000, format=_ONE_SHORT)",
+         "Share(name='textvqa', amount=35_000, format=_LETTER)",
+         'tests/data/test_mixture.py -k stage_3'),
+  Mutant('stage_3_two_turns', 'hrvlm_jax/data/mixture.py',
+         'turns=2, each=True)  # Pheye', 'turns=2)  # Pheye',
+         'tests/data/test_mixture.py -k files_open'),
+  Mutant('gate_of_table_3', 'configs/ablations/llava_hr_table3.py',
+         "mra(gate='sigmoid')", "mra(gate='hsigmoid')",
+         'tests/configs/test_ablations.py -k names_say'),
+  Mutant('share_of_table_1', 'configs/ablations/vila_hd_table1.py',
+         "'ps3_1512_44': (ps3(1512, 6400)", "'ps3_1512_44': (ps3(1512, 2916)",
+         'tests/configs/test_ablations.py -k names_say'),
+  Mutant('stage_3_rate', 'configs/pheye.py', 'learning_rate=5e-5', 'learning_rate=5e-4',
+         'tests/configs/test_published.py -k "golden_text and stage3"'),
+  Mutant('drawn_crops', 'hrvlm_jax/data/transforms.py', 'rng.integers(low, high + 1',
+         'rng.integers(low, high', 'tests/cli/test_data.py -k drawn'),
+  Mutant('bad_image_in_a_run', 'hrvlm_jax/evaluation/runner.py',
+         "bad[number] = {'text': ''", "bad[number] = {'text': 'yes'",
+         'tests/evaluation/test_runner.py -k bad_image'),
+  Mutant('quotation_mark', 'hrvlm_jax/evaluation/benchmarks/tables.py',
+         "delimiter='\\t', strict=True", "delimiter='\\t', strict=False",
+         'tests/evaluation/test_bad_files.py -k quotation'),
+  Mutant('chat_of_an_export', 'hrvlm_jax/interop/layouts.py',
+         'or theirs[key] != value]', 'and theirs[key] != value]',
+         'tests/interop/test_layouts.py -k "qwen2 or prefix"'),
+)
+
+
+def run(mutant: Mutant, folder: pathlib.Path) -> tuple[bool, float]:
+  """(whether the test fails, seconds) with the fault in the copy; the file is put back."""
+  path = folder / mutant.path
+  text = path.read_text('utf-8')
+  if text.count(mutant.right) != 1:
+    raise SystemExit(f'{mutant.name}: {mutant.right!r} stands {text.count(mutant.right)} times in '
+                     f'{mutant.path}, expected once; the source moved on, so must the mutant')
+  path.write_text(text.replace(mutant.right, mutant.wrong), 'utf-8')
+  began = time.monotonic()
+  try:
+    command = f'{sys.executable} -m pytest -q -x -p no:cacheprovider {mutant.test}'
+    found = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True)
+  finally:
+    path.write_text(text, 'utf-8')
+  if found.returncode not in (0, 1):  # 1: a test failed; others: nothing ran
+    end = found.stdout[-2000:]
+    raise SystemExit(f'{mutant.name}: {command} ended with {found.returncode}\n{end}')
+  return found.returncode == 1, time.monotonic() - began
+
+
+def main(words: list[str]) -> int:
+  """Prints a line per mutant."""
+  chosen = [m for m in MUTANTS if not words or any(word in m.name for word in words)]
+  lives = []
+  with tempfile.TemporaryDirectory() as place:
+    folder = pathlib.Path(place)
+    for name in COPIED:
+      source = ROOT / name
+      (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
+    for mutant in chosen:
+      killed, seconds = run(mutant, folder)
+      verdict = 'killed' if killed else 'LIVES '
+      print(f'{verdict:<7} {mutant.name:<20} {seconds:5.0f} s  {mutant.test}', flush=True)
+      lives += [] if killed else [mutant.name]
+  print(f'{len(chosen) - len(lives)} of {len(chosen)} killed')
+  return 1 if lives else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
