@@ -49,6 +49,51 @@ class Joined(Mapping[str, np.ndarray]):
     return len(self.shapes)
 
 
+class Over(Mapping[str, np.ndarray]):
+  """The tensors of `base`, of which those of `others` take the place, by the same names."""
+
+  def __init__(self, base: Any, others: Any):
+    self._base, self._others = base, others
+    self.shapes = {**base.shapes, **others.shapes}
+    self.dtypes = {**base.dtypes, **others.dtypes}
+    self.files = [*base.files, *others.files]
+    self.problems = [*base.problems, *others.problems]
+    self.unreadable = base.unreadable
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._others[name] if name in self._others.shapes else self._base[name]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+
+class Renamed(Mapping[str, np.ndarray]):
+  """The tensors of a file under other names.
+
+  Args:
+    names: new name -> name in `base`.
+  """
+
+  def __init__(self, base: Any, names: Mapping[str, str]):
+    self._base, self._names = base, dict(names)
+    self.files, self.problems = base.files, list(base.problems)
+    self.shapes = {new: base.shapes[old] for new, old in self._names.items()}
+    self.dtypes = {new: base.dtypes[old] for new, old in self._names.items()}
+    self.unreadable = base.unreadable
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return self._base[self._names[name]]
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
+
+
 class _Unreadable(Everything):
   """Names that are, under their prefix, unreadable in a part."""
 

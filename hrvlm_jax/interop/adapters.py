@@ -12,19 +12,25 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 
-from hrvlm_jax.checkpoint.hf import read_json
+from hrvlm_jax.checkpoint.folders import Renamed
+from hrvlm_jax.checkpoint.formats import ADAPTER
+from hrvlm_jax.checkpoint.hf import TensorFolder, read_json
 from hrvlm_jax.checkpoint.rows import Row, Table, conv1x1, conv_kernel, transpose
+from hrvlm_jax.checkpoint.settings import Reader, account
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.errors import UserError, raise_all, shortened
 from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.interop.account import Told
 from hrvlm_jax.systems.contract import ModelConfig
 
 FOLDER = 'adapter'  # beside the weights of a released folder
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model'
+BESIDE = 'non_lora_trainables.bin'  # LLaVA's trainer: the projector and others, whole
 _PREFIX = 'base_model.model.'
 _LEAVES = ('lora_a', 'lora_b')
 
@@ -143,14 +149,18 @@ def adapter_config(spec: LoRA, names: list[str], base: str) -> dict[str, Any]:
           'target_modules': modules, 'inference_mode': True, 'fan_in_fan_out': False}
 
 
-def read_adapter_config(folder: pathlib.Path) -> LoRA:
+def read_adapter_config(folder: pathlib.Path, told: Told | None = None) -> LoRA:
   """The set that an adapter folder describes.
+
+  Args:
+    told: gets what became of every key.
 
   Raises:
     UserError: no `adapter_config.json`, or a kind of adapter that is not plain LoRA (all reasons).
   """
   values = read_json(folder / CONFIG)
-  problems = []
+  found = account(values, ADAPTER)
+  problems = list(found.problems)
   if values.get('peft_type') != 'LORA':
     problems.append(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")
   for key, plain in (('bias', 'none'), ('use_dora', False), ('use_rslora', False),
@@ -158,10 +168,111 @@ def read_adapter_config(folder: pathlib.Path) -> LoRA:
                      ('modules_to_save', None)):
     if values.get(key) not in (plain, None):
       problems.append(f'{key} is {json.dumps(values[key])}, expected {json.dumps(plain)}')
-  rank, alpha = values.get('r'), values.get('lora_alpha')
-  if not isinstance(rank, int) or rank < 1:
+  read = Reader(values, problems=problems)
+  rank = values.get('r')
+  if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 1 << 16:
     problems.append(f'r is {rank!r}, expected a positive integer')
-  if not isinstance(alpha, (int, float)):
+  alpha = values.get('lora_alpha')
+  if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e9:
     problems.append(f'lora_alpha is {alpha!r}, expected a number')
+  dropout = read.number('lora_dropout', 0.0, null=True)
   raise_all(str(folder / CONFIG), problems)
-  return LoRA(rank=rank, alpha=float(alpha), dropout=float(values.get('lora_dropout') or 0.0))
+  if told is not None:
+    told.add(f'{folder.name}/{CONFIG}', found)
+  return read.build(lambda: LoRA(rank=rank, alpha=float(alpha), dropout=dropout))
+
+
+def open_adapter(folder: pathlib.Path) -> TensorFolder:
+  """The tensors of an adapter folder, without what LLaVA keeps beside them."""
+  for name in (f'{WEIGHTS}.safetensors', f'{WEIGHTS}.bin'):
+    if (folder / name).is_file():
+      return TensorFolder(folder / name, strict=False)
+  return TensorFolder(folder, strict=False)
+
+
+def open_beside(folder: pathlib.Path, base: Any, problems: list[str]) -> Renamed | None:
+  """What LLaVA's LoRA training keeps beside the adapter: other parts that it trained, whole.
+
+  Source: `haotian-liu/LLaVA: llava/model/builder.py` (`non_lora_trainables`).
+
+  Args:
+    base: tensors of the base, whose names the parts have once the trainer's wrappers are off.
+    problems: gets names that the base does not have.
+
+  Returns:
+    The tensors by the base's names; None where there is no such file.
+  """
+  path = folder / BESIDE
+  if not path.is_file():
+    return None
+  try:
+    tensors = TensorFolder(path)
+  except UserError as error:
+    problems.append(str(error))
+    return None
+  known = {name.replace('/', '.'): name for name in base}
+  names = {}
+  for name in tensors:
+    short = name
+    while short not in known and short.startswith(('base_model.', 'model.', 'module.')):
+      short = short.partition('.')[2]
+    if short in known:
+      names[known[short]] = name
+    else:
+      problems.append(f'{BESIDE}: {name}: the base has no tensor of this name')
+  return Renamed(tensors, names)
+
+
+def halves(folder: pathlib.Path, tensors: Any, base: Table, depth: int, *, dotted: bool
+           ) -> list[str]:
+  """What an adapter lacks: one of two tensors of a module, modules that it says it adapts.
+
+  Args:
+    base: table of the model without its sets.
+    depth: layers of the language model.
+  """
+  if tensors.problems:
+    return []  # what a damaged file lacks is said there
+  found: dict[str, set[str]] = {}
+  for name in tensors:
+    module, mark, rest = name.removeprefix(_PREFIX).rpartition('.lora_')
+    if mark:
+      found.setdefault(module, set()).add(rest.partition('.')[0])
+  problems = [f'{WEIGHTS}: {module}: has lora_{"".join(sides)} alone, expected lora_A and lora_B'
+              for module, sides in sorted(found.items()) if len(sides) == 1]
+  targets = read_json(folder / CONFIG).get('target_modules')
+  fits = _target(targets)
+  if fits is None:
+    return [*problems, f'{CONFIG}: target_modules is {targets!r}, expected a list of names or a '
+                       'regular expression']
+  missing = []
+  for row in base.rows:
+    if not isinstance(row.ours, str) or not row.ours.endswith('/kernel') or (
+        not row.ours.startswith('language/')):
+      continue
+    name = row.names[0].removesuffix('.weight')
+    name = name.replace('/', '.') if dotted else name
+    places = (row.indices or range(depth)) if '{i}' in name else (0,)
+    missing += [module for module in (name.replace('{i}', str(i)) for i in places)
+                if module not in found and fits(module)]
+  if missing:
+    problems.append(f'{WEIGHTS}: has no tensors of {shortened(missing)}, which target_modules of '
+                    f'{CONFIG} names')
+  return problems
+
+
+def _target(targets: Any) -> Callable[[str], bool] | None:
+  """Whether peft adapts a module, by its name; None for something that names none."""
+  if targets is None:
+    return lambda module: False
+  if targets == 'all-linear':
+    return lambda module: not module.endswith('lm_head')
+  if isinstance(targets, str):
+    try:
+      pattern = re.compile(targets)
+    except (re.error, RecursionError, OverflowError):
+      return None
+    return lambda module: pattern.fullmatch(module) is not None
+  if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+    return None
+  return lambda module: any(module == name or module.endswith(f'.{name}') for name in targets)

@@ -13,7 +13,9 @@ import pathlib
 from typing import Any
 
 from hrvlm_jax.checkpoint import rows
+from hrvlm_jax.checkpoint.formats import GENERIC, VISION, same, used
 from hrvlm_jax.checkpoint.rows import Row, Table
+from hrvlm_jax.checkpoint.settings import Keys
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
@@ -157,6 +159,28 @@ def recognise(values: Mapping[str, Any]) -> ModelConfig | None:
   if rows_ not in (None, own):  # resized in PyTorch
     model['text'] = model['text'] | {'vocab_size': rows_}
   return from_dict(ModelConfig, model, path='model', title='config.json')
+
+
+# Keys of config.json; see `checkpoint.settings`.
+KEYS: Keys = {
+  **GENERIC, 'text_config': language.KEYS, 'vision_config': VISION,
+  **used('format', 'layout', 'model'),
+  **same('the model says it', 'token_maps', 'inner_width', 'image_token_id', 'prompt_marker',
+         'tie_word_embeddings', 'system'),
+}
+
+
+def contradictions(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
+  """Settings of the language model under `text_config`, which transformers runs, that are not
+  those under `model`."""
+  if config.text is None:
+    return []
+  theirs = language.config_from_hf(values.get('text_config', {}), where='config.json',
+                                   prefix='text_config.')
+  ours = language.config_from_hf(language.config_to_hf(config.text))
+  return [f'text_config says {f.name} {getattr(theirs, f.name)!r}, model.text says '
+          f'{getattr(ours, f.name)!r}; change them together' for f in dataclasses.fields(ours)
+          if getattr(theirs, f.name) != getattr(ours, f.name)]
 
 
 def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:

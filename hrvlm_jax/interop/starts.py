@@ -21,10 +21,12 @@ import numpy as np
 from hrvlm_jax import __version__
 from hrvlm_jax.checkpoint import files as store_files, hf, store
 from hrvlm_jax.checkpoint.rows import Op, Row, Table, import_tensors, linear, norm, prefixed
+from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, shortened, unknown
 from hrvlm_jax.interop import adapters, hub
+from hrvlm_jax.interop.account import preprocessor
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.tokenizer import FILES as TOKENIZER_FILES
 from hrvlm_jax.systems import registry
@@ -33,12 +35,17 @@ from hrvlm_jax.systems.ps3 import weights as ps3_weights
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.vision import convnext, vit
 from hrvlm_jax.vision.convnext import ConvNeXtConfig
+from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 
 # Modules that trainers put around a model; the first under which all names of a part are found.
 WRAPPERS = ('', 'module.', 'model.', 'base_model.model.', 'model.base_model.model.',
             'base_model.model.model.')
 LORA = 'lora'
+# What shapes do not show, or only where they differ; the vocabulary may have fewer rows.
+_TEXT_SETTINGS = ('width', 'depth', 'heads', 'kv_heads', 'head_dim', 'mlp_width', 'activation',
+                  'norm_eps', 'rotary_dim', 'rope_theta', 'rope_linear_factor', 'tie_embeddings')
+_TOWER_SETTINGS = ('width', 'depth', 'heads', 'mlp_width', 'patch_size', 'activation', 'norm_eps')
 OTHER = 'another part of the model'
 _IMAGE_TEXT = {'text_model.*': 'text tower', 'visual_projection.weight': 'contrastive head',
                'text_projection.weight': 'contrastive head', 'logit_scale': 'contrastive head',
@@ -90,7 +97,12 @@ def assemble(
       opened.append(open_part(config, flat, text, say=say))
     except UserError as error:
       problems.append(str(error))
+  given = {part.source.resolve() for part in opened}
   for i, part in enumerate(opened):
+    beside = part.source / adapters.BESIDE
+    if part.names == (LORA,) and beside.is_file() and beside.resolve() not in given:
+      problems.append(f'{beside}: holds other parts that were trained with the adapter, which '
+                      f'{LORA}= does not read; add --part projector={beside}')
     for other in opened[:i]:
       if both := sorted(_paths(part) & _paths(other)):
         problems.append(f'{both[0]}: given by {"+".join(other.names)} and {"+".join(part.names)}')
@@ -152,6 +164,7 @@ def open_part(config: ModelConfig, flat: Mapping[str, Any], text: str, *,
     return Part(names, source, origin, tensors, table)
   tensors: Mapping[str, np.ndarray] = hf.TensorFolder(source, strict=False)
   values = _settings(source)
+  raise_all(text, _contradictions(config, names, source, values))
   makers = {'language': lambda: _language(config, values)} if config.text is not None else {}
   backbones = registry.get(config.system).backbones(config.encoder)
   for path, tower in backbones.items():
@@ -182,8 +195,66 @@ def _settings(source: pathlib.Path) -> dict[str, Any]:
   for name in ('config.json', 'open_clip_config.json'):
     if (folder / name).is_file():
       values = hf.read_json(folder / name)
-      return values if name == 'config.json' else {'open_clip': values.get('model_cfg', {})}
+      return values if name == 'config.json' else {
+        'open_clip': values.get('model_cfg') or {},
+        'open_clip_preprocess': values.get('preprocess_cfg')}
   return {}
+
+
+def _contradictions(config: ModelConfig, names: tuple[str, ...], source: pathlib.Path,
+                    values: Mapping[str, Any]) -> list[str]:
+  """Settings of a source that no tensor shows and that are not those of the run's model.
+
+  A backbone is what its settings say as much as its weights: with another rotary base, epsilon,
+  activation, number of heads or another image mean it computes something else.
+  """
+  if len(names) != 1:
+    return []
+  where = f'{source if source.is_dir() else source.parent}/config.json'
+  if names == ('language',) and config.text is not None and (
+      values.get('model_type') == config.text.family):
+    theirs = language.config_from_hf(values, where=where)
+    return [f'{key} of the source is {getattr(theirs, key)!r}, config.model.text.{key} is '
+            f'{getattr(config.text, key)!r}; set the latter to the former, or take another source'
+            for key in _TEXT_SETTINGS if getattr(theirs, key) != getattr(config.text, key)]
+  tower = registry.get(config.system).backbones(config.encoder).get(names[0])
+  if isinstance(tower, ConvNeXtConfig):
+    given = values.get('pretrained_cfg') or values.get('open_clip_preprocess') or {}
+    return _colours(config, given if isinstance(given, Mapping) else {}, ('mean', 'std'),
+                    'config.json')
+  problems = []
+  kind = values.get('model_type')
+  if isinstance(tower, ViTConfig) and _VISION_TYPES.get(str(kind)) is tower.class_token:
+    inside = 'vision_config' in values
+    theirs = vit.config_from_hf(
+      Reader(values.get('vision_config', {}) if inside else values, where=where,
+             prefix='vision_config.' if inside else ''), clip=tower.class_token)
+    problems = [f'{key} of the source is {getattr(theirs, key)!r}, the model has '
+                f'{getattr(tower, key)!r} at {names[0]}; set it to that of the source, or take '
+                'another source' for key in _TOWER_SETTINGS
+                if getattr(theirs, key) != getattr(tower, key)]
+  elif isinstance(tower, PS3Config):
+    said = values.get('vision_config', values)
+    if isinstance(said, Mapping) and 'model_name' in said:
+      theirs = ps3_weights.vision_from_hf(said)
+      problems = [f'{key} of the source is {getattr(theirs.vision, key)!r}, the model has '
+                  f'{getattr(tower.vision, key)!r} at {names[0]}' for key in _TOWER_SETTINGS
+                  if getattr(theirs.vision, key) != getattr(tower.vision, key)]
+      problems += [f'{key} of the source is {getattr(theirs, key)!r}, the model has '
+                   f'{getattr(tower, key)!r}' for key in ('mean', 'std')
+                   if getattr(theirs, key) != getattr(tower, key)]
+  path = (source if source.is_dir() else source.parent) / 'preprocessor_config.json'
+  if tower is not None and path.is_file():
+    problems += _colours(config, hf.read_json(path), ('image_mean', 'image_std'), path.name)
+  return problems
+
+
+def _colours(config: ModelConfig, given: Mapping[str, Any], keys: tuple[str, str], file: str
+             ) -> list[str]:
+  """Mean and standard deviation of the colours that are not those of the model."""
+  named = dict(zip(('image_mean', 'image_std'), (given.get(key) for key in keys), strict=True))
+  return [f'{file}: {problem}; set config.model.encoder to it, or take another source'
+          for problem in preprocessor(named, config)]
 
 
 def _language(config: ModelConfig, values: Mapping[str, Any]) -> Table:
@@ -304,7 +375,9 @@ def _lora(config: ModelConfig, flat: Mapping[str, Any], source: pathlib.Path
   system = registry.get(config.system)
   base = system.table(adapters.without_sets(config))
   table = adapters.adapter_table(base, paths.unflatten(dict(flat)), dotted=bool(system.folders))
-  tensors = hf.TensorFolder(source, strict=False)
+  tensors = adapters.open_adapter(source)
+  problems = adapters.halves(source, tensors, base, config.text.depth, dotted=bool(system.folders))
+  raise_all(str(source), problems)
   present = set(tensors)
   rows = tuple(row for row in table.rows
                if any(name.replace('{i}', str(i)) in present for name in row.names

@@ -5,12 +5,12 @@ Source of the settings: Hugging Face `models/phi`, `models/llama`, `models/qwen2
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import GENERIC, same, used
 from hrvlm_jax.checkpoint.rows import Row, Table, filled, identity, linear, norm, transpose
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.checkpoint.settings import Harmless, Keys, Only, Reader, shown
 from hrvlm_jax.core.layers import LoRA, activation, activation_name
 
 _BUFFERS = {'*rotary_emb.inv_freq': 'buffer, recomputed from the config'}
@@ -127,51 +127,129 @@ RELEASED: dict[str, DecoderConfig] = {
 }
 
 
-def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
+# Keys of the config.json of a language model; see `checkpoint.settings`.
+_ROPE = {**used('rope_type', 'type', 'rope_theta', 'factor', 'partial_rotary_factor'),
+         'original_max_position_embeddings': Harmless('only of kinds that are refused')}
+KEYS: Keys = {
+  **GENERIC,
+  **used('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads',
+         'num_key_value_heads', 'intermediate_size', 'head_dim', 'hidden_act',
+         'max_position_embeddings', 'tie_word_embeddings', 'initializer_range', 'qk_layernorm',
+         'use_sliding_window', 'attention_bias', 'mlp_bias', 'rope_theta', 'partial_rotary_factor',
+         'layer_norm_eps', 'rms_norm_eps', 'resid_pdrop'),
+  'rope_parameters': _ROPE, 'rope_scaling': _ROPE,
+  **same('dropout of the original training; none is applied here', 'attention_dropout',
+         'embd_pdrop'),
+  **same('off, as use_sliding_window says', 'sliding_window', 'max_window_layers'),
+  'pretraining_tp': Only((1,)),
+  'layer_types': Only(lambda v: isinstance(v, list) and set(map(str, v)) <= {'full_attention'},
+                      'full_attention in every layer'),
+}
+# What the classes of transformers have where a file leaves a key out, which it does for defaults.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+  'phi': dict(vocab_size=51200, hidden_size=2048, num_hidden_layers=24, num_attention_heads=32,
+              intermediate_size=8192, max_position_embeddings=2048, hidden_act='gelu_new',
+              layer_norm_eps=1e-5),
+  'llama': dict(vocab_size=32000, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                intermediate_size=11008, max_position_embeddings=2048, hidden_act='silu',
+                rms_norm_eps=1e-6),
+  'qwen2': dict(vocab_size=151936, hidden_size=4096, num_hidden_layers=32, num_attention_heads=32,
+                intermediate_size=22016, max_position_embeddings=32768, hidden_act='silu',
+                rms_norm_eps=1e-6),
+}
+_ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'gelu_tanh', 'quick_gelu', 'relu', 'silu')
+
+
+def config_from_hf(values: Any, *, kind: str | None = None, where: str = 'language model config',
+                   prefix: str = '') -> DecoderConfig:
   """A Hugging Face `config.json` of model type phi, llama or qwen2 -> DecoderConfig.
 
+  What the file leaves out has the default of the class of transformers. Rotary settings are read
+  where transformers 5 writes them (`rope_parameters`) and where 4 did.
+
+  Args:
+    kind: the model type, where the file's own says something else.
+    where, prefix: name the file and the place in it in errors.
+
   Raises:
-    UserError: another model type, or a setting this decoder does not implement.
+    UserError: another model type, values that are none, a setting this decoder does not implement;
+      all of them.
   """
-  kind = values.get('model_type')
-  if kind not in ('phi', 'llama', 'qwen2'):
-    raise UserError(f"language model config: model_type {kind!r} is not supported; "
-                    "expected 'phi', 'llama' or 'qwen2'")
-  problems = []
-  if values.get('qk_layernorm'):
-    problems.append('qk_layernorm=True')
-  if values.get('use_sliding_window'):
-    problems.append('use_sliding_window=True')
-  if kind == 'llama' and (values.get('attention_bias') or values.get('mlp_bias')):
-    problems.append('attention_bias or mlp_bias')
-  scaling = values.get('rope_scaling') or {}
-  rope_type = scaling.get('rope_type', scaling.get('type', 'linear'))
-  if scaling and rope_type not in ('linear', 'default'):
-    problems.append(f'rope_scaling type {rope_type!r}')
-  if problems:
-    raise UserError(f'language model config: not supported: {", ".join(problems)}')
-  heads = values['num_attention_heads']
-  width = values['hidden_size']
-  head_dim = values.get('head_dim') or width // heads
+  read = Reader(values, where=where, prefix=prefix)
+  kind = kind or read.values.get('model_type')
+  if kind not in _DEFAULTS:
+    read.problems.append(f"{prefix}model_type {kind!r} is not supported; expected 'phi', 'llama' "
+                         "or 'qwen2'")
+    read.done()
+  usual = _DEFAULTS[kind]
+  for key in ('qk_layernorm', 'use_sliding_window'):
+    if read.flag(key):
+      read.problems.append(f'{prefix}{key}=True is not supported')
+  for key in ('attention_bias', 'mlp_bias'):
+    if read.flag(key):
+      read.problems.append(f'{prefix}{key}: not supported: attention_bias or mlp_bias of {kind}')
+  size = lambda key, most=1 << 24: read.integer(key, usual[key], most=most)
+  heads, width = size('num_attention_heads', 4096), size('hidden_size')
+  if width % heads and 'head_dim' not in read:
+    read.bad('hidden_size', f'a multiple of num_attention_heads {heads}')
+  head_dim = read.integer('head_dim', max(width // heads, 1), most=1 << 16, null=True)
   shared: dict[str, Any] = dict(
-    vocab_size=values['vocab_size'], width=width, depth=values['num_hidden_layers'], heads=heads,
-    mlp_width=values['intermediate_size'],
-    max_positions=values.get('max_position_embeddings', 2048),
-    rope_theta=float(values.get('rope_theta', 1e6 if kind == 'qwen2' else 1e4)),
-    rope_linear_factor=float(scaling.get('factor', 1.0)) if rope_type == 'linear' else 1.0,
-    tie_embeddings=bool(values.get('tie_word_embeddings', False)),
-    kv_heads=values.get('num_key_value_heads') or heads, head_dim=head_dim,
-    init_std=values.get('initializer_range', 0.02))
+    vocab_size=size('vocab_size'), width=width, depth=size('num_hidden_layers', 4096), heads=heads,
+    mlp_width=size('intermediate_size'),
+    max_positions=size('max_position_embeddings', 1 << 30),
+    tie_embeddings=read.flag('tie_word_embeddings'),
+    kv_heads=read.integer('num_key_value_heads', heads, most=4096, null=True), head_dim=head_dim,
+    init_std=read.number('initializer_range', 0.02),
+    activation=activation_name(read.word('hidden_act', usual['hidden_act'], _ACTIVATIONS)))
+  rope, part = _rotary(read, 0.5 if kind == 'phi' else 1.0)
+  shared |= rope
   if kind == 'phi':
-    return phi(
-      rotary_factor=values.get('partial_rotary_factor', 0.5),
-      norm_eps=values.get('layer_norm_eps', 1e-5),
-      activation=activation_name(values.get('hidden_act', 'gelu_new')),
-      residual_dropout=values.get('resid_pdrop', 0.0),
-      head_bias=not shared['tie_embeddings'], **shared)
-  build = llama if kind == 'llama' else qwen2
-  return build(norm_eps=values.get('rms_norm_eps', 1e-6), rotary_dim=head_dim,
-               activation=activation_name(values.get('hidden_act', 'silu')), **shared)
+    shared |= dict(norm_eps=read.number('layer_norm_eps', usual['layer_norm_eps']),
+                   residual_dropout=read.number('resid_pdrop', 0.0),
+                   head_bias=not shared['tie_embeddings'], rotary_dim=int(part * head_dim))
+    return read.build(lambda: phi(**shared))
+  if part != 1:
+    read.problems.append(f'{prefix}partial_rotary_factor: found {part:g}, expected 1 for {kind}')
+  shared |= dict(norm_eps=read.number('rms_norm_eps', usual['rms_norm_eps']), rotary_dim=head_dim)
+  return read.build(lambda: (llama if kind == 'llama' else qwen2)(**shared))
+
+
+def _rotary(read: Reader, part: float) -> tuple[dict[str, float], float]:
+  """(rotary base and linear factor, rotated share) from all places that may hold them."""
+  theta, factor = 1e4, 1.0
+  places = [read]
+  for key in ('rope_parameters', 'rope_scaling'):
+    if read.values.get(key) is None:
+      continue
+    inner = read.inside(key)
+    for name, rule in inner.values.items():
+      if name not in _ROPE:
+        inner.problems.append(f'{inner.prefix}{name}: is {shown(rule)}, not a setting of the kinds '
+                              'default and linear, which are those here')
+    kind = inner.values.get('rope_type', inner.values.get('type'))
+    if kind is None and 'factor' in inner:
+      inner.bad('rope_type', "'default' or 'linear' beside a factor")
+    elif kind not in (None, 'default', 'linear'):
+      inner.problems.append(f"{inner.prefix}rope_type: not supported: {key} type {kind!r}, "
+                            "expected 'default' or 'linear'")
+    elif kind == 'linear':
+      if 'factor' not in inner:
+        inner.bad('factor', 'a number above 0')
+      factor = inner.number('factor', 1.0, above=True)
+    places.append(inner)
+  for name, default in (('rope_theta', theta), ('partial_rotary_factor', part)):
+    found = {place.number(name, default, above=True)
+             for place in places if place.values.get(name) is not None}
+    if len(found) > 1:
+      read.problems.append(f'{read.prefix}{name}: two places of the file say '
+                           f'{" and ".join(f"{v:g}" for v in sorted(found))}; leave one')
+    if found and name == 'rope_theta':
+      theta = max(found)
+    elif found:
+      part = max(found)
+  if part > 1:
+    read.problems.append(f'{read.prefix}partial_rotary_factor: found {part:g}, expected at most 1')
+  return {'rope_theta': theta, 'rope_linear_factor': factor}, part
 
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:

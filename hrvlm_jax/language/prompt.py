@@ -27,6 +27,7 @@ from hrvlm_jax.language.chat import (
   prompt_end,
 )
 from hrvlm_jax.language.conversation import encode_training, prepare
+from hrvlm_jax.language.generation import generation_of
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
 TEXT = -1  # visual_index of a position that holds text
@@ -219,8 +220,9 @@ class Text:
     return self.tokenizer.encode(self.after_image, bos=False) if self.after_image else []
 
   def stop_ids(self) -> tuple[int, ...]:
-    """Ids at which generation ends."""
-    return tuple(self.tokenizer.special(s) for s in get_template(self.chat).stop)
+    """Ids at which generation ends: the template's, then those the release names."""
+    own = [self.tokenizer.special(s) for s in get_template(self.chat).stop]
+    return tuple(dict.fromkeys((*own, *generation_of(self.tokenizer.files).stop_ids)))
 
   def prompt(self, text: str | Dialogue, counts: Sequence[int]) -> dict[str, np.ndarray]:
     """A question about len(counts) images, or turns that bring as many: arrays of `expand`.

@@ -32,6 +32,7 @@ ROLES = ('bos', 'eos', 'pad', 'unk')
 FILES = (
   'tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt',
   'added_tokens.json', 'special_tokens_map.json', 'tokenizer_config.json', 'chat_template.jinja',
+  'generation_config.json',
 )
 
 # Pre-tokenizer of Qwen2 (spec of the released tokenizer; GPT-2 has its own inside `tokenizers`).

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.checkpoint.rows import Table
+from hrvlm_jax.checkpoint.settings import USED, Keys
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.images import to_rgb
@@ -29,6 +30,7 @@ from hrvlm_jax.systems.grid import Grid
 from hrvlm_jax.systems.packing import BLANK, Packed, Views
 
 FORMAT = 'hrvlm-1'  # of the house's own layout, for systems without one of an original
+HOUSE: Keys = dict.fromkeys(('model_type', 'format', 'model'), USED)
 
 
 @jax.tree_util.register_dataclass
@@ -150,6 +152,7 @@ class System(Packed):
       rows; a tensor is then named `folder/name`. () for one folder.
     pickled: file that the original's own loader reads where that is a pickled state dict; export
       writes it too, with PyTorch at hand.
+    keys: what becomes of every key of the layout's config.json (see `checkpoint.settings`).
     alone: (encoder config, param_dtype=, rngs=) -> Module, the whole model of a config without a
       language model (PS3's image-text model); None where there is none.
   """
@@ -164,6 +167,7 @@ class System(Packed):
   released: Mapping[str, ModelConfig] = types.MappingProxyType({})
   folders: tuple[str, ...] = ()
   pickled: str | None = None
+  keys: Keys = types.MappingProxyType(HOUSE)
   alone: Callable[..., Module] | None = None
 
   def __init__(self, **parts: Any):

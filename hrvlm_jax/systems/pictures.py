@@ -9,7 +9,7 @@ from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
-from hrvlm_jax.core.strips import resize_on_canvas
+from hrvlm_jax.core.strips import resize_on_canvas, resize_part
 
 Pair = tuple[int, int]
 LIMIT = 357_913_940  # pixels of an intermediate form
@@ -45,6 +45,22 @@ def on_square(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Ima
   """The image, centred on a square of the mean colour, at side x side pixels."""
   rgb, (whole, place) = to_rgb(image), pad_geometry(*image.size)
   return resize_on_canvas(rgb, (whole, whole), place, background(mean), (side, side))
+
+
+def crop_geometry(width: int, height: int, side: int) -> Pair:
+  """Size of the whole picture whose centre is cropped: its short side is `side`, the long one is
+  truncated, as torchvision's resize does."""
+  short = min(width, height)
+  return tuple(side if n == short else int(side * n / short) for n in (width, height))
+
+
+def crop(image: Image.Image, side: int) -> Image.Image:
+  """The centre of the image, at side x side pixels: what CLIP's processor makes by itself."""
+  if image.width == image.height:
+    return squash(image, (side, side))
+  size = crop_geometry(*image.size, side)
+  x, y = (size[0] - side) // 2, (size[1] - side) // 2
+  return resize_part(to_rgb(image), size, (x, y, x + side, y + side))
 
 
 def squash(image: Image.Image, size: Pair) -> Image.Image:

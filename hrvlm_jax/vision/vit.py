@@ -25,6 +25,7 @@ from hrvlm_jax.checkpoint.rows import (
   split_rows,
   transpose,
 )
+from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.cpu import few_at_a_time
@@ -37,6 +38,7 @@ from hrvlm_jax.core.layers import (
   Mlp,
   PatchEmbed,
   activation,
+  activation_name,
   normal,
 )
 from hrvlm_jax.core.module import Module, Param, Rngs, depth_of, scan_layers, stacked
@@ -119,6 +121,31 @@ CLIP_L_336 = ViTConfig(
 CLIP_H_224 = ViTConfig(
   image_size=224, patch_size=14, width=1280, depth=32, heads=16, mlp_width=5120,
   activation='quick_gelu', norm_eps=1e-5, class_token=True, patch_bias=False, pre_norm=True)
+
+
+# What the classes of transformers have where a file leaves a key out, which it does for defaults.
+_DEFAULTS = {True: dict(patch_size=32, hidden_act='quick_gelu', layer_norm_eps=1e-5),
+             False: dict(patch_size=16, hidden_act='gelu_pytorch_tanh', layer_norm_eps=1e-6)}
+_ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'gelu_tanh', 'quick_gelu', 'relu', 'silu')
+
+
+def config_from_hf(read: Reader, *, clip: bool) -> ViTConfig:
+  """`vision_config` of CLIP or SigLIP -> ViTConfig; what is left out has the class's default.
+
+  Raises:
+    UserError: values that are none, all of them; a size that does not fit another.
+  """
+  usual = _DEFAULTS[clip]
+  size = lambda key, default: read.integer(key, default, most=1 << 16)
+  sizes = dict(
+    image_size=size('image_size', 224), patch_size=size('patch_size', usual['patch_size']),
+    width=size('hidden_size', 768), depth=size('num_hidden_layers', 12),
+    heads=size('num_attention_heads', 12), mlp_width=size('intermediate_size', 3072),
+    activation=activation_name(read.word('hidden_act', usual['hidden_act'], _ACTIVATIONS)),
+    norm_eps=read.number('layer_norm_eps', usual['layer_norm_eps']),
+    channels=size('num_channels', 3))
+  own = dict(class_token=True, patch_bias=False, pre_norm=True) if clip else dict(pool='map')
+  return read.build(lambda: ViTConfig(**sizes, **own))
 
 
 @jax.tree_util.register_dataclass

@@ -187,7 +187,7 @@ def test_released_config_as_published():
     'is_multipath_encoder', 'vision_tower_slow', 'input_image_size', 'freeze_vision')}
   assert weights.from_release(llava_15) is None
   assert weights.from_release({'model_type': 'mc-llava'}) is None
-  with pytest.raises(UserError, match="mm_vision_tower is 'x'.*vision_tower_slow is 'y'"):
+  with pytest.raises(UserError, match="(?s)mm_vision_tower is 'x'.*vision_tower_slow is 'y'"):
     weights.from_release(values | {'mm_vision_tower': 'x', 'vision_tower_slow': 'y'})
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.checkpoint.formats import used
+from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout, tiled, tiles
@@ -179,31 +180,27 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """
   if layout.written_by_us(values):
     return layout.own_config(values, 'anyres')
-  if values.get('image_aspect_ratio') != 'anyres' or values.get('model_type') not in (
-      'llava', 'llava_llama'):
+  if (values.get('image_aspect_ratio') != 'anyres' or values.get('s2')
+      or values.get('model_type') not in ('llava', 'llava_llama')):
     return None
-  merge = values.get('mm_patch_merge_type', 'flat')
-  projector = values.get('mm_projector_type', 'linear')
-  problems = []
-  if merge not in ('flat', 'spatial', 'spatial_unpad'):
-    problems.append(f'mm_patch_merge_type: found {merge!r}, expected flat, spatial or '
-                    'spatial_unpad')
+  read = Reader(values, where='config.json of AnyRes')
+  said = layout.llava(read)
+  merge = read.word('mm_patch_merge_type', 'flat', ('flat', 'spatial', 'spatial_unpad'))
   pinpoints = values.get('image_grid_pinpoints')
   try:
     pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
     pairs = tuple((int(w), int(h)) for w, h in pairs)
-  except (TypeError, ValueError, SyntaxError):
-    problems.append(f'image_grid_pinpoints: found {pinpoints!r}, expected pairs (width, height)')
+  except (TypeError, ValueError, SyntaxError, MemoryError, RecursionError, OverflowError):
+    read.bad('image_grid_pinpoints', 'pairs (width, height)')
     pairs = ()
-  raise_all('config.json of AnyRes', problems)
   text = layout.text_config(values)
-  try:
-    encoder = dataclasses.replace(
-      RELEASED['llava_1_6_vicuna_7b'].encoder, layer=values.get('mm_vision_select_layer', -2),
-      pinpoints=pairs, merge=merge, projector=projector, width=text.width)
-  except ValueError as error:
-    raise UserError(f'config.json of AnyRes: {error}') from error
-  return ModelConfig(system='anyres', encoder=encoder, text=text, chat='vicuna_v1')
+  encoder = read.build(lambda: dataclasses.replace(
+    RELEASED['llava_1_6_vicuna_7b'].encoder, layer=said.layer, pinpoints=pairs, merge=merge,
+    projector=said.kind, width=text.width))
+  return ModelConfig(system='anyres', encoder=encoder, text=text, chat=said.chat)
+
+
+KEYS = layout.KEYS | used('image_grid_pinpoints', 'mm_patch_merge_type')
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:
@@ -215,6 +212,6 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
 
 
 SYSTEM = System(
-  name='anyres', config=AnyResConfig, encoder=tiled.TiledEncoder, released=RELEASED, tiny=tiny,
-  backbones=layout.backbones, count=count, views=views, packing=packing, grid=grid, rules=rules,
-  overlay=overlay, table=table, from_release=from_release, to_release=to_release)
+  name='anyres', keys=KEYS, config=AnyResConfig, encoder=tiled.TiledEncoder, released=RELEASED,
+  tiny=tiny, backbones=layout.backbones, count=count, views=views, packing=packing, grid=grid,
+  rules=rules, overlay=overlay, table=table, from_release=from_release, to_release=to_release)

@@ -8,15 +8,19 @@ Names: `model.vision_tower.vision_tower.vision_model.*`, `model.mm_projector.*`,
 from __future__ import annotations
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import LLAVA, used
 from hrvlm_jax.checkpoint.rows import Row, Table, identity, joined, linear, norm, prefixed
+from hrvlm_jax.checkpoint.settings import Keys, Reader, shown
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.language import config as language
-from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.language.chat import TEMPLATES
+from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.vision import vit
-from hrvlm_jax.vision.blocks import block_side, stages
-from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vision.blocks import block_side, is_projector, stages
+from hrvlm_jax.vision.vit import CLIP_L_336, ViTConfig
 
 TOWER = 'model.vision_tower.vision_tower.vision_model.'
 PROJECTOR = 'model.mm_projector'
@@ -54,8 +58,7 @@ def table(config: ModelConfig) -> Table:
   if getattr(encoder, 'has_newline', False):
     own.append(Row('vision/newline', NEWLINE, identity))
   if config.projector is not None:
-    own += [row for i in range(1 if config.projector.kind == 'linear' else config.projector.depth)
-            for row in linear(f'projector/fc{i + 1}', f'{PROJECTOR}.{2 * i}')]
+    own += projector_rows(projector_kind(config.projector), PROJECTOR, ours='projector')
   return joined(tower_table(encoder.vision), Table(tuple(own)),
                 prefixed(language.table(config.text), ours='language/'))
 
@@ -99,6 +102,90 @@ def written_by_us(values: Mapping[str, Any]) -> bool:
   return isinstance(values.get('hrvlm'), Mapping)
 
 
-def text_config(values: Mapping[str, Any]):
+def text_config(values: Mapping[str, Any]) -> language.DecoderConfig:
   """The language model of a LLaVA config.json."""
-  return language.config_from_hf({**values, 'model_type': values.get('text_type', 'llama')})
+  return language.config_from_hf(values, kind=values.get('text_type', 'llama'), where='config.json')
+
+
+# Keys of config.json; see `checkpoint.settings`.
+KEYS: Keys = {**language.KEYS, **LLAVA, **used('_name_or_path', 'eos_token_id')}
+# Towers by the last part of their name: LLaVA's code takes a local path as well.
+TOWERS = {'clip-vit-large-patch14-336': CLIP_L_336}
+# Words in the name of a LLaVA for which its code takes another template than vicuna_v1.
+_OTHER_TEMPLATES = ('llama-2', 'llama2', 'llama-3', 'llama3', 'mistral', 'mpt', '34b', '-v0')
+_VICUNA_ROWS = 32064  # 32,000 and some tokens that trainers add
+
+
+@dataclasses.dataclass(frozen=True)
+class Llava:
+  """What every config.json of LLaVA says beside its language model.
+
+  Attributes:
+    layer: hidden state of the tower that is read.
+    kind: type string of the projector.
+    aspect: `image_aspect_ratio`, None where it is left out.
+  """
+
+  layer: int
+  kind: str
+  aspect: str | None
+  chat: str
+
+  def projector(self, n_in: int, n_out: int) -> ProjectorConfig:
+    """The projector as a part of its own."""
+    if self.kind == 'linear':
+      return ProjectorConfig(n_in=n_in, n_out=n_out, kind='linear')
+    depth = int(self.kind.removeprefix('mlp').partition('x')[0])
+    return ProjectorConfig(n_in=n_in, n_out=n_out, depth=depth)
+
+
+def projector_kind(projector: ProjectorConfig) -> str:
+  """LLaVA's type string of a projector."""
+  return 'linear' if projector.kind == 'linear' else f'mlp{projector.depth}x_gelu'
+
+
+def projector_keys(config: ModelConfig) -> dict[str, Any]:
+  """`mm_projector_type` of a projector that is a part of its own."""
+  return {} if config.projector is None else {
+    'mm_projector_type': projector_kind(config.projector)}
+
+
+def llava(read: Reader, *, towers: bool = True) -> Llava:
+  """Reads LLaVA's own keys; what is wrong is collected in `read`.
+
+  Args:
+    towers: the tower has to be one whose sizes are known; False: `hrvlm` says its sizes.
+  """
+  if towers:
+    name = str(read.values.get('mm_vision_tower') or read.values.get('vision_tower') or '')
+    if name.rstrip('/').rpartition('/')[2] not in TOWERS:
+      read.bad('mm_vision_tower', 'a tower whose sizes are known: openai/'
+               + ', '.join(TOWERS))
+  kind = read.word('mm_projector_type', 'linear')
+  if kind != 'linear' and not (
+      kind.startswith('mlp') and kind.endswith('x_gelu') and kind[3:-6] in map(str, range(1, 9))):
+    if not (is_projector(kind) and not towers):
+      read.bad('mm_projector_type', 'linear, or mlp2x_gelu with a digit from 1 to 8')
+    kind = 'linear'
+  layer = read.integer('mm_vision_select_layer', -2, least=-1000, most=-1)
+  return Llava(layer, kind, read.word('image_aspect_ratio', None, null=True), _template(read))
+
+
+def _template(read: Reader) -> str:
+  """The chat template: config.json of LLaVA names none, its code goes by the model's name."""
+  if 'chat' in read:
+    return read.word('chat', 'vicuna_v1', TEMPLATES)
+  advice = ("nothing here says which template it was trained with; if it is one of "
+            f"{', '.join(TEMPLATES)}, name it under the key 'chat' in config.json")
+  name = str(read.values.get('_name_or_path') or '').rstrip('/').rpartition('/')[2].lower()
+  ends = read.values.get('eos_token_id')
+  if any(word in name for word in _OTHER_TEMPLATES):
+    read.problems.append(f'_name_or_path: {name!r} has another chat template in LLaVA than '
+                         f'vicuna_v1; {advice}')
+  elif ends is not None and 2 not in (ends if isinstance(ends, list) else [ends]):
+    read.problems.append(f'eos_token_id: is {shown(ends)}, the template of LLaVA-1.5 (vicuna_v1) '
+                         f'ends answers with token 2; {advice}')
+  elif read.integer('vocab_size', 32000) > _VICUNA_ROWS:
+    read.problems.append(f'vocab_size: is {read.values["vocab_size"]}, no Vicuna (vicuna_v1) has '
+                         f'so many; {advice}')
+  return 'vicuna_v1'

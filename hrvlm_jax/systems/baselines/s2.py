@@ -14,19 +14,28 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
+from hrvlm_jax.checkpoint.formats import used
+from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.images import check_size, to_rgb
+from hrvlm_jax.core.images import check_size
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
-from hrvlm_jax.core.strips import resize_part
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout
 from hrvlm_jax.systems.baselines.scaling import multi_scale, squares_per_side
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens
 from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, on_square, squash
+from hrvlm_jax.systems.pictures import (
+  background,
+  bytes_of,
+  check_elongation,
+  crop,
+  crop_geometry,
+  on_square,
+  squash,
+)
 from hrvlm_jax.vision.blocks import BlockProjector, block_side, is_projector
 from hrvlm_jax.vision.vit import CLIP_L_336, ViT, ViTConfig
 
@@ -134,12 +143,11 @@ def count(width: int, height: int, config: S2Config) -> Count:
 def _geometry(width: int, height: int, config: S2Config) -> tuple[int, int]:
   """Size of the whole picture before it is resized ('pad') or cropped ('crop')."""
   check_size(width, height)
-  size, short = (width, height), min(width, height)
+  size = (width, height)
   if config.fit == 'pad':
     size = (max(size),) * 2
   elif config.fit == 'crop':
-    # The short side gets `side`, the long one is truncated, as torchvision's resize does.
-    size = tuple(config.side if n == short else int(config.side * n / short) for n in size)
+    size = crop_geometry(width, height, config.side)
   check_elongation(width, height, size)
   return size
 
@@ -147,13 +155,10 @@ def _geometry(width: int, height: int, config: S2Config) -> tuple[int, int]:
 def square(image: Image.Image, config: S2Config) -> Image.Image:
   """The image as a square of the largest scale."""
   side = config.side
-  size = _geometry(*image.size, config)
+  _geometry(*image.size, config)
   if config.fit == 'pad':
     return on_square(image, side, config.mean)
-  if config.fit == 'squash' or image.width == image.height:
-    return squash(image, (side, side))
-  x, y = (size[0] - side) // 2, (size[1] - side) // 2
-  return resize_part(to_rgb(image), size, (x, y, x + side, y + side))
+  return crop(image, side) if config.fit == 'crop' else squash(image, (side, side))
 
 
 def tokens(config: S2Config) -> int:
@@ -219,6 +224,7 @@ class Encoder(Module):
 # LLaVA's layout with S2 switched on: names of the tensors and config.json, both directions.
 
 table = layout.table
+KEYS = layout.KEYS | used('s2', 's2_scales')
 
 
 def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
@@ -231,30 +237,32 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
     return layout.own_config(values, 's2')
   if not values.get('s2') or values.get('model_type') not in ('llava', 'llava_llama'):
     return None
-  text = layout.text_config(values)
+  read = Reader(values)
+  said, text = layout.llava(read), layout.text_config(values)
   scales = values.get('s2_scales', '336,672,1008')
   try:
     # The original sorts its scales and splits by the smallest.
     sizes = tuple(sorted(int(part) for part in str(scales).split(',')))
-    encoder = dataclasses.replace(
-      RELEASED['llava_1_5_7b_s2'].encoder, sizes=sizes,
-      layer=values.get('mm_vision_select_layer', -2),
-      fit='pad' if values.get('image_aspect_ratio') == 'pad' else 'crop')
-  except ValueError as error:
-    raise UserError(f'config.json with s2_scales {scales!r}: {error}') from error
-  return ModelConfig(system='s2', encoder=encoder, text=text, chat='vicuna_v1',
-                     projector=ProjectorConfig(n_in=encoder.channels, n_out=text.width))
+  except ValueError:
+    read.bad('s2_scales', "sides in pixels, as in '336,672,1008'")
+    sizes = (336,)
+  encoder = read.build(lambda: dataclasses.replace(
+    RELEASED['llava_1_5_7b_s2'].encoder, sizes=sizes, layer=said.layer,
+    fit='pad' if said.aspect == 'pad' else 'crop'))
+  return ModelConfig(system='s2', encoder=encoder, text=text, chat=said.chat,
+                     projector=said.projector(encoder.channels, text.width))
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:
   """config.json and processor of the released layout."""
   encoder = config.encoder
   return layout.release(config, {
-    's2': True, 's2_scales': ','.join(map(str, encoder.sizes)), 'mm_hidden_size': encoder.channels,
+    **layout.projector_keys(config), 's2': True, 's2_scales': ','.join(map(str, encoder.sizes)),
+    'mm_hidden_size': encoder.channels,
     'image_aspect_ratio': 'pad' if encoder.fit == 'pad' else 'square'})
 
 
 SYSTEM = System(
-  name='s2', config=S2Config, encoder=Encoder, released=RELEASED, tiny=tiny,
+  name='s2', keys=KEYS, config=S2Config, encoder=Encoder, released=RELEASED, tiny=tiny,
   backbones=layout.backbones, count=count, views=views, packing=packing, grid=grid, tokens=tokens,
   width=width, overlay=overlay, table=table, from_release=from_release, to_release=to_release)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from PIL import Image
 
+from hrvlm_jax.checkpoint.settings import Reader
+from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import check_size
 from hrvlm_jax.core.module import Module, Rngs
@@ -20,9 +22,17 @@ from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD, normalise
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens
-from hrvlm_jax.systems.grid import Grid, TokenMap
+from hrvlm_jax.systems.grid import WHOLE, Grid, TokenMap
 from hrvlm_jax.systems.packing import Entry, Packing, Views, join
-from hrvlm_jax.systems.pictures import background, bytes_of, check_elongation, on_square, squash
+from hrvlm_jax.systems.pictures import (
+  background,
+  bytes_of,
+  check_elongation,
+  crop,
+  crop_geometry,
+  on_square,
+  squash,
+)
 from hrvlm_jax.vision.vit import CLIP_L_336, ViT, ViTConfig
 
 
@@ -33,14 +43,15 @@ class SingleViewConfig:
   Attributes:
     layer: hidden state that is read: -1 the last block's output, -2 the one before (LLaVA).
     fit: 'squash' ignores the aspect ratio, 'pad' first pastes the image on a square of the mean
-      colour (LLaVA-1.5).
+      colour (LLaVA-1.5), 'crop' resizes the short side and crops the centre (LLaVA with
+      `image_aspect_ratio` square or absent).
     last_tokens: keep only the last K patch tokens of the view; None keeps all. Comparing with a
       multi-crop model of the same encoder needs it (MC-LLaVA keeps the last K of each view).
   """
 
   vision: ViTConfig = dataclasses.replace(CLIP_L_336, post_norm=True)
   layer: int = -2
-  fit: Literal['squash', 'pad'] = 'pad'
+  fit: Literal['squash', 'pad', 'crop'] = 'pad'
   last_tokens: int | None = None
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
@@ -86,11 +97,13 @@ def count(width: int, height: int, config: SingleViewConfig) -> Count:
   """One view, always.
 
   Raises:
-    UserError: a side below 1, or too elongated for fit='pad' (see `pictures`).
+    UserError: a side below 1, or too elongated for fit='pad' or 'crop' (see `pictures`).
   """
   check_size(width, height)
   if config.fit == 'pad':
     check_elongation(width, height, (max(width, height),) * 2)
+  elif config.fit == 'crop':
+    check_elongation(width, height, crop_geometry(width, height, config.vision.image_size))
   return Count(1, config.tokens)
 
 
@@ -103,7 +116,9 @@ def view(image: Image.Image, config: SingleViewConfig) -> Image.Image:
   """The square picture that the tower sees."""
   count(*image.size, config)
   size = config.vision.image_size
-  return on_square(image, size, config.mean) if config.fit == 'pad' else squash(image, (size, size))
+  if config.fit == 'pad':
+    return on_square(image, size, config.mean)
+  return crop(image, size) if config.fit == 'crop' else squash(image, (size, size))
 
 
 def views(images: Sequence[Image.Image], config: SingleViewConfig) -> Views:
@@ -121,7 +136,9 @@ def grid(config: SingleViewConfig) -> Grid | None:
   """One map of the image, or of its padded square; none where only the last tokens are kept."""
   if config.last_tokens is not None:
     return None
-  return Grid(maps=(TokenMap(config.vision.grid, config.vision.grid),), std=config.std,
+  side = config.vision.grid
+  return Grid(maps=(TokenMap(side, side, box=None if config.fit == 'crop' else WHOLE),),
+              std=config.std,
               view=config.vision.image_size,
               background=background(config.mean) if config.fit == 'pad' else None)
 
@@ -161,26 +178,31 @@ table = layout.table
 
 
 def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
-  """config.json of a LLaVA-1.5 folder -> ModelConfig; None for other layouts."""
+  """config.json of a LLaVA-1.5 folder -> ModelConfig; None for other layouts.
+
+  Raises:
+    UserError: settings this system does not have.
+  """
   if values.get('architectures') != ['LlavaLlamaForCausalLM'] or 'input_image_size' in values:
     return None
-  if values.get('image_aspect_ratio') == 'anyres' or values.get('s2'):
+  ours = values.get('hrvlm')
+  if ours is None and (values.get('image_aspect_ratio') == 'anyres' or values.get('s2')):
     return None
-  if 'system' in values.get('hrvlm', {}):  # another baseline's own mark
+  if isinstance(ours, Mapping) and 'system' in ours:  # another baseline's own mark
     return None
-  if 'hrvlm' in values:
-    own = dict(values['hrvlm'])
-    encoder = SingleViewConfig(
-      vision=ViTConfig(**own.pop('vision')),
-      **{k: tuple(v) if isinstance(v, list) else v for k, v in own.items()})
+  read = Reader(values)
+  said, text = layout.llava(read, towers=ours is None), layout.text_config(values)
+  if ours is None:
+    # What LLaVA does not pad goes through CLIP's processor as it is, which crops the centre.
+    fit = read.word('image_aspect_ratio', 'square', ('pad', 'square'), null=True)
+    encoder = read.build(lambda: dataclasses.replace(
+      RELEASED['llava_1_5_7b'].encoder, layer=said.layer,
+      fit='pad' if fit == 'pad' else 'crop'))
   else:
-    encoder = dataclasses.replace(
-      RELEASED['llava_1_5_7b'].encoder, layer=values.get('mm_vision_select_layer', -2),
-      fit='pad' if values.get('image_aspect_ratio', 'pad') == 'pad' else 'squash')
-  text = language.config_from_hf({**values, 'model_type': values.get('text_type', 'llama')})
-  return ModelConfig(
-    system='single_view', encoder=encoder, text=text, chat=values.get('chat', 'vicuna_v1'),
-    projector=ProjectorConfig(n_in=encoder.vision.width, n_out=text.width))
+    read.done()
+    encoder = from_dict(SingleViewConfig, ours, path='hrvlm', title='config.json')
+  return ModelConfig(system='single_view', encoder=encoder, text=text, chat=said.chat,
+                     projector=said.projector(encoder.vision.width, text.width))
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:
@@ -193,7 +215,7 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
   return {
     'config.json': {
       **text, 'text_type': text['model_type'], 'model_type': 'llava',
-      'architectures': ['LlavaLlamaForCausalLM'], 'mm_projector_type': 'mlp2x_gelu',
+      'architectures': ['LlavaLlamaForCausalLM'], **layout.projector_keys(config),
       'mm_hidden_size': encoder.vision.width, 'mm_vision_select_layer': encoder.layer,
       'mm_vision_select_feature': 'patch',
       'image_aspect_ratio': 'pad' if encoder.fit == 'pad' else 'square',
@@ -208,6 +230,6 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
 
 
 SYSTEM = System(
-  name='single_view', config=SingleViewConfig, encoder=Encoder, released=RELEASED, tiny=tiny,
-  backbones=layout.backbones, count=count, views=views, packing=packing, grid=grid, tokens=tokens,
-  overlay=overlay, table=table, from_release=from_release, to_release=to_release)
+  name='single_view', keys=layout.KEYS, config=SingleViewConfig, encoder=Encoder, released=RELEASED,
+  tiny=tiny, backbones=layout.backbones, count=count, views=views, packing=packing, grid=grid,
+  tokens=tokens, overlay=overlay, table=table, from_release=from_release, to_release=to_release)

@@ -4,7 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.llava_hr import config, encoder, views, weights
 
 SYSTEM = System(
-  name='llava_hr', config=config.LlavaHRConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  name='llava_hr', keys=weights.KEYS, config=config.LlavaHRConfig, encoder=encoder.Encoder,
+  released=config.RELEASED,
   tiny=config.tiny, backbones=config.backbones, count=views.count, views=views.views,
   packing=views.packing, grid=views.grid, rules=views.rules, overlay=views.overlay,
   overlay_needs_info=True, tokens=views.tokens, table=weights.table,

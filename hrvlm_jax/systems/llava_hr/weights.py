@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import LLAVA, used
 from hrvlm_jax.checkpoint.rows import (
   Row,
   Table,
@@ -20,6 +21,7 @@ from hrvlm_jax.checkpoint.rows import (
   norm,
   prefixed,
 )
+from hrvlm_jax.checkpoint.settings import Keys, Only, Reader
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
@@ -120,29 +122,37 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   dual = bool(values.get('is_multipath_encoder')) or bool(values.get('vision_tower_slow'))
   if values.get('model_type') != 'llava' or not (own or dual):
     return None
-  text = language.config_from_hf({**values, 'model_type': 'llama'})
+  text = language.config_from_hf(values, kind='llama', where='config.json')
   if own:
-    encoder = from_dict(LlavaHRConfig, ours['encoder'], path='hrvlm.encoder', title='config.json')
+    encoder = from_dict(LlavaHRConfig, ours.get('encoder'), path='hrvlm.encoder',
+                        title='config.json')
     return model(encoder, text, chat=ours.get('chat', 'vicuna_v1'))
+  read = Reader(values)
   kind = values.get('mm_projector_type', 'mlp2x_gelu')
-  problems = []
   if kind != 'mlp2x_gelu':
-    problems.append(f"mm_projector_type is {kind!r}, expected 'mlp2x_gelu'")
+    read.problems.append(f"mm_projector_type is {kind!r}, expected 'mlp2x_gelu'")
   found = {}
   for key, known in (('mm_vision_tower', FAST), ('vision_tower_slow', SLOW)):
     name = values.get(key)
-    if name not in known:
-      problems.append(f'{key} is {name!r}, whose sizes are not known; expected one of '
-                      f'{sorted(known)}')
-    found[key] = known.get(name)
-  if problems:
-    raise UserError('config.json: ' + '; '.join(problems))
-  stage1 = bool(values.get('freeze_vision', False))
-  encoder = LlavaHRConfig(
-    image_size=int(values.get('input_image_size') or 1024), fast=found['mm_vision_tower'],
-    slow=found['vision_tower_slow'], adapters=None if stage1 else RELEASED_ADAPTERS,
-    aspect='pad' if values.get('image_aspect_ratio') == 'pad' else 'square')
+    found[key] = known.get(name) if isinstance(name, str) else None
+    if found[key] is None:
+      read.problems.append(f'{key} is {name!r}, whose sizes are not known; expected one of '
+                           f'{sorted(known)}')
+  aspect = read.word('image_aspect_ratio', 'square', ('pad', 'square'), null=True)
+  size = read.integer('input_image_size', 1024, most=1 << 14, null=True)
+  stage1 = read.flag('freeze_vision')
+  encoder = read.build(lambda: LlavaHRConfig(
+    image_size=size, fast=found['mm_vision_tower'], slow=found['vision_tower_slow'],
+    adapters=None if stage1 else RELEASED_ADAPTERS, aspect=aspect))
   return model(encoder, text, chat='plain' if stage1 else 'vicuna_v1')
+
+
+# Keys of config.json; see `checkpoint.settings`.
+KEYS: Keys = {
+  **language.KEYS, **LLAVA,
+  **used('is_multipath_encoder', 'vision_tower_slow', 'freeze_vision', 'input_image_size'),
+  'mm_vision_select_layer': Only((-2,)),
+}
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:

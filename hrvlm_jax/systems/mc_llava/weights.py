@@ -6,13 +6,16 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import GENERIC, VISION, same
 from hrvlm_jax.checkpoint.rows import Table, joined, linear, prefixed
-from hrvlm_jax.core.layers import activation_name
+from hrvlm_jax.checkpoint.settings import Keys, Only, Reader, shown
+from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.vision import vit
-from hrvlm_jax.vision.vit import SIGLIP_SO400M_384, ViTConfig
+from hrvlm_jax.vision.vit import ViTConfig
 
 
 def table(config: ModelConfig) -> Table:
@@ -29,19 +32,13 @@ def table(config: ModelConfig) -> Table:
   return joined(tower, own, text)
 
 
-def vision_from_hf(values: Mapping[str, Any]) -> ViTConfig:
-  """`vision_config` of a SigLIP model; what is absent takes SO400M/14-384's value."""
-  base = SIGLIP_SO400M_384
-  return ViTConfig(
-    image_size=values.get('image_size', base.image_size),
-    patch_size=values.get('patch_size', base.patch_size),
-    width=values.get('hidden_size', base.width),
-    depth=values.get('num_hidden_layers', base.depth),
-    heads=values.get('num_attention_heads', base.heads),
-    mlp_width=values.get('intermediate_size', base.mlp_width),
-    activation=activation_name(values.get('hidden_act', base.activation)),
-    norm_eps=values.get('layer_norm_eps', base.norm_eps),
-    channels=values.get('num_channels', base.channels), pool='map')
+def vision_from_hf(values: Any, *, prefix: str = 'vision_config.') -> ViTConfig:
+  """`vision_config` of a SigLIP model; what is left out has the default of its class.
+
+  Raises:
+    UserError: values that are none, all of them.
+  """
+  return vit.config_from_hf(Reader(values, prefix=prefix), clip=False)
 
 
 def vision_to_hf(config: ViTConfig) -> dict[str, Any]:
@@ -58,16 +55,31 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """config.json of a released folder -> ModelConfig; None when the model type is another one."""
   if values.get('model_type') != 'mc-llava':
     return None
-  text = language.config_from_hf({'model_type': 'phi', **values['text_config']})
-  vision = vision_from_hf(values['vision_config'])
-  ours = values.get('hrvlm', {})
+  text = language.config_from_hf(values.get('text_config', {}), kind='phi', where='config.json',
+                                 prefix='text_config.')
+  vision = vision_from_hf(values.get('vision_config', {}))
+  ours = values.get('hrvlm') or {}
+  if not isinstance(ours, Mapping):
+    raise UserError(f'config.json: hrvlm: found {shown(ours)}, expected a mapping of settings')
+  knobs = {'num_tokens': min(728, vision.grid**2 - 1), **ours}
   return ModelConfig(
-    system='mc_llava',
-    encoder=dataclasses.replace(
-      MCLlavaConfig(vision=vision, num_tokens=min(728, vision.grid**2 - 1)),
-      **{k: tuple(v) if isinstance(v, list) else v for k, v in ours.items()}),
-    text=text,
-    projector=ProjectorConfig(n_in=vision.width, n_out=text.width), chat='mc_llava')
+    system='mc_llava', text=text, chat='mc_llava',
+    encoder=from_dict(MCLlavaConfig, {'vision': vision} | knobs, path='hrvlm',
+                      title='config.json'),
+    projector=ProjectorConfig(n_in=vision.width, n_out=text.width))
+
+
+# Keys of config.json; see `checkpoint.settings`.
+KEYS: Keys = {
+  **GENERIC, 'vision_config': VISION, 'text_config': language.KEYS,
+  **same('only of the loss of the original', 'ignore_index'),
+  **same('the tokenizer has the token', 'image_token_index'),
+  **same('the text model says it', 'vocab_size'),
+  **same('the tower is SigLIP with these sizes', 'vision_tower_name', 'vision_embed_dim'),
+  **same("the original's code does not read it", 'projector_hidden_act', 'projector_tokens_num',
+         'vision_feature_select_strategy', 'vision_feature_layer'),
+  'tie_word_embeddings': Only((False,)),
+}
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.pheye import config, encoder, views, weights
 
 SYSTEM = System(
-  name='pheye', config=config.PheyeConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  name='pheye', keys=weights.KEYS, config=config.PheyeConfig, encoder=encoder.Encoder,
+  released=config.RELEASED,
   tiny=config.tiny, backbones=config.backbones, count=views.count, views=views.views,
   packing=views.packing, grid=views.grid, overlay=views.overlay, overlay_needs_info=True,
   tokens=views.tokens, table=weights.table, from_release=weights.from_release,

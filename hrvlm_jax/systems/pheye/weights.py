@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import GENERIC, same, used
 from hrvlm_jax.checkpoint.rows import (
   Row,
   Table,
@@ -23,8 +24,9 @@ from hrvlm_jax.checkpoint.rows import (
   split_rows,
   transpose,
 )
+from hrvlm_jax.checkpoint.settings import Keys, Reader
 from hrvlm_jax.core.config import from_dict, to_dict
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion
@@ -129,30 +131,46 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """
   if not {'encoder', 'decoder', 'cross_interval', 'level'} <= set(values):
     return None
-  problems = []
-  dtypes = {values[k] for k in ('encoder_dtype', 'decoder_dtype', 'other_params_dtype')
+  read = Reader(values, where='Pheye config.json')
+  problems = read.problems
+  dtypes = {str(values[k]) for k in ('encoder_dtype', 'decoder_dtype', 'other_params_dtype')
             if k in values}
+  sizes = {key: read.integer(key, least, least=least, most=1000) for key, least in (
+    ('level', 1), ('cross_interval', 1), ('from_layer', 0), ('reduce', 1))}
   if len(dtypes) > 1:
     problems.append(f'the three dtypes must be equal, found {sorted(dtypes)}')
   ours = values.get(CUSTOM)
   if ours is None:
     for key, known in (('encoder', ENCODERS), ('decoder', DECODERS)):
-      if values[key] not in known:
+      if not isinstance(values[key], str) or values[key] not in known:
         problems.append(f'{key} {values[key]!r} is of unknown size; known: {sorted(known)}')
-  raise_all('Pheye config.json', problems)
+  first = {} if read.values.get('first_level', True) else {'first': None}
+  read.done()
   if ours is None:
-    first = {} if values.get('first_level', True) else {'first': None}
-    encoder = PheyeConfig(vision=ENCODERS[values['encoder']], level=values['level'], **first)
+    encoder = read.build(lambda: PheyeConfig(
+      vision=ENCODERS[values['encoder']], level=sizes['level'], **first))
     text = DECODERS[values['decoder']]
   else:
-    encoder = from_dict(PheyeConfig, ours['encoder'], path=f'{CUSTOM}.encoder')
-    text = from_dict(language.DecoderConfig, ours['text'], path=f'{CUSTOM}.text')
+    ours = ours if isinstance(ours, Mapping) else {}
+    encoder = from_dict(PheyeConfig, ours.get('encoder'), path=f'{CUSTOM}.encoder',
+                        title=read.where)
+    text = from_dict(language.DecoderConfig, ours.get('text'), path=f'{CUSTOM}.text',
+                     title=read.where)
     for key, value in (('level', encoder.level), ('first_level', encoder.first is not None)):
       if values.get(key, value) != value:
         raise UserError(f'Pheye config.json: {key} is {values[key]!r}, {CUSTOM}.encoder says '
                         f'{value!r}')
-  return model(encoder, text, interval=values['cross_interval'],
-               from_layer=values.get('from_layer', 0), reduce=values.get('reduce', 1))
+  return read.build(lambda: model(encoder, text, interval=sizes['cross_interval'],
+                                  from_layer=sizes['from_layer'], reduce=sizes['reduce']))
+
+
+# Keys of config.json; see `checkpoint.settings`.
+KEYS: Keys = {
+  **GENERIC,
+  **used('encoder', 'decoder', 'first_level', 'level', 'cross_interval', 'from_layer', 'reduce',
+         'encoder_dtype', 'decoder_dtype', 'other_params_dtype', CUSTOM),
+  **same('the tokenizer comes with the checkpoint', 'tokenizer'),
+}
 
 
 def to_release(config: ModelConfig) -> dict[str, Any]:

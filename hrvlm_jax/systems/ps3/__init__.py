@@ -4,7 +4,7 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.ps3 import config, encoder, model, text, views, weights
 
 SYSTEM = System(
-  name='ps3', config=config.PS3Config, encoder=encoder.Encoder, alone=model.PS3,
+  name='ps3', keys=weights.KEYS, config=config.PS3Config, encoder=encoder.Encoder, alone=model.PS3,
   released=config.RELEASED, tiny=config.tiny, backbones=views.backbones, count=views.count,
   views=views.views, packing=views.packing, grid=views.grid, rules=views.rules,
   overlay=views.overlay, overlay_needs_info=True, tokens=views.tokens, places=views.places,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import GENERIC, same, used
 from hrvlm_jax.checkpoint.rows import (
   Op,
   Row,
@@ -24,6 +25,7 @@ from hrvlm_jax.checkpoint.rows import (
   split_rows,
   transpose,
 )
+from hrvlm_jax.checkpoint.settings import USED, Keys, Reader, shown
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
 from hrvlm_jax.language import config as language
@@ -184,8 +186,17 @@ _VISION_IGNORED = {
   'model_name', 'hidden_size', 'pool', 'drop_path', 'patch_drop', 'pretrained', 'dynamic_img_size',
   'drop', 'patch_size', 'image_size', 'min_select_num', 'ps3', 'proj', 'model_type',
   'timm_model_name', 'timm_model_pretrained', 'timm_pool', 'timm_proj', 'transformers_version',
-  'torch_dtype', 'dtype',
+  'torch_dtype', 'dtype', 'architectures',
 }
+
+
+_VISION_TYPES: dict[str, type] = {key: type(value) for key, value in _VISION_DEFAULTS.items()
+                                  if value is not None} | dict(
+  max_select_num_each_scale=list, radio_adapter_mlp_hidden_dim=int,
+  radio_adapter_mlp_output_dim=int, radio_adapter_mlp_num_inner=int, img_size=int)
+VISION_KEYS: Keys = {**GENERIC, **dict.fromkeys(_VISION_DEFAULTS, USED), **used('model_name'),
+                     **same('without meaning for this encoder, or with one only',
+                            *sorted(_VISION_IGNORED - {'model_name'}))}
 
 
 def vision_from_hf(
@@ -201,13 +212,16 @@ def vision_from_hf(
   Raises:
     UserError: unknown keys, an unknown trunk, an unknown adapter.
   """
+  if not isinstance(values, Mapping):
+    raise UserError(f'vision_config: found {shown(values)}, expected a mapping of settings')
   known = set(_VISION_DEFAULTS) | _VISION_IGNORED
   problems = [unknown(k, known) for k in values if k not in known and not k.startswith('_')]
+  problems += _mistyped(values, _VISION_TYPES, _VISION_DEFAULTS)
   if trunk is None:
     name = values.get('model_name')
-    if name not in TRUNKS:
+    if not isinstance(name, str) or name not in TRUNKS:
       problems.append(unknown(str(name), TRUNKS, what='trunk (model_name)'))
-    trunk = TRUNKS.get(name)
+    trunk = TRUNKS.get(str(name))
   get = lambda key: values[key] if key in values else _VISION_DEFAULTS[key]
   radio = bool(get('radio'))
   if radio and get('radio_adapter_mlp_version') != 'v2':
@@ -241,11 +255,30 @@ def vision_from_hf(
       out=get('highres_selection_module_out_dim'), depth=get('highres_selection_module_depth'),
       kernel=get('highres_selection_module_kernel_size'))
   mean, std = (CLIP_MEAN, CLIP_STD) if radio else ((0.5,) * 3, (0.5,) * 3)
-  return PS3Config(
+  return Reader(values, where='vision_config').build(lambda: PS3Config(
     vision=trunk, scales=scales, select_layers=tuple(get('select_based_on_layer')),
     max_select=get('max_select_num'), budgets=None if budgets is None else tuple(budgets),
     residual=bool(get('separate_pos_emb')), saliency=saliency, adapter=adapter, pool=pool,
-    mean=mean, std=std, text=text)
+    mean=mean, std=std, text=text))
+
+
+def _mistyped(values: Mapping[str, Any], types: Mapping[str, type], defaults: Mapping[str, Any]
+              ) -> list[str]:
+  """Values of another kind than the key has; null where the default is null."""
+  problems = []
+  for key, kind in types.items():
+    value = values.get(key, defaults.get(key))
+    if value is None and defaults.get(key) is None:
+      continue
+    fits = isinstance(value, kind) and not (kind is int and (isinstance(value, bool) or not (
+      0 < value < 1 << 24)))
+    if kind is list:
+      fits = isinstance(value, (list, tuple)) and bool(value) and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 24 for v in value)
+    if not fits:
+      expected = {list: 'whole numbers', int: 'a whole number above 0', bool: 'true or false'}
+      problems.append(f'{key}: found {shown(value)}, expected {expected[kind]}')
+  return problems
 
 
 def vision_to_hf(config: PS3Config) -> dict[str, Any]:
@@ -282,7 +315,17 @@ _TEXT_KEYS = {'context_length', 'vocab_size', 'width', 'heads', 'layers', 'mlp_r
               'prompt_proj_dim', 'norm_kwargs', 'act_kwargs', 'no_causal_mask', 'proj_bias',
               'pool_type'}
 _TEXT_IGNORED = {'model_type', 'hf_tokenizer_name', 'tokenizer_kwargs', 'transformers_version',
-                 'torch_dtype', 'dtype'}
+                 'torch_dtype', 'dtype', 'architectures'}
+_TEXT_SIZES = ('context_length', 'vocab_size', 'width', 'heads', 'layers', 'output_dim',
+               'prompt_proj_dim')
+KEYS: Keys = {
+  **GENERIC, 'vision_config': VISION_KEYS,
+  'text_config': {**GENERIC, **dict.fromkeys(sorted(_TEXT_KEYS), USED),
+                  **same("the text tower's tokenizer is asked for by --prompt alone",
+                         'hf_tokenizer_name', 'tokenizer_kwargs')},
+  **same('the tensor itself is read', 'logit_scale_init', 'logit_bias_init', 'init_logit_scale',
+         'init_logit_bias', 'init_logit_scale_value'),
+}
 
 
 def text_from_hf(values: Mapping[str, Any]) -> TextConfig:
@@ -291,11 +334,21 @@ def text_from_hf(values: Mapping[str, Any]) -> TextConfig:
   Raises:
     UserError: unknown keys, a causal mask, another pooling, a projection without bias.
   """
+  if not isinstance(values, Mapping):
+    raise UserError(f'text_config: found {shown(values)}, expected a mapping of settings')
   known = _TEXT_KEYS | _TEXT_IGNORED
   problems = [unknown(k, known) for k in values if k not in known and not k.startswith('_')]
   for key, wanted in (('no_causal_mask', True), ('proj_bias', True), ('pool_type', 'last')):
     if values.get(key, wanted) != wanted:
       problems.append(f'{key}: expected {wanted!r}, got {values[key]!r}')
+  read = Reader(values, where='text_config', problems=problems)
+  for key in _TEXT_SIZES:
+    read.integer(key, None)
+  read.number('mlp_ratio', 1.0, above=True)
+  for key in ('act_kwargs', 'norm_kwargs'):
+    if not isinstance(values.get(key) or {}, Mapping):
+      read.bad(key, 'a mapping')
+  read.done()
   acts = values.get('act_kwargs') or {}
   if acts.get('approximate', 'none') not in ('none', 'tanh') or set(acts) - {'approximate'}:
     problems.append(f"act_kwargs: expected {{'approximate': 'tanh'}} or nothing, got {dict(acts)}")
@@ -307,14 +360,14 @@ def text_from_hf(values: Mapping[str, Any]) -> TextConfig:
   width = values.get('width', base.width)
   out = values.get('output_dim', base.out)
   tanh = acts.get('approximate') == 'tanh'
-  return TextConfig(
+  return read.build(lambda: TextConfig(
     vocab_size=values.get('vocab_size', base.vocab_size),
     context=values.get('context_length', base.context), width=width,
     depth=values.get('layers', base.depth), heads=values.get('heads', base.heads),
     mlp_width=int(width * values.get('mlp_ratio', MLP_RATIO)), out=out,
     prompt_width=values.get('prompt_proj_dim', out),
     activation='gelu_tanh' if tanh else 'gelu', norm_eps=norms.get('eps', 1e-5),
-    pad=0 if values.get('vocab_size') == 256000 else base.pad)
+    pad=0 if values.get('vocab_size') == 256000 else base.pad))
 
 
 def text_to_hf(config: TextConfig) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from hrvlm_jax.systems.contract import System
 from hrvlm_jax.systems.vila_hd import config, encoder, views, weights
 
 SYSTEM = System(
-  name='vila_hd', config=config.VilaHDConfig, encoder=encoder.Encoder, released=config.RELEASED,
+  name='vila_hd', keys=weights.KEYS, config=config.VilaHDConfig, encoder=encoder.Encoder,
+  released=config.RELEASED,
   tiny=config.tiny, backbones=views.backbones, count=views.count, views=views.views, boxes=True,
   packing=views.packing, grid=views.grid, rules=views.rules, overlay=views.overlay,
   overlay_needs_info=True, tokens=views.tokens, places=views.places, table=weights.table,

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from hrvlm_jax.checkpoint.formats import GENERIC, same, used
 from hrvlm_jax.checkpoint.rows import Op, Row, Table, joined, linear, norm, prefixed
+from hrvlm_jax.checkpoint.settings import Keys, Only, Reader
 from hrvlm_jax.core.config import from_dict, to_dict
-from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import TwoPassFusion
@@ -70,38 +72,69 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   """
   if values.get('model_type') != MODEL_TYPE:
     return None
-  problems = []
+  read = Reader(values, where='config.json of VILA-HD')
   for key in ('llm_cfg', 'vision_tower_cfg', 'mm_projector_cfg'):
     if not isinstance(values.get(key), Mapping):
-      problems.append(f'{key}: expected an object with the settings of its folder, found '
-                      f'{type(values.get(key)).__name__}')
+      read.problems.append(f'{key}: expected an object with the settings of its folder, found '
+                           f'{type(values.get(key)).__name__}')
   for key, wanted in (('ps3', True), ('mm_vision_select_feature', 'cls_patch'),
                       ('image_aspect_ratio', 'resize'), ('s2', False)):
     if values.get(key, wanted) != wanted:
-      problems.append(f'{key}: expected {wanted!r}, found {values[key]!r}')
-  mode = values.get('look_close_mode') or 'after_prompt'
-  if mode not in ('after_prompt', 'after_image'):
-    problems.append(f"look_close_mode: expected 'after_prompt' or 'after_image', found {mode!r}")
-  raise_all('config.json of VILA-HD', problems)
-  text = laid_out(language.config_from_hf({'model_type': 'qwen2', **values['llm_cfg']}))
-  ours = values.get('hrvlm', {})
+      read.problems.append(f'{key}: expected {wanted!r}, found {values[key]!r}')
+  mode = read.word('look_close_mode', 'after_prompt', ('after_prompt', 'after_image'), null=True)
+  head = read.word('top_down_prompt_head_type', 'linear', ('linear', 'mlp'), null=True)
+  layer = read.integer('mm_vision_select_layer', -2, least=-1000, most=-1)
+  looks = read.integer('num_look_close', 1, most=1000, null=True)
+  tokens = read.integer('num_token_look_close', None, null=True)
+  weight = read.number('token_selection_loss_weight', 0.0, null=True)
+  projector = read.inside('mm_projector_cfg').word('mm_projector_type', 'mlp_downsample')
+  flags = {key: read.flag(key) for key in ('high_res_pos_embed', 'ps3_dynamic_aspect_ratio')}
+  read.done()
+  llm = values['llm_cfg']
+  text = laid_out(language.config_from_hf(
+    llm, kind=llm.get('model_type', 'qwen2'), where=read.where, prefix='llm_cfg.'))
+  ours = values.get('hrvlm') or {}
   if 'encoder' in ours:
-    encoder = from_dict(VilaHDConfig, ours['encoder'], path='hrvlm.encoder')
+    encoder = from_dict(VilaHDConfig, ours['encoder'], path='hrvlm.encoder', title=read.where)
     _agree(values, encoder)
   else:
-    encoder = VilaHDConfig(
-      tower=ps3_weights.vision_from_hf(values['vision_tower_cfg']), width=text.width,
-      projector=values['mm_projector_cfg'].get('mm_projector_type', 'mlp_downsample'),
+    tower = ps3_weights.vision_from_hf(values['vision_tower_cfg'])
+    encoder = read.build(lambda: VilaHDConfig(
+      tower=tower, width=text.width, projector=projector,
       # The head exists only in models that were built to look after the prompt.
-      prompt_head=(values.get('top_down_prompt_head_type', 'linear') if mode == 'after_prompt'
-                   else None),
-      positions=bool(values.get('high_res_pos_embed', False)),
-      select_layer=values.get('mm_vision_select_layer', -2), mode=mode,
-      looks=values.get('num_look_close', 1), tokens=values.get('num_token_look_close'),
-      dynamic_aspect='stored' if values.get('ps3_dynamic_aspect_ratio') else 'off')
+      prompt_head=head if mode == 'after_prompt' else None,
+      positions=flags['high_res_pos_embed'], select_layer=layer, mode=mode, looks=looks,
+      tokens=tokens,
+      dynamic_aspect='stored' if flags['ps3_dynamic_aspect_ratio'] else 'off'))
   return ModelConfig(
     system='vila_hd', encoder=encoder, text=text, chat='vila_qwen2', after_image='\n',
-    fusion=TwoPassFusion(selection_weight=values.get('token_selection_loss_weight', 0.0)))
+    fusion=TwoPassFusion(selection_weight=weight))
+
+
+# Keys of config.json and, the nested ones, of the folders' own; see `checkpoint.settings`.
+_TRAINER = "only how the original's training was run"
+KEYS: Keys = {
+  **GENERIC, 'llm_cfg': language.KEYS, 'vision_tower_cfg': ps3_weights.VISION_KEYS,
+  'mm_projector_cfg': {**GENERIC, **used('mm_projector_type')},
+  **used('ps3', 'mm_vision_select_feature', 'image_aspect_ratio', 's2', 'look_close_mode',
+         'top_down_prompt_head_type', 'mm_vision_select_layer', 'num_look_close',
+         'num_token_look_close', 'high_res_pos_embed', 'ps3_dynamic_aspect_ratio',
+         'token_selection_loss_weight'),
+  **same('the tensors have their own shapes', 'hidden_size', 'mm_hidden_size'),
+  **same(_TRAINER, 'tune_language_model', 'tune_vision_tower', 'tune_mm_projector',
+         'tune_vision_tower_parts', 'model_dtype', 'drop_path_rate', 'resume_path', 'num_frames',
+         'fps', 'num_video_frames', 'vision_resolution', 'interpolate_mode', 'min_max_range_path',
+         'mm_projector_lr', 'unfreeze_mm_vision_tower', 'soft_ce_std', 'time_token_ids', 'lr_scale',
+         'num_time_tokens', 'time_token_format', 'gt_selection_maps', 'random_selection',
+         'smooth_selection_prob', 'train_smooth_selection_prob', 'ps3_grad_checkpointing',
+         'mm_scale_num', 'look_close_train', 'vision_tower_lr', 'ps3_deterministic'),
+  **same('of other ways to cut pictures, which image_aspect_ratio resize does not take',
+         's2_scales', 's2_max_split_size', 's2_resize_output_to_scale_idx', 'min_tiles',
+         'max_tiles', 'video_max_tiles'),
+  **same('only in this form of prompt', 'mm_use_im_patch_token', 'image_encoder', 'video_encoder'),
+  'mm_use_im_start_end': Only((False,)),
+  'chat_template': Only((), 'null: the template of Qwen2'),
+}
 
 
 def _agree(values: Mapping[str, Any], encoder: VilaHDConfig) -> None:
