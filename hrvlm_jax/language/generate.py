@@ -17,87 +17,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
 import numpy as np
 
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, unstack
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Decoder
+from hrvlm_jax.language.sampling import Sampling, choose, penalise
 from hrvlm_jax.parallel.distributed import to_host
 
 # Steps of a third to a half: prompts above 64 are padded to at most 1.5 times their length, and a
 # run meets few lengths, each compiled once.
 BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4608, 6144, 8192)
 _BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-  """Generation settings.
-
-  Attributes:
-    max_new_tokens: budget of new tokens per row; the stop token counts.
-    stop_ids: a row ends after any of them; the stop token is part of the output.
-    pad_id: fills a row after its stop token.
-    temperature: 0 is greedy.
-    top_k, top_p: 0 and 1 switch them off; applied in this order after the temperature.
-    beams: more than 1 is beam search (greedy only).
-    length_penalty: exponent of the length that divides a beam's score.
-  """
-
-  max_new_tokens: int = 64
-  stop_ids: tuple[int, ...] = ()
-  pad_id: int = 0
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  beams: int = 1
-  length_penalty: float = 1.0
-
-  def __post_init__(self):
-    problems = []
-    if self.max_new_tokens < 1:
-      problems.append(f'max_new_tokens must be at least 1, got {self.max_new_tokens}')
-    if self.temperature < 0:
-      problems.append(f'temperature must not be negative, got {self.temperature}')
-    if not 0 < self.top_p <= 1:
-      problems.append(f'top_p must lie in (0, 1], got {self.top_p}')
-    if self.top_k < 0:
-      problems.append(f'top_k must not be negative, got {self.top_k}')
-    if self.beams < 1:
-      problems.append(f'beams must be at least 1, got {self.beams}')
-    if self.beams > 1 and self.temperature > 0:
-      problems.append('beam search is greedy: set temperature to 0 or beams to 1')
-    if problems:
-      raise ValueError('Sampling: ' + '; '.join(problems))
-
-
-def restrict(logits: Float[Array, 'b v'], sampling: Sampling) -> Float[Array, 'b v']:
-  """Logits after temperature, top-k and top-p; dropped tokens are -inf.
-
-  top-p keeps the smallest set whose probability reaches p, the token that crosses it included.
-  """
-  logits = logits / sampling.temperature
-  if sampling.top_k:
-    k = min(sampling.top_k, logits.shape[-1])
-    threshold = jax.lax.top_k(logits, k)[0][:, -1:]
-    logits = jnp.where(logits < threshold, -jnp.inf, logits)
-  if sampling.top_p < 1:
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    probability = jax.nn.softmax(ranked, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-    logits = jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), axis=-1)
-  return logits
-
-
-def choose(logits: Float[Array, 'b v'], sampling: Sampling, key) -> Int[Array, 'b']:
-  """The next token of every row; the lowest id wins a greedy tie."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jax.random.categorical(key, restrict(logits, sampling)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +108,9 @@ class Generator:
     batch = logits.shape[0]
     stops = jnp.asarray(sampling.stop_ids or (-1,), jnp.int32)
 
-    def select(logits, i, finished):
+    def select(logits, i, finished, tokens):
+      if sampling.counts:
+        logits = penalise(logits, tokens, i, sampling)
       token = choose(logits, sampling, jax.random.fold_in(key, i))
       token = jnp.where(finished, sampling.pad_id, token)
       return token, finished | jnp.isin(token, stops)
@@ -193,7 +127,7 @@ class Generator:
     if keep_logits:
       state['logits'] = jnp.zeros((batch, budget, logits.shape[-1]), jnp.float32)
     none = jnp.zeros((batch,), bool)
-    token, finished = select(logits, 0, none)
+    token, finished = select(logits, 0, none, state['tokens'])
     state = record(state, 0, token, none, logits)
 
     def more(carry):
@@ -204,7 +138,7 @@ class Generator:
       i, token, finished, valid, cache, state = carry
       logits, valid, cache = self._step_fn(params, token, valid, cache, start + i - 1, extras,
                                            ex=ex)
-      token, now = select(logits, i, finished)
+      token, now = select(logits, i, finished, state['tokens'])
       return i + 1, token, now, valid, cache, record(dict(state), i, token, finished, logits)
 
     carry = (jnp.int32(1), token, finished, valid, cache, state)
@@ -256,9 +190,13 @@ class Generator:
                                   ex=self.ex)
     valid = np.pad(np.asarray(to_host(valid), bool), ((0, 0), (0, budget)))
     finished = np.zeros(valid.shape[0], bool)
+    written = np.zeros((valid.shape[0], budget), np.int32)
     for i in range(sampling.max_new_tokens):
+      if sampling.counts:
+        logits = _penalise(logits, written, i, sampling=sampling)
       token = to_host(self._choose(logits, key, i, sampling=sampling))
       token = np.where(finished, sampling.pad_id, token).astype(np.int32)
+      written[:, i] = token
       yield token
       finished |= np.isin(token, sampling.stop_ids)
       if finished.all() or i + 1 == sampling.max_new_tokens:
@@ -296,12 +234,18 @@ def pad_to_bucket(ids: np.ndarray, valid: np.ndarray, buckets: Sequence[int] = B
   return pad(ids), pad(valid)
 
 
-@functools.partial(jax.jit, static_argnames=('beams',))
-def _candidates(logits, scores, *, beams):
-  """The 2*beams best (score, beam, token) of every row: logits [b*beams v], scores [b beams]."""
+_penalise = jax.jit(penalise, static_argnames=('sampling',))
+
+
+@functools.partial(jax.jit, static_argnames=('sampling', 'keep'))
+def _candidates(logits, scores, tokens, count, *, sampling, keep):
+  """The `keep` best (score, beam, token) of every row: logits [b*beams v], scores [b beams],
+  tokens [b*beams n] of which `count` are written."""
   logp = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  total = scores[..., None] + logp.reshape(scores.shape[0], beams, -1)
-  best, index = jax.lax.top_k(total.reshape(scores.shape[0], -1), 2 * beams)
+  if sampling.counts:
+    logp = penalise(logp, tokens, count, sampling)
+  total = scores[..., None] + logp.reshape(*scores.shape, -1)
+  best, index = jax.lax.top_k(total.reshape(scores.shape[0], -1), keep)
   return best, index // logp.shape[-1], index % logp.shape[-1]
 
 
@@ -356,15 +300,19 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   live: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(batch)]
   finished = [_Finished(beams, sampling.length_penalty) for _ in range(batch)]
   done = [False] * batch
+  # As many candidates as leave enough beams when all end tokens are among them.
+  keep = min(max(2, 1 + len(stops)), logits.shape[-1]) * beams
+  written = np.zeros((batch * beams, budget if sampling.counts else 1), np.int32)
   for length in range(1, budget + 1):
-    best, origin, token = to_host(_candidates(logits, scores, beams=beams))
+    best, origin, token = to_host(_candidates(
+      logits, scores, written, length - 1, sampling=sampling, keep=keep))
     parents = np.repeat(np.arange(batch) * beams, beams).reshape(batch, beams)
     tokens = np.full((batch, beams), sampling.pad_id, np.int32)
     for row in range(batch):
       if done[row]:
         continue
       kept: list[tuple[float, int, int]] = []
-      for rank in range(2 * beams):
+      for rank in range(keep):
         score, beam, tok = float(best[row, rank]), int(origin[row, rank]), int(token[row, rank])
         if tok in stops:
           if rank < beams:
@@ -373,6 +321,8 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
           kept.append((score, beam, tok))
         if len(kept) == beams:
           break
+      # A vocabulary of end tokens alone, or one that is banned whole, leaves none to go on.
+      kept += [(-1e9, 0, sampling.pad_id)] * (beams - len(kept))
       live[row] = [live[row][beam] + [tok] for _, beam, tok in kept]
       scores[row] = [score for score, _, _ in kept]
       parents[row] = [row * beams + beam for _, beam, _ in kept]
@@ -380,6 +330,9 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
       done[row] = finished[row].done(float(best[row].max()), length)
     if all(done) or length == budget:
       break
+    if sampling.counts:
+      written = written[parents.reshape(-1)]
+      written[:, length - 1] = tokens.reshape(-1)
     valid, cache = _reorder((valid, cache), parents.reshape(-1), ex=ex)
     logits, valid, cache = step(tokens.reshape(-1), valid, cache, start + length - 1, extras)
   out = np.full((batch, budget), sampling.pad_id, np.int32)

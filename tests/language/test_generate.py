@@ -1,5 +1,6 @@
 """Generation: buckets, padding sides, sampling, stops, beams, streaming, and what gets compiled."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -10,7 +11,8 @@ import pytest
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language import config as sizes
 from hrvlm_jax.language.decoder import Decoder
-from hrvlm_jax.language.generate import Sampling, TextGenerator, bucket, choose, restrict
+from hrvlm_jax.language.generate import TextGenerator, bucket, pad_to_bucket
+from hrvlm_jax.language.sampling import Sampling, choose, penalise, restrict
 
 CONFIG = sizes.qwen2(vocab_size=40, width=32, depth=2, heads=4, kv_heads=2, mlp_width=48)
 PROMPTS = [[3, 7, 9, 11, 2], [5, 6], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
@@ -102,6 +104,65 @@ def test_top_k_and_top_p_keep_the_right_sets():
   assert kept(top_p=0.6).tolist() == [True, True, False, False]
   assert kept(top_p=0.99).tolist() == [True, True, True, True]
   np.testing.assert_allclose(restrict(logits, Sampling(temperature=0.5)), logits * 2, rtol=1e-6)
+
+
+def test_min_p_keeps_what_is_likely_beside_the_likeliest():
+  """Probabilities 0.5, 0.3, 0.15, 0.05; min_p 0.3 asks for at least 0.15 (transformers'
+  MinPLogitsWarper keeps equality; 0.31 drops it)."""
+  logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+  kept = lambda p: (restrict(logits, Sampling(temperature=1.0, min_p=p)) > -jnp.inf)[0].tolist()
+  assert kept(0.29) == [True, True, True, False]
+  assert kept(0.31) == [True, True, False, False]
+  assert kept(1.0) == [True, False, False, False]
+  assert kept(0.0) == [True] * 4
+
+
+def test_repetitions_cost_what_transformers_says():
+  """By hand: what was generated is divided by the penalty, a negative logit multiplied."""
+  logits = jnp.asarray([[2.0, -1.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0]])
+  tokens = jnp.asarray([[0, 1, 3, 3], [2, 2, 0, 0]])
+  out = penalise(logits, tokens, 2, Sampling(repetition_penalty=2.0))
+  np.testing.assert_allclose(out, [[1.0, -2.0, 0.5, 3.0], [2.0, -1.0, 0.25, 3.0]])
+  np.testing.assert_array_equal(penalise(logits, tokens, 0, Sampling(repetition_penalty=2.0)),
+                                logits)
+  banned = lambda tokens, count, n: np.isinf(penalise(
+    jnp.zeros((1, 5)), jnp.asarray([tokens]), count,
+    Sampling(no_repeat_ngram_size=n)))[0].nonzero()[0].tolist()
+  assert banned([1, 2, 3, 1, 2, 0], 5, 3) == [3]  # 1 2 3 was there, 1 2 stands at the end
+  assert banned([1, 2, 3, 1, 2, 0], 5, 2) == [3]
+  assert banned([1, 2, 1, 3, 1, 0], 5, 2) == [2, 3]
+  assert banned([1, 2, 3, 1, 2, 0], 4, 3) == []
+  assert banned([4, 0, 0, 0, 0, 0], 1, 1) == [4]  # what is not written yet does not count
+  assert banned([1, 1, 0, 0, 0, 0], 1, 2) == []
+  assert banned([1, 2, 3], 3, 7) == []
+
+
+def test_no_sequence_comes_twice_in_any_way_of_generating(generator):
+  """Greedy, stream and beams obey; without the setting this model repeats itself."""
+  ids, valid = padded([PROMPTS[0]], 9, 'left')
+  pairs = lambda row: list(itertools.pairwise(row))
+  plain = generator.generate(ids, valid, Sampling(max_new_tokens=40)).rows()[0]
+  assert len(set(pairs(plain))) < len(pairs(plain))
+  once = Sampling(max_new_tokens=40, no_repeat_ngram_size=2, repetition_penalty=1.1)
+  greedy = generator.generate(ids, valid, once).rows()[0]
+  beams = generator.generate(ids, valid, dataclasses.replace(once, beams=2)).rows()[0]
+  padded_ids, padded_valid = pad_to_bucket(ids, valid)
+  stream = [int(t[0]) for t in generator.generator.stream(
+    generator.embed(padded_ids), padded_valid, once)]
+  assert stream == greedy
+  for row in (greedy, beams):
+    assert len(row) == 40 and len(set(pairs(row))) == 39
+
+
+def test_beams_with_several_end_tokens(generator):
+  """More end tokens than beams: enough candidates go on; a vocabulary of end tokens is no crash."""
+  ids, valid = padded(PROMPTS, 12, 'left')
+  out = generator.generate(ids, valid, Sampling(
+    max_new_tokens=5, beams=2, stop_ids=tuple(range(0, 40, 2))))
+  assert all(not any(t % 2 == 0 for t in row[:-1]) for row in out.rows())
+  every = generator.generate(ids, valid, Sampling(
+    max_new_tokens=5, beams=2, stop_ids=tuple(range(40))))
+  assert every.lengths.tolist() == [1, 1, 1]
 
 
 def test_sampled_frequencies_follow_the_probabilities():
