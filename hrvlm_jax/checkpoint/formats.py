@@ -99,6 +99,7 @@ LLAVA: Keys = {
   **same('adds a token to the vocabulary that no prompt has', 'mm_use_im_patch_token'),
   **same('mm_vision_tower says it', 'vision_tower'),
   **same(_TRAINER, 'tune_mm_mlp_adapter', 'freeze_mm_mlp_adapter', 'tune_mm_vision_resampler',
+         'freeze_mm_vision_resampler',
          'unfreeze_mm_vision_tower', 'mm_projector_lr', 'mm_vision_tower_lr',
          'pretrain_mm_mlp_adapter', 'tune_vision_tower', 'tune_language_model', 'tune_mm_projector',
          'delay_load', 'freeze_backbone', 'mm_tunable_parts', 'vision_tower_lr', 'ignore_index',

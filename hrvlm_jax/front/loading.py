@@ -59,7 +59,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     release = Release(folder)
     config = _with_options(release.config, options)
     lies = _layout(config, mesh, methods, dtype)
-    if config.text is not None and not release.tokenizer:
+    files = release.tokenizer_files()
+    if config.text is not None and not files:
       raise UserError(f'{folder}: no tokenizer beside the weights; copy the tokenizer files of the '
                       'language model there')
     if lies is None:
@@ -68,7 +69,6 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     else:
       params = laid.load_tensors(release.tensors, release.table, config, lies,
                                  dtype=dtype, what=f'folder {folder}')
-    files = {name: path.read_bytes() for name, path in release.tokenizer.items()}
     tokenizer = tokenizer_from_files(files) if files else None
   common: dict[str, Any] = dict(ex=ex, name=os.fspath(what), origin=origin, **reading)
   if config.text is None:

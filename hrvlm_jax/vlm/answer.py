@@ -18,6 +18,7 @@ from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import MAX_PIXELS, open_image
 from hrvlm_jax.language.chat import Dialogue
 from hrvlm_jax.language.generate import Generator, Sampling, bucket
+from hrvlm_jax.language.generation import generation_of
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
 from hrvlm_jax.parallel.layout import Layout
@@ -136,9 +137,13 @@ class Answerer:
     return pad_batch(rows, length, 'left') | {'views': packed}
 
   def sampling(self, **options) -> Sampling:
-    """Generation settings with this model's stop and pad tokens."""
-    pad = self.text.tokenizer.pad_id
-    return Sampling(stop_ids=self.text.stop_ids(), pad_id=0 if pad is None else pad, **options)
+    """Generation settings with this model's stop and pad tokens; penalties of its release
+    (generation_config.json) unless `options` say otherwise."""
+    pad, own = self.text.tokenizer.pad_id, generation_of(self.text.tokenizer.files)
+    usual = dict(repetition_penalty=own.repetition_penalty,
+                 no_repeat_ngram_size=own.no_repeat_ngram_size)
+    return Sampling(stop_ids=self.text.stop_ids(), pad_id=0 if pad is None else pad,
+                    **usual | options)
 
   def answer(self, items: Sequence[tuple[Sequence[Any], Question]], *, key=None, **options
              ) -> list[str]:
