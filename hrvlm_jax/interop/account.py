@@ -91,8 +91,14 @@ def config_keys(values: Mapping[str, Any], system: System, config: ModelConfig |
   for key, value in values.items():
     if key not in ours or key == 'hrvlm':
       continue
+    table = system.keys.get(key)
+    if isinstance(table, Mapping):
+      inner = account({key: value}, {key: table})
+      found.used += inner.used
+      found.harmless |= inner.harmless
+      found.problems += inner.problems
     if _agrees(value, ours[key]):
-      found.used.append(key)
+      found.used += [] if isinstance(table, Mapping) else [key]
     else:
       found.problems.append(
         f"{key}: is {shown(value)}, but the settings under 'hrvlm', which decide, say "

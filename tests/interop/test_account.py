@@ -150,7 +150,8 @@ def test_left_out_sizes_are_those_of_transformers():
     assert ours.rotary_dim == ours.head_dim * rope.get('partial_rotary_factor', 1.0)
     eps = theirs.layer_norm_eps if kind == 'phi' else theirs.rms_norm_eps
     assert ours.norm_eps == eps
-  for clip, cls in ((True, transformers.CLIPVisionConfig), (False, transformers.SiglipVisionConfig)):
+  towers = {True: transformers.CLIPVisionConfig, False: transformers.SiglipVisionConfig}
+  for clip, cls in towers.items():
     ours, theirs = vit.config_from_hf(Reader({}), clip=clip), cls()
     assert (ours.image_size, ours.patch_size, ours.width, ours.depth, ours.heads, ours.mlp_width,
             ours.norm_eps, ours.channels) == (
@@ -255,7 +256,8 @@ def test_the_advice_about_an_unknown_key_works(release, tmp_path):
 def test_rotary_settings_of_transformers_5(release, tmp_path):
   """The checkpoint has what the file says, and transformers computes the same with it."""
   folder = changed(release, tmp_path / 'a', text_config__rope_theta=...,
-                   text_config__rope_scaling=..., text_config__partial_rotary_factor=..., text_config__rope_parameters={
+                   text_config__rope_scaling=..., text_config__partial_rotary_factor=...,
+                   text_config__rope_parameters={
                      'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 5e4,
                      'partial_rotary_factor': 0.25})
   assert main(['convert', '--from', str(folder), '--to', str(tmp_path / 'to'), '--check']) == 0
@@ -327,7 +329,7 @@ def test_what_a_file_of_ours_says_twice_has_to_agree(tmp_path):
   _, base = llava(tmp_path / 'base')
   values = json.loads((base / 'config.json').read_text())
   (base / 'config.json').write_text(json.dumps(values | {'image_aspect_ratio': 'pad'}))
-  with pytest.raises(UserError, match="image_aspect_ratio: is \"pad\", but the settings under 'hrv"):
+  with pytest.raises(UserError, match='image_aspect_ratio: is "pad", but the settings under'):
     recognise(base)
 
 

@@ -80,6 +80,56 @@ def test_language_models_from_their_own_releases(family, tmp_path):
     raise UserError('nothing')
 
 
+def test_a_backbone_of_other_settings_is_no_part(tmp_path):
+  """All that no tensor shows, in one message; with the source's own settings it is one."""
+  text = TEXTS['phi']
+  values = language.config_to_hf(text)
+  of_transformers(transformers.PhiForCausalLM, values, tmp_path / 'release')
+  path = tmp_path / 'release' / 'config.json'
+  given = json.loads(path.read_text()) | {
+    'rope_parameters': {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 5e5,
+                        'partial_rotary_factor': 0.25}, 'layer_norm_eps': 1e-3,
+    'hidden_act': 'relu', 'num_attention_heads': 4, 'num_key_value_heads': 4}
+  given = {k: v for k, v in given.items() if k not in ('rope_theta', 'rope_scaling',
+                                                       'partial_rotary_factor')}
+  path.write_text(json.dumps(given))
+  with pytest.raises(UserError) as caught:
+    assemble(with_text('single_view', text), [f'language={tmp_path / "release"}'], tmp_path / 'x')
+  for setting in ('heads', 'head_dim', 'activation', 'norm_eps', 'rotary_dim', 'rope_theta',
+                  'rope_linear_factor'):
+    assert f'{setting} of the source is' in str(caught.value), setting
+  taken = with_text('single_view', language.config_from_hf(given))
+  assemble(taken, [f'language={tmp_path / "release"}'], tmp_path / 'start')
+  given['rope_parameters'] = {'rope_type': 'yarn', 'factor': 4.0}
+  path.write_text(json.dumps(given))
+  with pytest.raises(UserError, match="rope_parameters type 'yarn'"):
+    assemble(taken, [f'language={tmp_path / "release"}'], tmp_path / 'x')
+  assert not (tmp_path / 'x').exists()
+
+
+def test_a_tower_of_other_settings_or_colours_is_no_part(tmp_path):
+  config = registry.get('mc_llava').tiny()
+  tower = config.encoder.vision
+  sizes = dict(image_size=tower.image_size, patch_size=tower.patch_size, hidden_size=tower.width,
+               num_hidden_layers=tower.depth, num_attention_heads=tower.heads,
+               intermediate_size=tower.mlp_width, layer_norm_eps=tower.norm_eps)
+  of_transformers(transformers.SiglipVisionModel, sizes, tmp_path / 'release')
+  part = [f'vision/tower={tmp_path / "release"}']
+  assemble(config, part, tmp_path / 'start')
+  path = tmp_path / 'release' / 'config.json'
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {'num_attention_heads': 2, 'layer_norm_eps': 1e-3,
+                                       'hidden_act': 'relu'}))
+  (tmp_path / 'release' / 'preprocessor_config.json').write_text(json.dumps(
+    {'image_mean': [0.48, 0.46, 0.41], 'image_std': [0.5, 0.5, 0.5]}))
+  with pytest.raises(UserError) as caught:
+    assemble(config, part, tmp_path / 'x')
+  for text in ('heads of the source is 2', 'norm_eps of the source', 'activation of the source',
+               'image_mean: is [0.48, 0.46, 0.41]'):
+    assert text in str(caught.value), text
+  assert not (tmp_path / 'x').exists()
+
+
 def test_added_vocabulary_rows_are_the_mean(tmp_path):
   text = TEXTS['llama']
   of_transformers(transformers.LlamaForCausalLM, language.config_to_hf(text), tmp_path / 'release')
