@@ -1,15 +1,13 @@
-"""What PS3 computes otherwise on a TPU: how patches are cut out, how exactly cells are ranked."""
+"""How exactly PS3 ranks cells and makes pixels where products are rounded otherwise: on a TPU."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.resample import bicubic
 from hrvlm_jax.systems.ps3.config import tiny_encoder
 from hrvlm_jax.systems.ps3.encoder import Encoder
-from hrvlm_jax.systems.ps3.patches import gather_patches
 from hrvlm_jax.systems.ps3.plan import make_plan
 
 TPU = Execution(platform='tpu')
@@ -23,17 +21,6 @@ def equations(jaxpr):
         inner = getattr(inner, 'jaxpr', inner)
         if hasattr(inner, 'eqns'):
           yield from equations(inner)
-
-
-def test_patches_are_looked_up_as_rows():
-  rng = np.random.default_rng(0)
-  images = jnp.asarray(rng.normal(size=(2, 45, 63, 3)), jnp.float32)  # 5 x 7 patches of 9
-  rows, cols = (jnp.asarray(rng.integers(0, n, (2, 11))) for n in (5, 7))
-  cut = lambda ex: gather_patches(images, rows, cols, 9, ex=ex)
-  np.testing.assert_array_equal(cut(TPU), cut(Execution(platform='cpu')))
-  for found in equations(jax.make_jaxpr(lambda: cut(TPU))().jaxpr):
-    if found.primitive.name == 'gather':  # whole rows, one after the other in memory
-      assert found.params['slice_sizes'] == (1, 1, 9 * 9 * 3)
 
 
 def test_what_ranks_cells_and_makes_pixels_is_exact():

@@ -1,7 +1,7 @@
 """Tokens of chosen patches: pixels, positions and residuals are gathered, then embedded at once.
 
-The position table of a high scale is never built as a whole, nor, but on a TPU, the patch grid: the
-cost of a look follows its number of tokens, not the size of the image. Source: `NVlabs/PS3:
+Neither the patch grid nor the position table of a high scale is ever built as a whole: the cost of
+a look follows its number of tokens, not the size of the image. Source: `NVlabs/PS3:
 ps3/modeling_ps3.py`. Axis letters: b images, t tokens of a look, k tokens of one scale, d width.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from hrvlm_jax.core import resample
 from hrvlm_jax.core.execution import HERE, Execution
-from hrvlm_jax.core.layers import patchify, wide
+from hrvlm_jax.core.layers import wide
 from hrvlm_jax.systems.ps3.plan import Plan, Size
 from hrvlm_jax.vision.vit import ViT
 
@@ -29,16 +29,9 @@ def scaled(images: Float[Array, 'b H W c'], plan: Plan, *, ex: Execution = HERE
 
 
 def gather_patches(
-  images: Float[Array, 'b H W c'], rows: Int[Array, 'b k'], cols: Int[Array, 'b k'], patch: int, *,
-  ex: Execution = HERE,
+  images: Float[Array, 'b H W c'], rows: Int[Array, 'b k'], cols: Int[Array, 'b k'], patch: int
 ) -> Float[Array, 'b k ppc']:
   """Pixels of the patches at (row, column) of the grid, flattened as (row, column, channel)."""
-  if ex.on == 'tpu':
-    # A patch cut out of an image is a slice of its own there, 40,000 a step one after the other.
-    # The image laid out as rows of patches costs it one pass, and rows are looked up at once.
-    grid = patchify(images, patch)
-    index = rows * (images.shape[2] // patch) + cols
-    return jax.vmap(lambda x, i: jnp.take(x, i, axis=0, mode='clip'))(grid, index)
   # Columns and channels as one axis: a last axis of three is stored as 128 on a TPU, and a 4K image
   # would take 7 GB.
   wide_patch = patch * images.shape[-1]
@@ -103,7 +96,7 @@ def embed_cells(
       index = jnp.take_along_axis(cells, jnp.broadcast_to(place, (cells.shape[0], most)), axis=1)
       index = jnp.clip(index - first, 0, plan.cells[i] - 1)
       row, col = index // grid[1], index % grid[1]
-      pixels = gather_patches(images[i], row, col, patch, ex=ex).astype(ex.dtype)
+      pixels = gather_patches(images[i], row, col, patch).astype(ex.dtype)
       where = positions_at(tower, grid, row, col, ex=ex)
       if residuals is not None:
         side = round(residuals[i].shape[0] ** 0.5)
