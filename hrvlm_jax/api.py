@@ -122,8 +122,9 @@ def finetune(checkpoint: str | os.PathLike, data: str | os.PathLike, out: str | 
     UserError: no usable rows, numbers that cannot be, a row that takes more places than the
       language model knows.
 
-  >>> tuned = finetune('runs/quickstart/checkpoint', 'own.jsonl', 'runs/tuned', epochs=1, lora=2)
-  29,920 of 1,031,808 parameters ...
+  >>> tuned = finetune('runs/quickstart/checkpoint', 'own.jsonl', 'runs/tuned', epochs=1, lora=2,
+  ...                  say=print)
+  mc_llava from runs/quickstart/checkpoint: 2 rows to train on, 1 held out; ...
   >>> tuned.rows, tuned.held_out, tuned.metric
   (2, 1, 'plain')
   """
