@@ -15,7 +15,7 @@ from typing import Any
 
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.checkpoint.formats import GENERATION, GENERIC, PREPROCESSOR, PROCESSOR, TOKENIZER
-from hrvlm_jax.checkpoint.settings import Account, Keys, account, shown
+from hrvlm_jax.checkpoint.settings import Account, Harmless, Keys, account, shown
 from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.interop.card import towers
 from hrvlm_jax.language.generation import read_generation
@@ -98,7 +98,10 @@ def config_keys(values: Mapping[str, Any], system: System, config: ModelConfig |
       found.harmless |= inner.harmless
       found.problems += inner.problems
     if _agrees(value, ours[key]):
-      found.used += [] if isinstance(table, Mapping) else [key]
+      if isinstance(table, Harmless):
+        found.harmless[key] = table.reason
+      elif not isinstance(table, Mapping):
+        found.used.append(key)
     else:
       found.problems.append(
         f"{key}: is {shown(value)}, but the settings under 'hrvlm', which decide, say "
