@@ -24,7 +24,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
          urls: bool = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None,
-         alpha: str = 'drop', max_pixels: int = 178_956_970) -> Model:
+         alpha: str = 'drop', max_pixels: int = 178_956_970, weights: str | None = None) -> Model:
   """A model, ready to be asked.
 
   Args:
@@ -43,6 +43,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     max_bytes: of an image that is fetched, or given as a data URL.
     alpha: 'white' puts transparent pictures on a white page, 'drop' forgets transparency.
     max_pixels: larger images are refused before they are decoded.
+    weights: of a training with `optimizer.ema`: 'ema', the moving average (the default where there
+      is one), or 'raw', the parameters of the last step.
     mesh: devices that the model is cut over, such as {'tensor': 4} or {'fsdp': 8}: each reads its
       part of the weights, and no more. On several processes (`jax.distributed`) every call is made
       on all of them. Default: one device.
@@ -59,7 +61,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
 
   return loading.load(what, revision=revision, dtype=dtype, encoder=encoder, methods=methods,
                       exif=exif, urls=urls, max_bytes=max_bytes, mesh=mesh, alpha=alpha,
-                      max_pixels=max_pixels)
+                      max_pixels=max_pixels, weights=weights)
 
 
 def train(config: Any, workdir: str | os.PathLike, *, progress: bool = False,

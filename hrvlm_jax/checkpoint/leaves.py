@@ -39,6 +39,11 @@ class StoredParams:
     self.flat = store.describe(directory)
     self._open: dict[str, ts.TensorStore] = {}
     self._whole: dict[str, np.ndarray] = {}
+    self._places: dict[str, tuple[str, str]] = {}
+
+  def move(self, places: dict[str, tuple[str, str]]) -> None:
+    """Reads some parameters elsewhere in the checkpoint: path -> (part, path there)."""
+    self._places |= places
 
   @property
   def abstract(self) -> dict[str, Any]:
@@ -78,11 +83,13 @@ class StoredParams:
   def _array(self, path: str) -> ts.TensorStore:
     if path not in self._open:
       leaf = self.flat[path]
-      chunks.check(self.directory, store.PARAMS, {path: (leaf.shape, None)})
-      folder = os.fspath(layout.arrays(self.directory) / store.PARAMS)
+      part, name = self._places.get(path, (store.PARAMS, path))
+      chunks.check(self.directory, part, {name: (leaf.shape, None)})
+      folder = os.fspath(layout.arrays(self.directory) / part)
+      # Not as an address: '#', '%' and '?' may stand in the name of a folder.
+      base = folder if '://' in folder else {'driver': 'file', 'path': f'{folder}/'}
       spec = {'driver': 'zarr3', 'kvstore': {
-          'driver': 'ocdbt', 'base': folder if '://' in folder else f'file://{folder}',
-          'path': path.replace('/', '.') + '/'}}
+          'driver': 'ocdbt', 'base': base, 'path': name.replace('/', '.') + '/'}}
       try:
         self._open[path] = ts.open(spec, open=True, read=True).result()
       except ValueError as error:

@@ -29,7 +29,9 @@ PARAMS, _REST = trees.PARAMS, trees.REST
 
 # Orbax's threads log the traceback of an error that is raised again, as a sentence, by the caller.
 _RAISED_AGAIN = ('_SignalingThread.run() raised an exception', 'in background save thread',
-                 '[wait_until_finished] Save Finalize thread', 'items may not be finalized')
+                 '[wait_until_finished] Save Finalize thread', 'items may not be finalized',
+                 # The files beside a run are no arrays, and are read without it.
+                 'Failed to get metadata for checkpointable: run')
 logging.getLogger('absl').addFilter(
     lambda record: not any(text in record.getMessage() for text in _RAISED_AGAIN))
 
@@ -124,9 +126,13 @@ def load_marker(directory: PathLike) -> dict[str, Any]:
   return layout.read_json(layout.beside(resolve(directory)) / layout.MARKER)
 
 
-def describe(directory: PathLike) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shape and dtype of every parameter by path, without reading any of them."""
-  return _stored(resolve(directory), PARAMS)
+def describe(directory: PathLike, part: str = PARAMS) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of every parameter by path, without reading any of them.
+
+  Args:
+    part: or `trees.REST`: of what a training keeps beside them (optimizer, averages, counters).
+  """
+  return _stored(resolve(directory), part)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Nothing here imports JAX or reads a config; see `training.run_config` for the la
 import argparse
 from collections.abc import Sequence
 import os
+import sys
 from typing import Any, NoReturn
 
 from hrvlm_jax import __version__
@@ -144,6 +145,25 @@ def reading_of(arguments: argparse.Namespace) -> dict[str, Any]:
   """The options of `add_reading` that were added, for `open_image`."""
   return {key: getattr(arguments, key) for key in ('exif', 'alpha', 'max_pixels')
           if hasattr(arguments, key)}
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+  """`--weights`: which parameters of a training are taken (`checkpoint.averages`)."""
+  parser.add_argument(
+    '--weights', choices=('raw', 'ema'),
+    help='of a training with optimizer.ema: ema, the moving average of the parameters (the default '
+         'where there is one, as in-run evaluation judges it), or raw, those of the last step')
+
+
+def say_weights(checkpoint: str, weights: str | None) -> None:
+  """Says on standard error which parameters of a training are taken, where there is a choice."""
+  from hrvlm_jax.checkpoint import averages, layout
+
+  folder = layout.to_path(checkpoint)
+  ours = folder.is_dir() and ((layout.beside(folder) / layout.MARKER).exists()
+                              or (folder / layout.STEPS).is_dir())
+  if ours and (said := averages.which(checkpoint, weights)[1]):
+    print(said, file=sys.stderr)
 
 
 def _positive(text: str) -> int:

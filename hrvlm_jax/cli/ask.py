@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from hrvlm_jax.cli import questions
-from hrvlm_jax.cli.arguments import Parser, add_reading, reading_of
+from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, reading_of, say_weights
 from hrvlm_jax.core.errors import UserError
 
 KNOBS = (
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--beams', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
   add_reading(parser, exif=True)
+  add_weights(parser)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_mesh()
   parser.add_processes()
@@ -84,8 +85,10 @@ def _one(arguments, knobs, sampling, *, write: bool) -> int:
             for word in arguments.image]
   import hrvlm_jax
 
+  say_weights(arguments.checkpoint, arguments.weights)
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, **reading,
-                         encoder=knobs.pop('encoder', None), methods=knobs, mesh=arguments.mesh)
+                         encoder=knobs.pop('encoder', None), methods=knobs, mesh=arguments.mesh,
+                         weights=arguments.weights)
   answer = ''
   if arguments.beams > 1 or arguments.json:
     answer = model.ask(images, arguments.question, **sampling)
@@ -117,6 +120,7 @@ def encode(argv: list[str]) -> int:
   parser.add_argument('--overlay', metavar='OUT.png', help='draw what was looked at, per scale')
   parser.add_argument('--out', metavar='OUT.npy', help='write the tokens, float32 [n d]')
   add_reading(parser, exif=True)
+  add_weights(parser)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   arguments = parser.parse(argv)
   check_overlay(arguments.overlay)
@@ -133,8 +137,9 @@ def encode(argv: list[str]) -> int:
   from hrvlm_jax.core.execution import Execution
   from hrvlm_jax.vlm.encode import ImageEncoder
 
+  say_weights(arguments.checkpoint, arguments.weights)
   encoder = ImageEncoder.load(arguments.checkpoint, prompted=arguments.prompt is not None,
-                              encoder_options=knobs.get('encoder'))
+                              encoder_options=knobs.get('encoder'), weights=arguments.weights)
   tokens = encoder(image, arguments.prompt, ex=Execution(dtype=arguments.dtype))
   values = np.asarray(tokens.values[0], np.float32)[np.asarray(tokens.valid[0])]
   print(f'{values.shape[0]} tokens of width {values.shape[1]}')

@@ -8,7 +8,7 @@ import os
 import shlex
 import sys
 
-from hrvlm_jax.cli.arguments import Parser, add_reading, reading_of
+from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, reading_of, say_weights
 from hrvlm_jax.cli.ask import KNOBS, check_overlay, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 
@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--top-p', type=float, default=1.0)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
   add_reading(parser, exif=True)
+  add_weights(parser)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--urls', action='store_true', help='images may be http(s) addresses')
   arguments = parser.parse(argv)
@@ -54,8 +55,9 @@ def main(argv: list[str]) -> int:
   import hrvlm_jax
 
   encoder = knobs.pop('encoder', None)
+  say_weights(arguments.checkpoint, arguments.weights)
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, encoder=encoder,
-                         methods=knobs, **reading)
+                         methods=knobs, weights=arguments.weights, **reading)
   settings = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
   model.check(settings)

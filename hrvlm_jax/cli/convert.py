@@ -2,7 +2,7 @@
 
 import os
 
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, add_weights
 from hrvlm_jax.core.errors import UserError, shortened
 
 
@@ -103,6 +103,7 @@ def export(argv: list[str]) -> int:
                       help='of the written tensors; default: as stored')
   parser.add_argument('--merge-lora', action='store_true',
                       help='add LoRA sets to the kernels; default: an adapter folder beside them')
+  add_weights(parser)
   arguments = parser.parse(argv)
 
   import jax.numpy as jnp
@@ -111,6 +112,7 @@ def export(argv: list[str]) -> int:
 
   dtype = None if arguments.dtype is None else jnp.dtype(arguments.dtype)
   exporting.export(arguments.checkpoint, arguments.to, dtype=dtype,
-                   merge_lora=arguments.merge_lora, layout=arguments.layout, say=print)
+                   merge_lora=arguments.merge_lora, layout=arguments.layout, say=print,
+                   weights=arguments.weights)
   print(f'exported {arguments.checkpoint} to {arguments.to}')
   return 0

@@ -10,7 +10,7 @@ import pathlib
 import sys
 import typing
 
-from hrvlm_jax.cli.arguments import Parser, add_reading
+from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, say_weights
 from hrvlm_jax.cli.ask import KNOBS, NAMES, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.evaluation.analysis import ANALYSES
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--limit', type=int, help='only the first samples')
   parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
   add_reading(parser)
+  add_weights(parser)
   parser.add_argument('--bad-images', choices=('wrong', 'stop'), default='wrong',
                       help='a sample whose image cannot be used counts as wrong and is listed, or '
                            'all images are decoded first and a bad one ends the run')
@@ -193,15 +194,17 @@ def _answerer(arguments, knobs, longest):
     least=1 if one else jax.local_device_count())
   if distributed.is_main():
     print(where.told(lies, choice), flush=True)
+    say_weights(folder, arguments.weights)
   return Answerer.load(folder, ex=Execution(dtype=arguments.dtype), exif='ignore',
-                       encoder_options=encoder, methods=knobs, layout=lies)
+                       encoder_options=encoder, methods=knobs, layout=lies,
+                       weights=arguments.weights)
 
 
 def _ask(answerer, benchmark, arguments, data, out):
   """A model answers; returns the result, None on processes other than the first."""
   import jax
 
-  from hrvlm_jax.checkpoint import layout
+  from hrvlm_jax.checkpoint import averages, layout
   from hrvlm_jax.evaluation import provenance
   from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.evaluation.runner import Options, evaluate
@@ -213,7 +216,8 @@ def _ask(answerer, benchmark, arguments, data, out):
   lies = answerer.layout
   asked = model.described(
     name=os.path.basename(os.path.abspath(arguments.checkpoint)), checkpoint=arguments.checkpoint,
-    checkpoint_hash=provenance.folder_hash(folder))
+    checkpoint_hash=provenance.folder_hash(folder)
+    + ('' if averages.which(folder, arguments.weights)[0] == 'raw' else ':ema'))
   result = evaluate(
     benchmark, asked, data=data, out=out,
     options=Options(

@@ -10,7 +10,7 @@ import pathlib
 import sys
 from typing import Any
 
-from hrvlm_jax.cli.arguments import reading_of
+from hrvlm_jax.cli.arguments import reading_of, say_weights
 from hrvlm_jax.core.errors import UserError
 
 
@@ -61,7 +61,7 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
   folder, lines = _lines(arguments)
   about = {'checkpoint': os.path.abspath(arguments.checkpoint), 'knobs': knobs,
            'settings': settings, 'dtype': arguments.dtype, 'exif': arguments.exif,
-           'alpha': arguments.alpha}
+           'alpha': arguments.alpha, 'weights': arguments.weights}
   kept = None
   if arguments.out is not None:
     kept = Answered(arguments.out, about)
@@ -71,8 +71,10 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
 
   import hrvlm_jax
 
+  say_weights(arguments.checkpoint, arguments.weights)
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, **reading_of(arguments),
                          encoder=knobs.get('encoder'), urls=arguments.urls, mesh=arguments.mesh,
+                         weights=arguments.weights,
                          methods={name: knob for name, knob in knobs.items() if name != 'encoder'})
   counts = {'asked': 0, 'wrong': 0, 'empty': 0, 'before': 0}
   texts: dict[int, str] = {}

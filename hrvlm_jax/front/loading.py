@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.checkpoint import layout
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
@@ -35,7 +35,7 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
          urls: bool = False, max_bytes: int = MAX_BYTES, mesh: Mapping[str, int] | None = None,
-         alpha: str = 'drop', max_pixels: int = MAX_PIXELS) -> Model:
+         alpha: str = 'drop', max_pixels: int = MAX_PIXELS, weights: str | None = None) -> Model:
   """See `hrvlm_jax.api.load`."""
   options = dict(encoder or {})
   if exif not in ('apply', 'ignore') or alpha not in ('drop', 'white') or max_pixels < 1:
@@ -49,12 +49,14 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
   if is_checkpoint(what):
     config, origin = model_config(what, options), read_source(layout.resolve(what)).get('origin')
     lies = _layout(config, mesh, methods, dtype)
-    params = (store.load_params(what, vlm.build(config).abstract) if lies is None
-              else laid.load(what, config, lies, dtype=dtype))
+    params = (averages.load_params(what, vlm.build(config).abstract, weights=weights)
+              if lies is None else laid.load(what, config, lies, dtype=dtype, weights=weights))
     tokenizer = None if config.text is None else find_tokenizer(what)
     if revision is not None:
       raise UserError(f'{what}: is a checkpoint; a revision belongs to a name on the hub')
   else:
+    if weights == 'ema':
+      raise UserError(f'{what}: is a release, which holds no moving average; leave weights out')
     folder, origin = hub.resolve(_folder(what), revision=revision)
     release = Release(folder)
     config = _with_options(release.config, options)

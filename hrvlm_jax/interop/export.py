@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 
 from hrvlm_jax import __version__
-from hrvlm_jax.checkpoint import files as store_files, hf, layout, store
+from hrvlm_jax.checkpoint import averages, files as store_files, hf, layout, store
 from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.checkpoint.rows import Table, entries, stream_tensors
 from hrvlm_jax.checkpoint.safetensors import dtype_name
@@ -37,7 +37,8 @@ Tensors = Iterable[tuple[str, np.ndarray]]
 
 def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=None,
            merge_lora: bool = False, layout: str = 'original',
-           say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+           say: Callable[[str], None] = lambda text: None,
+           weights: str | None = None) -> dict[str, Any]:
   """Writes weights, configs, tokenizer, processors, model card and manifest of a checkpoint.
 
   LoRA sets of the language model are written as an adapter folder of peft beside the weights, or
@@ -50,7 +51,8 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     merge_lora: add the sets to the kernels they act on, in float32.
     layout: 'original', or 'transformers' with model code of ours (see `interop.folder`). A model
       that the original's cannot hold is written in the house's own (`interop.layouts`).
-    say: told about that.
+    say: told about that, and about `weights`.
+    weights: 'raw' or 'ema', see `checkpoint.averages.which`.
 
   Returns:
     The facts of the manifest, checksums left out.
@@ -66,7 +68,9 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
                     f'hrvlm push FOLDER {name}')
   if layout not in LAYOUTS:
     raise UserError(f'layout: found {layout!r}, expected one of {", ".join(LAYOUTS)}')
-  stored = StoredParams(checkpoint)
+  if taken := averages.which(checkpoint, weights)[1]:
+    say(taken)
+  stored = averages.stored(checkpoint, weights)
   config = model_config(checkpoint)
   read, merged = stored, {}
   sets = adapters.lora_sets(config)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint import averages
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.parallel.mesh import MeshConfig, make_mesh
 from hrvlm_jax.parallel.rules import param_shardings
@@ -32,7 +32,7 @@ def load_over_mesh(checkpoint: str | os.PathLike, *, dtype: str = 'float32', exi
                    devices=jax.local_devices()[:tensor * fsdp])
   config = model_config(checkpoint, dict(encoder_options or {}))
   abstract = vlm.build(config).abstract
-  params = store.load_params(checkpoint, abstract, shardings=param_shardings(
+  params = averages.load_params(checkpoint, abstract, shardings=param_shardings(
     abstract, mesh, rules=sharding_rules(config)))
   return Answerer(config, params, find_tokenizer(checkpoint), exif=exif,
                   ex=Execution(dtype=dtype, mesh=mesh))

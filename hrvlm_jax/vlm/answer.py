@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.checkpoint import layout, store
+from hrvlm_jax.checkpoint import averages, layout, store
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
@@ -96,7 +96,7 @@ class Answerer:
            alpha: str = 'drop', max_pixels: int = MAX_PIXELS,
            encoder_options: dict[str, Any] | None = None,
            methods: Mapping[str, Mapping[str, Any]] | None = None,
-           layout: Layout | None = None) -> Answerer:
+           layout: Layout | None = None, weights: str | None = None) -> Answerer:
     """From a checkpoint folder or the work directory of a run.
 
     Args:
@@ -104,6 +104,7 @@ class Answerer:
       methods: see `with_methods`.
       layout: the mesh that parameters are laid over, by the rules of training: every process reads
         what its devices hold, straight into its place.
+      weights: 'raw' or 'ema', see `checkpoint.averages.which`.
 
     Raises:
       UserError: no checkpoint, no tokenizer, tensors that do not fit (all listed); a method that
@@ -113,12 +114,12 @@ class Answerer:
     if layout is None or layout.mesh.size == 1:
       layout = None
       # A method may compute in float32 what answers do not.
-      params = store.load_params(checkpoint, vlm.build(config).abstract if methods else
-                                 laid.held(config, ex.dtype))
+      params = averages.load_params(checkpoint, vlm.build(config).abstract if methods else
+                                    laid.held(config, ex.dtype), weights=weights)
     else:
       if methods:
         raise UserError(f'{", ".join(sorted(methods))}: answers on one device; leave out the mesh')
-      params = laid.load(checkpoint, config, layout, dtype=ex.dtype)
+      params = laid.load(checkpoint, config, layout, dtype=ex.dtype, weights=weights)
     answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, alpha=alpha,
                    max_pixels=max_pixels, layout=layout)
     return with_methods(answerer, methods or {})

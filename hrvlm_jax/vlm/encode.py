@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint import averages
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional
@@ -39,18 +39,20 @@ class ImageEncoder:
 
   @classmethod
   def load(cls, checkpoint: str | os.PathLike, *, prompted: bool = False,
-           encoder_options: dict[str, Any] | None = None) -> ImageEncoder:
+           encoder_options: dict[str, Any] | None = None,
+           weights: str | None = None) -> ImageEncoder:
     """From a checkpoint folder or the work directory of a run.
 
     Args:
       prompted: a tokenizer is needed.
       encoder_options: settings of the encoder to override (`look`, `max_crops`, ...).
+      weights: 'raw' or 'ema', see `checkpoint.averages.which`.
 
     Raises:
       UserError: no checkpoint, tensors that do not fit, no tokenizer for a prompt.
     """
     config = model_config(checkpoint, encoder_options)
-    params = store.load_params(checkpoint, vlm.build(config).abstract)
+    params = averages.load_params(checkpoint, vlm.build(config).abstract, weights=weights)
     return cls(config, params, find_tokenizer(checkpoint) if prompted else None)
 
   def __call__(self, image: Image.Image, prompt: str | None = None, *,

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
 import numpy as np
 
-from hrvlm_jax.checkpoint import rows, store
+from hrvlm_jax.checkpoint import averages, rows, store
 from hrvlm_jax.checkpoint.hf import is_finite
-from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import raise_all
 from hrvlm_jax.parallel import rules
@@ -48,17 +47,18 @@ def held(config: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def load(checkpoint: str | os.PathLike, config: ModelConfig, layout: Layout, *,
-         dtype: str = 'float32') -> dict[str, Any]:
+         dtype: str = 'float32', weights: str | None = None) -> dict[str, Any]:
   """Parameters of `vlm.build(config, unrolled=True)` in their places.
 
   Args:
     checkpoint: see `store.load_params`.
     dtype: of activations (`held`).
+    weights: 'raw' or 'ema', see `checkpoint.averages.which`.
 
   Raises:
     UserError: no checkpoint, tensors that do not fit, leaves that cannot be cut (all listed).
   """
-  stored, abstract = StoredParams(checkpoint), held(config, dtype)
+  stored, abstract = averages.stored(checkpoint, weights), held(config, dtype)
   raise_all(f'checkpoint {stored.directory} and model do not match',
             store.mismatches(stored.flat, paths.flatten(abstract)))
 
