@@ -101,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except OSError as error:  # a full disk, a missing permission, where no verb has said it better
+    from hrvlm_jax.checkpoint.files import cause
+
+    if (said := cause(error)) is None:
+      raise
+    print(f'hrvlm {argv[0]}: {error.filename or error.strerror}: {said}', file=sys.stderr)
+    return 2
 
 
 if __name__ == '__main__':

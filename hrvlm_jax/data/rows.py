@@ -20,6 +20,7 @@ from PIL import Image
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.text import has_half
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 from hrvlm_jax.language.conversation import messages_from_llava
 from hrvlm_jax.language.messages import ROLES, SYSTEM, turns
@@ -101,6 +102,11 @@ class Row:
   messages: tuple[Message, ...]
   where: str = ''
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if any(has_half(message.text) for message in self.messages):
+      raise BadRow('encoding', self.where, 'a message holds half a character (a lone surrogate), '
+                   'as a text has that was cut inside an emoji; write the text whole')
 
 
 @runtime_checkable

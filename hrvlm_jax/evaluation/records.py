@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.text import whole
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample
 
 SHARDS = 'predictions-{index:05d}-of-{count:05d}.jsonl'
@@ -44,7 +45,7 @@ class PredictionsFile:
   def append(self, records: Iterable[Mapping[str, Any]]) -> None:
     """Writes a batch and waits until it is on disk."""
     records = [dict(record) for record in records]
-    lines = ''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records)
+    lines = whole(''.join(json.dumps(record, ensure_ascii=False) + '\n' for record in records))
     self._file.write(lines.encode())
     self._file.flush()
     os.fsync(self._file.fileno())
@@ -88,7 +89,7 @@ def read(path: str | Path) -> dict[str, dict]:
     if not isinstance(record, dict) or not isinstance(record.get('sample_id'), str) \
         or not isinstance(record.get('text'), str):
       problems.append(f"line {number}: expected an object with the texts 'sample_id' and 'text'")
-    elif record['sample_id'] in records:
+    elif (record := record | {'text': whole(record['text'])})['sample_id'] in records:
       problems.append(f'line {number}: sample_id {record["sample_id"]} is a duplicate')
     else:
       records[record['sample_id']] = record

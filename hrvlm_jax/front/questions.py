@@ -10,6 +10,7 @@ import pathlib
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.text import whole
 from hrvlm_jax.front.images import is_address
 from hrvlm_jax.front.model import Item, Model
 from hrvlm_jax.language.messages import turns
@@ -176,4 +177,4 @@ class Answered:
   def append(self, record: Record) -> None:
     """Writes one record to its end."""
     with open(self.path, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(record, ensure_ascii=False) + '\n')
+      file.write(whole(json.dumps(record, ensure_ascii=False)) + '\n')

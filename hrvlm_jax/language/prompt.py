@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.text import has_half
 from hrvlm_jax.language.chat import (
   IGNORE,
   USER,
@@ -234,6 +235,9 @@ class Text:
     asked = Dialogue((Message(USER, text),), (len(counts),)) if isinstance(text, str) else text
     if not asked.messages[-1].text.strip():
       raise UserError('the question is empty; write what you want to know about the image')
+    if any(has_half(text) for text in (asked.system or '', *(m.text for m in asked.messages))):
+      raise UserError('the question holds half a character (a lone surrogate), as a text has that '
+                      'was cut inside an emoji; write it whole')
     if sum(asked.images) != len(counts):
       raise UserError(f'the messages bring {sum(asked.images)} images, but {len(counts)} are given')
     template = get_template(self.chat)

@@ -107,6 +107,33 @@ def test_check_as_trained(folder, capsys):
   assert capsys.readouterr().out == '4 examples, none is bad\n'
 
 
+def test_half_a_character(folder, capsys):
+  """Text that was cut inside an emoji: a bad row for the check and for training alike."""
+  half = [{'from': 'human', 'value': 'What is \ud83d'}, {'from': 'gpt', 'value': 'This.'}]
+  rows = [{'image': '0.png', 'conversations': TALK}, {'image': '0.png', 'conversations': half},
+          {'image': '0.png', 'conversations': TALK[:1] + [{'from': 'gpt', 'value': '\ude00!'}]}]
+  (folder / 'half.json').write_text(json.dumps(rows))
+  for options in ([], ['--config', 'config.py']):
+    assert cli.main(['data', 'check', 'half.json', '--quiet', *options]) == 1
+    said = capsys.readouterr().out
+    assert said.endswith('2 bad: 2 encoding\n') and 'half a character' in said
+
+
+def test_an_error_of_the_system_is_a_sentence(folder, capsys, monkeypatch):
+  import errno
+
+  from hrvlm_jax.data import show
+
+  class Sheet:
+    def save(self, path):
+      raise OSError(errno.ENOSPC, 'No space left on device', path)
+
+  monkeypatch.setattr(show, 'sheet', lambda panels: Sheet())
+  assert cli.main(['data', 'show', '--config', 'config.py', '--out', 'x.png']) == 2
+  said = capsys.readouterr().err
+  assert said.startswith('hrvlm data: x.png: ') and said.count('\n') == 1 and 'disk' in said
+
+
 def test_drawn_crops(folder, capsys):
   """`data.draw`: another number of crops for every image, the same again for the same seed."""
   Image.new('RGB', (160, 160)).save(folder / 'large.png')

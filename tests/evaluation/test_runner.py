@@ -152,6 +152,15 @@ def test_answers_files_of_llava(tmp_path):
   assert 'line 1: expected' in str(error.value)
 
 
+def test_half_a_character_of_an_answer_is_the_replacement_mark(tmp_path):
+  path = tmp_path / 'p.jsonl'
+  with records.PredictionsFile(path) as file:
+    file.append([{'sample_id': 'a', 'text': 'so \ud83d'}])
+  assert records.read(path)['a']['text'] == 'so \ufffd'
+  path.write_text('{"sample_id": "a", "text": "so \\ud83d"}\n')  # an escape of JSON
+  assert records.read(path)['a']['text'] == 'so \ufffd'
+
+
 def test_damaged_predictions_are_refused_in_one_message(tmp_path):
   path = tmp_path / 'p.jsonl'
   path.write_text('nonsense\n{"sample_id": "a", "text": "1"}\n{"sample_id": "a", "text": "2"}\n'

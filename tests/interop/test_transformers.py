@@ -127,7 +127,8 @@ def test_attention_checkpointing_and_pipeline(name, pair):
   assert near(eager(**inputs).logits[real].detach(), expected) < 1e-5
   for model, kind in ((pair.model, 'sdpa'), (eager, 'eager')):
     kinds = {m.config._attn_implementation for m in model.modules()
-             if type(m).__name__.endswith('Attention')}
+             if type(m).__name__.endswith('Attention')
+             and not isinstance(m, torch.nn.MultiheadAttention)}  # of SigLIP's pooling
     assert kinds == {kind}
   labels = inputs['input_ids'].clone()
   labels[:, :-4] = -100

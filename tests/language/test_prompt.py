@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.language.prompt import choose_bucket, expand, pad_batch
+from hrvlm_jax.language.prompt import Text, choose_bucket, expand, pad_batch, tokenizer_of
 from tests.language.released import merge_rows
 
 
@@ -73,3 +73,11 @@ def test_merge_rows_agrees_with_expand(side):
       seen += images
   with pytest.raises(UserError, match='3 image placeholders, but 2 images'):
     merge_rows(ids, mask, ids, 9, tokens_per_image=3, images=2)
+
+
+def test_half_a_character_of_a_question_is_refused():
+  """A lone surrogate, as an argument of a command line that was cut inside an emoji."""
+  text = Text(tokenizer=tokenizer_of('byte'), chat='vicuna_v1', image_token=None)
+  assert len(text.prompt('What? \U0001f600', [])['tokens'])
+  with pytest.raises(UserError, match='half a character'):
+    text.prompt('What? \ud83d', [])

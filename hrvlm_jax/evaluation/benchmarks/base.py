@@ -14,6 +14,7 @@ from PIL import Image
 
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.text import has_half
 
 # So many problems are listed in full; the rest is counted.
 MAX_LISTED = 20
@@ -263,6 +264,10 @@ class Collector:
     self._seen[sample.id] = where
     if not sample.question.strip() and sample.prompt is None:
       self.problems.append(f'{where}: the question of {sample.id} is empty')
+    texts = (sample.question, sample.prompt or '', *sample.choices, *(sample.answers or ()))
+    if any(has_half(text) for text in texts):
+      self.problems.append(f'{where}: a text of {sample.id} holds half a character (a lone '
+                           'surrogate)')
     if sample.answers is not None and not any(a.strip() for a in sample.answers):
       self.problems.append(f'{where}: {sample.id} has no reference answer (empty)')
     for image in sample.images:
