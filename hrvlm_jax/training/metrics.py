@@ -86,8 +86,9 @@ class MetricsWriter:
     if self._lines:
       self.log(self._line(step, plain))
     self._bar.update(advance)
-    if 'loss' in plain:
-      self._bar.set_postfix_str(f'loss {plain["loss"]:.4f}')
+    if 'loss' in plain:  # a text where it is not finite
+      loss = plain['loss']
+      self._bar.set_postfix_str(f'loss {loss if isinstance(loss, str) else f"{loss:.4f}"}')
 
   def _line(self, step: int, values: Mapping[str, Any]) -> str:
     """A step, or an evaluation after it, in a line."""
@@ -96,7 +97,7 @@ class MetricsWriter:
                for key, value in values.items())
       return f'step {step}: {", ".join(shown)}'
     number = lambda key, form: f'{values[key]:{form}}' if isinstance(
-      values.get(key), (int, float)) else 'n/a'
+      values.get(key), (int, float)) else values.get(key) or 'n/a'
     rate = values.get('steps_per_second') or 0
     left = f'{datetime.timedelta(seconds=round((self._total - step) / rate))} left' if rate else ''
     return (f'step {step} of {self._total}: loss {number("loss", ".4f")}, '
