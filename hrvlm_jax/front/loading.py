@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from hrvlm_jax.checkpoint import layout
+from hrvlm_jax.checkpoint import averages, layout
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution

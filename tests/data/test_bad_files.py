@@ -57,7 +57,7 @@ def data(tmp_path_factory):
   (folder / 'folder.jpg').mkdir()
   (folder / 'link.jpg').symlink_to(root / 'outside.jpg')
   (folder / 'linked').symlink_to(root)
-  Image.new('1', (20_000, 5000)).save(folder / 'bomb.png')
+  Image.new('1', (20_000, 9000)).save(folder / 'bomb.png')
   lines, kinds = [], []
   for name, kind in FILES.items():
     lines.append(json.dumps({'image': name, 'conversations': TALK}).encode())

@@ -114,8 +114,8 @@ class Pretrain(Objective):
     collate = ToBatch(tokenize=tokenizer(vocabulary, encoder.text), parts=run.training.accumulate)
     return pipeline.build(
       open_regions(options.train, annotations=self.options.annotations),
-      ToSample(config=self.options.regions, side=encoder.scales[-1], alpha=config.data.alpha,
-               max_pixels=config.data.max_pixels),
+      ToSample(config=self.options.regions, side=encoder.scales[-1], alpha=run.data.alpha,
+               max_pixels=run.data.max_pixels),
       pipeline.Options(batch_size=run.training.batch_size, seed=run.seed, shuffle=options.shuffle,
                        workers=options.workers, own=own, shards=math.gcd(
                          options.shards, run.training.batch_size // run.training.accumulate),
