@@ -229,10 +229,14 @@ def _contradictions(config: ModelConfig, names: tuple[str, ...], source: pathlib
     theirs = vit.config_from_hf(
       Reader(values.get('vision_config', {}) if inside else values, where=where,
              prefix='vision_config.' if inside else ''), clip=tower.class_token)
+    # The original of PS3 starts from SigLIP, whose GELU is the tanh form, and computes the exact one.
+    free = isinstance(config.encoder, PS3Config) and {theirs.activation, tower.activation} == {
+      'gelu', 'gelu_tanh'}
     problems = [f'{key} of the source is {getattr(theirs, key)!r}, the model has '
                 f'{getattr(tower, key)!r} at {names[0]}; set it to that of the source, or take '
                 'another source' for key in _TOWER_SETTINGS
-                if getattr(theirs, key) != getattr(tower, key)]
+                if getattr(theirs, key) != getattr(tower, key)
+                and not (key == 'activation' and free)]
   elif isinstance(tower, PS3Config):
     said = values.get('vision_config', values)
     if isinstance(said, Mapping) and 'model_name' in said:
