@@ -264,6 +264,7 @@ def analyse(argv: list[str]) -> int:
   module, function = ANALYSES[name][0].split(':')
   run = getattr(importlib.import_module(f'hrvlm_jax.evaluation.analysis.{module}'), function)
   options = vars(_analysis_parser(name, run).parse(rest))
+  options.pop('no_verify', None)  # the parser's own, which has acted
   try:
     print('\n'.join(run(**options)))
   except ValueError as error:  # numbers that an analysis cannot work with

@@ -44,7 +44,8 @@ def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 def is_own(values: Mapping[str, Any]) -> bool:
   """Whether a config.json is of the house's own layout."""
-  return str(values.get('model_type', '')).startswith('hrvlm_') and 'layout' not in values
+  return (str(values.get('model_type', '')).startswith('hrvlm_') and 'format' in values
+          and 'layout' not in values)
 
 
 def recognise(values: Mapping[str, Any]) -> ModelConfig | None:

@@ -229,7 +229,7 @@ def _contradictions(config: ModelConfig, names: tuple[str, ...], source: pathlib
     theirs = vit.config_from_hf(
       Reader(values.get('vision_config', {}) if inside else values, where=where,
              prefix='vision_config.' if inside else ''), clip=tower.class_token)
-    # The original of PS3 starts from SigLIP, whose GELU is the tanh form, and computes the exact one.
+    # The original of PS3 starts from SigLIP, whose GELU is the tanh form, and computes the exact.
     free = isinstance(config.encoder, PS3Config) and {theirs.activation, tower.activation} == {
       'gelu', 'gelu_tanh'}
     problems = [f'{key} of the source is {getattr(theirs, key)!r}, the model has '

@@ -129,7 +129,8 @@ def test_parser_mistakes_are_user_errors():
   parser = arguments.Parser('demo', 'Shows.', config=True, config_required=False)
   parser.add_argument('--number', type=int)
   for argv, message in (
-      (['--numbr', '1'], 'unrecognized arguments: --numbr'), (['--num', '1'], 'unrecognized'),
+      (['--numbr', '1'], 'unknown option --numbr .nearest known: --number'),
+      (['--num', '1'], 'unknown option --num .nearest known: --number'),
       (['--number', 'x'], "argument --number: invalid int value: 'x'"),
       (['--config.a=1'], 'needs a run config')):
     with pytest.raises(UserError, match=message):

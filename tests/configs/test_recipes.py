@@ -147,7 +147,7 @@ def gradient_key(config):
 @functools.cache
 def gradients(model, groups, objective, length):
   """(leaves whose gradient depends on something, trained leaves), from shapes alone."""
-  values = {'model': json.loads(model), 'data': {'train': '', 'lengths': [length]},
+  values = {'model': json.loads(model), 'data': {'train': 'none.json', 'lengths': [length]},
             'training': {'steps': 1, 'batch_size': 1, 'groups': json.loads(groups),
                          'optimizer': {'learning_rate': 1.0}, 'objective': objective}}
   config = from_dict(RunConfig, values)
