@@ -12,8 +12,8 @@ import subprocess
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Lines and files of hrvlm_jax/, data files included: altogether, and of every room. Issue 17 asks for
-# 36,000 lines in 240 files, which it did not reach (42,550 in 276). What later issues added: model
+# Lines and files of hrvlm_jax/, data files included: altogether, and of every room. Issue 17 asks
+# for 36,000 lines in 240 files and did not reach it (42,550 in 276). What later issues added: model
 # code and layouts for PyTorch and the account of a release (interop, checkpoint, language), the
 # server (serving), the Python door and fine-tuning (front, cli), the plan on the compiler's program
 # (planning), attention and loss on meshes (core, training), checksums, locks, watchdog, bad steps

@@ -87,8 +87,11 @@ def test_long_texts(image, chat, token):
   assert cut['views']['tokens'].tolist() == [3]
   for key in ('tokens', 'labels', 'visual_index'):
     np.testing.assert_array_equal(cut[key], whole[key][:start + 22])
-  row = make(length=start + 2, policy='cut_row')
-  assert row['visual_index'][start:].tolist() == [0, 1]
+  row = make(length=start + 40, policy='cut_row')
+  np.testing.assert_array_equal(row['visual_index'], whole['visual_index'][:start + 40])
+  with pytest.raises(BadRow, match='has no answer to learn within') as caught:
+    make(length=start + 2, policy='cut_row')
+  assert caught.value.kind == 'no target'
   with pytest.raises(BadRow, match='ids of text, at most 20 are allowed') as caught:
     make(length=20, policy='refuse')
   assert caught.value.kind == 'too long'
