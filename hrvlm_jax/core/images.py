@@ -13,11 +13,14 @@ NumPy and Pillow only; nothing here touches a device. Two jobs:
 Axis letters: h height, w width. Sizes and boxes as in Pillow: (width, height), (x0, y0, x1, y1).
 """
 
+import base64
+import binascii
 import io
 import os
 from pathlib import Path
 import threading
 from typing import BinaryIO, Literal
+import urllib.parse
 
 from jaxtyping import UInt8
 import numpy as np
@@ -258,6 +261,25 @@ def _check_size(size: tuple[int, int], max_pixels: int, name: str) -> None:
       'too large', f'{name}: the image has {width} x {height} = {width * height} pixels, the limit '
       f'is {max_pixels}; make it smaller or raise the limit (--max-pixels N; data.max_pixels in a '
       f'run; decoded it takes {width * height * 3 / 1e9:.1f} GB)')
+
+
+def data_url(text: str, *, max_bytes: int, name: str = 'data URL') -> bytes:
+  """The bytes of `data:image/png;base64,...`, also with percent signs or white space in it.
+
+  Raises:
+    UserError: no base64, or too large.
+  """
+  head, comma, body = text.partition(',')
+  if not comma or not head.lower().endswith(';base64'):
+    raise ImageError('not an image',
+                     f'{name}: begins with {head[:40]!r}, expected data:image/...;base64,...')
+  if len(body) * 3 // 4 > max_bytes + 3:
+    raise ImageError('too large', f'{name}: holds more than {max_bytes:,} bytes')
+  try:
+    return base64.b64decode(
+      b''.join(urllib.parse.unquote_to_bytes(body).split()), validate=True)
+  except (binascii.Error, ValueError) as error:
+    raise ImageError('damaged', f'{name}: is not base64 ({error})') from error
 
 
 def check_size(width: int, height: int) -> None:

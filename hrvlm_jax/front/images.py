@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Mapping, Sequence
 import glob
 import io
@@ -24,6 +22,7 @@ from hrvlm_jax.core.images import (
   AlphaPolicy,
   ExifPolicy,
   ImageError,
+  data_url,
   on_page,
   open_image,
 )
@@ -120,24 +119,6 @@ def from_array(array: np.ndarray, *, max_pixels: int = MAX_PIXELS, name: str = '
   elif array.dtype != np.uint8:
     raise UserError(f'{name}: found {shown}, expected uint8, or floats from 0 to 1')
   return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
-
-
-def data_url(text: str, *, max_bytes: int = MAX_BYTES, name: str = 'data URL') -> bytes:
-  """The bytes of `data:image/png;base64,...`.
-
-  Raises:
-    UserError: no base64, or too large.
-  """
-  head, comma, body = text.partition(',')
-  if not comma or not head.lower().endswith(';base64'):
-    raise ImageError('not an image',
-                     f'{name}: begins with {head[:40]!r}, expected data:image/...;base64,...')
-  if len(body) * 3 // 4 > max_bytes + 3:
-    raise ImageError('too large', f'{name}: holds more than {max_bytes:,} bytes')
-  try:
-    return base64.b64decode(''.join(body.split()), validate=True)
-  except (binascii.Error, ValueError) as error:
-    raise ImageError('damaged', f'{name}: is not base64 ({error})') from error
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

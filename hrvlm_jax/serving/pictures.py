@@ -8,8 +8,6 @@ the connection goes to that address, whatever the name says a moment later.
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -25,7 +23,7 @@ import urllib.parse
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.images import MAX_PIXELS, open_image
+from hrvlm_jax.core.images import MAX_PIXELS, data_url, open_image
 
 _REDIRECTS = 3
 # Addresses that stand for others: a public one of these may lead to a private one.
@@ -41,7 +39,7 @@ class PictureLimits:
     images: of one request.
     pixels: of one image.
     remote: whether http(s) addresses are fetched.
-    bytes, seconds: of one that is fetched, all in all.
+    bytes: of one, fetched or in a data URL. seconds: of one that is fetched, all in all.
     exif: see `core.images.open_image`.
   """
 
@@ -61,7 +59,7 @@ def open_url(url: str, limits: PictureLimits, *, name: str = 'image') -> Image.I
   """
   scheme = url[:8].partition(':')[0].lower()
   if scheme == 'data':
-    data = _inline(url, name)
+    data = data_url(url, max_bytes=limits.bytes, name=name)
   elif scheme in ('http', 'https'):
     if not limits.remote:
       raise UserError(f'{name}: this server fetches no images from the web; send the image itself, '
@@ -71,16 +69,6 @@ def open_url(url: str, limits: PictureLimits, *, name: str = 'image') -> Image.I
     raise UserError(f'{name}: expected a data URL (data:image/png;base64,...); files of the server '
                     'are not read')
   return open_image(data, exif=limits.exif, max_pixels=limits.pixels, name=name)
-
-
-def _inline(url: str, name: str) -> bytes:
-  head, comma, body = url.partition(',')
-  if not comma or not head.lower().endswith(';base64'):
-    raise UserError(f'{name}: expected a data URL in base64: data:image/png;base64,...')
-  try:
-    return base64.b64decode(urllib.parse.unquote_to_bytes(body), validate=True)
-  except (binascii.Error, ValueError) as error:
-    raise UserError(f'{name}: the data URL is no valid base64 ({error})') from error
 
 
 def is_public(address: str) -> bool:
