@@ -30,7 +30,7 @@ from hrvlm_jax.data.rows import (
   inside,
 )
 from hrvlm_jax.data.unchanged import Unchanged
-from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 
@@ -205,11 +205,13 @@ def _line_spans(data: bytes, start: int) -> np.ndarray:
 class ImageFolder:
   """Images of a folder and its sub-folders in the order of their names; links out are left out.
 
-  A text file beside an image (`a.jpg`, `a.txt`) is its caption: the answer to `prompt`.
+  A text file beside an image (`a.jpg`, `a.txt`) is its caption: the answer to `prompt`, or to the
+  image alone.
 
   Args:
     folder: where the images are.
-    prompt: question of every row; '' gives rows without messages (to encode, to ask about).
+    prompt: question of every row; '' gives images without a caption no messages (to encode, to ask
+      about).
 
   Raises:
     UserError: no such folder, or no image in it.
@@ -239,15 +241,14 @@ class ImageFolder:
   def __getitem__(self, index):
     name = self._names[index]
     where = os.path.join(self.folder, name)
-    messages: Sequence[Message] = ()
-    if self.prompt:
-      messages = (Message(USER, self.prompt),)
-      caption = pathlib.Path(where).with_suffix('.txt')
-      if caption.is_file():
-        try:
-          messages += (Message(ASSISTANT, caption.read_text('utf-8').strip()),)
-        except UnicodeDecodeError as error:
-          raise BadRow('encoding', where, f'{caption.name} is not UTF-8 text') from error
+    messages: Sequence[Message] = (Message(USER, self.prompt),) if self.prompt else ()
+    caption = pathlib.Path(where).with_suffix('.txt')
+    if caption.is_file():
+      try:
+        answer = Message(ASSISTANT, caption.read_text('utf-8').strip())
+      except UnicodeDecodeError as error:
+        raise BadRow('encoding', where, f'{caption.name} is not UTF-8 text') from error
+      messages = (Message(USER, self.prompt or IMAGE), answer)
     ref = ImageRef(name, folder=self.folder, path=name)
     return Row(name, (ref,), tuple(messages), where)
 

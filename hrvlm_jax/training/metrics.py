@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import sys
+import time
 from typing import Any
 import uuid
 
@@ -50,9 +51,7 @@ class MetricsWriter:
     self._file = self.path.open('a', encoding='utf-8')
     self._board = None
     if tensorboard:
-      from tensorboardX import SummaryWriter
-
-      self._board = SummaryWriter(str(pathlib.Path(workdir) / 'tensorboard'), purge_step=start + 1)
+      self._board = _Board(pathlib.Path(workdir) / 'tensorboard', start + 1)
     self._total, self._shown = total, bool(progress)
     self._lines = progress == 'lines' or (self._shown and not sys.stderr.isatty())
     self._bar = tqdm(total=total, initial=start, disable=self._lines or not self._shown,
@@ -80,7 +79,7 @@ class MetricsWriter:
     if self._board is not None:
       for key, value in plain.items():
         if isinstance(value, (int, float)):
-          self._board.add_scalar(key, value, step)
+          self._board.scalar(key, value, step)
     if self._wandb is not None:
       self._wandb.log({k: v for k, v in plain.items() if isinstance(v, (int, float))}, step=step)
     if self._lines:
@@ -130,6 +129,41 @@ class MetricsWriter:
       self._board.close()
     if self._wandb is not None:
       self._wandb.finish()
+
+
+class _Board:
+  """A file of TensorBoard's events.
+
+  tensorboardX's SummaryWriter hands events to a thread, and its flush does not wait for the thread:
+  the file of a killed run may lack steps that its checkpoint has. Its own writer of the file, used
+  here, writes at once.
+
+  Args:
+    purge: the first step of this run; a viewer drops what earlier files say of it and later ones.
+  """
+
+  def __init__(self, folder: pathlib.Path, purge: int):
+    from tensorboardX import event_file_writer, summary
+    from tensorboardX.proto import event_pb2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    self._event, self._scalar = event_pb2.Event, summary.scalar
+    self._file = event_file_writer.EventsWriter(
+      str(folder / 'events'), f'.{time.time_ns()}')  # two starts within a second: two files
+    self._write(step=purge, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+    self.flush()
+
+  def _write(self, **values: Any) -> None:
+    self._file.write_event(self._event(wall_time=time.time(), **values))
+
+  def scalar(self, tag: str, value: float, step: int) -> None:
+    self._write(step=step, summary=self._scalar(tag, value))
+
+  def flush(self) -> None:
+    self._file.flush()
+
+  def close(self) -> None:
+    self._file.close()
 
 
 def _row(line: str) -> dict[str, Any] | None:

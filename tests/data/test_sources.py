@@ -148,7 +148,9 @@ def test_image_folder(folder, tmp_path_factory):
   assert [source[i].id for i in range(len(source))] == ['a/one.png', 'c.JPG']
   assert source[0].messages == (Message(USER, 'Describe.'),)
   assert source[1].messages == (Message(USER, 'Describe.'), Message(ASSISTANT, 'A dot.'))
-  assert ImageFolder(folder)[1].messages == ()
+  plain = ImageFolder(folder)  # a captioned image can be trained on as it is
+  assert plain[1].messages == (Message(USER, '<image>'), Message(ASSISTANT, 'A dot.'))
+  assert plain[0].messages == ()
   with pytest.raises(UserError, match='has no images'):
     ImageFolder(tmp_path_factory.mktemp('void'))
 

@@ -26,17 +26,19 @@ def row(i, image='0.png', answer='A', question='<image>\nWhat?'):
 
 @pytest.fixture(scope='module')
 def folder(data):  # noqa: F811
-  """Where the pictures are; beside them a picture that its header praises and its end does not."""
+  """Where the pictures are; beside them one that ends too early, and one too long."""
   place = pathlib.Path(data).parent
   Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
     place / 'torn.jpg')
+  strip = Image.new('RGB', (900, 20))  # more views than tokens
+  strip.save(place / 'strip.png')
   (place / 'torn.jpg').write_bytes((place / 'torn.jpg').read_bytes()[:700])
   return place
 
 
 def test_rows_that_cannot_be_used_are_left_out(data, folder, tmp_path, capsys):  # noqa: F811
   bad = [row(0), row(1, image=None, question='2+2?', answer='4'), row(2, image='none.png'),
-         row(3, image=['0.png'] * 9, question='<image>\n' * 9 + 'What?'), row(4, image='torn.jpg'),
+         row(3, image='strip.png'), row(4, image='torn.jpg'),
          row(5) | {'conversations': row(5)['conversations'][:1]}, row(6)]
   (folder / 'held_out.json').write_text(json.dumps(bad))
   options = {'eval_every': 2, 'checkpoint_every': 2, 'steps': 4, 'mfu': False}

@@ -24,7 +24,11 @@ class Bucket(backend._OsPathBackend):
 
     def call(path, *args, **kwargs):
       assert not (name == 'open' and 'a' in str(args[:1])), 'buckets cannot append'
-      return found(self._file(path), *args, **kwargs)
+      place = self._file(path)
+      if name == 'glob':  # texts in, texts out
+        return [file.replace(f'{self._root}/', 'gs://') if place is not path else file
+                for file in found(str(place), *args, **kwargs)]
+      return found(place, *args, **kwargs)
 
     return call
 
