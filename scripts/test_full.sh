@@ -12,15 +12,20 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PARTS=(systems training parallel interop recipes plans)
+# In environments of their own; their rows are in docs/matrix.md.
+APART=(transformers)
 
 part=${1:-}
 if [[ $part == --list ]]; then
-  printf '%s\n' "${PARTS[@]}"
+  printf '%s\n' "${PARTS[@]}" "${APART[@]}"
   exit 0
+fi
+if [[ " ${APART[*]} " == *" $part "* && -n $part && $# == 1 ]]; then
+  exec ./scripts/test_matrix.sh "$part"
 fi
 if [[ " ${PARTS[*]} " != *" $part "* || -z $part ]]; then
   printf 'usage: test_full.sh PART [pytest arguments]; found "%s", the parts are: %s\n' \
-    "$part" "${PARTS[*]}" >&2
+    "$part" "${PARTS[*]} ${APART[*]}" >&2
   exit 2
 fi
 shift

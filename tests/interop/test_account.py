@@ -11,6 +11,7 @@ from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.interop.account import config_keys
 from hrvlm_jax.interop.convert import Release, convert, recognise
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
@@ -340,3 +341,30 @@ def test_a_tokenizer_without_the_template_s_tokens_is_refused_at_once(release, t
   (folder / 'tokenizer_config.json').write_text('{}')
   with pytest.raises(UserError, match="has no token '<.im_end.>'"):
     convert(folder, tmp_path / 'to')
+
+
+@pytest.mark.parametrize('name', ['mc_llava', 'pheye', 'llava_hr', 'single_view', 'ps3'])
+def test_config_json_as_transformers_5_writes_it(name):
+  """Opened and saved there, a file has keys of the library's own; each has its account."""
+  import transformers
+
+  system = registry.get(name)
+  before = json.loads(json.dumps(system.to_release(system.tiny())['config.json']))
+  known = {'phi', 'llama', 'qwen2', 'siglip_vision_model', 'clip_vision_model'}
+  inner = {key: transformers.AutoConfig.for_model(**value).to_dict()
+           for key, value in before.items()
+           if isinstance(value, dict) and value.get('model_type') in known}
+  text = {} if 'text_type' not in before else transformers.AutoConfig.for_model(
+    before['text_type'], **{key: value for key, value in before.items()
+                            if key not in ('model_type', 'hrvlm', 'mm_hidden_size')}).to_dict()
+  whole = transformers.PretrainedConfig(**{
+    key: value for key, value in before.items() if key != 'model_type'}).to_dict()
+  after = json.loads(json.dumps(text | whole | before | inner, default=str))
+  new = {'transformers_version', 'dtype', 'chunk_size_feed_forward', 'id2label'}
+  assert new <= after.keys() - before.keys()
+  config = system.from_release(after)
+  assert config == system.from_release(before)
+  found = config_keys(after, system, config)
+  assert not found.problems
+  told = {key.partition('.')[0] for key in (*found.used, *found.harmless)}
+  assert told == after.keys()

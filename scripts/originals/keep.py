@@ -1,0 +1,60 @@
+"""The end of scripts/originals.sh: holds both sides' tokens together and keeps the row.
+
+    python -m scripts.originals.keep SYSTEM CHECKOUT FOLDER PAGE.md
+"""
+
+import datetime
+import json
+import pathlib
+import subprocess
+import sys
+
+HEAD = """# The originals' own code beside ours
+
+`./scripts/originals.sh DIR` takes a checkout of an original, writes a tiny model of random weights
+in its layout (`hrvlm export --for original`), and compares the greedy tokens of its code and ours
+for three pictures (one view, several, elongated). Pheye's three transforms of torchvision are
+written anew in `scripts/originals/theirs.py`: its wheels do not load beside a PyTorch for CPUs.
+LLaVA-HR, PS3, VILA-HD and LLaVA have no runner yet. What it gave last:
+
+| original | commit | date | versions | answers equal | tokens equal |
+|---|---|---|---|---|---|
+"""
+
+
+def commit(checkout: str) -> str:
+  """Of the checkout; with a mark where its files were changed."""
+  git = lambda *args: subprocess.run(['git', '-C', checkout, *args], capture_output=True,
+                                     text=True)
+  head = git('rev-parse', '--short', 'HEAD')
+  if head.returncode:
+    return 'no repository'
+  return head.stdout.strip() + ('+changes' if git('status', '--porcelain').stdout.strip() else '')
+
+
+def main(name: str, checkout: str, work: str, page: str) -> int:
+  """Prints every question, replaces or adds the row; 1 where tokens differ."""
+  place = pathlib.Path(work)
+  ours = [one['tokens'] for one in json.loads((place / 'asked.json').read_text())['asked']]
+  found = json.loads((place / 'theirs.json').read_text())
+  same = total = answers = 0
+  for number, (mine, theirs) in enumerate(zip(ours, found['tokens'], strict=True)):
+    equal = sum(a == b for a, b in zip(mine, theirs, strict=False))
+    same, total = same + equal, total + max(len(mine), len(theirs))
+    answers += mine == theirs
+    print(f'question {number}: ours {mine}, theirs {theirs}')
+  versions = ', '.join(f'{key} {value}' for key, value in found['versions'].items())
+  row = (f'| {name} | {commit(checkout)} | {datetime.datetime.now(datetime.UTC).date()} | '
+         f'{versions} | {answers} of {len(ours)} | {same} of {total} |')
+  path = pathlib.Path(page)
+  lines = (path.read_text(encoding='utf-8') if path.exists() else HEAD).splitlines()
+  kept = [line for line in lines if not line.startswith(f'| {name} |')]
+  last = max(i for i, line in enumerate(kept) if line.startswith('|'))
+  kept.insert(last + 1, row)
+  path.write_text('\n'.join(kept) + '\n', encoding='utf-8')
+  print(row)
+  return int(answers != len(ours))
+
+
+if __name__ == '__main__':
+  raise SystemExit(main(*sys.argv[1:]))

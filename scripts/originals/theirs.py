@@ -1,0 +1,141 @@
+"""The original's side of scripts/originals.sh: its own code on the folder that we wrote.
+
+    python scripts/originals/theirs.py SYSTEM CHECKOUT FOLDER
+
+Runs in the original's environment and imports nothing of ours.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+import sys
+import types
+
+import numpy as np
+from PIL import Image
+import torch
+
+
+def mc_llava(checkout, folder, asked):
+  """A function (picture, ids) -> generated ids, of visheratin/mc-llava."""
+  from modeling_mc_llava import LlavaConfig, LlavaForCausalLM
+  from processing_mc_llava import MultiCropImageProcessor
+  from safetensors.torch import load_file
+
+  values = json.loads((folder / 'config.json').read_text())
+  config = LlavaConfig(**values, image_token_index=asked['image_id'])
+  model = LlavaForCausalLM(config).eval()
+  fill(model, load_file(folder / 'model.safetensors'))
+  crops, knobs = MultiCropImageProcessor(str(folder)), asked['model']['encoder']
+
+  def answer(picture, ids):
+    views = crops([picture], knobs['max_crops'])
+    seen = model.vision_model(views['pixel_values'], views['coords'],
+                              num_tokens=knobs['num_tokens'])
+    features = model.multi_modal_projector(seen)
+    out = model.generate(
+      input_ids=ids, attention_mask=torch.ones_like(ids), image_features=features,
+      max_new_tokens=asked['new'], do_sample=False, use_cache=True, eos_token_id=asked['stop'],
+      pad_token_id=asked['stop'][0])
+    return out[0, ids.shape[1]:]
+
+  return answer
+
+
+def transforms():
+  """The three parts of torchvision that Pheye uses: its wheels do not load beside a PyTorch for
+  CPUs."""
+  to_tensor = lambda image: torch.from_numpy(
+    np.array(image).transpose(2, 0, 1).copy()).float().div(255)
+
+  def normalize(mean, std):
+    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+    return lambda x: (x - mean) / std
+
+  def compose(parts):
+    def run(x):
+      for part in parts:
+        x = part(x)
+      return x
+    return run
+
+  module, inner = types.ModuleType('torchvision'), types.ModuleType('torchvision.transforms')
+  inner.ToTensor, inner.Normalize, inner.Compose = lambda: to_tensor, normalize, compose
+  module.transforms = inner
+  sys.modules |= {'torchvision': module, 'torchvision.transforms': inner}
+
+
+def pheye(checkout, folder, asked):
+  """The same of miguelscarv/pheye; its backbones are named by folders, whose weights the checkpoint
+  then replaces."""
+  from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PhiConfig
+
+  transforms()  # behind transformers, which looks for torchvision
+  from pheye_builder import create_model_and_transforms
+
+  model, encoder = asked['model'], asked['model']['encoder']
+  vision, text, fusion = encoder['vision'], model['text'], model['fusion']
+  tower, language = folder.parent / 'tower', folder.parent / 'language'
+  CLIPModel(CLIPConfig(
+    text_config={'hidden_size': 8, 'num_hidden_layers': 1, 'num_attention_heads': 1,
+                 'intermediate_size': 8, 'vocab_size': 9},
+    vision_config={'hidden_size': vision['width'], 'num_hidden_layers': vision['depth'],
+                   'num_attention_heads': vision['heads'], 'image_size': vision['image_size'],
+                   'intermediate_size': vision['mlp_width'], 'patch_size': vision['patch_size'],
+                   'hidden_act': vision['activation'], 'layer_norm_eps': vision['norm_eps']},
+    projection_dim=8)).save_pretrained(tower)
+  PhiConfig(vocab_size=text['vocab_size'], hidden_size=text['width'],
+            num_hidden_layers=text['depth'], num_attention_heads=text['heads'],
+            intermediate_size=text['mlp_width'], max_position_embeddings=text['max_positions'],
+            partial_rotary_factor=text['rotary_dim'] / text['head_dim'],
+            layer_norm_eps=text['norm_eps']).save_pretrained(language)
+  AutoTokenizer.from_pretrained(str(folder)).save_pretrained(folder.parent / 'tokenizer')
+  whole, _ = create_model_and_transforms(
+    clip_vision_encoder_path=str(tower), lang_decoder_path=str(language),
+    tokenizer_path=str(folder.parent / 'tokenizer'), dtype=torch.float32,
+    encoder_dtype=torch.float32, decoder_dtype=torch.float32, level=encoder['level'],
+    cross_attn_every_n_layers=fusion['interval'], reduce_factor=fusion['reduce'],
+    from_layer=fusion['from_layer'])
+  if encoder['first'] is not None:
+    whole.vision_encoder.add_first_level_adapter()
+  whole.load_state_dict(torch.load(folder / 'checkpoint.pt', map_location='cpu'))
+  whole.eval()
+
+  def answer(picture, ids):
+    out = whole.generate(
+      vision_x=[picture], lang_x=ids, attention_mask=torch.ones_like(ids),
+      max_new_tokens=asked['new'], eos_token_id=asked['stop'], pad_token_id=asked['stop'][0])
+    return out[0, ids.shape[1]:]
+
+  return answer
+
+
+def fill(model, tensors):
+  """Every parameter gets its tensor, and every tensor has its parameter.
+
+  Raises:
+    SystemExit: names that only one side has.
+  """
+  missing, unexpected = model.load_state_dict(tensors, strict=False)
+  known = dict(model.named_parameters())
+  wrong = [f'missing {name}' for name in missing if name in known]
+  if wrong := wrong + [f'unexpected {name}' for name in unexpected]:
+    raise SystemExit(f'theirs.py: names differ: {", ".join(wrong[:20])}')
+
+
+def main(name, checkout, work):
+  """Writes `theirs.json`: generated ids of every question, and the versions."""
+  sys.path.insert(0, checkout)
+  place = pathlib.Path(work)
+  asked = json.loads((place / 'asked.json').read_text())
+  with torch.no_grad():
+    answer = {'mc_llava': mc_llava, 'pheye': pheye}[name](checkout, place / 'original', asked)
+    found = [answer(Image.open(place / one['picture']).convert('RGB'), torch.tensor([one['ids']]))
+             for one in asked['asked']]
+  versions = {p: importlib.metadata.version(p) for p in ('torch', 'transformers', 'pillow')}
+  (place / 'theirs.json').write_text(json.dumps({
+    'tokens': [[int(one) for one in row] for row in found], 'versions': versions}))
+
+
+if __name__ == '__main__':
+  main(*sys.argv[1:])
