@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes plans)
+PARTS=(systems training parallel interop recipes plans parity)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 

@@ -75,6 +75,7 @@ def test_any_number_of_tokens_on_any_shape_fills_its_maps(tokens, size):
     assert taken.sum() == min(tokens, available)
 
 
+@pytest.mark.full('systems')
 def test_feature_maps_of_a_wide_image_have_its_shape():
   fn = Functional(lambda rngs: Encoder(CONFIG, rngs=rngs))
   plan = make_plan(64, 160, CONFIG, num_tokens=30)
