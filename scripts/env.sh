@@ -50,3 +50,17 @@ PY
     -c requirements.lock "$@" -e ".[$extra]"
   printf '%s' "$key" >"$stamp"
 }
+
+# An environment beside .venv, for what cannot share its versions: .matrix/NAME, from a lock of its own.
+# usage: ensure_beside NAME LOCK PIP_REQUIREMENT...
+ensure_beside() {
+  local name=$1 lock=$2 env=.matrix/$1 key; shift 2
+  key="$PWD $(cat pyproject.toml "$lock" | sha256sum) $*"
+  if [[ ! -f $env/installed || $(<"$env/installed") != "$key" ]]; then
+    say "Installing what part $name needs into $env (once; needs the network)."
+    rm -rf "$env"
+    "${PYTHON:-python3}" -m venv "$env"
+    "$env/bin/python" -m pip install --quiet --disable-pip-version-check -c "$lock" "$@"
+    printf '%s' "$key" >"$env/installed"
+  fi
+}

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-PACKAGES = ('jax', 'flax', 'orbax-checkpoint', 'grain', 'numpy')
+PACKAGES = ('jax', 'flax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow', 'gradio',
+            'mkdocs-material')
 
 
 def row(name: str, report: str) -> str:
@@ -24,7 +25,8 @@ def row(name: str, report: str) -> str:
   git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True).stdout.strip()
   # The page itself has changed when the part before this one was kept.
   changed = git('status', '--porcelain', '--untracked-files=no', '--', ':!docs')
-  packages = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)
+  here = {d.name.lower() for d in importlib.metadata.distributions()}
+  packages = ', '.join(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES if p in here)
   return ' | '.join([
     f'| {name}', git('rev-parse', '--short', 'HEAD') + ('+changes' if changed else ''),
     datetime.datetime.now(datetime.UTC).date().isoformat(), f'Python {platform.python_version()}',

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes plans parity)
+PARTS=(systems training parallel interop recipes plans parity notebooks site)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 
@@ -29,20 +29,29 @@ if [[ " ${PARTS[*]} " != *" $part "* || -z $part ]]; then
   exit 2
 fi
 shift
+whole=$(($# == 0))
 
 source scripts/env.sh
 needed=(torch==2.13.0)
 if [[ $part == plans ]]; then # the compiler for TPUs; no TPU is needed
   needed+=(libtpu==0.0.42.1)
 fi
-ensure_env test "${needed[@]}"
+# The site needs nothing of the package, and has an environment of its own.
+python=.venv/bin/python
+if [[ $part == site ]]; then
+  ensure_beside site requirements.site.lock mkdocs-material 'mkdocstrings[python]' pytest pytest-xdist
+  python=.matrix/site/bin/python
+  set -- tests/packaging/test_site.py "$@"
+else
+  ensure_env test "${needed[@]}"
+fi
 
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 status=0
-timeout 3600 .venv/bin/python -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile \
+timeout 3600 "$python" -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile \
   --full "$part" --junitxml "$report" "$@" || status=$?
-if [[ $# == 0 && -s $report ]]; then
-  .venv/bin/python scripts/keep_run.py docs/test_full/README.md "$part" "$report"
+if [[ $whole == 1 && -s $report ]]; then
+  "$python" scripts/keep_run.py docs/test_full/README.md "$part" "$report"
 fi
 exit "$status"
