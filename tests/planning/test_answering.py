@@ -19,8 +19,12 @@ from hrvlm_jax.vlm import laid, where
 PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'answering.md'
 
 
-def test_every_release_has_its_smallest_slice():
+@pytest.mark.full('plans')
+def test_the_page_is_that_of_today():
   assert PAGE.read_text() == answering.page()
+
+
+def test_every_release_has_its_smallest_slice():
   names = [name for name, _ in answering.releases()]
   systems = {config.system for _, config in answering.releases()}
   assert {'mc_llava', 'pheye', 'llava_hr', 'vila_hd'} <= systems

@@ -43,7 +43,7 @@ def asked(number, **options):
 
 @pytest.mark.parametrize('system', levels.rows(
   'systems', ['mc_llava', 'pheye', 'vila_hd', 'llava_hr', 'single_view', 'anyres', 's2'],
-  first=['mc_llava', 'pheye', 'vila_hd']))
+  first=['mc_llava', 'pheye']))
 def test_an_answer_is_that_of_ask_whoever_is_beside_it(system):
   answerer, engine = model(system)
   requests = [asked(number, logprobs=2) for number in range(4)]
