@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes plans parity notebooks site)
+PARTS=(systems training parallel interop recipes plans parity notebooks site faults)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 

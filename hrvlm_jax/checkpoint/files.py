@@ -1,6 +1,7 @@
 """Writing folders so that a half-written one is never taken for a whole one.
 
-`staged_folder` collects files in a neighbour of the target and renames it into place at the end;
+`staged_folder` collects files in a neighbour of the target and renames it into place at the end,
+`whole_file` does so with one file;
 `scratch_arrays` are arrays larger than memory; `clear_errors` turns what the operating system says
 into one sentence.
 """
@@ -106,6 +107,34 @@ def staged_folder(
     finally:
       shutil.rmtree(stage, ignore_errors=True)
       shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """Yields a path to write, with the same ending; it becomes `path` when the block ends without an
+  error. On an error `path` is as it was, and nothing lies beside it.
+
+  What is no plain file (`/dev/stdout`, a pipe) is written as it is.
+
+  Raises:
+    UserError: no space, no permission, no such folder, a folder of that name.
+  """
+  path = pathlib.Path(os.path.realpath(path))
+  if path.is_dir():
+    raise UserError(f'{path}: is a folder, expected the name of a file to write')
+  if not path.parent.is_dir():
+    raise UserError(f'{path}: the folder {path.parent} does not exist; make it first')
+  with clear_errors(f'cannot write {path}'):
+    if path.exists() and not path.is_file():
+      yield path
+      return
+    part = path.with_name(f'.{path.stem[:100]}.{os.getpid()}.part{path.suffix}')
+    try:
+      yield part
+      sync(part)
+      part.replace(path)
+    finally:
+      part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

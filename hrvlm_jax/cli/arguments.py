@@ -166,6 +166,35 @@ def say_weights(checkpoint: str, weights: str | None) -> None:
     print(said, file=sys.stderr)
 
 
+def add_penalties(parser: argparse.ArgumentParser, *, drawn: bool = True) -> None:
+  """`--repetition-penalty`, `--no-repeat-ngram-size` and, where tokens may be drawn, `--min-p` (see
+  `language.sampling`)."""
+  if drawn:
+    parser.add_argument('--min-p', type=float, metavar='P',
+                        help='of a temperature above 0: leave out tokens less likely than this '
+                        'share of the likeliest (default: 0)')
+  parser.add_argument('--repetition-penalty', type=float, metavar='X',
+                      help='logits of tokens that were written are divided by it '
+                      "(default: the model's generation_config.json, else 1)")
+  parser.add_argument('--no-repeat-ngram-size', type=int, metavar='N',
+                      help='no sequence of so many tokens is written twice '
+                      "(default: the model's generation_config.json, else 0: off)")
+
+
+def penalties_of(arguments: argparse.Namespace) -> dict[str, Any]:
+  """The options of `add_penalties` that were given, as fields of `Sampling`."""
+  names = ('min_p', 'repetition_penalty', 'no_repeat_ngram_size')
+  return {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
+
+
+def read_seed(text: str) -> int:
+  """A seed as `RunConfig` takes it."""
+  if not text.isdecimal() or int(text[:40]) >= 1 << 32:
+    raise argparse.ArgumentTypeError(f'found {text[:40]!r}, expected a whole number from 0 to '
+                                     f'{(1 << 32) - 1}')
+  return int(text)
+
+
 def _positive(text: str) -> int:
   number = int(text)
   if number < 1:

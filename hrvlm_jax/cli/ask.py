@@ -9,7 +9,15 @@ import sys
 from typing import Any
 
 from hrvlm_jax.cli import questions
-from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, reading_of, say_weights
+from hrvlm_jax.cli.arguments import (
+  Parser,
+  add_penalties,
+  add_reading,
+  add_weights,
+  penalties_of,
+  reading_of,
+  say_weights,
+)
 from hrvlm_jax.core.errors import UserError
 
 KNOBS = (
@@ -46,6 +54,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--temperature', type=float, default=0.0, help='0 is greedy')
   parser.add_argument('--top-k', type=int, default=0)
   parser.add_argument('--top-p', type=float, default=1.0)
+  add_penalties(parser)
   parser.add_argument('--beams', type=int, default=1)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
   add_reading(parser, exif=True)
@@ -60,7 +69,7 @@ def main(argv: list[str]) -> int:
     raise UserError('--overlay draws on an image; there is none')
   sampling = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
                   top_k=arguments.top_k, top_p=arguments.top_p, beams=arguments.beams,
-                  seed=arguments.seed)
+                  seed=arguments.seed, **penalties_of(arguments))
   from hrvlm_jax.parallel import distributed, fate
 
   several = distributed.initialize(
@@ -104,7 +113,7 @@ def _one(arguments, knobs, sampling, *, write: bool) -> int:
   if arguments.overlay:
     picture = model.overlay(images[0], arguments.question)
     if write:
-      picture.save(arguments.overlay)
+      save_picture(picture, arguments.overlay)
       print(f'drawn: {arguments.overlay}', file=sys.stderr)
   return 0
 
@@ -144,10 +153,13 @@ def encode(argv: list[str]) -> int:
   values = np.asarray(tokens.values[0], np.float32)[np.asarray(tokens.valid[0])]
   print(f'{values.shape[0]} tokens of width {values.shape[1]}')
   if arguments.out is not None:
-    np.save(arguments.out, values)
+    from hrvlm_jax.checkpoint.files import whole_file
+
+    with whole_file(arguments.out) as part:
+      np.save(part, values)
     print(f'written: {arguments.out}')
   if arguments.overlay:
-    encoder.overlay(image, tokens).save(arguments.overlay)
+    save_picture(encoder.overlay(image, tokens), arguments.overlay)
     print(f'drawn: {arguments.overlay}')
   return 0
 
@@ -181,6 +193,14 @@ def take_knobs(argv: Sequence[str], names: Sequence[str] = NAMES
     except (ValueError, SyntaxError):
       options[key] = {'true': True, 'false': False, 'none': None}.get(text.lower(), text)
   return rest, knobs
+
+
+def save_picture(picture, path: str) -> None:
+  """Writes a picture, whole or not at all."""
+  from hrvlm_jax.checkpoint.files import whole_file
+
+  with whole_file(path) as part:
+    picture.save(part)
 
 
 def check_overlay(path: str | None) -> None:

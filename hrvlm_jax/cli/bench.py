@@ -81,6 +81,9 @@ def main(argv: list[str]) -> None:
     elif not (arguments.dry or arguments.alone):
       runner.save(result, settings)
   if arguments.json:
-    pathlib.Path(arguments.json).write_text(json.dumps(results, indent=1) + '\n')
+    from hrvlm_jax.checkpoint.files import whole_file
+
+    with whole_file(arguments.json) as part:
+      part.write_text(json.dumps(results, indent=1) + '\n')
   if arguments.docs:
     print(f'written: {docs.write(cases)}')

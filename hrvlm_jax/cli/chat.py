@@ -8,8 +8,16 @@ import os
 import shlex
 import sys
 
-from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, reading_of, say_weights
-from hrvlm_jax.cli.ask import KNOBS, check_overlay, take_knobs
+from hrvlm_jax.cli.arguments import (
+  Parser,
+  add_penalties,
+  add_reading,
+  add_weights,
+  penalties_of,
+  reading_of,
+  say_weights,
+)
+from hrvlm_jax.cli.ask import KNOBS, check_overlay, save_picture, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 
 COMMANDS = {
@@ -41,6 +49,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--temperature', type=float, default=0.0, help='0 is greedy')
   parser.add_argument('--top-k', type=int, default=0)
   parser.add_argument('--top-p', type=float, default=1.0)
+  add_penalties(parser)
   parser.add_argument('--seed', type=int, default=0, help='for a temperature above 0')
   add_reading(parser, exif=True)
   add_weights(parser)
@@ -59,7 +68,8 @@ def main(argv: list[str]) -> int:
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, encoder=encoder,
                          methods=knobs, weights=arguments.weights, **reading)
   settings = dict(max_new_tokens=arguments.max_new_tokens, temperature=arguments.temperature,
-                  top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed)
+                  top_k=arguments.top_k, top_p=arguments.top_p, seed=arguments.seed,
+                  **penalties_of(arguments))
   model.check(settings)
   talk = Terminal(model.chat(system=arguments.system), settings, images,
                   lambda word: as_image(word, **reading))
@@ -160,7 +170,7 @@ class Terminal:
     elif name == '/overlay':
       target = rest or OVERLAY
       check_overlay(target)
-      self.chat.overlay(self.images[-1] if self.images else None).save(target)
+      save_picture(self.chat.overlay(self.images[-1] if self.images else None), target)
       print(f'drawn: {target}')
     elif name == '/system':
       self.chat.clear()

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.core.errors import UserError, raise_all
 
@@ -96,6 +97,7 @@ def _claim(folder: pathlib.Path, path: pathlib.Path, settings: dict) -> None:
     return
   try:
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=2), 'utf-8')
+    with whole_file(path) as part:
+      part.write_text(json.dumps(settings, indent=2), 'utf-8')
   except OSError as error:
     raise UserError(f'--out {folder}: cannot be written ({error.strerror or error})') from error

@@ -1,7 +1,6 @@
 """`hrvlm data show | check | build`: data looked at, checked, made self-contained."""
 
 import json
-import os
 import pathlib
 import sys
 
@@ -62,7 +61,10 @@ def _show(argv: list[str]) -> int:
   if arguments.out is not None:
     if not found.panels:
       raise UserError(f'--out {arguments.out}: the rows shown have no images')
-    show.sheet(found.panels).save(arguments.out)
+    from hrvlm_jax.checkpoint.files import whole_file
+
+    with whole_file(arguments.out) as part:
+      show.sheet(found.panels).save(part)
     print(f'\ndrawn: {arguments.out}')
   return 0
 
@@ -104,11 +106,12 @@ def _check(argv: list[str]) -> int:
   for fault in report.faults:
     print(f'{fault.message} [{fault.kind}]')
   if arguments.out is not None:
-    part = pathlib.Path(f'{arguments.out}.part')
-    part.write_text(''.join(
-        json.dumps({'row': fault.position, 'kind': fault.kind, 'message': fault.message},
-                   ensure_ascii=False) + '\n' for fault in report.faults), encoding='utf-8')
-    os.replace(part, arguments.out)
+    from hrvlm_jax.checkpoint.files import whole_file
+
+    lines = (json.dumps({'row': fault.position, 'kind': fault.kind, 'message': fault.message})
+             for fault in report.faults)
+    with whole_file(arguments.out) as part:
+      part.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
   print(report.summary())
   return 1 if report.faults else 0
 

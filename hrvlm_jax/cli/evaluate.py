@@ -10,7 +10,14 @@ import pathlib
 import sys
 import typing
 
-from hrvlm_jax.cli.arguments import Parser, add_reading, add_weights, say_weights
+from hrvlm_jax.cli.arguments import (
+  Parser,
+  add_penalties,
+  add_reading,
+  add_weights,
+  penalties_of,
+  say_weights,
+)
 from hrvlm_jax.cli.ask import KNOBS, NAMES, take_knobs
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.evaluation.analysis import ANALYSES
@@ -40,6 +47,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--batch-size', type=int, default=8)
   parser.add_argument('--limit', type=int, help='only the first samples')
   parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
+  add_penalties(parser, drawn=False)
   add_reading(parser)
   add_weights(parser)
   parser.add_argument('--bad-images', choices=('wrong', 'stop'), default='wrong',
@@ -58,6 +66,7 @@ def main(argv: list[str]) -> int:
              if getattr(arguments, name) is None]
   if missing:
     raise UserError(f'{", ".join(missing)}: missing; hrvlm eval --list names the benchmarks')
+  check_settings(arguments)
   chosen = [_benchmark(name, arguments) for name in arguments.benchmark.split(',')]
   if arguments.metric and all(benchmark.name != 'own' for benchmark in chosen):
     raise UserError('--metric belongs to --benchmark own; the others have their own metrics')
@@ -77,6 +86,26 @@ def main(argv: list[str]) -> int:
     num_processes=arguments.num_processes, process_id=arguments.process_id)
   with fate.shared(parser.prog):
     return _answer_all(arguments, knobs, chosen, combinations, several=several)
+
+
+def check_settings(arguments) -> None:
+  """Refuses settings of answers that cannot be, before anything is read.
+
+  Raises:
+    UserError: all of them.
+  """
+  from hrvlm_jax.language.sampling import Sampling
+
+  problems = [f'--{name.replace("_", "-")} {value}: expected at least 1'
+              for name in ('batch_size', 'limit')
+              if (value := getattr(arguments, name)) is not None and value < 1]
+  if problems:
+    raise UserError('; '.join(problems))
+  tokens = 1 if arguments.max_new_tokens is None else arguments.max_new_tokens
+  try:
+    Sampling(max_new_tokens=tokens, **penalties_of(arguments))
+  except ValueError as error:
+    raise UserError(str(error)) from error
 
 
 def _answer_all(arguments, knobs, chosen, combinations, *, several: bool) -> int:
@@ -211,7 +240,7 @@ def _ask(answerer, benchmark, arguments, data, out):
   from hrvlm_jax.parallel import distributed
 
   folder = os.fspath(layout.resolve(arguments.checkpoint))
-  model = EvaluatedModel(answerer,
+  model = EvaluatedModel(answerer, sampling=penalties_of(arguments),
                          max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
   lies = answerer.layout
   asked = model.described(
@@ -238,7 +267,7 @@ def _score(benchmark, arguments, knobs) -> int:
   from hrvlm_jax.evaluation.runner import score_predictions
 
   given = [name for name in ('limit', 'max_new_tokens', 'prompt')
-           if getattr(arguments, name) is not None] + list(knobs)
+           if getattr(arguments, name) is not None] + [*penalties_of(arguments), *knobs]
   if given:
     options = ', '.join('--' + name.replace('_', '-') for name in given)
     raise UserError(f'{options}: decides how a model answers; --predictions scores answers that '

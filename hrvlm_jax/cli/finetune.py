@@ -1,6 +1,6 @@
 """`hrvlm finetune`: see `front.finetune`."""
 
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, read_seed
 from hrvlm_jax.cli.ask import take_knobs
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
                       help='of the held-out answers: plain, exact, contains, anls, relaxed, ...')
   parser.add_argument('--batch-size', type=int, help='default: 8, or as many rows as there are')
   parser.add_argument('--learning-rate', type=float, help='default: 2e-5, with --lora 2e-4')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=read_seed, default=0)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   arguments = parser.parse(argv)

@@ -90,7 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """The console script. Returns the exit status, see the head of this module."""
   argv = list(sys.argv[1:] if argv is None else argv)
   try:
-    return run(argv)
+    status = run(argv)
+    sys.stdout.flush()  # a full disk behind it is known here, and not at the end of Python
+    return status
   except UserError as error:
     name = f'hrvlm {argv[0]}' if argv and argv[0] in VERBS else 'hrvlm'
     print(f'{name}: {error}', file=sys.stderr)
@@ -101,13 +103,32 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
+  except MemoryError as error:
+    return _no_memory(argv, error)
+  except RuntimeError as error:  # XLA's
+    if 'RESOURCE_EXHAUSTED' not in str(error) and 'ut of memory' not in str(error):
+      raise
+    return _no_memory(argv, error)
   except OSError as error:  # a full disk, a missing permission, where no verb has said it better
     from hrvlm_jax.checkpoint.files import cause
 
-    if (said := cause(error)) is None:
+    if isinstance(error, (FileNotFoundError, IsADirectoryError)) and error.filename:
+      said = error.strerror
+    elif (said := cause(error)) is None:
       raise
+    try:
+      sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and complain in its own way
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f'hrvlm {argv[0]}: {error.filename or error.strerror}: {said}', file=sys.stderr)
     return 2
+
+
+def _no_memory(argv: Sequence[str], error: Exception) -> int:
+  said = ' '.join(str(error).split())[:200]
+  print(f'hrvlm {argv[0]}: there is not enough memory for that ({said}); take smaller batches, '
+        'images or numbers, or a larger machine', file=sys.stderr)
+  return 2
 
 
 if __name__ == '__main__':

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, read_seed
 from hrvlm_jax.core.errors import UserError
 
 PRESETS = ('tiny', 'panorama', 'square', 'one_k', 'four_k')
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--eval', type=int, default=500, help='evaluation images')
   parser.add_argument('--turns', type=int, default=3, help='questions per training image')
   parser.add_argument('--photographs', metavar='FOLDER', help='your pictures as backgrounds')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=read_seed, default=0)
   arguments = parser.parse(argv)
 
   from hrvlm_jax.lab.needle import NeedleConfig, write

@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
                        keep=arguments.program, **how)
   print(reports.describe(report, dearest=arguments.explain is not None))
   if arguments.json is not None:
-    arguments.json.write_text(json.dumps(report, indent=2) + '\n')
+    _write(arguments.json, json.dumps(report, indent=2))
     print(f'written: {arguments.json}')
   return 0 if report['memory']['fits'] else 1
 
@@ -151,9 +151,16 @@ def _arithmetic(config, topology, arguments) -> int:
     report = {'effort': 'arithmetic', 'topology': topology.name, 'slices': topology.slices,
               'mesh': to_dict(choice.mesh), 'bytes_per_device': dict(choice.need.parts),
               'usable_bytes': choice.limit, 'fits': choice.fits}
-    arguments.json.write_text(json.dumps(report, indent=2) + '\n')
+    _write(arguments.json, json.dumps(report, indent=2))
     print(f'written: {arguments.json}')
   return 0 if choice.need.total <= choice.limit else 1
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  from hrvlm_jax.checkpoint.files import whole_file
+
+  with whole_file(path) as part:
+    part.write_text(text + '\n')
 
 
 def _names_a_file(argv: list[str]) -> bool:
@@ -172,7 +179,7 @@ def _explain(arguments) -> int:
   reading = schedule.read(explain.load(arguments.explain), costs(arguments.chip, arguments.costs))
   print(explain.describe(reading))
   if arguments.json is not None:
-    arguments.json.write_text(json.dumps(explain.summary(reading), indent=2) + '\n')
+    _write(arguments.json, json.dumps(explain.summary(reading), indent=2))
     print(f'written: {arguments.json}')
   return 0
 

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from hrvlm_jax.cli import ask
-from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.cli.arguments import Parser, read_seed
 
 
 def main(argv: Sequence[str]) -> int:
   """Trains, compares, asks and exports a tiny model on the built-in task; run again, it goes on."""
   parser = Parser('quickstart', main.__doc__)
   parser.add_argument('--out', default='runs/quickstart', help='folder of everything')
-  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--seed', type=read_seed, default=0)
   parser.add_argument('--smoke', action='store_true', help='a few steps of everything (a test)')
   args = parser.parse(argv)
 

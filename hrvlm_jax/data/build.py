@@ -18,6 +18,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.checks import RowCheck
 from hrvlm_jax.data.rows import BadRow, Source, encode_record
@@ -118,9 +119,8 @@ def _claim(path: pathlib.Path, plan: dict) -> None:
 
 
 def _replace(path: pathlib.Path, values: dict) -> None:
-  part = path.with_name(path.name + '.part')
-  part.write_text(json.dumps(values, indent=2, ensure_ascii=False))
-  os.replace(part, path)
+  with whole_file(path) as part:
+    part.write_text(json.dumps(values, indent=2, ensure_ascii=False))
 
 
 def _checksum(path: pathlib.Path) -> str:

@@ -85,8 +85,12 @@ class RowCheck:
       wants_images = self.template is None or bool(self.template.image)
       if self.template is not None:
         render(self.template, messages, generation=not self.answers and len(messages) % 2 == 1)
-      if row.images and wants_images and shown not in (0, len(row.images)):
+      told = self.template is not None or bool(row.images)  # without either, it may be plain text
+      if told and wants_images and shown not in ({0, len(row.images)} if row.images else {0}):
         raise UserError(f'has {shown} image placeholders for {len(row.images)} images')
+      if not wants_images and len(row.images) != 1:
+        raise UserError(f'the template {self.template.name} is of a model that reads exactly one '
+                        f'image per prompt, found {len(row.images)}')
     except UserError as error:
       raise BadRow('conversation', row.where, str(error)) from error
 

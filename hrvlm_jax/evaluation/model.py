@@ -74,8 +74,7 @@ class EvaluatedModel:
     items = model.shown([(_images(picture), question) for picture, question in pairs])
     batch = model.placed(items)
     sampling = model.sampling(**self.sampling)
-    embeds, valid, extras = model.generator.prompt(batch)
-    made = model.generator.generate(embeds, valid, sampling, extras=extras)
+    made = model.generated(model.generator.prompt(batch), sampling)
     answers = []
     for row, (images, _) in zip(made.rows(), items, strict=False):  # rows up to the shards
       tokens = sum(model.system.count(*image.size, model.config.encoder).tokens for image in images)

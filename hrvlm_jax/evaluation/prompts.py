@@ -51,7 +51,8 @@ class Template:
     values = {'question': sample.question, 'hint': '', **sample.fields}
     if sample.choices:
       pairs = zip(letters(len(sample.choices)), sample.choices)
-      values['options'] = '\n'.join(f'{letter}. {choice}' for letter, choice in pairs)
+      values['options'] = '\n'.join(  # a gap keeps its letter, and is not offered
+        f'{letter}. {choice}' for letter, choice in pairs if choice)
 
     def value(match: re.Match) -> str:
       name = match.group(1)
@@ -69,7 +70,7 @@ def load(name: str, system: str = DEFAULT, *, path: str | Path | None = None) ->
   """
   if path is not None:
     try:
-      return Template(Path(path).read_text('utf-8'), str(path))
+      return Template(Path(path).read_text('utf-8-sig'), str(path))
     except (OSError, UnicodeDecodeError) as error:
       raise UserError(f'{path}: cannot be read as a prompt template ({error})') from error
   tables = tomllib.loads((resources.files(__package__) / 'prompts.toml').read_text('utf-8'))

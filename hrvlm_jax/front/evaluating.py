@@ -14,7 +14,7 @@ import jax
 
 from hrvlm_jax.checkpoint import layout
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation import benchmarks, provenance, runner
+from hrvlm_jax.evaluation import benchmarks, provenance, records, runner
 from hrvlm_jax.evaluation.benchmarks.own import own
 from hrvlm_jax.evaluation.model import EvaluatedModel
 from hrvlm_jax.evaluation.result import Result
@@ -86,7 +86,7 @@ def write(cells: Sequence[Cell], names: Sequence[str], out: str | os.PathLike) -
     {'error': cell.error} if cell.result is None else
     {'metric': cell.result.metric, 'value': cell.result.value, 'ci95': cell.result.ci95,
      'n': cell.result.n}) for cell in cells]
-  (folder / RESULTS).write_text(json.dumps(rows, indent=1, default=str) + '\n')
+  records.write_whole(folder / RESULTS, json.dumps(rows, indent=1, default=str) + '\n')
   keys = list(cells[0].values)
   combinations = list(dict.fromkeys(tuple(cell.values.items()) for cell in cells))
   found = {(tuple(cell.values.items()), cell.benchmark): cell for cell in cells}
@@ -95,7 +95,7 @@ def write(cells: Sequence[Cell], names: Sequence[str], out: str | os.PathLike) -
     [[*(str(value) for _, value in values), *(_shown(found.get((values, name))) for name in names)]
      for values in combinations] if keys else
     [[name, _shown(found.get(((), name)))] for name in names])
-  (folder / TABLE).write_text(table)
+  records.write_whole(folder / TABLE, table)
   _plot(cells, names, keys, folder / PLOT)
   return f'{table}written: {folder}'
 

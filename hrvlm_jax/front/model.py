@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -273,9 +274,11 @@ class Model:
       raise UserError('; '.join(wrong))
     sampling = {'max_new_tokens': MAX_NEW_TOKENS, 'beams': 1} | dict(settings)
     seed = sampling.pop('seed', 0)
+    if not isinstance(seed, numbers.Integral) or not -2**63 <= seed < 2**63:
+      raise UserError(f'seed: found {seed!r}, expected a whole number of 64 bits')
     try:
       Sampling(**sampling)
-      return sampling, jax.random.key(seed)
+      return sampling, jax.random.key(int(seed))
     except (TypeError, ValueError) as error:  # settings of a wrong kind, or against each other
       raise UserError(str(error)) from error
 

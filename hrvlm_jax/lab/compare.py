@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
@@ -277,7 +278,8 @@ class Comparison(Experiment):
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
       'language_steps': None if c.language is None else c.language.steps,
       'machine': machine(), 'versions': versions()}
-    (self.folder / 'table.txt').write_text(compare_report.table(results))
+    with whole_file(self.folder / 'table.txt') as part:
+      part.write_text(compare_report.table(results))
     compare_report.plot(results, self.folder / 'plot.png')
     self.write('results.json', results)
     say('\n' + compare_report.table(results))

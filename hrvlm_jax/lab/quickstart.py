@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.lab import report
@@ -145,7 +146,8 @@ class Quickstart(Comparison):
       'steps': {'encoder': c.encoder.steps, 'model': c.train_steps},
       'seconds': sum(self.times.values()), 'seconds_by_part': dict(self.times),
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy']}
-    (self.folder / 'table.txt').write_text(table(results))
+    with whole_file(self.folder / 'table.txt') as part:
+      part.write_text(table(results))
     with report.figure(self.folder / 'plot.png') as (axes,):
       report.bars(axes, shown(results), chance=results['chance'], numbers=True)
       axes.set_title('Reading signs: overlapping crops against one 40-pixel view')

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.analysis.sizes import TERTILES, tertiles
 
@@ -76,7 +77,8 @@ def figure(path: str | os.PathLike, rows: int = 1, columns: int = 1, *,
       axes.spines['top'].set_visible(False)
       if not axes.has_data():
         axes.set_axis_off()
-    made.savefig(path, dpi=150)
+    with whole_file(path) as part:
+      made.savefig(part, dpi=150)
   finally:
     plt.close(made)
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.lab.experiment import Experiment, Interrupted, say
 from hrvlm_jax.lab.report import figure, text_table
@@ -156,8 +157,9 @@ def summary(entry: Entry, folder: pathlib.Path) -> dict[str, Any]:
 def write_report(entries: Sequence[Entry], folder: pathlib.Path) -> None:
   """results.json, table.txt and plot.png of what the runs' folders hold."""
   rows = [summary(entry, folder) for entry in entries]
-  (folder / RESULTS).write_text(json.dumps(rows, indent=1) + '\n')
-  (folder / TABLE).write_text(table(rows))
+  for name, text in ((RESULTS, json.dumps(rows, indent=1) + '\n'), (TABLE, table(rows))):
+    with whole_file(folder / name) as part:
+      part.write_text(text)
   plot([row for row in rows if 'curve' in row], folder / PLOT)
 
 

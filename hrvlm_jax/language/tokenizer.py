@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 import functools
 import json
 import os
@@ -25,20 +26,23 @@ import re
 import warnings
 
 from hrvlm_jax.core.errors import UserError, nearest
-
-ROLES = ('bos', 'eos', 'pad', 'unk')
+from hrvlm_jax.language.tokenizer_files import (
+  ROLES,
+  add_tokens,
+  added_tokens,
+  gpt2_style,
+  json_file,
+  roles_of,
+  sentence,
+  silent,
+  word,
+)
 
 # What belongs to a tokenizer in a Hugging Face folder; kept so that an export is complete.
 FILES = (
   'tokenizer.json', 'tokenizer.model', 'spiece.model', 'vocab.json', 'merges.txt',
   'added_tokens.json', 'special_tokens_map.json', 'tokenizer_config.json', 'chat_template.jinja',
   'generation_config.json',
-)
-
-# Pre-tokenizer of Qwen2 (spec of the released tokenizer; GPT-2 has its own inside `tokenizers`).
-_QWEN2_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-  r'|\s*[\r\n]+|\s+(?!\S)|\s+'
 )
 
 
@@ -52,7 +56,7 @@ class Tokenizer(abc.ABC):
 
   def __init__(self, files: Mapping[str, bytes]):
     self.files = dict(files)
-    self.roles = _roles(self.files)
+    self.roles = roles_of(self.files)
 
   @abc.abstractmethod
   def encode_spans(self, text: str, *, bos: bool = True) -> tuple[list[int], list[int]]:
@@ -146,27 +150,31 @@ class JsonTokenizer(Tokenizer):
     import tokenizers
 
     if 'tokenizer.json' in self.files:
-      try:
+      with sentence('tokenizer.json'), silent():
         native = tokenizers.Tokenizer.from_str(self.files['tokenizer.json'].decode())
-      except Exception as error:  # the library raises nothing narrower
-        raise UserError(f'tokenizer.json: cannot be read ({error})') from error
     else:
-      native = _gpt2_style(self.files)
+      native = gpt2_style(self.files)
     native.no_padding()
     native.no_truncation()
-    _add_tokens(native, self.files)
+    with sentence('tokenizer'), silent():
+      add_tokens(native, self.files)
+      with contextlib.suppress(Exception):  # an unknown letter is no fault; a panic passes here
+        native.decode(native.encode('a', add_special_tokens=True).ids)
     return native
 
   def encode_spans(self, text, *, bos=True):
-    encoding = self._native.encode(text, add_special_tokens=bos)
+    with sentence('tokenizer'):
+      encoding = self._native.encode(text, add_special_tokens=bos)
     return encoding.ids, [start for start, _ in encoding.offsets]
 
   def encode(self, text, *, bos=True):
-    return self._native.encode(text, add_special_tokens=bos).ids
+    with sentence('tokenizer'):
+      return self._native.encode(text, add_special_tokens=bos).ids
 
   def decode(self, ids, *, skip_special=True):
-    return self._native.decode([i for i in map(int, ids) if i >= 0],
-                               skip_special_tokens=skip_special)
+    with sentence('tokenizer'):
+      return self._native.decode([i for i in map(int, ids) if i >= 0],
+                                 skip_special_tokens=skip_special)
 
   @functools.cached_property
   def vocabulary(self):
@@ -192,14 +200,14 @@ class SentencePieceTokenizer(Tokenizer):
 
   def __init__(self, files: Mapping[str, bytes], *, begin: bool | None = None):
     super().__init__(files)
-    config = _json_file(self.files, 'tokenizer_config.json')
+    config = json_file(self.files, 'tokenizer_config.json')
     if config.get('legacy') is False:
       warnings.warn(
         "tokenizer_config.json says 'legacy': false; LLaVA-HR was trained with the legacy "
         'behaviour, which is used here (it differs after </s> in conversations of several turns)',
         stacklevel=3)
     if begin is None:
-      wanted = config.get('tokenizer_class', 'LlamaTokenizer').startswith('Llama')
+      wanted = word(config, 'tokenizer_class', 'LlamaTokenizer').startswith('Llama')
       begin = bool(config.get('add_bos_token', wanted))
     self.begin = begin
     controls = {'bos': self._native.bos_id(), 'eos': self._native.eos_id(),
@@ -227,7 +235,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   @functools.cached_property
   def _added(self) -> dict[str, int]:
-    return {token: index for index, token, _ in _added_tokens(self.files)}
+    return {token: index for index, token, _ in added_tokens(self.files)}
 
   @functools.cached_property
   def special_tokens(self):
@@ -398,72 +406,6 @@ def tokenizer_from_files(files: Mapping[str, bytes]) -> Tokenizer:
 def _splitter(tokens: Iterable[str]) -> re.Pattern:
   """Splits a text at tokens and keeps them; of two that fit, the longer one."""
   return re.compile('(' + '|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))) + ')')
-
-
-def _json_file(files: Mapping[str, bytes], name: str) -> dict:
-  if name not in files:
-    return {}
-  try:
-    return json.loads(files[name])
-  except ValueError as error:
-    raise UserError(f'{name}: not valid JSON ({error})') from error
-
-
-def _roles(files: Mapping[str, bytes]) -> dict[str, str]:
-  roles = {}
-  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
-    values = _json_file(files, name)
-    for role in ROLES:
-      value = values.get(f'{role}_token')
-      value = value.get('content') if isinstance(value, dict) else value
-      if isinstance(value, str):
-        roles[role] = value
-  return roles
-
-
-def _added_tokens(files: Mapping[str, bytes]) -> list[tuple[int, str, bool]]:
-  """(id, token, special) of added_tokens.json and of tokenizer_config.json, by id."""
-  found = {index: (token, True) for token, index in _json_file(files, 'added_tokens.json').items()}
-  decoder = _json_file(files, 'tokenizer_config.json').get('added_tokens_decoder', {})
-  for index, token in decoder.items():
-    found[int(index)] = (token['content'], bool(token.get('special', True)))
-  return [(index, *found[index]) for index in sorted(found)]
-
-
-def _add_tokens(native, files) -> None:
-  """Adds the tokens a tokenizer lacks; their ids are checked, since they go by order."""
-  import tokenizers
-
-  problems = []
-  for index, token, special in _added_tokens(files):
-    if native.token_to_id(token) is None:
-      added = tokenizers.AddedToken(token, special=special, normalized=False)
-      (native.add_special_tokens if special else native.add_tokens)([added])
-    if (got := native.token_to_id(token)) != index:
-      problems.append(f'{token!r} has id {got}, expected {index}')
-  if problems:
-    raise UserError('added_tokens.json does not fit the tokenizer: ' + '; '.join(problems))
-
-
-def _gpt2_style(files: Mapping[str, bytes]):
-  """Byte-level BPE from vocab.json and merges.txt (GPT-2, CodeGen, Phi; Qwen2 by its class)."""
-  import tokenizers
-  from tokenizers import decoders, models, normalizers, pre_tokenizers
-
-  merges = [tuple(line.split(' ')) for line in files['merges.txt'].decode().splitlines()
-            if line and not line.startswith('#version')]
-  native = tokenizers.Tokenizer(models.BPE(vocab=_json_file(files, 'vocab.json'), merges=merges))
-  config = _json_file(files, 'tokenizer_config.json')
-  if config.get('tokenizer_class', '').startswith('Qwen2'):
-    native.normalizer = normalizers.NFC()
-    native.pre_tokenizer = pre_tokenizers.Sequence([
-      pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-  else:
-    native.pre_tokenizer = pre_tokenizers.ByteLevel(
-      add_prefix_space=bool(config.get('add_prefix_space', False)))
-  native.decoder = decoders.ByteLevel()
-  return native
 
 
 @functools.cache

@@ -17,15 +17,17 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import MAX_PIXELS, open_image
 from hrvlm_jax.language.chat import Dialogue
-from hrvlm_jax.language.generate import Generator, Sampling, bucket
+from hrvlm_jax.language.generate import Generated, Generator, Sampling, bucket
 from hrvlm_jax.language.generation import generation_of
 from hrvlm_jax.language.prompt import Text, pad_batch, tokenizer_of
 from hrvlm_jax.language.tokenizer import Tokenizer, load_tokenizer
+from hrvlm_jax.parallel.distributed import to_host
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm import laid, model as vlm
 from hrvlm_jax.vlm.cut import cut_batch, filled_up
+from hrvlm_jax.vlm.room import Context, check_memory
 
 _SENTINEL = -200  # placeholder where the vocabulary has no image token (LLaVA)
 
@@ -86,7 +88,7 @@ class Answerer:
     if layout is not None:
       ex = ex.replace(mesh=layout.mesh)
     self.methods: dict[str, Mapping[str, Any]] = {}
-    self.system = registry.get(config.system)
+    self.system, self.context = registry.get(config.system), Context(config.text)
     self.text = text_of(config, tokenizer)
     self.generator = Generator(vlm.build(config, unrolled=True),
                                vlm.unroll(config, params) if layout is None else params, ex=ex)
@@ -166,9 +168,23 @@ class Answerer:
 
   def answers(self, batch: dict[str, Any], *, key=None, **options) -> list[str]:
     """Answers to the rows of a `batch`, which may lie on several devices and processes."""
-    embeds, valid, extras = self.generator.prompt(batch)
-    out = self.generator.generate(embeds, valid, self.sampling(**options), key=key, extras=extras)
+    sampling = self.sampling(**options)
+    out = self.generated(self.generator.prompt(batch), sampling, key=key)
     return [self.decode(row) for row in out.rows()]
+
+  def generated(self, prompt, sampling: Sampling, *, key=None) -> Generated:
+    """New tokens after a prompt, (embeddings, valid, extras) of `Generator.prompt`.
+
+    A prompt beyond the positions of the language model is said (`vlm.room`).
+
+    Raises:
+      UserError: more new tokens than the devices hold.
+    """
+    embeds, valid, extras = prompt
+    check_memory(self.config.text, *valid.shape, sampling, ex=self.generator.ex)
+    out = self.generator.generate(embeds, valid, sampling, key=key, extras=extras)
+    self.context.check(to_host(valid), int(max(out.lengths, default=0)))
+    return out
 
   def opened(self, item: tuple[Sequence[Any], Question]) -> tuple[list[Image.Image], Question]:
     """(images, question) with images that are PIL images."""
@@ -180,10 +196,12 @@ class Answerer:
     opened = [self._open(image) for image in images]
     batch = self.placed(self.shown([(opened, text)]))
     embeds, valid, extras = self.generator.prompt(batch)
+    sampling = self.sampling(**options)
+    check_memory(self.config.text, *valid.shape, sampling, ex=self.generator.ex)
+    self.context.check(to_host(valid))
     ids: list[int] = []
     shown = now = ''
-    for token in self.generator.stream(embeds, valid, self.sampling(**options), key=key,
-                                       extras=extras):
+    for token in self.generator.stream(embeds, valid, sampling, key=key, extras=extras):
       ids.append(int(token[0]))
       now = self.decode(ids)
       # A character may span several tokens; an unfinished one decodes to the replacement mark.
@@ -192,6 +210,7 @@ class Answerer:
         shown = now
     if now != shown and now.startswith(shown):  # the answer ends inside a character
       yield now[len(shown):]
+    self.context.check(to_host(valid), len(ids))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text of new tokens, without special tokens and outer white space."""

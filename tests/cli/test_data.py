@@ -98,6 +98,18 @@ def test_check_as_trained(folder, capsys):
   assert cli.main(['data', 'check', 'two.json', '--quiet']) == 0
   assert cli.main(['data', 'check', 'two.json', '--template', 'pheye', '--quiet']) == 1
   assert 'one question and one answer, found 4 messages' in capsys.readouterr().out
+  # A text alone: not for a model that reads one image; a placeholder that stands for no image.
+  text = [{'from': 'human', 'value': 'Say hello'}, {'from': 'gpt', 'value': 'hello'}]
+  tag = [{'from': 'human', 'value': 'What is <image> in HTML?'}, {'from': 'gpt', 'value': 'A tag'}]
+  for name, conversations, template, said in (
+      ('text', text, 'pheye', 'reads exactly one image per prompt, found 0'),
+      ('tag', tag, 'mc_llava_train', 'has 1 image placeholders for 0 images')):
+    (folder / f'{name}.json').write_text(json.dumps([{'conversations': conversations}]))
+    assert cli.main(['data', 'check', f'{name}.json', '--quiet']) == 0
+    assert cli.main(['data', 'check', f'{name}.json', '--template', template, '--quiet']) == 1
+    assert said in capsys.readouterr().out
+  assert cli.main(['data', 'check', 'text.json', '--template', 'mc_llava_train', '--quiet']) == 0
+  capsys.readouterr()
   pheye = ['--config', 'config.py:pheye', '--quiet']
   assert cli.main(['data', 'check', 'two.json', *pheye]) == 1
   assert capsys.readouterr().out.splitlines()[-1] == '2 examples, 1 bad: 1 example'

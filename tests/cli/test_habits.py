@@ -26,6 +26,15 @@ def test_every_help_ends_with_an_example_of_options_that_exist(capsys):
   assert all(verb.split()[0] in cli.VERBS for verb in EXAMPLES)
 
 
+@pytest.mark.parametrize('verb', ['needle', 'quickstart', 'finetune x --data y --out z'])
+@pytest.mark.parametrize('seed', ['-1', '4294967296', '9' * 5000, 'nan', '1.5', ''])
+def test_seeds_out_of_range(verb, seed, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main([*verb.split(), f'--seed={seed}']) == 2
+  assert 'expected a whole number from 0 to 4294967295' in capsys.readouterr().err
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('argv, message', [
   (['train', '--confg', 'X', '--workdir', 'W'], 'unknown option --confg (nearest known: --config)'),
   (['ask', '--checkpoint', 'x', 'a.png', 'What?', '--max-new-token', '3'],
@@ -34,6 +43,8 @@ def test_every_help_ends_with_an_example_of_options_that_exist(capsys):
   (['data', 'check', 'x', '--image_s', 'y'], 'unknown option --image_s (nearest known: --images)'),
   (['params', '--config.seed=1'], '--config.seed needs a run config'),
   (['completion', 'zhs'], 'unknown shell zhs (nearest known: zsh)'),
+  (['eval', '--benchmark', 'pope', '--data', 'x', '--out', 'y', '--batch-size', '0', '--limit=-1'],
+   '--batch-size 0: expected at least 1; --limit -1: expected at least 1'),
 ])
 def test_a_misspelt_option_is_told_the_nearest(argv, message, capsys):
   assert cli.main(argv) == 2

@@ -124,6 +124,95 @@ def test_tsv(copy, tmp_path):
   assert 'has no column index' in message('mmbench', folder)
 
 
+def test_options_with_a_gap_keep_their_letters(copy, tmp_path):
+  """A = red, B empty, C = blue, D = green, answer C: blue is right, and B is not offered."""
+  from hrvlm_jax.evaluation import prompts
+  from hrvlm_jax.evaluation.metrics.choice import mcq_letter, mmmu
+
+  row = {'id': 'a', 'image': 'images/1.png', 'question': 'Which?', 'category': 'ui'}
+  folder = copy('4kpro')
+
+  def read(**more):
+    (folder / '4kpro.jsonl').write_text(json.dumps(row | more))
+    sample = benchmarks.get('4kpro').load(folder)[0]
+    assert benchmarks.get('4kpro').score([sample], ['C']).value == 100.0
+    assert benchmarks.get('4kpro').score([sample], ['blue']).value == 100.0
+    assert benchmarks.get('4kpro').score([sample], ['D']).value == 0.0
+    text = prompts.load('4kpro').render(sample)
+    assert 'A. red\nC. blue\nD. green\n' in text and 'B.' not in text
+    return sample
+
+  for gap in ('', None, float('nan'), ' ', 'nan'):
+    assert read(options=['red', gap, 'blue', 'green'], answer='C').choices == \
+      ('red', '', 'blue', 'green')
+    read(A='red', B=gap, C='blue', D='green', E=gap, answer='C')
+  read(A='red', C='blue', D='green', answer='C')
+  for more, said in ((dict(options=['red', '', 'blue'], answer='B'), "answer 'B' is not the"),
+                     (dict(options=['', None], answer='A'), 'has 0 options'),
+                     (dict(options=['x'] * 27, answer='A'), 'has 27 options'),
+                     (dict(options={'A': 'x'}, answer='A'), 'expected a list of texts')):
+    (folder / '4kpro.jsonl').write_text(json.dumps(row | more))
+    assert said in message('4kpro', folder)
+  header = 'index\tquestion\timage\tA\tB\tC\tD\tanswer\tcategory\tcycle_category\n'
+  picture = 'iVBORw0KGgo' * 10
+  (tmp_path / 'hr_bench_4k.tsv').write_text(
+    header + f'0\tWhich?\t{picture}\tred\t\tblue\tgreen\tD\tsingle\t0\n')
+  assert benchmarks.get('hrbench').load(tmp_path)[0].choices == ('red', '', 'blue', 'green')
+  assert mcq_letter('green', ('red', '', 'blue', 'green')) == 'D'
+  assert mmmu('what it shows is a green door', ('red', '', 'blue', 'green')) == 'D'
+
+
+def test_other_encodings_are_named(copy):
+  folder = copy('mme')
+  path = folder / 'artwork' / '0001.txt'
+  lines = 'Is it a café? Please answer yes or no.\tYes\nIs it? Please answer yes or no.\tNo\n'
+  for encoding in ('cp1252', 'utf-16', 'gbk'):
+    path.write_text(lines, encoding)
+    text = message('mme', folder)
+    assert 'artwork/0001.txt: is not UTF-8 text' in text and 'iconv' in text, encoding
+  path.write_text(lines, 'utf-8-sig')  # a byte order mark is none of the text
+  samples = benchmarks.get('mme').load(folder)
+  assert [s.question for s in samples if s.id.startswith('artwork/0001/0')] == ['Is it a café?']
+  for name, file in (('pope', 'coco_pope_random.json'), ('gqa', 'testdev_balanced_questions.json'),
+                     ('hrbench', 'hr_bench_4k.tsv')):
+    folder = copy(name)
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(b'\xef\xbb\xbf' + data)
+    benchmarks.get(name).load(folder)
+    (folder / file).write_bytes(data[:20] + b'\xe9 ' + data[20:])
+    assert 'is not UTF-8 text' in message(name, folder)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize('change, said', [
+  (dict(options=[]), 'has 0 options'),
+  (dict(options=['a'] * 27), 'has 27 options'),
+  (dict(options=['a', '']), '1 of them empty'),
+  (dict(options='abcd'), "'options' is str"),
+  (dict(bbox=[1, 2, 3, 4]), 'bbox is no list of boxes'),
+  (dict(bbox=[[1, 2, 3]]), 'bbox is no list of boxes'),
+  (dict(bbox=[[1, 2, 3, None]]), 'bbox is no list of boxes'),
+  (dict(bbox={'x': 1}), 'bbox is no list of boxes'),
+  ([1], 'found list, expected an object'),
+  ('text', 'found str, expected an object'),
+])
+def test_odd_json_of_vstar(copy, change, said):
+  folder = copy('vstar')
+  path = folder / 'direct_attributes' / 'sa_4690.json'
+  value = json.loads(path.read_text())
+  path.write_text(json.dumps(value | change if isinstance(change, dict) else change))
+  for name in ('vstar', 'vstar_likelihood'):
+    text = message(name, folder)
+    assert said in text and 'direct_attributes/sa_4690.json' in text
+
+
+def test_json_that_python_cannot_read(copy):
+  folder = copy('gqa')
+  for text in ('[' * 100_000, '{"a": ' + '9' * 5000 + '}'):
+    (folder / 'testdev_balanced_questions.json').write_text(text)
+    assert 'is not JSON that can be read' in message('gqa', folder)
+
+
 def test_quotation_marks_in_a_tsv(tmp_path):
   """An inch mark is a character; a cell that begins with one and never closes is named."""
   from hrvlm_jax.evaluation.benchmarks.tables import read_tsv

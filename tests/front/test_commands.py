@@ -147,6 +147,67 @@ def test_empty_answers_are_said_to_be_empty(here, capsys, model, monkeypatch):
   assert 'the answer is empty' in asked(capsys, 'chat', *SHORT).err
 
 
+def test_penalties_are_options(here, capsys, model, monkeypatch):
+  """The same answers as in Python; without the options those of the model's files."""
+  image, question = 'photo.png', 'What is written?'
+  ask = ['ask', *SHORT[:2], '--max-new-tokens', '6', image, question, '--json']
+  answer = lambda *more: json.loads(asked(capsys, *ask, *more).out)['answer']
+  settings = dict(max_new_tokens=6, no_repeat_ngram_size=1, repetition_penalty=3.0)
+  want = model.ask(image, question, **settings)
+  assert answer('--no-repeat-ngram-size', '1', '--repetition-penalty', '3') == want
+  assert want != model.ask(image, question, max_new_tokens=6)
+  drawn = dict(max_new_tokens=6, temperature=5.0, min_p=1.0)  # only the likeliest is left
+  assert model.ask(image, question, **drawn) == model.ask(image, question, max_new_tokens=6)
+  assert answer('--temperature', '5', '--min-p', '1') == model.ask(image, question, **drawn)
+  monkeypatch.setattr('sys.stdin', io.StringIO(f'{question}\n'))
+  chat = ['chat', *SHORT[:2], '--max-new-tokens', '6', image, '--no-repeat-ngram-size', '1',
+          '--repetition-penalty', '3']
+  assert asked(capsys, *chat).out.strip() == want
+  for verb in (ask[:-1], chat):
+    for option, value, said in (('--repetition-penalty', '0', 'repetition_penalty must be'),
+                                ('--repetition-penalty', 'nan', 'repetition_penalty must be'),
+                                ('--min-p', '2', 'min_p must lie'),
+                                ('--no-repeat-ngram-size', '-1', 'must not be negative')):
+      monkeypatch.setattr('sys.stdin', io.StringIO('x\n'))
+      assert said in asked(capsys, *verb, option, value, status=2).err
+  evaluated = ['eval', *SHORT[:2], '--benchmark', 'own', '--data', 'own.jsonl', '--out', 'e']
+  assert 'must be a number above 0' in asked(
+    capsys, *evaluated, '--repetition-penalty', '-1', status=2).err
+  assert '--repetition-penalty: decides how' in asked(
+    capsys, *evaluated[:1], *evaluated[3:], '--predictions', 'x', '--repetition-penalty', '2',
+    status=2).err
+
+
+def test_what_has_no_room_is_said(here, capsys, model, monkeypatch, caplog):
+  """More new tokens than memory: refused at once; more positions than the model knows: a line."""
+  ask = ['ask', *SHORT, 'photo.png', 'What?']
+  for number in ('2000000000', '2147483647', '100000000'):
+    said = asked(capsys, *ask, '--max-new-tokens', number, status=2).err
+    assert f'max_new_tokens {number}: keys and values of 1 x 1' in said and 'at most ' in said
+    fits = int(re.search(r'at most (\d+) new', said).group(1))
+    assert 0 < fits < int(number)
+  for seed in ('99999999999999999999', '-99999999999999999999'):
+    said = asked(capsys, *ask, '--temperature', '1', '--seed', seed, status=2).err
+    assert 'expected a whole number of 64 bits' in said
+  for value in ('nan', 'inf', '-1', '1e-30'):
+    assert 'temperature must be 0' in asked(capsys, *ask, '--temperature', value, status=2).err
+  context = model.answerer.context
+  monkeypatch.setattr(context, '_said', set())
+  model.ask('photo.png', 'What?', max_new_tokens=4)
+  assert not caplog.messages
+  monkeypatch.setattr(context, 'most', 30)
+  asked(capsys, *ask)
+  asked(capsys, *ask)  # said once
+  [said] = caplog.messages
+  assert re.match(r'a prompt has \d+ positions, the language model was made for 30: answers', said)
+  caplog.clear()
+  monkeypatch.setattr(context, '_said', set())
+  monkeypatch.setattr(context, 'most', int(re.search(r'has (\d+)', said).group(1)) + 1)
+  model.ask('photo.png', 'What?', max_new_tokens=4)
+  [said] = caplog.messages
+  assert said.startswith('a prompt and its answer have ')
+
+
 def test_a_conversation_in_the_terminal(here, capsys, model, monkeypatch):
   script = ['photo.png What is this?', 'And now?', '/overlay looked.png', '/histry', '/history',
             'nowhere', '/image "other.png"', '/overlay', 'Another?', '/new', '/system Be short.',

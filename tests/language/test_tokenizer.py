@@ -169,6 +169,44 @@ def test_added_tokens_must_fit():
     tokenizer_from_files(files)
 
 
+@pytest.mark.parametrize('name, content, said', [
+  ('tokenizer_config.json', [{'eos_token': 'x'}], 'found list, expected an object'),
+  ('tokenizer_config.json', None, 'found NoneType, expected an object'),
+  ('tokenizer_config.json', {'tokenizer_class': ['Qwen2Tokenizer']}, 'tokenizer_class is list'),
+  ('tokenizer_config.json', {'added_tokens_decoder': [1]}, 'added_tokens_decoder is no object'),
+  ('tokenizer_config.json', {'added_tokens_decoder': {'x': {'content': 'y'}}}, 'no id with a tok'),
+  ('tokenizer_config.json', {'added_tokens_decoder': {'31': {}}}, 'no id with a token that has'),
+  ('added_tokens.json', {'<|end|>': '31'}, "has '31', expected an id"),
+  ('added_tokens.json', ['<|end|>'], 'found list'),
+  ('vocab.json', {'a': None}, '1 tokens have no id'),
+  ('vocab.json', {'a': -1}, '1 tokens have no id'),
+  ('merges.txt', b't h e\n', "line 1 is 't h e', expected two pieces"),
+  ('merges.txt', b'th\n', 'expected two pieces'),
+  ('merges.txt', b'x \xff\n', 'is not UTF-8'),
+  ('merges.txt', b't zz\n', 'vocab.json and merges.txt: cannot be read'),
+  ('merges.txt', b't h\nh h\n', 'vocab.json and merges.txt: cannot be read'),
+])
+def test_odd_files_are_sentences(name, content, said):
+  files = gpt2_files()
+  files[name] = content if isinstance(content, bytes) else json.dumps(content).encode()
+  with pytest.raises(UserError) as error:
+    tokenizer_from_files(files)
+  assert said in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_panic_of_rust_code_is_a_sentence(capfd):
+  """A template that names a token it does not define: the library panics when it is first used."""
+  values = json.loads(ByteTokenizer({'<s>': 256}).files['tokenizer.json'])
+  values['post_processor'] = {
+    'type': 'TemplateProcessing', 'pair': [{'Sequence': {'id': 'A', 'type_id': 0}}],
+    'single': [{'SpecialToken': {'id': '<s>', 'type_id': 0}},
+               {'Sequence': {'id': 'A', 'type_id': 0}}],
+    'special_tokens': {}}
+  with pytest.raises(UserError, match='cannot be read'):
+    tokenizer_from_files({'tokenizer.json': json.dumps(values).encode()})
+  assert capfd.readouterr().err == ''  # no stack of the library
+
+
 def test_not_legacy_is_warned(piece):
   files = piece.files | {'tokenizer_config.json': b'{"legacy": false}'}
   with pytest.warns(UserWarning, match='legacy'):

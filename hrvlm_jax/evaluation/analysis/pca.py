@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.images import open_image, to_rgb
 from hrvlm_jax.vlm.encode import ImageEncoder
 
@@ -128,6 +129,7 @@ def run(*, checkpoint: str, images: Sequence[str], out: str, height: int = 448) 
   page = Image.new('RGB', (max(row.width for row in rows), height * len(rows)), (255, 255, 255))
   for number, row in enumerate(rows):
     page.paste(row, (0, height * number))
-  page.save(out)
+  with whole_file(out) as part:
+    page.save(part)
   return [f'component {i}: {share:.1%} of the variance'
           for i, share in enumerate(components.explained, 1)]

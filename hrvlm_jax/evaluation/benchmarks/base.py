@@ -15,6 +15,7 @@ from PIL import Image
 from hrvlm_jax.core import images
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.text import has_half
+from hrvlm_jax.evaluation.metrics.letter import LETTERS
 
 # So many problems are listed in full; the rest is counted.
 MAX_LISTED = 20
@@ -255,6 +256,38 @@ class Collector:
       return None
     return value
 
+  def options(self, values: Any, where: str, *, answer: str | None = None,
+              gaps: bool = True) -> tuple[str, ...] | None:
+    """The choices of a question in the order of their letters; '' is a gap.
+
+    An empty or absent option ('', null, NaN) keeps its letter, as VLMEvalKit's columns do: the
+    options after it are called what the file calls them.
+
+    Args:
+      answer: the right letter, where the file gives one; it must be that of an option with a text.
+      gaps: allowed; else every option must have a text.
+
+    Returns:
+      The texts up to the last that is none, or None after a problem was noted.
+    """
+    if not isinstance(values, (list, tuple)):
+      self.problems.append(f'{where}: options are {_kind(values)}, expected a list of texts')
+      return None
+    texts = [_option(value) for value in values]
+    if gaps:
+      while texts and not texts[-1]:
+        texts.pop()
+    if not 1 <= len(texts) <= len(LETTERS) or (not gaps and '' in texts):
+      self.problems.append(f'{where}: has {len(texts)} options, {texts.count("")} of them empty; '
+                           f'expected 1 to {len(LETTERS)} texts')
+      return None
+    known = [letter for letter, text in zip(LETTERS, texts) if text]
+    if answer is not None and answer not in known:
+      self.problems.append(f'{where}: answer {answer!r} is not the letter of one of its options '
+                           f'({", ".join(known)})')
+      return None
+    return tuple(texts)
+
   def add(self, sample: Sample, where: str) -> None:
     """Keeps a sample after the checks that all benchmarks share."""
     if sample.id in self._seen:
@@ -304,34 +337,54 @@ def read_json(path: Path) -> Any:
   Raises:
     UserError: not readable, or not JSON, with line and column.
   """
+  text = read_text(path)
   try:
-    return json.loads(path.read_text('utf-8'))
+    return json.loads(text)
   except json.JSONDecodeError as error:
     raise UserError(
         f'{path}: is not JSON: {error.msg} at line {error.lineno} column {error.colno}') from error
-  except (OSError, UnicodeDecodeError) as error:
+  except (ValueError, RecursionError) as error:  # a number of 5000 digits, 10,000 brackets
+    raise UserError(f'{path}: is not JSON that can be read ({error})') from error
+
+
+def read_text(path: Path) -> str:
+  """A text file in UTF-8, with or without a byte order mark.
+
+  Raises:
+    UserError: not readable, another encoding.
+  """
+  try:
+    return path.read_text('utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{path}: is not UTF-8 text (byte {error.object[error.start]:#04x} at place '
+                    f'{error.start}); write it anew as UTF-8: iconv -f WINDOWS-1252 -t UTF-8 '
+                    '(or GBK, UTF-16, ...: whatever it is in)') from error
+  except OSError as error:
     raise UserError(f'{path}: cannot be read ({error})') from error
 
 
 def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, dict]]:
   """(place, object) of each non-empty line; malformed lines become problems."""
-  try:
-    lines = path.read_text('utf-8').split('\n')
-  except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f'{path}: cannot be read ({error})') from error
+  lines = read_text(path).split('\n')
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
     where = f'{path.name}:{number}'
     try:
       value = json.loads(line)
-    except json.JSONDecodeError as error:
-      problems.append(f'{where}: is not JSON ({error.msg})')
+    except (ValueError, RecursionError) as error:
+      problems.append(f'{where}: is not JSON ({getattr(error, "msg", error)})')
       continue
     if isinstance(value, dict):
       yield where, value
     else:
       problems.append(f'{where}: found {_kind(value)}, expected an object')
+
+
+def _option(value: Any) -> str:
+  """The text of an option, '' for a gap: empty cells, null, and what pandas writes for them."""
+  text = '' if value is None else str(value)
+  return '' if text.strip().lower() in ('', 'nan') else text
 
 
 def _kind(value: Any) -> str:

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.benchmarks.base import (
   Benchmark,
   Collector,
@@ -49,7 +50,9 @@ def _scienceqa(folder: Path, split: str) -> Samples:
   for where, row, question, options, answer in c.each(
       wanted, question=str, choices=list, answer=int):
     number = where[len('problems.json['):-1]
-    if not 0 <= answer < len(options):
+    if (options := c.options(options, where)) is None:
+      continue
+    if not 0 <= answer < len(options) or not options[answer]:
       c.problems.append(f'{where}: answer {answer} is not one of {len(options)} choices')
       continue
     pictures = ()
@@ -58,7 +61,7 @@ def _scienceqa(folder: Path, split: str) -> Samples:
       pictures = (first_image(*(root / number / name for root in roots)),)
     hint = str(row.get('hint') or '').strip()
     c.add(Sample(number, pictures, question, (choice.letters(len(options))[answer],),
-                 choices=tuple(map(str, options)), category=str(row.get('subject', '')),
+                 choices=options, category=str(row.get('subject', '')),
                  fields={'hint': f'Context: {hint}\n' if hint else ''}), where)
   return c.finish()
 
@@ -129,26 +132,42 @@ def _vstar(shuffled: bool):
       for path in sorted((folder / part).glob('*.json')):
         where = f'{part}/{path.name}'
         c.sources.append(path)
-        row = read_json(path)
+        try:
+          row = read_json(path)
+        except UserError as error:
+          c.problems.append(str(error))
+          continue
+        if not isinstance(row, dict):
+          c.problems.append(f'{where}: found {type(row).__name__}, expected an object')
+          continue
         question, options = c.get(row, 'question', where), c.get(row, 'options', where, list)
-        if question is None or options is None:
+        options = None if options is None else c.options(options, where, gaps=False)
+        boxes = _corners(c, row, where)
+        if question is None or options is None or boxes is None:
           continue
         order = list(range(len(options)))
         if shuffled:
           random.Random(f'{_VSTAR_SEED} {where}').shuffle(order)
-        letters = choice.letters(max(1, len(options)))
+        letters = choice.letters(len(options))
         pictures = [path.with_suffix(e) for e in ('.jpg', '.jpeg', '.png', '.JPG', '.webp')]
         c.add(Sample(where.removesuffix('.json'), (first_image(*pictures),), question,
-                     (letters[order.index(0)],), choices=tuple(str(options[i]) for i in order),
-                     category=part, meta={'boxes': _corners(row.get('bbox')), 'options': options,
+                     (letters[order.index(0)],), choices=tuple(options[i] for i in order),
+                     category=part, meta={'boxes': boxes, 'options': list(options),
                                           'targets': row.get('target_object') or []}), where)
     return c.finish()
   return read
 
 
-def _corners(boxes: list | None) -> list[list[float]]:
-  """(x, y, width, height) boxes as (x0, y0, x1, y1)."""
-  return [[x, y, x + width, y + height] for x, y, width, height in boxes or []]
+def _corners(c: Collector, row: dict, where: str) -> list[list[float]] | None:
+  """The (x, y, width, height) boxes of a row as (x0, y0, x1, y1); None after a problem."""
+  boxes = row.get('bbox') or []
+  if not isinstance(boxes, list) or not all(
+      isinstance(box, list) and len(box) == 4 and all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in box)
+      for box in boxes):
+    c.problems.append(f'{where}: bbox is no list of boxes [x, y, width, height]')
+    return None
+  return [[x, y, x + width, y + height] for x, y, width, height in boxes]
 
 
 def _realworldqa(folder: Path, split: str) -> Samples:
@@ -194,7 +213,7 @@ def _mmmu_pro(folder: Path, split: str) -> Samples:
     pattern = next(p for p in _MMMU_FILES[part] if first in set(folder.glob(p)))
     for where, row, number, answer in c.each(
         read_parquet(sorted(folder.glob(pattern))), id=str, answer=str):
-      options = _options(c, row, where)
+      options = _options(c, row, where, answer)
       if options is None:
         continue
       question, pictures = '', [row.get('image')]
@@ -208,7 +227,7 @@ def _mmmu_pro(folder: Path, split: str) -> Samples:
         continue
       prompt = None if part == 'standard' else VISION_PROMPT
       c.add(Sample(f'{part}/{number}', tuple(pictures), question, (answer,),
-                   choices=tuple(options), category=str(row.get('subject', '')), prompt=prompt,
+                   choices=options, category=str(row.get('subject', '')), prompt=prompt,
                    meta={'part': part}), where)
   return c.finish()
 
@@ -217,18 +236,15 @@ def _mmmu_pro(folder: Path, split: str) -> Samples:
 VISION_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
-def _options(c: Collector, row: dict, where: str) -> list[str] | None:
+def _options(c: Collector, row: dict, where: str, answer: str) -> tuple[str, ...] | None:
   """Options come as a list or as the text of a Python list."""
   value = row.get('options')
   if isinstance(value, str):
     try:
       value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
       value = None
-  if not isinstance(value, list) or not 1 <= len(value) <= 26:
-    c.problems.append(f'{where}: options are not a list of 1 to 26 texts')
-    return None
-  return [str(option) for option in value]
+  return c.options(value, where, answer=answer)
 
 
 def _score_mmmu_pro(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:

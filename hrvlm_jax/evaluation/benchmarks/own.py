@@ -17,6 +17,7 @@ from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.evaluation.benchmarks.base import (
   MAX_LISTED,
   Benchmark,
+  Collector,
   ImageSource,
   Sample,
   Samples,
@@ -90,7 +91,8 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
     UserError: a data set that cannot be opened; all rows that cannot be used.
   """
   source = open_source(path, images=images)
-  samples, problems, seen = [], [], set()
+  c = Collector(NAME, Path(path))
+  samples, problems, seen = [], c.problems, set()
   for index in range(len(source)):
     try:
       row = source[index]
@@ -113,10 +115,12 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
       if not question or not any(answer.strip() for answer in answers):
         problems.append(f'{row.where}: the question or its answer is empty')
       options = row.extra.get('choices', row.extra.get('options')) or ()
-      if choices and not options:
+      if len(options):
+        options = c.options(options, row.where) or ()
+      elif choices:
         problems.append(f"{row.where}: has no 'choices', which the metric letter reads")
       samples.append(Sample(
-        number, tuple(map(_source, row.images)), question, answers, tuple(map(str, options)),
+        number, tuple(map(_source, row.images)), question, answers, tuple(options),
         category=str(row.extra.get('category') or ''), prompt=_prompt(question, options)))
   if len(problems) > MAX_LISTED:
     problems = [*problems[:MAX_LISTED], f'and {len(problems) - MAX_LISTED} more']
@@ -129,7 +133,8 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
 def _prompt(question: str, options: Sequence[Any]) -> str | None:
   if not options:
     return None
-  lines = [f'{letter}. {option}' for letter, option in zip(letters(len(options)), options)]
+  lines = [f'{letter}. {option}' for letter, option in zip(letters(len(options)), options)
+           if option]
   return '\n'.join([question, *lines,
                     "Answer with the option's letter from the given choices directly."])
 

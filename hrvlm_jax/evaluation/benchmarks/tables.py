@@ -85,7 +85,7 @@ def _swallows(cells: list[str], index: int) -> bool:
 
 def _text(line: bytes, where: str) -> str:
   try:
-    return line.decode('utf-8')
+    return line.removeprefix(b'\xef\xbb\xbf').decode('utf-8')
   except UnicodeDecodeError as error:
     raise UserError(f'{where}: is not UTF-8 text ({error})') from error
 

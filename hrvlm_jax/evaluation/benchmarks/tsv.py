@@ -26,7 +26,7 @@ def _choice_rows(c: Collector, path: Path, *, hidden: bool):
   pictures: dict[str, ImageSource] = {}
   for where, row, index, question, answer in c.each(
       read_tsv(path, c.problems), index=str, question=str, answer=None if hidden else str):
-    options = tuple(row[letter] for letter in choice.LETTERS if letter in row)
+    options = c.options([row.get(letter) for letter in choice.LETTERS], where, answer=answer)
     image = row.get('image')
     source = pictures.get(image) if isinstance(image, str) else image
     if not index.isdigit():
@@ -36,9 +36,7 @@ def _choice_rows(c: Collector, path: Path, *, hidden: bool):
       named = f' (refers to row {image})' if isinstance(image, str) else ''
       c.problems.append(f'{where}: has no image{named}')
       continue
-    if not options or (answer is not None and answer not in choice.letters(len(options))):
-      c.problems.append(f'{where}: answer {answer!r} is not the letter of one of {len(options)} '
-                        'options')
+    if options is None:
       continue
     pictures[index] = source
     yield where, row, index, question, options, answer, source
@@ -155,12 +153,10 @@ def _four_k_tsv(c: Collector, path: Path):
 def _four_k_lines(c: Collector, path: Path, folder: Path):
   for where, row, number, image, question, answer in c.each(
       read_json_lines(path, c.problems), id=str, image=str, question=str, answer=str):
-    options = row.get('options') or [row[letter] for letter in choice.LETTERS if letter in row]
-    if not isinstance(options, list) or not options or \
-        answer not in choice.letters(len(options)):
-      c.problems.append(f'{where}: answer {answer!r} is not the letter of one of its options')
-      continue
-    yield where, row, number, question, tuple(map(str, options)), answer, file_image(folder / image)
+    options = c.options(row.get('options') or [row.get(letter) for letter in choice.LETTERS], where,
+                        answer=answer)
+    if options is not None:
+      yield where, row, number, question, options, answer, file_image(folder / image)
 
 
 def _score_four_k_pro(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
     Collector,
@@ -14,6 +15,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     Submission,
     file_image,
     read_json_lines,
+    read_text,
 )
 from hrvlm_jax.evaluation.metrics import yesno
 
@@ -92,7 +94,11 @@ def _mme_image(c: Collector, folder: Path, task: str, path: Path) -> None:
   roots = (folder / task / 'images', path.parent)
   pictures = [root / f'{path.stem}{ending}' for root in roots for ending in ('.jpg', '.png')]
   picture = next((p for p in pictures if p.is_file()), pictures[0])
-  lines = [line for line in path.read_text('utf-8').splitlines() if line.strip()]
+  try:
+    lines = [line for line in read_text(path).splitlines() if line.strip()]
+  except UserError as error:
+    c.problems.append(str(error))
+    return
   if len(lines) != 2:
     c.problems.append(f'{task}/{path.name}: has {len(lines)} questions, expected 2')
   for number, line in enumerate(lines):

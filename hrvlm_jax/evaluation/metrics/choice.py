@@ -71,7 +71,8 @@ def mmmu(text: str, choices: Sequence[str]) -> str | None:
       return max(found, key=lambda letter: text.rfind(place.format(letter)))
   if len(text.split()) > 5:
     lower = text.lower()
-    if found := [letter for letter, choice in table.items() if choice.lower() in lower]:
+    if found := [letter for letter, choice in table.items()
+                 if choice and choice.lower() in lower]:
       return max(found, key=lambda letter: lower.rfind(table[letter].lower()))
   return None
 

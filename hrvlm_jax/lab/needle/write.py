@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle.config import NeedleConfig
@@ -131,9 +132,5 @@ def _write(config, folder, indices, seed, image_format, workers, progress):
 
 def _replace(path, data):
   """Writes a file so that it is either absent, old or complete."""
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.part')
-  try:
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  with whole_file(path) as part:
+    part.write_bytes(data)

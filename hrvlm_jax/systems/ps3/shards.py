@@ -17,6 +17,7 @@ import os
 import re
 import tarfile
 
+from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
 from hrvlm_jax.data.sources import IMAGE_SUFFIXES
@@ -198,11 +199,9 @@ def write_shard(path: str | os.PathLike, samples: Sequence[tuple[str, dict[str, 
   """Writes (key, {extension: content}) samples as a tar shard; complete or absent."""
   import io
 
-  part = f'{os.fspath(path)}.part'
-  with tarfile.open(part, 'w:') as tar:
+  with whole_file(path) as part, tarfile.open(part, 'w:') as tar:
     for key, files in samples:
       for extension, data in files.items():
         member = tarfile.TarInfo(f'{key}.{extension}')
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
-  os.replace(part, path)
