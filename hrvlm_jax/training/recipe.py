@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 
 import ml_collections
 
@@ -88,6 +89,8 @@ def evaluate(spec: str) -> ml_collections.ConfigDict:
     found.loader.exec_module(module)
   except SyntaxError as error:
     raise UserError(f'run config {path}: line {error.lineno}: {error.msg}') from error
+  except Exception as error:  # the file is code: anything may come out of it
+    raise UserError(f'run config {path}: {_said(error, path)}') from error
   finally:
     sys.path.pop(0)
   if not callable(getattr(module, 'get_config', None)):
@@ -96,16 +99,26 @@ def evaluate(spec: str) -> ml_collections.ConfigDict:
     config = module.get_config() if argument is None else module.get_config(argument)
   except UserError as error:
     raise UserError(f'run config {spec}: {error}') from error
+  except Exception as error:
+    raise UserError(f'run config {spec}: {_said(error, path)}') from error
   if not isinstance(config, ml_collections.ConfigDict):
     raise UserError(f'run config {path}: get_config() returned {type(config).__name__}, '
                     f'expected ml_collections.ConfigDict')
   for old in RENAMED_KEYS:
     group, _, name = old.rpartition('.')
-    if name in config.get(group, {}):
+    if isinstance(config.get(group), ml_collections.ConfigDict) and name in config[group]:
       with config.unlocked():
         config[group][key_now(old).rpartition('.')[2]] = config[group][name]
         del config[group][name]
   return config
+
+
+def _said(error: Exception, path: str) -> str:
+  """What went wrong in a config file, with the last of its lines that was at work."""
+  lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+           if os.path.abspath(frame.filename) == os.path.abspath(path)]
+  where = f'line {lines[-1]}: ' if lines else ''
+  return f'{where}{type(error).__name__}: {" ".join(str(error).split())[:300]}'
 
 
 @functools.cache  # a line is said once

@@ -156,7 +156,7 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     if typing.get_origin(hint) is dict:
       try:
         value = ast.literal_eval(text)
-      except (ValueError, SyntaxError):
+      except (ValueError, SyntaxError, MemoryError, RecursionError):
         value = text
       return value if isinstance(value, dict) else refuse("a mapping, such as {'key': (0, 8)}")
     if str in typing.get_args(hint):
@@ -173,14 +173,17 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in '"\'' else text
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = text
   if kind is type(None):
     return value  # the schema knows the type
   if kind is float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       refuse('a number')
-    return float(value)
+    try:
+      return float(value)
+    except OverflowError:
+      refuse('a smaller number')
   if kind is int:
     if isinstance(value, float) and value.is_integer() and 'e' in text.lower():
       return int(value)  # 1e4 steps

@@ -88,6 +88,12 @@ def test_all_mistakes_of_overrides_together(file):
     load(file, seed='none')
 
 
+@pytest.mark.parametrize('text', ['9' * 400, '(' * 5000, '\x00', '9' * 5000])
+def test_numbers_that_are_none(file, text):
+  with pytest.raises(UserError, match='config.training.rate: found .*expected a'):
+    load(file, training__rate=text)
+
+
 def test_sweeps(file):
   runs = run_config.sweep(Run, file, [('seed', '1,2'), ('training.name', 'x,y'),
                                       ('training.sizes', '[5,6]')])
@@ -99,6 +105,12 @@ def test_sweeps(file):
     ('x = 1', 'has no function get_config'),
     ('def get_config(): return {}', r'returned dict, expected ml_collections.ConfigDict'),
     ('def get_config(:', 'line 1:'),
+    ('import json\nimport no_such_module', "line 2: ModuleNotFoundError: No module named 'no_such"),
+    ('def get_config():\n  return 1 / 0', 'line 2: ZeroDivisionError'),
+    ('def get_config(which): return None', 'TypeError: get_config.. missing 1 required'),
+    ('x = "\x00"', 'run config .*bad.py: '),
+    (f'{FILE}\ninner = get_config\ndef get_config():\n  c = inner()\n  with c.ignore_type():\n'
+     '    c.data = 3\n  return c', 'unknown key config.data'),
     (FILE.replace('steps', 'stepz'), 'unknown key config.training.stepz .nearest known: steps'),
 ])
 def test_bad_files(tmp_path, text, message):
