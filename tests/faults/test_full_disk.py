@@ -16,12 +16,6 @@ import pytest
 from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.core.errors import UserError
-from tests.faults.test_fuzz import made
-
-
-@pytest.fixture(scope='module')
-def world(tmp_path_factory):
-  return made(tmp_path_factory.mktemp('world')).root
 
 
 @contextlib.contextmanager
@@ -40,6 +34,7 @@ def files(folder):
 
 def test_every_verb_that_writes(world, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
+  world = world.root
   for name in ('photo.png', 'train.json'):
     (tmp_path / name).write_bytes((world / name).read_bytes())
   rows = json.loads((tmp_path / 'train.json').read_text())

@@ -6,10 +6,18 @@ import pathlib
 import random
 import shutil
 
+from PIL import Image
+
+from hrvlm_jax.checkpoint import store
 from hrvlm_jax.cli import completion, main as cli
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.evaluation import benchmarks
 from hrvlm_jax.evaluation.benchmarks.own import metrics
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.language.prompt import tokenizer_of
+from hrvlm_jax.systems import registry
 from tests.faults import hostile
+from tests.interop import releases
 
 SAMPLES = pathlib.Path(__file__).parents[1] / 'evaluation' / 'samples'
 # Options that write beside the working directory, open ports for good, or ask other machines.
@@ -31,6 +39,29 @@ class World:
 
   root: pathlib.Path
   answers: bool = False  # cases may go on to compile a model
+
+
+def made(root: pathlib.Path) -> World:
+  """The right inputs (`verbs.World`)."""
+  config = registry.get('mc_llava').tiny()
+  files = {f'tokenizer/{name}': data for name, data in tokenizer_of('byte').files.items()}
+  store.save_params(root / 'checkpoint', releases.random_params(config),
+                    {'model': to_dict(config)}, extra_files=files)
+  export(root / 'checkpoint', root / 'export')
+  for name in ('mc_llava', 'single_view', 'pheye'):
+    tiny = registry.get(name).tiny()
+    releases.write_release(root / 'release' / name, tiny, releases.random_tensors(
+      name, releases.KINDS['float32']))
+  Image.new('RGB', (90, 60), 'teal').save(root / 'photo.png')
+  turns = [{'from': 'human', 'value': '<image>\nWhat?'}, {'from': 'gpt', 'value': 'STOP'}]
+  rows = [{'id': str(n), 'image': 'photo.png', 'conversations': turns} for n in range(4)]
+  (root / 'train.json').write_text(json.dumps(rows))
+  (root / 'run.json').write_text(json.dumps({
+    'model': json.loads(json.dumps(to_dict(config))),
+    'data': {'train': 'train.json', 'lengths': [128], 'tokenizer': 'byte'},
+    'training': {'steps': 1, 'batch_size': 2, 'log_every': 1, 'mfu': False,
+                 'optimizer': {'learning_rate': 1e-3}}}))
+  return World(root)
 
 
 def copied(source: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
