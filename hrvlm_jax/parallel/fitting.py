@@ -147,10 +147,13 @@ def slices_of(devices: Sequence[Any]) -> int:
   return len({getattr(device, 'slice_index', 0) or 0 for device in devices})
 
 
-def device_bytes(devices: Sequence[Any] | None = None) -> int:
+def device_bytes(devices: Sequence[Any] | None = None, *, shared: bool = True) -> int:
   """What one device offers: of its data sheet, else what it says; of a CPU its share of the memory.
 
   All processes get the answer of the first.
+
+  Args:
+    shared: all processes ask at the same time; False: this one alone, and its own answer counts.
 
   Raises:
     UserError: a device of an unknown kind that does not tell.
@@ -166,7 +169,7 @@ def device_bytes(devices: Sequence[Any] | None = None) -> int:
     if not found:
       raise UserError(f'mesh: devices of kind {device.device_kind!r} do not say how much memory '
                       'they have; choose a mesh with --mesh, such as --mesh fsdp=8')
-  if jax.process_count() > 1:
+  if shared and jax.process_count() > 1:
     mebibytes = multihost_utils.broadcast_one_to_all(np.int32(found >> 20))
     return int(mebibytes) << 20
   return found

@@ -30,7 +30,9 @@ def check_memory(text: DecoderConfig, rows: int, prompt: int, sampling: Sampling
   """
   each = rows * sampling.beams * 2 * text.depth * text.kv_heads * text.head_dim
   each *= jnp.dtype(ex.dtype).itemsize * 2  # a step writes a new cache from the old one
-  limit = fitting.device_bytes() * (1 if ex.mesh is None else ex.mesh.size)
+  devices = [] if ex.mesh is None else list(ex.mesh.devices.flat)
+  together = len({device.process_index for device in devices}) > 1
+  limit = fitting.device_bytes(shared=together) * max(len(devices), 1)
   need = each * (prompt + sampling.max_new_tokens)
   if need > limit:
     fit = limit // each - prompt
