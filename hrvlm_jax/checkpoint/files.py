@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any
@@ -42,6 +43,8 @@ def cause(error: BaseException) -> str | None:
   while seen is not None:
     if isinstance(seen, OSError) and seen.errno in _CAUSES:
       return _CAUSES[seen.errno]
+    if isinstance(seen, OSError) and re.fullmatch(r'\d+ requested and \d+ written', str(seen)):
+      return _CAUSES[errno.ENOSPC]  # NumPy's `tofile`, which says no more
     for number, sentence in _CAUSES.items():
       if os.strerror(number) in str(seen) and number != errno.EPERM:
         return sentence
@@ -119,12 +122,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   Raises:
     UserError: no space, no permission, no such folder, a folder of that name.
   """
-  path = pathlib.Path(os.path.realpath(path))
+  shown, path = os.fspath(path), pathlib.Path(os.path.realpath(path))
   if path.is_dir():
-    raise UserError(f'{path}: is a folder, expected the name of a file to write')
+    raise UserError(f'{shown}: is a folder, expected the name of a file to write')
   if not path.parent.is_dir():
-    raise UserError(f'{path}: the folder {path.parent} does not exist; make it first')
-  with clear_errors(f'cannot write {path}'):
+    raise UserError(f'{shown}: the folder {path.parent} does not exist; make it first')
+  with clear_errors(f'cannot write {shown}'):
     if path.exists() and not path.is_file():
       yield path
       return

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import importlib
 import os
 import pathlib
+import re
 import sys
 
 from hrvlm_jax import __version__
@@ -103,32 +104,26 @@ def main(argv: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 141
-  except MemoryError as error:
-    return _no_memory(argv, error)
-  except RuntimeError as error:  # XLA's
-    if 'RESOURCE_EXHAUSTED' not in str(error) and 'ut of memory' not in str(error):
-      raise
-    return _no_memory(argv, error)
-  except OSError as error:  # a full disk, a missing permission, where no verb has said it better
+  except Exception as error:  # where no verb has said it better; all else keeps its traceback
     from hrvlm_jax.checkpoint.files import cause
 
-    if isinstance(error, (FileNotFoundError, IsADirectoryError)) and error.filename:
-      said = error.strerror
-    elif (said := cause(error)) is None:
+    text = ' '.join(str(error).split())[:200]
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search('RESOURCE_EXHAUSTED|[Oo]ut of memory', text)):
+      said = (f'there is not enough memory for that ({text}); take smaller batches, images or '
+              'numbers, or a larger machine')
+    elif isinstance(error, (FileNotFoundError, IsADirectoryError)) and error.filename:
+      said = f'{error.filename}: {error.strerror}'
+    elif (found := cause(error)) is not None:
+      said = f'{getattr(error, "filename", None) or text}: {found}'
+    else:
       raise
     try:
       sys.stdout.flush()
     except OSError:  # Python would try once more at its end, and complain in its own way
       os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f'hrvlm {argv[0]}: {error.filename or error.strerror}: {said}', file=sys.stderr)
+    print(f'hrvlm {argv[0]}: {said}', file=sys.stderr)
     return 2
-
-
-def _no_memory(argv: Sequence[str], error: Exception) -> int:
-  said = ' '.join(str(error).split())[:200]
-  print(f'hrvlm {argv[0]}: there is not enough memory for that ({said}); take smaller batches, '
-        'images or numbers, or a larger machine', file=sys.stderr)
-  return 2
 
 
 if __name__ == '__main__':

@@ -140,7 +140,15 @@ def test_an_error_of_the_system_is_a_sentence(folder, capsys, monkeypatch):
     def save(self, path):
       raise OSError(errno.ENOSPC, 'No space left on device', path)
 
-  monkeypatch.setattr(show, 'sheet', lambda panels: Sheet())
+  def shapes(batch):
+    raise OSError(errno.ENOSPC, 'No space left on device', 'x.png')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(show, 'sheet', lambda panels: Sheet())
+    assert cli.main(['data', 'show', '--config', 'config.py', '--out', 'x.png']) == 2
+  assert capsys.readouterr().err.startswith('hrvlm data: cannot write x.png: the disk is full')
+  assert not (folder / 'x.png').exists()
+  monkeypatch.setattr(show, 'shapes', shapes)  # a place that has no sentence of its own
   assert cli.main(['data', 'show', '--config', 'config.py', '--out', 'x.png']) == 2
   said = capsys.readouterr().err
   assert said.startswith('hrvlm data: x.png: ') and said.count('\n') == 1 and 'disk' in said

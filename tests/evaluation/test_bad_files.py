@@ -164,12 +164,12 @@ def test_options_with_a_gap_keep_their_letters(copy, tmp_path):
 
 def test_other_encodings_are_named(copy):
   folder = copy('mme')
-  path = folder / 'artwork' / '0001.txt'
+  path = folder / 'artwork' / 'questions_answers_YN' / '0001.txt'
   lines = 'Is it a café? Please answer yes or no.\tYes\nIs it? Please answer yes or no.\tNo\n'
   for encoding in ('cp1252', 'utf-16', 'gbk'):
     path.write_text(lines, encoding)
     text = message('mme', folder)
-    assert 'artwork/0001.txt: is not UTF-8 text' in text and 'iconv' in text, encoding
+    assert 'YN/0001.txt: is not UTF-8 text' in text and 'iconv' in text, encoding
   path.write_text(lines, 'utf-8-sig')  # a byte order mark is none of the text
   samples = benchmarks.get('mme').load(folder)
   assert [s.question for s in samples if s.id.startswith('artwork/0001/0')] == ['Is it a café?']
