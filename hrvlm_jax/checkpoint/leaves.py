@@ -60,19 +60,27 @@ class StoredParams:
       return self._leaf(path)
     if path in self._whole or not self._in_layers(path):
       return self._leaf(path)[layer]
-    return np.asarray(self._array(path)[layer].read().result())
+    return self._read(path, layer)
 
   def part(self, path: str, box: tuple[slice, ...]) -> np.ndarray:
     """A box of a leaf; only the chunks it touches are read."""
-    return np.asarray(self._array(path)[box].read().result())
+    return self._read(path, box)
 
   def _leaf(self, path: str) -> np.ndarray:
     if path not in self._whole:
-      value = np.asarray(self._array(path).read().result())
+      value = self._read(path, ...)
       while len(self._whole) >= _HELD:
         del self._whole[next(iter(self._whole))]
       self._whole[path] = value
     return self._whole[path]
+
+  def _read(self, path: str, box: Any) -> np.ndarray:
+    array = self._array(path)
+    try:
+      return np.asarray(array[box].read().result())
+    except ValueError as error:  # bytes that the checksums have not been asked about
+      raise UserError(f'{path}: cannot be read, a file of the checkpoint is damaged '
+                      f'({str(error)[:200]}); hrvlm doctor CHECKPOINT names it') from error
 
   def _in_layers(self, path: str) -> bool:
     leaf = self.flat[path]

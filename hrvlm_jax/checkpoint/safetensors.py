@@ -136,7 +136,7 @@ def _check_entries(
       problems.append(f'{name}: no description of a tensor')
       continue
     dtype, shape, offsets = entry.get('dtype'), entry.get('shape'), entry.get('data_offsets')
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
       problems.append(f'{name}: unknown dtype {dtype!r}; known: {", ".join(DTYPES)}')
     elif not isinstance(shape, list) or not all(map(_is_size, shape)):
       problems.append(f'{name}: bad shape {shape!r}')

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.core import images
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation import records
 from hrvlm_jax.evaluation.benchmarks.base import Sample
 from hrvlm_jax.evaluation.result import Result
@@ -88,6 +89,7 @@ def thumbnail(image: Image.Image, boxes: Sequence[Sequence[float]] = (), *,
   draw = ImageDraw.Draw(small)
   for box in boxes:
     x0, y0, x1, y1 = (value * factor for value in box)
+    x0, x1, y0, y1 = min(x0, x1), max(x0, x1), min(y0, y1), max(y0, y1)
     draw.rectangle((x0 - 2, y0 - 2, x1 + 2, y1 + 2), outline=(230, 30, 30), width=2)
   return small
 
@@ -101,7 +103,12 @@ def _picture(image: Image.Image) -> str:
 def _example(sample: Sample, record: Mapping | None, question: str, score: float | None,
              overlay_fn: Callable | None, reading: Mapping) -> str:
   bad = '' if record is None else record.get('bad_image', '')
-  opened = [] if bad else [image.open(**reading) for image in sample.images]
+  opened: list[Image.Image] = []
+  if not bad:
+    try:
+      opened = [image.open(**reading) for image in sample.images]
+    except UserError as error:  # answers that exist were scored without looking at it
+      bad = str(error)
   boxes = sample.meta.get('boxes') or []
   shown = [_picture(thumbnail(image, boxes)) for image in opened]
   if overlay_fn is not None and opened:

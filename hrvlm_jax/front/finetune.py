@@ -159,8 +159,8 @@ def _check_numbers(lora, epochs, held_out, batch_size, learning_rate) -> None:
   problems = []
   if lora is not None and lora < 1:
     problems.append(f'lora: found {lora}, expected a rank of at least 1')
-  if not epochs > 0:
-    problems.append(f'epochs: found {epochs}, expected more than 0')
+  if not 0 < epochs < 1e9:
+    problems.append(f'epochs: found {epochs}, expected a number above 0')
   if not 0 <= held_out < 1:
     problems.append(f'eval: found {held_out}, expected a share from 0 to below 1, such as 0.1')
   if batch_size is not None and batch_size < 1:

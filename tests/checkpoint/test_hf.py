@@ -74,6 +74,22 @@ def test_shards_and_index(tmp_path):
   assert len(hf.TensorFolder(tmp_path / 'out').files) == 4
 
 
+@pytest.mark.parametrize('field, value, said', [
+  ('dtype', ['F32'], 'unknown dtype'), ('dtype', None, 'unknown dtype'),
+  ('shape', 'x', 'bad shape'), ('shape', [True], 'bad shape'), ('data_offsets', [0, None], 'bad data_offsets')])
+def test_a_header_of_other_kinds(tmp_path, field, value, said):
+  safetensors.numpy.save_file({'a': np.ones(4, np.float32)}, tmp_path / 'model.safetensors')
+  data = (tmp_path / 'model.safetensors').read_bytes()
+  size = int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:8 + size])
+  header['a'][field] = value
+  text = json.dumps(header).encode()
+  (tmp_path / 'model.safetensors').write_bytes(
+    len(text).to_bytes(8, 'little') + text + data[8 + size:])
+  with pytest.raises(UserError, match=said):
+    hf.TensorFolder(tmp_path)
+
+
 def sharded(folder):
   hf.write_weights(folder, {'a': np.ones(4), 'b': np.zeros(4)}.items(), max_shard_bytes=32)
   return folder / 'model.safetensors.index.json'

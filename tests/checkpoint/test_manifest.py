@@ -187,6 +187,19 @@ def test_without_checking_and_without_a_manifest(params, tmp_path, monkeypatch, 
     assert 'cannot be read' in str(error)
 
 
+def test_cut_files_that_are_not_checked_are_a_sentence(params, tmp_path, monkeypatch):
+  from hrvlm_jax.checkpoint.leaves import StoredParams
+
+  shutil.copytree(params, tmp_path / 'c')
+  data = max(files_of(tmp_path / 'c'), key=lambda p: p.stat().st_size)
+  data.write_bytes(data.read_bytes()[:data.stat().st_size // 2])
+  monkeypatch.setenv('HRVLM_VERIFY', '0')
+  with pytest.raises(UserError, match='a file of the checkpoint is damaged'):
+    leaves = StoredParams(tmp_path / 'c')
+    for path in leaves.flat:
+      leaves(path)
+
+
 def test_a_file_that_is_no_longer_what_it_was_is_read_again(params, tmp_path):
   shutil.copytree(params, tmp_path / 'c')
   assert same(store.load_params(tmp_path / 'c'))

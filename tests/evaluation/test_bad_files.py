@@ -189,10 +189,10 @@ def test_other_encodings_are_named(copy):
   (dict(options=['a'] * 27), 'has 27 options'),
   (dict(options=['a', '']), '1 of them empty'),
   (dict(options='abcd'), "'options' is str"),
-  (dict(bbox=[1, 2, 3, 4]), 'bbox is no list of boxes'),
-  (dict(bbox=[[1, 2, 3]]), 'bbox is no list of boxes'),
-  (dict(bbox=[[1, 2, 3, None]]), 'bbox is no list of boxes'),
-  (dict(bbox={'x': 1}), 'bbox is no list of boxes'),
+  (dict(bbox=[1, 2, 3, 4]), 'bbox: found'),
+  (dict(bbox=[[1, 2, 3]]), 'bbox: found'),
+  (dict(bbox=[[1, 2, 3, None]]), 'bbox: found'),
+  (dict(bbox={'x': 1}), 'bbox: found'),
   ([1], 'found list, expected an object'),
   ('text', 'found str, expected an object'),
 ])
@@ -204,6 +204,44 @@ def test_odd_json_of_vstar(copy, change, said):
   for name in ('vstar', 'vstar_likelihood'):
     text = message(name, folder)
     assert said in text and 'direct_attributes/sa_4690.json' in text
+
+
+@pytest.mark.parametrize('name, file, change, said', [
+  ('needle', 'needle.json', lambda v: v[0]['needle']['signs'][0].update(box=['a', 1, 2, 3]),
+   'expected a list of boxes of 4 numbers'),
+  ('needle', 'needle.json', lambda v: v[0]['needle'].update(signs=[[1]]) or v[0].update(boxes=7),
+   None),
+  ('infovqa', 'infographicsVQA_val_v1.0.json', lambda v: v['data'][0].update(answer_type=7), None),
+  ('seed', 'SEED-Bench.json', lambda v: v.update(question_type=[1]), 'expected an object'),
+  ('seed', 'SEED-Bench.json', lambda v: v['questions'][0].update(question_type_id=[1]), None),
+  ('scienceqa', 'pid_splits.json', lambda v: v.update(test=5), 'expected a list'),
+  ('scienceqa', 'problems.json', lambda v: [row.update(image=3) for row in v.values()] and None,
+   'is missing'),
+  ('mathvista', 'testmini.json', lambda v: v['1'].update(precision='many'), 'precision is'),
+  ('mathvista', 'testmini.json', lambda v: v['2'].update(choices=[1, 2]), None),
+  ('vqav2', 'v2_mscoco_val2014_annotations.json',
+   lambda v: v['annotations'][0].update(answer_type=[3]), None),
+])
+def test_odd_values_are_named_or_do_not_matter(copy, name, file, change, said):
+  from hrvlm_jax.evaluation.runner import score_predictions
+
+  folder = copy(name)
+  edit(folder / file, change)
+  if said:
+    assert said in message(name, folder)
+    return
+  (folder / 'answers.jsonl').write_text('')
+  found = score_predictions(name, folder / 'answers.jsonl', data=folder, out=folder / 'out')
+  assert found.value == 0 and (folder / 'out' / 'report.html').exists()
+
+
+def test_damaged_parquet_files(copy):
+  folder = copy('mmmu_pro')
+  for path in folder.rglob('*.parquet'):
+    data = bytearray(path.read_bytes())
+    data[4:200] = bytes(196)
+    path.write_bytes(data)
+  assert 'is damaged' in message('mmmu_pro', folder, 'standard')
 
 
 def test_json_that_python_cannot_read(copy):

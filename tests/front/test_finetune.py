@@ -86,6 +86,7 @@ def test_the_page_from_twenty_pictures_to_a_tuned_model(here, capsys):
 
 @pytest.mark.parametrize('options, words', [
   (dict(lora=0), 'lora: found 0'), (dict(epochs=0), 'epochs: found 0'),
+  (dict(epochs=float('inf')), 'epochs: found inf'), (dict(epochs=float('nan')), 'found nan'),
   (dict(held_out=1.0), 'eval: found 1.0'), (dict(metric='plane'), 'nearest known: plain'),
   (dict(learning_rate=-1.0, batch_size=0), 'batch_size: found 0.*; learning_rate: found -1.0'),
 ])

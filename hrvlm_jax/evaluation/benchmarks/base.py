@@ -256,6 +256,17 @@ class Collector:
       return None
     return value
 
+  def boxes(self, values: Any, where: str) -> list[list[float]] | None:
+    """Boxes of four numbers each, [] for null; None after a problem was noted."""
+    values = [] if values is None else values
+    if not isinstance(values, list) or not all(
+        isinstance(box, list) and len(box) == 4 and all(
+          isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in box)
+        for box in values):
+      self.problems.append(f'{where}: found {_kind(values)}, expected a list of boxes of 4 numbers')
+      return None
+    return values
+
   def options(self, values: Any, where: str, *, answer: str | None = None,
               gaps: bool = True) -> tuple[str, ...] | None:
     """The choices of a question in the order of their letters; '' is a gap.
@@ -290,6 +301,8 @@ class Collector:
 
   def add(self, sample: Sample, where: str) -> None:
     """Keeps a sample after the checks that all benchmarks share."""
+    if not isinstance(sample.category, str):  # files have numbers and worse there
+      sample = dataclasses.replace(sample, category=str(sample.category))
     if sample.id in self._seen:
       self.problems.append(
           f'{where}: id {sample.id} is a duplicate of the one at {self._seen[sample.id]}')

@@ -39,7 +39,11 @@ def _scienceqa(folder: Path, split: str) -> Samples:
   splits = c.find('pid_splits.json', 'data/scienceqa/pid_splits.json')
   part, images_only = split.removesuffix('_img'), split.endswith('_img')
   wanted = []
-  for number in c.section(splits, part):
+  listed = c.section(splits, part)
+  if not isinstance(listed, list):
+    c.problems.append(f'{splits.name}:{part}: found {type(listed).__name__}, expected a list')
+    listed = []
+  for number in listed:
     where = f'problems.json[{number}]'
     row = problems.get(str(number))
     if row is None:
@@ -56,7 +60,7 @@ def _scienceqa(folder: Path, split: str) -> Samples:
       c.problems.append(f'{where}: answer {answer} is not one of {len(options)} choices')
       continue
     pictures = ()
-    if name := row.get('image'):
+    if name := str(row.get('image') or ''):
       roots = (folder / 'images' / part, folder / part)
       pictures = (first_image(*(root / number / name for root in roots)),)
     hint = str(row.get('hint') or '').strip()
@@ -86,7 +90,7 @@ def _score_scienceqa(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
 def _seed(folder: Path, split: str) -> Samples:
   c = Collector('seed', folder)
   path = c.find('SEED-Bench.json')
-  kinds = {number: name for name, number in c.section(path, 'question_type').items()}
+  kinds = {str(number): name for _, name, number in _pairs(c, path, 'question_type')}
   rows = [(where, row) for where, row in c.listed(path, 'questions')
           if split in ('all', row.get('data_type', split))]
   for where, row, kind, number, question, data, answer, *options in c.each(
@@ -101,9 +105,18 @@ def _seed(folder: Path, split: str) -> Samples:
       root = folder / 'SEED-Bench-video-image'
       picture = first_image(root / f'{number}.png', root / f'{number}.jpg', root / f'{data}.png')
     c.add(Sample(number, (picture,), question, (answer,), choices=tuple(options),
-                 category=kinds.get(row.get('question_type_id'), ''),
+                 category=kinds.get(str(row.get('question_type_id')), ''),
                  meta={'data_type': kind}), where)
   return c.finish()
+
+
+def _pairs(c: Collector, path: Path, key: str):
+  """(place, name, value) of an object inside a JSON file."""
+  found = c.section(path, key)
+  if not isinstance(found, dict):
+    c.problems.append(f'{path.name}:{key}: found {type(found).__name__}, expected an object')
+    found = {}
+  return [(f'{path.name}:{key}', name, value) for name, value in found.items()]
 
 
 def _seed_parts(samples: Sequence[Sample], per: dict) -> dict[str, float]:
@@ -160,14 +173,8 @@ def _vstar(shuffled: bool):
 
 def _corners(c: Collector, row: dict, where: str) -> list[list[float]] | None:
   """The (x, y, width, height) boxes of a row as (x0, y0, x1, y1); None after a problem."""
-  boxes = row.get('bbox') or []
-  if not isinstance(boxes, list) or not all(
-      isinstance(box, list) and len(box) == 4 and all(
-        isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in box)
-      for box in boxes):
-    c.problems.append(f'{where}: bbox is no list of boxes [x, y, width, height]')
-    return None
-  return [[x, y, x + width, y + height] for x, y, width, height in boxes]
+  boxes = c.boxes(row.get('bbox'), f'{where}: bbox')
+  return None if boxes is None else [[x, y, x + w, y + h] for x, y, w, h in boxes]
 
 
 def _realworldqa(folder: Path, split: str) -> Samples:

@@ -26,6 +26,7 @@ def _rrc(name: str, patterns: tuple[str, ...], picture: str, folders: tuple[str,
         **{picture: str, 'answers': None if split == 'test' else list}):
       source = first_image(*(folder / name / image for name in folders))
       kinds = row.get('question_types') or row.get('answer_type') or []
+      kinds = kinds if isinstance(kinds, list) else [kinds]
       c.add(Sample(str(number), (source,), question, answers and tuple(map(str, answers)),
                    category=', '.join(map(str, kinds)), meta={'question_id': number}), where)
     return c.finish()

@@ -85,10 +85,16 @@ def _mathvista(folder: Path, split: str) -> Samples:
     if not isinstance(prompt, str) or not prompt.strip():
       c.problems.append(f"{where}: lacks 'query', the official prompt of the question")
       continue
+    choices = row.get('choices')
+    choices = c.options(choices, where) if isinstance(choices, list) and choices else ()
+    precision = row.get('precision')
+    if not (precision is None or (isinstance(precision, (int, float)) and abs(precision) < 99)):
+      c.problems.append(f'{where}: precision is {precision!r}, expected a number of digits')
+      continue
     tags = row.get('metadata') if isinstance(row.get('metadata'), dict) else {}
     c.add(Sample(number, (picture,), question, None if answer is None else (answer,),
-                 choices=tuple(row.get('choices') or ()), category=str(tags.get('task', '')),
-                 prompt=prompt, meta={'kind': kind, 'form': form, 'precision': row.get('precision'),
+                 choices=choices or (), category=str(tags.get('task', '')),
+                 prompt=prompt, meta={'kind': kind, 'form': form, 'precision': precision,
                                       'row': {k: v for k, v in row.items()
                                               if not k.endswith('image') or isinstance(v, str)}}),
           where)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.images import ImageError
 from hrvlm_jax.evaluation.benchmarks.base import ImageSource
 
 # Shorter strings in a TSV's image column are the index of the row that holds the image.
@@ -138,9 +139,13 @@ def read_parquet(paths: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     pictures = [name for name in schema.names if _is_image(schema.field(name).type)]
     plain = [name for name in schema.names if name not in pictures]
     for group in range(file.num_row_groups):
-      table = file.read_row_group(group, columns=plain)
+      try:
+        table = file.read_row_group(group, columns=plain)
+        rows = table.to_pylist()
+      except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f'{path}: row group {group} is damaged ({error})') from error
       sizes = {name: _group_column(path, group, name) for name in pictures}
-      for i, row in enumerate(table.to_pylist()):
+      for i, row in enumerate(rows):
         where = f'{path.name} group {group} row {i}'
         for name in pictures:
           present = sizes[name][i].as_py() is not None
@@ -155,14 +160,19 @@ def _is_image(kind) -> bool:
 
 @functools.lru_cache(maxsize=2)
 def _group_column(path: Path, group: int, name: str):
+  import pyarrow as pa
   import pyarrow.parquet as pq
-  return pq.ParquetFile(path).read_row_group(group, columns=[name]).column(name)
+  try:
+    return pq.ParquetFile(path).read_row_group(group, columns=[name]).column(name)
+  except (pa.ArrowException, OSError) as error:
+    raise ImageError('damaged', f'{path}: column {name} of row group {group} is damaged ({error})'
+                     ) from error
 
 
 def _parquet_image(path: Path, group: int, row: int, name: str, where: str) -> ImageSource:
   def read() -> bytes:
     data = _group_column(path, group, name)[row].as_py().get('bytes')
     if not data:
-      raise UserError(f'{where}: column {name} has no image bytes')
+      raise ImageError('empty', f'{where}: column {name} has no image bytes')
     return data
   return ImageSource(f'{where} {name}', read)

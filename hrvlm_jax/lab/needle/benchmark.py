@@ -5,6 +5,7 @@ samples by relative area of the text asked for.
 """
 
 from collections.abc import Sequence
+import math
 from pathlib import Path
 
 from hrvlm_jax.evaluation.analysis.sizes import accuracy_by_tertile
@@ -39,26 +40,31 @@ def _needle(folder: Path, split: str) -> Samples:
       if question is None or answer is None:
         continue
       target, area = _target(row, turn)
+      boxes = c.boxes([] if target is None else [target], f'{place}: box')
+      if boxes is None:
+        continue
       if area is None:
         c.problems.append(f'{place}: no relative area of the text asked for')
         continue
       c.add(Sample(number if turn == 0 else f'{number}#{turn}', (file_image(folder / image),),
                    question.replace('<image>', '').strip(), (answer,),
-                   meta={'relative_area': area, 'boxes': [target] if target else []}), place)
+                   meta={'relative_area': area, 'boxes': boxes}), place)
   return c.finish()
 
 
 def _target(row: dict, turn: int) -> tuple[list | None, float | None]:
   """(box, relative area) of what a turn asks for."""
   details = row.get('needle') or {}
+  finite = lambda value: value if math.isfinite(value) else None
   try:
     sign = details['signs'][details['turns'][turn]]
-    return sign.get('box'), float(sign['relative_area'])
-  except (KeyError, IndexError, TypeError):
-    boxes = row.get('boxes') or []
+    return sign.get('box'), finite(float(sign['relative_area']))
+  except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
+    boxes = row.get('boxes')
+    boxes = boxes if isinstance(boxes, list) else []
     box = boxes[turn] if turn < len(boxes) else None
     area = row.get('relative_area') if turn == 0 else None
-    return box, area if isinstance(area, (int, float)) else None
+    return box, finite(area) if isinstance(area, (int, float)) else None
 
 
 def _score(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
