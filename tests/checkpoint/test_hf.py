@@ -76,7 +76,8 @@ def test_shards_and_index(tmp_path):
 
 @pytest.mark.parametrize('field, value, said', [
   ('dtype', ['F32'], 'unknown dtype'), ('dtype', None, 'unknown dtype'),
-  ('shape', 'x', 'bad shape'), ('shape', [True], 'bad shape'), ('data_offsets', [0, None], 'bad data_offsets')])
+  ('shape', 'x', 'bad shape'), ('shape', [True], 'bad shape'),
+  ('data_offsets', [0, None], 'bad data_offsets')])
 def test_a_header_of_other_kinds(tmp_path, field, value, said):
   safetensors.numpy.save_file({'a': np.ones(4, np.float32)}, tmp_path / 'model.safetensors')
   data = (tmp_path / 'model.safetensors').read_bytes()
