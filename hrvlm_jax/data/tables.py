@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hrvlm_jax.checkpoint.files import cause, whole_file
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import (
   BadRow,
@@ -294,12 +295,18 @@ def write_records(path: str | os.PathLike, records: Sequence[bytes]) -> None:
   """Writes records (of `rows.encode_record`) as one ArrayRecord file, readable one by one.
 
   The file appears under its name only when it is complete.
+
+  Raises:
+    UserError: it cannot be written (a full disk, a missing permission).
   """
   from array_record.python.array_record_module import ArrayRecordWriter
 
-  path = os.fspath(path)
-  writer = ArrayRecordWriter(f'{path}.part', 'group_size:1')
-  for record in records:
-    writer.write(record)
-  writer.close()
-  os.replace(f'{path}.part', path)
+  with whole_file(path) as part:
+    try:
+      writer = ArrayRecordWriter(os.fspath(part), 'group_size:1')
+      for record in records:
+        writer.write(record)
+      writer.close()
+    except RuntimeError as error:  # of its native code, with the words of the operating system
+      said = cause(error) or ' '.join(str(error).split())[:200]
+      raise UserError(f'cannot write {os.fspath(path)}: {said}') from error

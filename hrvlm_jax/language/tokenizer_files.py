@@ -51,6 +51,11 @@ def sentence(what: str) -> Iterator[None]:
 
 
 def json_file(files: Mapping[str, bytes], name: str) -> dict:
+  """The object of a JSON file; {} where there is none.
+
+  Raises:
+    UserError: no JSON, or no object.
+  """
   if name not in files:
     return {}
   try:
@@ -63,6 +68,7 @@ def json_file(files: Mapping[str, bytes], name: str) -> dict:
 
 
 def roles_of(files: Mapping[str, bytes]) -> dict[str, str]:
+  """'bos', 'eos', 'pad', 'unk' -> token string, where the files name one."""
   roles = {}
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):
     values = json_file(files, name)

@@ -148,34 +148,43 @@ def test_empty_answers_are_said_to_be_empty(here, capsys, model, monkeypatch):
 
 
 def test_penalties_are_options(here, capsys, model, monkeypatch):
-  """The same answers as in Python; without the options those of the model's files."""
-  image, question = 'photo.png', 'What is written?'
-  ask = ['ask', *SHORT[:2], '--max-new-tokens', '6', image, question, '--json']
-  answer = lambda *more: json.loads(asked(capsys, *ask, *more).out)['answer']
-  settings = dict(max_new_tokens=6, no_repeat_ngram_size=1, repetition_penalty=3.0)
-  want = model.ask(image, question, **settings)
-  assert answer('--no-repeat-ngram-size', '1', '--repetition-penalty', '3') == want
-  assert want != model.ask(image, question, max_new_tokens=6)
-  drawn = dict(max_new_tokens=6, temperature=5.0, min_p=1.0)  # only the likeliest is left
-  assert model.ask(image, question, **drawn) == model.ask(image, question, max_new_tokens=6)
-  assert answer('--temperature', '5', '--min-p', '1') == model.ask(image, question, **drawn)
-  monkeypatch.setattr('sys.stdin', io.StringIO(f'{question}\n'))
-  chat = ['chat', *SHORT[:2], '--max-new-tokens', '6', image, '--no-repeat-ngram-size', '1',
-          '--repetition-penalty', '3']
-  assert asked(capsys, *chat).out.strip() == want
-  for verb in (ask[:-1], chat):
+  """The settings reach the answers of ask, chat and eval; without them those of the model's files."""
+  seen, sampling = [], type(model.answerer).sampling
+
+  def recorded(self, **options):
+    seen.append(sampling(self, **options))
+    return seen[-1]
+
+  monkeypatch.setattr(type(model.answerer), 'sampling', recorded)
+  monkeypatch.setattr('hrvlm_jax.cli.evaluate._answerer', lambda *_: model.answerer)
+  given = ['--no-repeat-ngram-size', '2', '--repetition-penalty', '3']
+  ask = ['ask', *SHORT, 'photo.png', 'What is written?', '--json']
+  chat = ['chat', *SHORT, 'photo.png']
+  evaluated = ['eval', *SHORT, '--benchmark', 'own', '--data', 'own.jsonl', '--out', 'e',
+               '--batch-size', '1', '--limit', '1', '--quiet']
+  for argv in (ask, chat, evaluated):
+    for more, want in (([], (1.0, 0)), (given, (3.0, 2))):
+      monkeypatch.setattr('sys.stdin', io.StringIO('What is written?\n'))
+      target = ['--out', f'e{len(more)}'] if argv is evaluated else []
+      asked(capsys, *argv, *more, *target)
+      assert (seen[-1].repetition_penalty, seen[-1].no_repeat_ngram_size) == want, argv
+  kept = json.loads(pathlib.Path('e4/result.json').read_text())['generation']
+  assert kept['repetition_penalty'] == 3.0 and kept['no_repeat_ngram_size'] == 2
+  greedy = json.loads(asked(capsys, *ask).out)['answer']
+  drawn = asked(capsys, *ask, '--temperature', '5', '--min-p', '1').out
+  assert json.loads(drawn)['answer'] == greedy and seen[-1].min_p == 1.0  # the likeliest is left
+  for argv in (ask, chat):
     for option, value, said in (('--repetition-penalty', '0', 'repetition_penalty must be'),
                                 ('--repetition-penalty', 'nan', 'repetition_penalty must be'),
                                 ('--min-p', '2', 'min_p must lie'),
                                 ('--no-repeat-ngram-size', '-1', 'must not be negative')):
       monkeypatch.setattr('sys.stdin', io.StringIO('x\n'))
-      assert said in asked(capsys, *verb, option, value, status=2).err
-  evaluated = ['eval', *SHORT[:2], '--benchmark', 'own', '--data', 'own.jsonl', '--out', 'e']
+      assert said in asked(capsys, *argv, option, value, status=2).err
   assert 'must be a number above 0' in asked(
     capsys, *evaluated, '--repetition-penalty', '-1', status=2).err
+  scored = ['eval', '--benchmark', 'own', '--data', 'own.jsonl', '--out', 'p', '--predictions', 'x']
   assert '--repetition-penalty: decides how' in asked(
-    capsys, *evaluated[:1], *evaluated[3:], '--predictions', 'x', '--repetition-penalty', '2',
-    status=2).err
+    capsys, *scored, '--repetition-penalty', '2', status=2).err
 
 
 def test_what_has_no_room_is_said(here, capsys, model, monkeypatch, caplog):
