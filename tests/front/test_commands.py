@@ -148,7 +148,7 @@ def test_empty_answers_are_said_to_be_empty(here, capsys, model, monkeypatch):
 
 
 def test_penalties_are_options(here, capsys, model, monkeypatch):
-  """The settings reach the answers of ask, chat and eval; without them those of the model's files."""
+  """The settings reach ask, chat and eval; without them those of the model's files count."""
   seen, sampling = [], type(model.answerer).sampling
 
   def recorded(self, **options):
