@@ -170,6 +170,8 @@ supervise() {
     exec 9>"$DIR/lock"
     flock -n 9 || die "$EX_BUSY" "another supervisor of run $RUN holds the lock."
   fi
+  # What the processes of the run know and nobody else does; an --env-file may have another one.
+  [ ! -r RUN_TOKEN ] || export HRVLM_RUN_TOKEN="${HRVLM_RUN_TOKEN:-$(cat RUN_TOKEN)}"
   [ -z "$ENV_FILE" ] || load_env "$ENV_FILE"
   for pair in ${ENV[@]+"${ENV[@]}"}; do
     export "${pair%%=*}=${pair#*=}"

@@ -68,7 +68,9 @@ class Parser(argparse.ArgumentParser):
     """Adds the options by which several processes become one program (`join`)."""
     group = self.add_argument_group('several processes (found out by itself on TPU and Slurm)')
     group.add_argument('--distributed', choices=('auto', 'on', 'off'), default='auto')
-    group.add_argument('--coordinator', metavar='HOST:PORT')
+    group.add_argument('--coordinator', metavar='HOST:PORT',
+                       help='of process 0; on several hosts set the same secret text on all as '
+                       'HRVLM_RUN_TOKEN, by which those who are missing can be named')
     group.add_argument('--num-processes', type=int)
     group.add_argument('--process-id', type=int)
 

@@ -91,6 +91,7 @@ def _check(argv: list[str]) -> int:
   parser.add_argument('--image', choices=('decode', 'header', 'none'),
                       help='how far images are checked without --config (default: decode)')
   parser.add_argument('--template', help='chat template the rows are meant for, without --config')
+  _max_pixels(parser)
   parser.add_argument('--workers', type=int, help='processes; default: one per core for large sets')
   parser.add_argument('--out', metavar='FAULTS.jsonl', help='write all faults there')
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
@@ -113,6 +114,9 @@ def _check(argv: list[str]) -> int:
     with whole_file(arguments.out) as part:
       part.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
   print(report.summary())
+  if arguments.config is None:
+    print('what a run does with these rows (its template, lengths, crops) is checked with --config',
+          file=sys.stderr)
   return 1 if report.faults else 0
 
 
@@ -123,8 +127,23 @@ def _rows(arguments):
 
   source = open_source(arguments.data, images=arguments.images)
   template = None if arguments.template is None else get_template(arguments.template)
-  return check_source(source, RowCheck(image=arguments.image or 'decode', template=template),
-                      workers=arguments.workers, progress=not arguments.quiet)
+  check = RowCheck(image=arguments.image or 'decode', template=template,
+                   **_limit(arguments))
+  return check_source(source, check, workers=arguments.workers, progress=not arguments.quiet)
+
+
+def _max_pixels(parser: Parser) -> None:
+  parser.add_argument('--max-pixels', type=int, metavar='N',
+                      help='refuse larger images, before they are decoded (default: 178956970, or '
+                      'data.max_pixels of the run)')
+
+
+def _limit(arguments) -> dict[str, int]:
+  if arguments.max_pixels is None:
+    return {}
+  if arguments.max_pixels < 1:
+    raise UserError(f'--max-pixels {arguments.max_pixels}: expected at least 1')
+  return {'max_pixels': arguments.max_pixels}
 
 
 def _as_trained(arguments):
@@ -134,7 +153,8 @@ def _as_trained(arguments):
   from hrvlm_jax.training.config import RunConfig
 
   overrides = [('data.bad_rows', 'skip')]
-  for key in ('images', 'workers'):
+  _limit(arguments)
+  for key in ('images', 'workers', 'max_pixels'):
     if getattr(arguments, key) is not None:
       overrides.append((f'data.{key}', str(getattr(arguments, key))))
   if arguments.data is not None:
@@ -150,15 +170,18 @@ def _build(argv: list[str]) -> int:
   parser.add_argument('--shard-rows', type=int, default=1000, help='rows per file')
   parser.add_argument('--bad-rows', choices=('skip', 'fatal'), default='skip',
                       help='leave bad rows out and list them in the manifest, or stop')
+  _max_pixels(parser)
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   arguments, source = _source(parser, argv)
   if arguments.shard_rows < 1:
     raise UserError(f'--shard-rows {arguments.shard_rows}: expected at least 1')
 
   from hrvlm_jax.data.build import build_records, verify_records
+  from hrvlm_jax.data.checks import RowCheck
 
   manifest = build_records(source, arguments.out, name=arguments.name,
                            shard_rows=arguments.shard_rows, bad_rows=arguments.bad_rows,
+                           check=RowCheck(**_limit(arguments)),
                            progress=not arguments.quiet)
   verify_records(manifest)
   shards = json.loads(manifest.read_text())['shards']

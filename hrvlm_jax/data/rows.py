@@ -94,6 +94,7 @@ class Row:
     images: in the order of their placeholders in the text; () for text alone.
     messages: questions and answers, as the file has them; () for an image alone.
     where: file and row, for errors.
+    system: system text of the row, in place of the template's; None: the template's own.
     extra: other fields of the row (boxes, sizes, ...).
   """
 
@@ -102,9 +103,10 @@ class Row:
   messages: tuple[Message, ...]
   where: str = ''
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  system: str | None = None
 
   def __post_init__(self):
-    if any(has_half(message.text) for message in self.messages):
+    if any(map(has_half, (self.system or '', *(message.text for message in self.messages)))):
       raise BadRow('encoding', self.where, 'a message holds half a character (a lone surrogate), '
                    'as a text has that was cut inside an emoji; write the text whole')
 
@@ -126,6 +128,8 @@ def inside(folder: str, path: str) -> str:
   """
   if not path or '\0' in path:
     raise UserError(f'image path {path!r} is no file name')
+  if path[:8].lower().startswith(('http://', 'https://')):
+    raise UserError(f'image {path[:100]!r} is an address; data sets read files: download it first')
   if os.path.isabs(path):
     raise UserError(f'image path {path!r} is absolute, expected one relative to the image folder')
   root = os.path.realpath(folder)
@@ -188,7 +192,7 @@ def encode_record(row: Row) -> bytes:
   header = json.dumps({
     'id': row.id, 'messages': [[m.role, m.text] for m in row.messages],
     'images': [[ref.name, len(data)] for ref, data in zip(row.images, files, strict=True)],
-    'extra': dict(row.extra),
+    'extra': dict(row.extra), **({'system': row.system} if row.system else {}),
   }, ensure_ascii=False).encode()
   body = struct.pack('<I', len(header)) + header + b''.join(files)
   return _MAGIC + struct.pack('<I', zlib.crc32(body)) + body
@@ -211,7 +215,8 @@ def decode_record(record: bytes, where: str) -> Row:
     refs.append(ImageRef(name, data=record[place:place + size]))
     place += size
   messages = tuple(Message(role, text) for role, text in header['messages'])
-  return Row(header['id'], tuple(refs), messages, where, header['extra'])
+  return Row(header['id'], tuple(refs), messages, where, header['extra'],
+             header.get('system'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +226,7 @@ class Fields:
   Attributes:
     image: one image or a list of them, as file content, {'bytes': ..., 'path': ...} or path.
     id: name of the example.
+    system: system text of the example.
     conversations: LLaVA or OpenAI style list of messages; wins over the fields below.
     question: a text, or a list of them.
     answer: a text, or a list: as many as questions, or several answers to one (the first counts).
@@ -233,12 +239,14 @@ class Fields:
   question: str | None = None
   answer: str | None = None
   prompt: str = ''
+  system: str | None = None
 
   def check(self, found: Sequence[str], where: str, *, what: str) -> None:
     """Raises:
       UserError: fields that are not among those found.
     """
-    wanted = (self.image, self.id, self.conversations, self.question, self.answer)
+    wanted = (self.image, self.id, self.conversations, self.question, self.answer,
+              self.system)
     if missing := [name for name in wanted if name and name not in found]:
       raise UserError(f'{where}: has no {what} {missing}; found {list(found)}')
 
@@ -260,12 +268,13 @@ def question_answers(questions: Any, answers: Any) -> list[tuple[str, str]]:
   return list(zip(questions, answers, strict=True))
 
 
-def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any]]:
-  """(messages, the images of the row in their order) of a list in LLaVA's, OpenAI's or HF's form.
+def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any], str | None]:
+  """(messages, the images of the row in their order, its system text) of a list of messages in
+  LLaVA's, OpenAI's or HF's form.
 
   Text that names its images with `<image>` is left as it is. Images that are parts of the content
-  stand in front of their question, as in LLaVA's data; a bare part takes the next of `images`. A
-  system text stands in front of the first question: the templates of training have their own.
+  stand in front of their question, as in LLaVA's data; a bare part takes the next of `images`. An
+  empty name is no image.
 
   Args:
     images: what the row names beside its messages: None, one, or several.
@@ -274,11 +283,12 @@ def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any]]:
     UserError: entries of another form, all of them named; parts and images of different numbers.
   """
   named = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
+  named = [image for image in named if not _is_blank(image)]
   text_alone = lambda entry: not isinstance(entry, Mapping) or (
     isinstance(entry.get('content', entry.get('value')), str)
     and ROLES.get(entry.get('role', entry.get('from'))) != SYSTEM)
   if isinstance(entries, list) and all(map(text_alone, entries)):
-    return messages_from_llava(entries), named
+    return messages_from_llava(entries), named, None
   found = turns(entries)
   system = '\n'.join(turn.text for turn in found if turn.role == SYSTEM)
   spoken = [turn for turn in found if turn.role != SYSTEM]
@@ -290,12 +300,67 @@ def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any]]:
   given = iter(named)
   later = any(turn.images for turn in spoken[1:])
   messages = []
-  for number, turn in enumerate(spoken):
-    text = f'{system}\n{turn.text}' if system and not number and turn.role == USER else turn.text
+  for turn in spoken:
     # Where only the first question has images, the template puts its placeholders.
-    messages.append(Message(turn.role, f'{IMAGE}\n' * (len(turn.images) if later else 0) + text))
-  return messages, [next(given) if image is None else image for image in parts] if parts else named
+    messages.append(Message(turn.role, f'{IMAGE}\n' * (len(turn.images) if later else 0)
+                            + turn.text))
+  found_images = [next(given) if image is None else image for image in parts] if parts else named
+  return messages, found_images, system or None
 
+
+def _is_blank(image: Any) -> bool:
+  """Whether it says that there is no image, as rows of text do in mixed data sets."""
+  if isinstance(image, Mapping):
+    return image.keys() <= {'bytes', 'path', 'url'} and image.get('bytes') is None and not (
+      image.get('path') or image.get('url'))
+  return image is None or (isinstance(image, str) and not image.strip())
+
+
+def named_images(values: Mapping[str, Any]) -> Any:
+  """What a row says under `image`, or under `images` where that is empty."""
+  return next((values[key] for key in ('image', 'images')
+               if values.get(key) not in (None, '', [])), None)
+
+
+def system_text(*texts: Any) -> str | None:
+  """The system texts of a row (its own field, its messages) as one; None: there is none.
+
+  Raises:
+    UserError: one that is no text.
+  """
+  if wrong := [text for text in texts if text is not None and not isinstance(text, str)]:
+    raise UserError(f'has a system text of {type(wrong[0]).__name__}, expected text')
+  return '\n'.join(text for text in texts if text and text.strip()) or None
+
+
+def check_media(values: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageRef],
+                where: str) -> None:
+  """Text that speaks of a video, of sound or of a missing image is not learned alone.
+
+  Raises:
+    BadRow: of kind 'video', 'audio' or 'form'.
+  """
+  empty = next((key for key in ('image', 'images') if key in values), None)
+  if empty and not images and any(IMAGE in m.text for m in messages if m.role == USER):
+    raise BadRow('form', where, f'has the placeholder {IMAGE} and an empty {empty!r}; name the '
+                 'image, or take the placeholder out')
+  for kind in ('video', 'audio'):
+    named = next((key for key in (kind, f'{kind}s') if _is_given(values.get(key))), None)
+    mark = f'<{kind}>'
+    # On a line of its own; a question about HTML closes it again.
+    marked = any(mark in map(str.strip, message.text.splitlines())
+                 and f'</{kind}>' not in message.text for message in messages
+                 if message.role == USER)
+    if named or marked:
+      raise BadRow(kind, where, f'has {f"a {named!r}" if named else f"the placeholder {mark}"}; '
+                   'only images and text are read: give its frames as images, or leave the row out')
+
+
+def _is_given(value: Any) -> bool:
+  """Whether a field names something (also as arrays of a table have it)."""
+  if isinstance(value, (list, tuple)):
+    return any(item not in (None, '', []) for item in value)
+  return bool(value) if isinstance(value, (str, bytes, Mapping)) else value is not None
 
 def answered(value: Mapping[str, Any]) -> list[Message] | None:
   """The messages of {'question', 'answer' or 'answers'}; of several answers the first is taught.
@@ -320,7 +385,7 @@ def image_refs(value: Any, folder: str | None, where: str) -> tuple[ImageRef, ..
   values = value if isinstance(value, Sequence) and not isinstance(
     value, (str, bytes)) else [value]
   refs = []
-  for index, item in enumerate(values):
+  for index, item in enumerate(item for item in values if not _is_blank(item)):
     name = f'image {index} of {where}'
     data, path = (item.get('bytes'), item.get('path')) if isinstance(item, Mapping) else (
       (item, None) if isinstance(item, bytes) else (None, item))

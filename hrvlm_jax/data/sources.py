@@ -25,13 +25,17 @@ from hrvlm_jax.data.rows import (
   Row,
   Source,
   answered,
+  check_media,
   conversation,
   image_refs,
   inside,
+  named_images,
+  system_text,
 )
 from hrvlm_jax.data.unchanged import Unchanged
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 
+_SYSTEM = ('system', 'system_prompt')
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif')
 
 
@@ -53,7 +57,8 @@ class LlavaJson:
 
   A row is {"id", "image": path or list of paths (optional), "conversations":
   [{"from": "human" | "gpt", "value"}]}, or has "messages" in OpenAI's or Hugging Face's form
-  (`rows.conversation`), or "question" and "answer"; other fields are kept in `extra`. Only offsets
+  (`rows.conversation`), or "question" and "answer"; a "system" text takes the place of the
+  template's. Other fields are kept in `extra`. Only offsets
   are held in memory, so that a file of a gigabyte costs a worker process a few megabytes.
 
   Args:
@@ -119,17 +124,19 @@ def llava_row(data: bytes, where: str, images: str) -> Row:
     raise BadRow('json', where, f'not valid JSON ({error})') from error
   if not isinstance(value, dict):
     raise BadRow('form', where, f'is {type(value).__name__}, expected an object')
-  turns, asked = value.get('conversations', value.get('messages')), answered(value)
-  if turns is None and asked is not None:
+  turns, asked = value.get('conversations') or value.get('messages'), answered(value)
+  if turns in (None, []) and asked is not None:
     turns = [{'role': message.role, 'content': message.text} for message in asked]
   if not isinstance(turns, list) or not turns:
     raise BadRow('form', where, "has no 'conversations', expected a list of messages (or "
                  "'messages', or 'question' and 'answer')")
-  names = value.get('image', value.get('images'))
+  names = named_images(value)
   try:
-    messages, names = conversation(turns, names)
+    messages, found, system = conversation(turns, names)
+    system = system_text(*(value.get(key) for key in _SYSTEM), system)
   except UserError as error:
     raise BadRow('form', where, str(error)) from error
+  names = found
   if any(not isinstance(name, str) for name in names):
     raise BadRow('form', where, "has an 'image' that is neither a path nor a list of paths")
   try:
@@ -139,10 +146,11 @@ def llava_row(data: bytes, where: str, images: str) -> Row:
     refs = image_refs(names or None, images, where)
   except UserError as error:
     raise BadRow('path', where, str(error)) from error
+  check_media(value, messages, refs, where)
   extra = {key: value[key] for key in value
-           if key not in ('id', 'image', 'images', 'conversations', 'messages')
+           if key not in ('id', 'image', 'images', 'conversations', 'messages', *_SYSTEM)
            and (asked is None or key not in ('question', 'answer'))}
-  return Row(str(value.get('id', '')), refs, tuple(messages), where, extra)
+  return Row(str(value.get('id', '')), refs, tuple(messages), where, extra, system)
 
 
 def _array_spans(data: bytes, start: int, path: str) -> np.ndarray:

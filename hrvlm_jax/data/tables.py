@@ -22,10 +22,12 @@ from hrvlm_jax.data.rows import (
   BadRow,
   Fields,
   Row,
+  check_media,
   conversation,
   decode_record,
   image_refs,
   question_answers,
+  system_text,
 )
 from hrvlm_jax.data.unchanged import DataChanged, Unchanged
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
@@ -45,9 +47,10 @@ def table_row(values: Mapping[str, Any], fields: Fields, folder: str | None, whe
     raise BadRow('encoding', where, f'holds text that is not UTF-8 ({error.reason})') from error
   try:
     images = values.get(fields.image) if fields.image else None
+    system = values.get(fields.system) if fields.system else None
     if fields.conversations and values.get(fields.conversations):
-      messages, images = conversation(values[fields.conversations], images)
-      images = images or None
+      messages, images, said = conversation(values[fields.conversations], images)
+      system = system_text(system, said)
     elif fields.answer and values.get(fields.answer) is not None:
       asked = values.get(fields.question) if fields.question else fields.prompt
       messages = [Message(role, text) for pair in question_answers(asked, values[fields.answer])
@@ -55,13 +58,15 @@ def table_row(values: Mapping[str, Any], fields: Fields, folder: str | None, whe
     else:
       asked = values.get(fields.question) if fields.question else fields.prompt
       messages = [Message(USER, asked)] if isinstance(asked, str) and asked else []
-    refs = image_refs(images, folder, where)
+    refs, system = image_refs(images, folder, where), system_text(system)
   except UserError as error:
     raise BadRow('form', where, str(error)) from error
+  check_media(values, messages, refs, where)
   name = values.get(fields.id, '') if fields.id else ''
-  known = {fields.image, fields.id, fields.conversations, fields.question, fields.answer}
+  known = {fields.image, fields.id, fields.conversations, fields.question, fields.answer,
+           fields.system}
   extra = {key: value for key, value in values.items() if key not in known}
-  return Row(str(name), refs, tuple(messages), where, extra)
+  return Row(str(name), refs, tuple(messages), where, extra, system)
 
 
 def guess_fields(names: Sequence[str]) -> Fields:
@@ -72,7 +77,7 @@ def guess_fields(names: Sequence[str]) -> Fields:
     conversations=first('conversations', 'messages', 'conversation'),
     question=first('question', 'questions', 'prompt'),
     answer=first('answer', 'answers', 'caption', 'captions', 'text'),
-    prompt='Describe the image.')
+    prompt='Describe the image.', system=first('system', 'system_prompt'))
 
 
 def _text(value: Any) -> Any:

@@ -180,7 +180,7 @@ class ToExample:
     """
     length = self.limit.length
     encoded = self.text.encode(
-      row.messages, len(row.images),
+      row.messages, len(row.images), system=row.system,
       max_length=length if self.limit.policy == 'cut_text' else None)
     if self.limit.policy == 'refuse' and length is not None and len(encoded.ids) > length:
       raise BadRow('too long', row.where, f'has {len(encoded.ids)} ids of text, at most {length} '

@@ -51,7 +51,9 @@ def _settle() -> None:
       signal.signal(number, signal.SIG_IGN)
     except ValueError:  # not in the main thread
       return
-  parent = os.getppid()
+  # Not os.getppid(): a trainer that was killed while this process imported has gone by now.
+  started = multiprocessing.parent_process()
+  parent = os.getppid() if started is None else started.pid
 
   def watch() -> None:
     while os.getppid() == parent:

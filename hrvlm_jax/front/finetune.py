@@ -218,7 +218,7 @@ def fitting(rows: Sequence[Row], text: Text, say: Say) -> list[Row]:
   """
   def checked(row: Row) -> Row:
     try:
-      text.encode(row.messages, len(row.images))
+      text.encode(row.messages, len(row.images), system=row.system)
     except UserError as error:
       raise UserError(f'{row.where}: {error}') from error
     return row
@@ -279,9 +279,9 @@ def write_rows(parts: Mapping[str, Sequence[Row]], folder: pathlib.Path) -> str:
         number += 1
       said = [{'from': {USER: 'human', ASSISTANT: 'gpt'}[m.role], 'value': m.text}
               for m in row.messages]
-      lines.append(json.dumps({'id': row.id, 'image': names, 'conversations': said}
-                              if names else {'id': row.id, 'conversations': said},
-                              ensure_ascii=False))
+      lines.append(json.dumps({'id': row.id, **({'image': names} if names else {}),
+                               **({'system': row.system} if row.system else {}),
+                               'conversations': said}, ensure_ascii=False))
     (folder / f'{name}.jsonl').write_text(''.join(line + '\n' for line in lines), 'utf-8')
   return os.path.abspath(folders.pop() if stay else folder / 'images' if refs else folder)
 
@@ -334,7 +334,8 @@ def _lengths(config: ModelConfig, tokenizer: Any, rows: Sequence[Row]) -> tuple[
   for row in rows:
     sizes = [image_size(ref.read(), name=ref.name) for ref in row.images]
     counts = [system.count(*size, config.encoder).tokens for size in sizes]
-    longest = max(longest, len(text.conversation(row.messages, counts)['tokens']))
+    arrays = text.conversation(row.messages, counts, system=row.system)
+    longest = max(longest, len(arrays['tokens']))
     visual = max(visual, sum(counts) if config.fusion.in_prompt else 0)
   most = config.text.max_positions
   if visual >= most:
@@ -357,8 +358,9 @@ def _before(start, encoder, reading, rows: Sequence[Row], score, out: pathlib.Pa
   if path.exists() and (kept := json.loads(path.read_text())).get('metric') == metric:
     return kept['value']
   model = load(start, encoder=encoder, **reading)
+  ask = lambda row: row.messages[0].text.replace(IMAGE, '').strip()
   asked = [([ref.read() for ref in row.images],
-            row.messages[0].text.replace(IMAGE, '').strip()) for row in rows]
+            ask(row) if row.system is None else f'{row.system}\n{ask(row)}') for row in rows]
   answers = model.batch(asked, max_new_tokens=ANSWER_TOKENS)
   value = float(np.mean([score(answer, row.messages[1].text.strip())
                          for answer, row in zip(answers, rows, strict=True)]))

@@ -150,6 +150,8 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in (
   # ChatML as MC-LLaVA was trained: no newline after <|im_end|>, every message tokenised alone.
   Template(
     name='mc_llava_train',
+    system=None,  # as above: only a text that a row gives
+    system_format='<|im_start|>system\n{text}<|im_end|>',
     user='<|im_start|>user\n{text}<|im_end|>',
     header='<|im_start|>assistant\n',
     answer='{text}<|im_end|>',

@@ -64,6 +64,15 @@ def prepare(
   return messages
 
 
+def with_system(messages: Sequence[Message], template: Template, system: str | None
+                ) -> tuple[list[Message], str | None]:
+  """(messages, system text to render): a template without one gets it before the first question."""
+  messages = list(messages)
+  if not system or template.system_format or not messages or messages[0].role != USER:
+    return messages, system
+  return [Message(USER, f'{system}\n{messages[0].text}'), *messages[1:]], None
+
+
 def _without(text: str) -> str:
   return text.replace(f'{IMAGE}\n', '').replace(IMAGE, '').strip()
 
@@ -113,6 +122,7 @@ def encode_training(
   tokenizer: Tokenizer,
   *,
   image_id: int | None,
+  system: str | None = None,
   max_length: int | None = None,
 ) -> Encoded:
   """Ids and labels as the template's original makes them (`Template.masks`).
@@ -124,11 +134,13 @@ def encode_training(
   """
   if template.masks == 'rounds':
     unknown = tokenizer.unk_id  # what LLaVA pads with
-    return encode_llava(messages, template, tokenizer, image_id=image_id, max_length=max_length,
+    return encode_llava(messages, template, tokenizer, image_id=image_id, system=system,
+                        max_length=max_length,
                         pad_id=0 if unknown is None else unknown)
   if template.masks == 'comparison':
-    return encode_vila(messages, template, tokenizer, image_id=image_id).cut(max_length)
-  return encode_conversation(messages, template, tokenizer, image_id=image_id,
+    return encode_vila(messages, template, tokenizer, image_id=image_id, system=system
+                       ).cut(max_length)
+  return encode_conversation(messages, template, tokenizer, image_id=image_id, system=system,
                              max_length=max_length)
 
 
@@ -189,6 +201,7 @@ def encode_llava(
   tokenizer: Tokenizer,
   *,
   image_id: int | None = SENTINEL,
+  system: str | None = None,
   max_length: int | None = None,
   pad_id: int = 0,
 ) -> Encoded:
@@ -201,10 +214,11 @@ def encode_llava(
 
   Args:
     image_id: None for an example without images.
+    system: replaces the template's system text.
     max_length: model_max_length of the recipe.
     pad_id: the id that the original does not count.
   """
-  segments = render(template, messages)
+  segments = render(template, messages, system=system)
   ids, labels, starts = _by_place(segments, tokenizer, image_id)
   text = rendered_text(segments)
   if not template.drop_question:  # the captioning template has no rounds

@@ -165,6 +165,8 @@ def _part(part: Any, where: str, problems: list[str]) -> tuple[str, Any]:
       problems.append(f'{where} is of type {kind} without one')
     else:
       return 'image', value
+  elif isinstance(kind, str) and any(word in kind for word in ('video', 'audio')):
+    problems.append(f'{where} is of type {kind}; only images and text are read')
   else:
     known = (*_TEXTS[:1], *_IMAGES)
     hint = f' (nearest known: {nearest(kind, known)})' if isinstance(kind, str) else ''

@@ -27,7 +27,7 @@ from hrvlm_jax.language.chat import (
   get_template,
   prompt_end,
 )
-from hrvlm_jax.language.conversation import encode_training, prepare
+from hrvlm_jax.language.conversation import encode_training, prepare, with_system
 from hrvlm_jax.language.generation import generation_of
 from hrvlm_jax.language.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 
@@ -245,25 +245,35 @@ class Text:
                             image_id=self.image_id if counts else None, system=asked.system)
     return self._expand(encoded, counts, template)
 
+  def asked(self, question: str, images: int, system: str | None) -> str | Dialogue:
+    """A question under a system text, where one is given, as training shows it to the model."""
+    messages, system = with_system([Message(USER, question)], get_template(self.chat), system)
+    if not system:
+      return messages[0].text
+    return Dialogue(tuple(messages), (images,), system)
+
   def conversation(self, messages: Sequence[Message], counts: Sequence[int], *,
-                   max_length: int | None = None) -> dict[str, np.ndarray]:
+                   system: str | None = None, max_length: int | None = None
+                   ) -> dict[str, np.ndarray]:
     """A finished conversation with its label mask: arrays of `expand`."""
-    encoded = self.encode(messages, len(counts), max_length=max_length)
+    encoded = self.encode(messages, len(counts), system=system, max_length=max_length)
     return self.expand(encoded, counts)
 
-  def encode(self, messages: Sequence[Message], images: int, *,
+  def encode(self, messages: Sequence[Message], images: int, *, system: str | None = None,
              max_length: int | None = None) -> Encoded:
     """Ids and labels of a finished conversation about so many images, before they take their slots.
 
     Args:
+      system: in place of the template's system text; before the first question where it has none.
       max_length: cut after so many ids, an image counting one.
 
     Raises:
       UserError: messages that do not alternate.
     """
     template = self._training_template()
+    messages, system = with_system(messages, template, system)
     return encode_training(
-      prepare(messages, template, images), template, self.tokenizer,
+      prepare(messages, template, images), template, self.tokenizer, system=system,
       image_id=self.image_id if images else None, max_length=max_length)
 
   def expand(self, encoded: Encoded, counts: Sequence[int]) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import socket
+import sys
 import threading
 import time
 from typing import Any, Literal
@@ -27,8 +28,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.parallel.addresses import bind_address, split_address
 from hrvlm_jax.parallel.mesh import batch_sharding, batch_shards
-from hrvlm_jax.parallel.rendezvous import REPORT_EVERY, meet, split_address
+from hrvlm_jax.parallel.rendezvous import REPORT_EVERY, meet
+from hrvlm_jax.parallel.secret import VARIABLE, run_secret
 
 _log = logging.getLogger(__name__)
 
@@ -79,7 +82,7 @@ def detect(*, coordinator: str | None = None, num_processes: int | None = None,
       raise UserError(f'--process-id: found {process_id}, expected 0 to {num_processes - 1} '
                       f'(--num-processes {num_processes})')
     return Cluster('arguments', coordinator, num_processes, process_id)
-  if int(env.get('MEGASCALE_NUM_SLICES') or 1) > 1:
+  if _count(env, 'MEGASCALE_NUM_SLICES') > 1:
     return Cluster('several slices (MEGASCALE_NUM_SLICES)')
   names = [name for name in env.get('TPU_WORKER_HOSTNAMES', '').split(',') if name.strip()]
   if len(names) > 1 and env.get('TPU_WORKER_ID', '').isdigit():
@@ -89,7 +92,7 @@ def detect(*, coordinator: str | None = None, num_processes: int | None = None,
     return Cluster('TPU_WORKER_HOSTNAMES')
   if _slurm_tasks(env) > 1:
     return Cluster(f'Slurm (hosts {env.get("SLURM_JOB_NODELIST", "unknown")})')
-  if int(env.get('OMPI_COMM_WORLD_SIZE') or 1) > 1:
+  if _count(env, 'OMPI_COMM_WORLD_SIZE') > 1:
     return Cluster('Open MPI')
   if glob.glob('/dev/accel*') or glob.glob('/dev/vfio/[0-9]*'):
     return _tpu_metadata()
@@ -104,10 +107,17 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
   """
   if 'SLURM_PROCID' not in env:
     return 1
-  if step := env.get('SLURM_STEP_NUM_TASKS'):
-    return int(step)
+  if env.get('SLURM_STEP_NUM_TASKS'):
+    return _count(env, 'SLURM_STEP_NUM_TASKS')
   in_step = env.get('SLURM_STEP_NODELIST') or env['SLURM_PROCID'] != '0'
-  return int(env.get('SLURM_NTASKS') or 1) if in_step else 1
+  return _count(env, 'SLURM_NTASKS') if in_step else 1
+
+
+def _count(env: Mapping[str, str], name: str) -> int:
+  text = (env.get(name) or '1').strip()
+  if not text.isdigit():
+    raise UserError(f'${name}: found {text!r}, expected a whole number; unset it to start alone')
+  return int(text)
 
 
 def _metadata(key: str) -> str:
@@ -159,19 +169,33 @@ def initialize(mode: Mode = 'auto', *, coordinator: str | None = None,
     return False
   if cluster.processes == 1:
     return False
+  if cluster.process is not None and not 0 <= cluster.process < cluster.processes:
+    raise UserError(f'{cluster.source}: found process number {cluster.process} of '
+                    f'{cluster.processes} processes, expected 0 to {cluster.processes - 1}')
   heartbeat = heartbeat or int(os.environ.get('HRVLM_HEARTBEAT_SECONDS') or HEARTBEAT)
   started = time.monotonic()
   options: dict[str, Any] = {}
   if cluster.coordinator is not None:
-    meet(cluster.coordinator, processes=cluster.processes, process=cluster.process,
-         timeout=timeout, hosts=cluster.hosts, report_every=report_every)
+    secret = run_secret(cluster.coordinator, cluster.process)
+    if secret is not None:
+      meet(cluster.coordinator, processes=cluster.processes, process=cluster.process, secret=secret,
+           timeout=timeout, hosts=cluster.hosts, report_every=report_every)
+    else:
+      _log.warning('no %s: JAX joins the %d processes and does not say who is missing', VARIABLE,
+                   cluster.processes)
     options = {'coordinator_address': cluster.coordinator, 'num_processes': cluster.processes,
                'process_id': cluster.process}
+    if cluster.process == 0:
+      options['coordinator_bind_address'] = bind_address(cluster.coordinator)
   left = max(30, int(timeout - (time.monotonic() - started)))
-  with _reporting(f'waiting for the other processes ({cluster.source})', report_every):
+  who = f'{cluster.source}{_expected(cluster)}'
+  with _reporting(f'waiting for the other processes ({who})', report_every, end=(
+      left, f'the processes of this run ({who}) could not be joined within {left} s. Start the '
+      'same command on every host, check that the address is that of process 0 and that the '
+      f'network lets it through; with {VARIABLE} the missing ones are named')):
     try:
-      jax.distributed.initialize(initialization_timeout=left, heartbeat_timeout_seconds=heartbeat,
-                                 **options)
+      jax.distributed.initialize(initialization_timeout=left + 60,
+                                 heartbeat_timeout_seconds=heartbeat, **options)
     except (RuntimeError, ValueError) as error:
       raise UserError(f'the processes of this run ({cluster.source}) could not be joined within '
                       f'{left} s: {error}. Was the same command started on every host?') from error
@@ -183,14 +207,27 @@ def initialize(mode: Mode = 'auto', *, coordinator: str | None = None,
   return found > 1
 
 
+def _expected(cluster: Cluster) -> str:
+  names = list(cluster.hosts.values())
+  return '' if not names else f': {", ".join(names[:8])}' + (
+    f' and {len(names) - 8} more' if len(names) > 8 else '')
+
+
 @contextlib.contextmanager
-def _reporting(sentence: str, every: float):
-  """Logs a sentence every so often while the body blocks."""
+def _reporting(sentence: str, every: float, *, end: tuple[float, str]):
+  """Logs a sentence every so often while the body blocks.
+
+  Args:
+    end: seconds after which the process ends (status 2), and its last words: JAX would abort it.
+  """
   done = threading.Event()
   begun = time.monotonic()
 
   def report():
-    while not done.wait(every):
+    while not done.wait(min(every, max(end[0] - (time.monotonic() - begun), 0.01))):
+      if time.monotonic() - begun >= end[0]:
+        print(f'hrvlm: {end[1]}', file=sys.stderr, flush=True)
+        os._exit(2)
       _log.warning('%s (%d s)', sentence, time.monotonic() - begun)
 
   thread = threading.Thread(target=report, daemon=True)

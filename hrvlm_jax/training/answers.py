@@ -136,7 +136,8 @@ class Answers(Evaluator):
       except UserError as error:
         bad[number] = error
         images = [Image.new('RGB', _STAND_IN)]
-      return images, rows[number]['question']
+      return images, answerer.text.asked(rows[number]['question'], len(images),
+                                         rows[number]['system'])
 
     texts = answer_over_mesh(
       answerer, len(rows), item, batch_size=o.batch_size, layout=self.layout,
@@ -206,8 +207,8 @@ class Answers(Evaluator):
       self._left_out(error)
       return None
     return {'id': row.id or str(index), 'question': turns[0].text.replace(IMAGE, '').strip(),
-            'expected': turns[1].text.strip(), 'extra': row.extra, 'index': index,
-            'where': row.where}
+            'expected': turns[1].text.strip(), 'system': row.system, 'extra': row.extra,
+            'index': index, 'where': row.where}
 
 
 def _verdict(score: float) -> dict[str, Any]:

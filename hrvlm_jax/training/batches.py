@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data import pipeline
 from hrvlm_jax.data.packed import RowMaker
 from hrvlm_jax.data.packing import RowPacker
@@ -47,6 +48,18 @@ def make_batches(config: RunConfig, layout: Layout | None = None, *,
 def batch_shapes(config: RunConfig, rows: int, **options) -> BatchShapes:
   """The shapes of the batches of a config's objective, see `Objective.batch_shapes`."""
   return objective_of(config.training).batch_shapes(config, rows, **options)
+
+
+def picture_words(config: RunConfig) -> list[str]:
+  """What the largest picture may take, where `data.max_pixels` is above the default."""
+  data = config.data
+  if data.max_pixels <= MAX_PIXELS:
+    return []
+  # Decoded in its own mode (up to 4 bytes a pixel), then as RGB.
+  gib = 7 * data.max_pixels / 2**30
+  where = f'each of {data.workers} data workers' if data.workers else 'this process'
+  return [f'data.max_pixels={data.max_pixels:,}: a picture of that size takes up to {gib:.1f} GiB '
+          f'while it is read, in {where}']
 
 
 def conversations(config: RunConfig, *, layout: Layout | None = None,

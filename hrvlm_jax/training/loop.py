@@ -30,7 +30,7 @@ from hrvlm_jax.parallel.fitting import device_bytes, slices_of
 from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.training import determinism, fitting, resume, starts
 from hrvlm_jax.training.bad_steps import INTERNAL, SKIPPED, Judge
-from hrvlm_jax.training.batches import make_batches
+from hrvlm_jax.training.batches import make_batches, picture_words
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.evaluators import Evaluator, evaluators_of
 from hrvlm_jax.training.lock import Lock
@@ -131,7 +131,7 @@ def _train(config: RunConfig, place: Workdir, progress: bool | str, params: Any,
     batches = make_batches(config, layout)
     for evaluator in evaluators:
       evaluator.prepare(config, layout=layout, workdir=workdir)
-    notes += [distributed.devices_words(), *fitting.told(config, choice),
+    notes += [distributed.devices_words(), *picture_words(config), *fitting.told(config, choice),
               fitting.batch_words(config, choice.mesh.shape), program.summary,
               *(note for evaluator in evaluators for note in evaluator.notes)]
     if jax.process_count() > 1:

@@ -170,7 +170,7 @@ def _row(line: str) -> dict[str, Any] | None:
   """A line of metrics; None for a torn or foreign one."""
   try:
     row = json.loads(line)
-  except ValueError:
+  except (ValueError, RecursionError):
     return None
   good = isinstance(row, dict) and isinstance(row.get('step', 0), (int, float))
   return row if good else None

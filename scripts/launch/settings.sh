@@ -90,9 +90,14 @@ each_setting() {
 # secret_name NAME: does a variable of this name hold a secret? Its last word says so: HF_TOKEN does,
 # TOKENIZERS_PARALLELISM, MAX_TOKENS and HF_TOKEN_PATH do not.
 secret_name() {
-  case $(printf '%s' "$1" | tr '[:lower:]' '[:upper:]') in
-    GOOGLE_APPLICATION_CREDENTIALS) return 1 ;; # a path
-    *TOKEN | KEY | *_KEY | *APIKEY | *API_KEYS | *ACCESS_TOKENS | *AUTH_TOKENS | *SECRET | *SECRETS | \
+  case _$(printf '%s' "$1" | tr '[:lower:]' '[:upper:]') in
+    _GOOGLE_APPLICATION_CREDENTIALS | _PWD) return 1 ;; # paths
+    # Of a tokenizer, of a count, of a table.
+    *_PAD_TOKEN | *_EOS_TOKEN | *_BOS_TOKEN | *_UNK_TOKEN | *_SEP_TOKEN | *_CLS_TOKEN | *_MASK_TOKEN | \
+      *_IMAGE_TOKEN | *_STOP_TOKEN | *_END_TOKEN | *_START_TOKEN | *_SPECIAL_TOKEN | *_PER_TOKEN | *_MAX_TOKEN | \
+      *_NEW_TOKEN | *_SORT_KEY | *_CACHE_KEY | *_PRIMARY_KEY | *_PARTITION_KEY | *_GROUP_KEY | *_INDEX_KEY | \
+      *_PUBLIC_KEY) return 1 ;;
+    *TOKEN | *_KEY | *APIKEY | *API_KEYS | *ACCESS_TOKENS | *AUTH_TOKENS | *SECRET | *SECRETS | \
       *PASSWORD | *PASSWORDS | *PASSWD | *PASSPHRASE | *_PASS | *_PWD | *CREDENTIAL | *CREDENTIALS) ;;
     *) return 1 ;;
   esac

@@ -122,9 +122,13 @@ import sys
 
 before, now = (open(path).read().splitlines() for path in sys.argv[1:])
 for old, new in itertools.zip_longest(before, now):
-  if new is not None and new != old:
+  if new is None or new == old:
+    continue
+  try:
     print(json.loads(new)['step'])
     break
+  except (ValueError, TypeError, KeyError):  # an odd line is passed over
+    continue
 PYTHON
 }
 

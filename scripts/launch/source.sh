@@ -14,6 +14,8 @@ credential_name() {
     .env | .env.* | *.env | .envrc | .netrc | _netrc | .git-credentials | .npmrc | .pypirc | .htpasswd | .pgpass | \
       id_rsa* | id_dsa* | id_ecdsa* | id_ed25519* | google_compute_engine* | \
       *.pem | *.key | *.p8 | *.p12 | *.pfx | *.jks | *.keystore | *.ppk | *.kdbx | \
+      *[._-]key | *[._-]key.txt | api[_-]key.[jtyi]* | apikey | apikey.[jtyi]* | .boto | .s3cfg | .my.cnf | .dockercfg | *.tfstate | \
+      password.txt | passwords.txt | passwd | *.gpg | \
       token | *[._-]token | token.txt | *[._-]token.txt | token.json | *[._-]token.json | \
       kaggle.json | credentials | .credentials | *credentials.json | credentials.[cityd]* | client_secret*.json | \
       secrets | secret | secrets.[jtyi]* | secret.[jtyi]* | *service[-_]account*.json) return 0 ;;
@@ -29,10 +31,13 @@ list_source() {
     die "$EX_USAGE" "sync: git does not answer in $REPO, so it is unknown which files to send:" \
       "$(head -n 3 "$SCRATCH/complaint" | tr '\n' ' ')"
   git -C "$REPO" ls-files -z >"$SCRATCH/tracked" || die "$EX_USAGE" "sync: git ls-files failed in $REPO."
-  # By content: private keys, service accounts and sign-ins of gcloud, in files that are no programs.
+  # By content: private keys, service accounts, sign-ins of gcloud and tokens of known forms, in files
+  # that are no programs.
   (cd "$REPO" && git ls-files -z -- ':!*.py' ':!*.sh' ':!*.md' | xargs -0 grep -lIE \
     -e '-----BEGIN ([A-Z0-9]+ )*PRIVATE KEY' \
-    -e '"type": *"(service_account|authorized_user|external_account)"' -- /dev/null 2>/dev/null) \
+    -e '"type": *"(service_account|authorized_user|external_account)"' \
+    -e '(^|[^A-Za-z0-9])(hf_[A-Za-z0-9]{30}|gh[opsu]_[A-Za-z0-9]{30}|github_pat_[A-Za-z0-9_]{30}|AKIA[A-Z0-9]{16}|AIza[A-Za-z0-9_-]{30})' \
+    -- /dev/null 2>/dev/null) \
     >"$SCRATCH/by_content" || true
   : >"$SCRATCH/credentials"
   while IFS= read -r -d '' file; do
@@ -146,12 +151,13 @@ check_source() {
   SOURCE_CHECKED=1
 }
 
-# Writes $SNAPSHOT: the files git knows (tracked and staged) as they are now, and SOURCE_STATE.
+# Writes $SNAPSHOT: the files git knows (tracked and staged) as they are now, SOURCE_STATE, and
+# RUN_TOKEN, by which the processes of the run know each other (parallel/secret.py).
 make_snapshot() {
   local commit dirty='' count
   if dry_run; then
     show git -C "$REPO" ls-files -z
-    show tar -czf "$SNAPSHOT" SOURCE_STATE ...
+    show tar -czf "$SNAPSHOT" SOURCE_STATE RUN_TOKEN ...
     return 0
   fi
   list_source
@@ -170,9 +176,10 @@ make_snapshot() {
     printf 'commit=%s\n' "$commit"
     printf 'diff=%s\n' "${dirty:-clean}"
   } >"$SCRATCH/SOURCE_STATE"
+  (umask 077 && od -An -N16 -tx1 /dev/urandom | tr -d ' \n' >"$SCRATCH/RUN_TOKEN") || return "$EX_SETUP"
   mkdir -p "$(dirname "$SNAPSHOT")" || return "$EX_SETUP"
   # Two steps, because GNU and BSD tar disagree on changing the directory half-way.
   (cd "$REPO" && COPYFILE_DISABLE=1 tar -cf "$SCRATCH/src.tar" --null -T "$SCRATCH/files") &&
-    (cd "$SCRATCH" && tar -rf src.tar SOURCE_STATE && gzip -c src.tar >"$SNAPSHOT.part") &&
+    (cd "$SCRATCH" && tar -rf src.tar SOURCE_STATE RUN_TOKEN && (umask 077 && gzip -c src.tar >"$SNAPSHOT.part")) &&
     mv "$SNAPSHOT.part" "$SNAPSHOT" || return "$EX_SETUP"
 }

@@ -81,7 +81,8 @@ def test_llava_json(folder, form):
   (b'{"image": "a/../../x", "conversations": [{"from": "gpt", "value": ""}]}', 'path',
    'leads out'),
   (b'{"image": "out/x", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'leads out'),
-  (b'{"image": "", "conversations": [{"from": "gpt", "value": ""}]}', 'path', 'no file name'),
+  (b'{"image": "\\u0000", "conversations": [{"from": "gpt", "value": ""}]}', 'path',
+   'no file name'),
 ])
 def test_bad_rows_name_their_line(folder, tmp_path_factory, row, kind, words):
   os.symlink(tmp_path_factory.mktemp('other'), folder / 'out')
@@ -235,13 +236,58 @@ def test_messages_of_other_programs_and_plain_questions(tmp_path):
   for index in (0, 1, 2, 5, 6):
     assert told(index) == [('user', 'What?'), ('assistant', 'STOP')], index
     assert source[index].images[0].open().size == (8, 6)
-  assert told(3)[0] == ('user', 'Be short.\nWhat?')
+  assert told(3) == told(0) and source[3].system == 'Be short.' and source[0].system is None
   assert told(4)[0] == ('user', 'What?') and told(4)[2] == ('user', '<image>\nWhat?')
   assert source[6].extra == {'answers': ['STOP', 'stop']}
   with pytest.raises(BadRow, match='1 image parts have no image of their own, but the row names 0'):
     source[7]
   with pytest.raises(BadRow, match='leads out of the image folder'):
     source[8]
+
+
+def test_system_texts_empty_images_and_other_media(folder):
+  """What mixed data sets hold; nothing of it is passed over without a word."""
+  video = lambda **more: {'conversations': turns('<video>\nWhat?')} | more
+  asked = {'from': 'system', 'value': 'Short.'}
+  good = [
+    {'system': 'Be kind.', 'conversations': turns()},
+    {'system': 'Be kind.', 'conversations': [asked, *turns()]},
+    {'system_prompt': 'Be kind.', 'system': '', 'question': 'What?', 'answer': 'This.'},
+    {'system': None, 'conversations': turns(), 'image': ''},
+    {'conversations': turns(), 'image': None, 'images': []},
+    {'conversations': turns(), 'image': ['', ' '], 'video': '', 'videos': []},
+    {'conversations': turns('<image>\nWhat?'), 'image': '', 'images': ['a/one.png']},
+    {'conversations': turns('Close <video>\n<video>\n</video>?')},
+    {'conversations': [], 'messages': [{'role': 'user', 'content': 'What?'},
+                                       {'role': 'assistant', 'content': 'This.'}]},
+  ]
+  bad = [
+    (video(), 'video', 'the placeholder <video>'),
+    (video(image='a/one.png'), 'video', 'the placeholder <video>'),
+    ({'video': 'a.mp4', 'conversations': turns()}, 'video', "has a 'video'"),
+    ({'videos': ['a.mp4'], 'conversations': turns(), 'image': 'a/one.png'}, 'video', "'videos'"),
+    ({'audio': {'path': 'a.wav'}, 'conversations': turns()}, 'audio', "has a 'audio'"),
+    ({'messages': [{'role': 'user', 'content': [{'type': 'video', 'video': 'a.mp4'}]}]}, 'form',
+     'is of type video; only images and text are read'),
+    ({'image': '', 'conversations': turns('<image>\nWhat?')}, 'form', "an empty 'image'"),
+    ({'image': 'https://example.org/a.png', 'conversations': turns()}, 'path', 'download it first'),
+    ({'system': 5, 'conversations': turns()}, 'form', 'a system text of int'),
+    ({'system': 'cut \ud83d', 'conversations': turns()}, 'encoding', 'half a character'),
+  ]
+  lines = [json.dumps(row) for row in [*good, *(row for row, _, _ in bad)]]
+  source = LlavaJson(write(folder, 'mixed.jsonl', '\n'.join(lines)))
+  rows = [source[index] for index in range(len(good))]
+  kind = ['Be kind.', 'Be kind.\nShort.', 'Be kind.']
+  assert [row.system for row in rows] == kind + [None] * 6
+  assert all([m.text for m in row.messages] == ['What?', 'This.'] for row in rows[:6] + rows[8:])
+  assert [len(row.images) for row in rows] == [0] * 6 + [1, 0, 0]
+  assert not {'system', 'system_prompt'} & set().union(*(row.extra for row in rows))
+  again = [decode_record(encode_record(row), 'x').system for row in (rows[1], rows[4])]
+  assert again == [rows[1].system, None]
+  for number, (_, kind, words) in enumerate(bad, len(good)):
+    with pytest.raises(BadRow, match=words) as caught:
+      source[number]
+    assert caught.value.kind == kind, words
 
 
 def test_folders_that_datasets_saved(tmp_path):

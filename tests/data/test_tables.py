@@ -10,7 +10,14 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, Fields, ImageRef, Row, encode_record, open_images
-from hrvlm_jax.data.tables import ArrayRecords, Parquet, Tfds, table_row, write_records
+from hrvlm_jax.data.tables import (
+  ArrayRecords,
+  Parquet,
+  Tfds,
+  guess_fields,
+  table_row,
+  write_records,
+)
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 
@@ -40,12 +47,26 @@ def test_table_rows(values, fields, messages):
   assert row.extra == {'more': 7}
 
 
+def test_system_texts_and_empty_images_of_a_table():
+  fields = guess_fields(['image', 'video', 'system', 'question', 'answer'])
+  values = {'video': None, 'system': 'Short.', 'question': 'Q', 'answer': 'x'}
+  for image in (None, '', [], {'bytes': None, 'path': None}, [{'bytes': None, 'path': ''}]):
+    row = table_row(values | {'image': image}, fields, None, 'row 0')
+    assert row.images == () and row.system == 'Short.' and row.extra == {'video': None}
+  messages = [{'role': 'system', 'content': 'Long.'}, {'role': 'user', 'content': 'Q'}]
+  row = table_row({'messages': messages, 'system': None}, guess_fields(['messages', 'system']),
+                  None, 'row 0')
+  assert row.system == 'Long.' and [m.text for m in row.messages] == ['Q']
+
+
 @pytest.mark.parametrize('values, kind, words', [
   ({'q': ['Q', 'R'], 'a': ['x']}, 'form', '2 questions and 1 answers'),
   ({'q': 'Q', 'a': [3]}, 'form', 'not a text'),
   ({'q': b'\xff', 'a': 'x'}, 'encoding', 'not UTF-8'),
   ({'image': 5, 'q': 'Q', 'a': 'x'}, 'form', 'image 0 is int'),
   ({'image': 'a.png', 'q': 'Q', 'a': 'x'}, 'form', 'no image folder'),
+  ({'video': b'x', 'q': 'Q', 'a': 'x'}, 'video', "has a 'video'"),
+  ({'image': {'bytes': None, 'path': None}, 'q': '<image>Q', 'a': 'x'}, 'form', 'an empty'),
 ])
 def test_bad_table_rows(values, kind, words):
   with pytest.raises(BadRow, match=words) as caught:

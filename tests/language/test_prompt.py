@@ -1,7 +1,11 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.language.chat import ASSISTANT, USER, Message, get_template
+from hrvlm_jax.language.conversation import with_system
 from hrvlm_jax.language.prompt import Text, choose_bucket, expand, pad_batch, tokenizer_of
 from tests.language.released import merge_rows
 
@@ -81,3 +85,30 @@ def test_half_a_character_of_a_question_is_refused():
   assert len(text.prompt('What? \U0001f600', [])['tokens'])
   with pytest.raises(UserError, match='half a character'):
     text.prompt('What? \ud83d', [])
+
+
+def test_the_system_text_of_a_row():
+  """In place of the template's, or before the question; asked under as it was learned."""
+  talk = [Message(USER, 'What?'), Message(ASSISTANT, 'This.')]
+  text = lambda chat: Text(tokenizer=tokenizer_of('byte'), chat=chat, image_token=None)
+  told = {
+    'vicuna_v1': 'Short. USER: What? ASSISTANT: This.</s>',
+    'pheye': 'Short.\n\nInstruction: What?\nOutput: This.<|endoftext|>',
+    'vila_qwen2': '<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>\n'
+                  '<|im_start|>assistant\nThis.<|im_end|>\n',
+    'mc_llava': '<|im_start|>system\nShort.<|im_end|><|im_start|>user\nWhat?<|im_end|>'
+                '<|im_start|>assistant\nThis.<|im_end|>',
+  }
+  for chat, whole in told.items():
+    model = text(chat)
+    encoded = model.encode(talk, 0, system='Short.')
+    assert encoded.text == whole, chat
+    answer = [chr(i) for i in encoded.labels if 0 <= i < 256]
+    assert 'This.' in ''.join(answer) and 'Short' not in ''.join(answer)
+    asked = model.asked('What?', 0, 'Short.')
+    prompt = model.prompt(asked, [])['tokens'].tolist()
+    read = ''.join(chr(i) for i in prompt if i < 256)
+    assert 'Short.' in read and read.count('What?') == 1
+    assert model.asked('What?', 1, None) == 'What?' and model.encode(talk, 0).text != whole
+  bare = dataclasses.replace(get_template('pheye'), system_format='')
+  assert with_system(talk, bare, 'Short.') == ([Message(USER, 'Short.\nWhat?'), talk[1]], None)

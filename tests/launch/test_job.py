@@ -63,6 +63,8 @@ def test_sync_sends_what_git_knows_and_no_secrets(cloud, checkout):
   for name in ('.env', 'deep/.env.local', 'key.pem'):
     assert name in result.err.split('look like credentials')[1].splitlines()[0]
   assert 'commit=' in files['SOURCE_STATE'] and 'diff=clean' not in files['SOURCE_STATE']
+  assert re.fullmatch('[0-9a-f]{32}', files['RUN_TOKEN'])  # of this run, and nowhere else
+  assert files['RUN_TOKEN'] not in result.err + result.out + str(result.calls)
   assert 'not committed' in result.err
   kinds = [call[3] for call in result.calls]
   assert kinds == ['describe', 'scp', 'ssh']
@@ -216,7 +218,7 @@ def test_secrets_on_the_command_line_are_refused(cloud, name):
 @pytest.mark.parametrize(
   'pair',
   ['TOKENIZERS_PARALLELISM=false', 'MAX_TOKENS=5', 'HF_TOKEN_PATH=/t', 'KEYRING=0',
-   'GOOGLE_APPLICATION_CREDENTIALS=/sa.json'],
+   'PAD_TOKEN=0', 'SORT_KEY=id', 'GOOGLE_APPLICATION_CREDENTIALS=/sa.json'],
 )  # fmt: skip
 def test_names_that_hold_no_secret_pass(cloud, pair):
   result = cloud.launch('run', *NAME, '--env', pair, *JOB, rules=[HOSTS(1), SSH])
@@ -259,8 +261,12 @@ def test_credentials_are_left_out_by_name_and_by_content(cloud, checkout):
     'my.txt': '-----BEGIN PRIVATE KEY-----',
     '.aws/config': 'x',
     'my secrets/kaggle.json': 'x',
+    'conf/hub.yaml': f'token: hf_{"a" * 34}',
+    'api_key.txt': 'x',
+    'wandb.key': 'x',
   }
-  kept = dict.fromkeys(['pkg/tokenizer.json', 'pkg/token.py', 'pkg/key.py', 'tokenizer.model'], 'x')
+  kept = dict.fromkeys(['pkg/tokenizer.json', 'pkg/token.py', 'pkg/key.py', 'tokenizer.model',
+                        'pkg/api_key.py'], 'x')  # fmt: skip
   for name, text in (hidden | kept).items():
     (checkout / name).parent.mkdir(parents=True, exist_ok=True)
     (checkout / name).write_text(text)

@@ -1,5 +1,6 @@
 """The scripts as text: shellcheck, syntax, the old bash of macOS, flags that gcloud really has."""
 
+import fnmatch
 import pathlib
 import re
 import shlex
@@ -75,6 +76,10 @@ def test_usage_names_every_option():
 def test_package_files_for_other_launchers():
   docker = (REPO / 'Dockerfile').read_text()
   assert 'python:3.12-slim' in docker and 'tpu' in docker
+  left_out = [line.rpartition('/')[2] for line in (REPO / '.dockerignore').read_text().split('\n')]
+  for name in ('.env', '.env.local', '.netrc', 'id_rsa', 'key.pem', 'my.key', 'hf_token', 'sa.p12',
+               'service_account.json', '.aws', 'kaggle.json', 'prod.env', 'RUN_TOKEN'):
+    assert any(fnmatch.fnmatch(name, pattern) for pattern in left_out if pattern), name
   sky = (REPO / 'scripts' / 'sky.yaml').read_text()
   assert 'accelerators: tpu-v6e-8' in sky
 

@@ -179,11 +179,12 @@ def test_environment_and_slice(host):
   secrets = host.cloud.home / '.hrvlm' / 'env'
   secrets.parent.mkdir()
   secrets.write_text('# comment\nHF_TOKEN=a b$(touch /nowhere)\n')
-  show = 'echo "$HF_TOKEN|$FLAG|$HRVLM_WORKER_LABEL"'
+  (host.cloud.path / 'RUN_TOKEN').write_text('f' * 32)  # came with the source
+  show = 'echo "$HF_TOKEN|$FLAG|$HRVLM_WORKER_LABEL|$HRVLM_RUN_TOKEN"'
   options = ['--slice', '1', '--env', 'FLAG=x y', '--env-file', '.hrvlm/env']
   host('start', 'r', *options, '--', 'sh', '-c', show)
   wait_for((host.runs / 'r' / 'exit_code').exists)
-  assert 'a b$(touch /nowhere)|x y|1.3' in (host.runs / 'r' / 'log.1.3').read_text()
+  assert f'a b$(touch /nowhere)|x y|1.3|{"f" * 32}' in (host.runs / 'r' / 'log.1.3').read_text()
   assert host('status', 'r', '--slice', '1').out.startswith('status 1.3 ')
 
 

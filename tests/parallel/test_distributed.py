@@ -1,9 +1,12 @@
 """Start-up of several processes: it names whom it waits for and ends in a sentence."""
 
+import contextlib
+import json
 import os
 import pathlib
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import textwrap
@@ -16,8 +19,10 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel import distributed
+from hrvlm_jax.parallel.addresses import bind_address, own_addresses
 from hrvlm_jax.parallel.mesh import make_mesh
 from hrvlm_jax.parallel.rendezvous import meet
+from hrvlm_jax.parallel.secret import run_secret
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -52,7 +57,7 @@ def test_all_meet_in_any_order(port):
     return attend(port, 0)()
 
   results = run_all([attend(port, 2), attend(port, 1), late])
-  assert all(sorted(result) == [0, 1, 2] for result in results), results
+  assert all(isinstance(found, dict) and sorted(found) == [0, 1, 2] for found in results), results
 
 
 def test_the_missing_are_named_to_everybody(port):
@@ -113,14 +118,105 @@ def wait_until(condition):
     time.sleep(0.05)
 
 
-def test_strangers_do_no_harm(port):
-  host = threading.Thread(target=attend(port, 0, processes=2))
+def test_strangers_neither_end_nor_hang_nor_fill_nor_join_a_start(port):
+  """All at once, before and while the real ones come; without the run's secret."""
+  said, results, kept = [], [], []
+  host = threading.Thread(target=lambda: results.append(
+    attend(port, 0, report_every=0.2, report=said.append)()))
   host.start()
-  for junk in (b'GET / HTTP/1.0\r\n\r\n', b'[1]\n', b''):
-    wait_until(lambda junk=junk: _poke(port + 1, junk))
-  (result,) = run_all([attend(port, 1, processes=2)])
+  wait_until(lambda: said)
+
+  def hello(process, processes=3):
+    return json.dumps({'process': process, 'processes': processes, 'host': 'evil'}).encode() + b'\n'
+
+  signed = b'0' * 32 + b' ' + b'0' * 64 + b' '
+  junk = [b'GET / HTTP/1.0\r\n\r\n', b'[1]\n', b'', b'\xff\xfe\x00\n', b'{', b'[' * 100_000 + b'\n',
+          hello(1), hello(2), hello(1, processes=9), hello('x'), hello([1]), hello(1.5),
+          signed + hello(1), signed + hello(1, processes=9), b'a' * (4 << 20)]
+  for data in [*junk, *[b''] * 60]:
+    connection = socket.create_connection(('127.0.0.1', port + 1), timeout=5)
+    kept.append(connection)
+    with contextlib.suppress(OSError):  # it is closed at once
+      connection.sendall(data)
+  time.sleep(0.5)
+  assert host.is_alive() and '2 of 3 processes: process 1, process 2' in said[-1]
+  got = run_all([attend(port, 1), attend(port, 2)])
   host.join(30)
-  assert sorted(result) == [0, 1]
+  own = {number: socket.gethostname() for number in range(3)}
+  assert results == [own] and got == [own, own]
+  for connection in kept:  # all are closed
+    connection.settimeout(5)
+    with contextlib.suppress(ConnectionError):
+      while connection.recv(1 << 16):
+        pass
+    connection.close()
+
+
+def test_one_deadline_for_what_drips(port):
+  """Neither process 0 nor one that waits for it is held by a byte now and then."""
+  begun, stop = time.monotonic(), threading.Event()
+
+  def drip(connection):
+    with contextlib.suppress(OSError):
+      while not stop.wait(0.2):
+        connection.sendall(b' ')
+
+  with socket.create_server(('127.0.0.1', port + 3)) as impostor:  # of another run
+    threading.Thread(target=lambda: drip(impostor.accept()[0]), daemon=True).start()
+    meeting = attend(port, 0, timeout=2)
+    threading.Thread(target=lambda: wait_until(lambda: _drip_into(port + 1, drip)),
+                     daemon=True).start()
+    results = run_all([meeting, attend(port + 2, 1, timeout=2, secret=lambda: b's' * 16)])
+  stop.set()
+  assert 'did not start within 2 s: process 1, process 2' in str(results[0])
+  assert f'process 0 did not answer at localhost:{port + 3} within 2 s' in str(results[1])
+  assert time.monotonic() - begun < 10
+
+
+def _drip_into(port, drip):
+  try:
+    connection = socket.create_connection(('127.0.0.1', port), timeout=5)
+  except OSError:
+    return False
+  threading.Thread(target=drip, args=(connection,), daemon=True).start()
+  return True
+
+
+def test_it_listens_on_its_own_address_only(port, monkeypatch):
+  assert own_addresses('127.0.0.1') == ['127.0.0.1'] and own_addresses('192.0.2.7') == []
+  assert bind_address(f'127.0.0.1:{port}') == f'127.0.0.1:{port}'
+  # Debian writes a machine's own name down as 127.0.1.1; the other hosts know a real address.
+  monkeypatch.setattr(socket, 'getaddrinfo', lambda *_, **__: [(2, 1, 6, '', ('127.0.1.1', 0))])
+  assert own_addresses('myhost') == [] and bind_address('myhost:1') is None
+  monkeypatch.undo()
+  host = threading.Thread(target=lambda: run_all([attend(port, 0, timeout=2)]))
+  host.start()
+  wait_until(lambda: _poke(port + 1, b''))
+  listening = [line.split()[1] for name in ('tcp', 'tcp6')
+               for line in pathlib.Path(f'/proc/net/{name}').read_text().splitlines()[1:]
+               if line.split()[3] == '0A' and line.split()[1].endswith(f':{port + 1:04X}')]
+  assert listening and all(address in ('0100007F', '00000000000000000000000001000000')
+                           for address, _, _ in (one.partition(':') for one in listening))
+  host.join(30)
+
+
+def test_the_secret_of_a_run(port, monkeypatch):
+  assert run_secret('10.0.0.1:8482', 0) is None
+  with pytest.raises(UserError, match='HRVLM_RUN_TOKEN'):
+    meet('10.0.0.1:8482', processes=2, process=1, timeout=1)
+  assert run_secret(f'localhost:{port}', 0)() == run_secret(f'localhost:{port}', 1)()
+  folder = pathlib.Path(f'/tmp/hrvlm-meetings-{os.getuid()}')
+  assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+  assert stat.S_IMODE((folder / f'meeting.{port}').stat().st_mode) == 0o600
+  monkeypatch.setenv('HRVLM_RUN_TOKEN', 'short')
+  with pytest.raises(UserError, match='has 5 letters, expected at least 16'):
+    run_secret('10.0.0.1:8482', 0)
+  monkeypatch.setenv('HRVLM_RUN_TOKEN', 'a' * 32)
+  assert run_secret('10.0.0.1:8482', 1)() == b'a' * 32
+  # Another secret is a stranger's.
+  results = run_all([attend(port, 0, processes=2, timeout=1.5),
+                     attend(port, 1, processes=2, timeout=1, secret=lambda: b'b' * 32)])
+  assert 'process 1' in str(results[0]) and 'process 0 did not answer' in str(results[1])
 
 
 def _poke(port, junk):
@@ -151,6 +247,8 @@ def test_alone_on_a_laptop():
   assert distributed.detect(env=batch | {'SLURM_STEP_NUM_TASKS': '1'}) is None
   assert distributed.detect(env=batch | {'SLURM_NTASKS': '1'}) is None
   assert distributed.detect(env=batch | {'SLURM_STEP_NUM_TASKS': '8'}) is not None  # srun
+  with pytest.raises(UserError, match=r"OMPI_COMM_WORLD_SIZE: found 'x'"):
+    distributed.detect(env={'OMPI_COMM_WORLD_SIZE': 'x'})
   assert distributed.initialize() is False and distributed.initialize('off') is False
   with pytest.raises(UserError, match='--coordinator HOST:PORT'):
     distributed.initialize('on')
@@ -180,6 +278,13 @@ def test_tpu_slice_by_environment():
   cluster = distributed.detect(env={'TPU_WORKER_HOSTNAMES': 'a, b,c', 'TPU_WORKER_ID': '2'})
   assert (cluster.coordinator, cluster.processes, cluster.process) == ('a:8482', 3, 2)
   assert cluster.hosts == {0: 'a', 1: 'b', 2: 'c'}
+
+
+def test_a_number_beyond_the_processes(monkeypatch):
+  monkeypatch.setenv('TPU_WORKER_HOSTNAMES', 'a,b')
+  monkeypatch.setenv('TPU_WORKER_ID', '2')
+  with pytest.raises(UserError, match='found process number 2 of 2 processes, expected 0 to 1'):
+    distributed.initialize()
 
 
 def test_arguments_belong_together():

@@ -183,7 +183,8 @@ def test_wandb_goes_on_with_the_run_of_the_address(tmp_path, monkeypatch):
 
 def test_an_odd_line_of_metrics_is_passed_over(tmp_path):
   (tmp_path / 'metrics.jsonl').write_bytes(
-    b'{"step": 1, "loss": 2.0}\n[1]\n7\n{"step": "x"}\n\xff\xfe\n{"step": 2, "loss": 1.0}\n{"st')
+    b'{"step": 1, "loss": 2.0}\n[1]\n7\n{"step": "x"}\n\xff\xfe\n'
+    + b'[' * 100_000 + b'\n{"step": 2, "loss": 1.0}\n{"st')
   assert [r['step'] for r in read_metrics(tmp_path)] == [1, 2]
   MetricsWriter(tmp_path, start=1, total=3, progress=False, tensorboard=False).close()
   assert [r['step'] for r in read_metrics(tmp_path)] == [1]

@@ -1,15 +1,19 @@
 """`hrvlm train` with data workers in a process group: signals, killed workers, a killed trainer."""
 
+import multiprocessing
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 
 import pytest
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.data import workers
 from hrvlm_jax.training import loop
 from tests.training.test_sigterm import CONFIG, make_data
 
@@ -99,6 +103,17 @@ def test_a_killed_trainer_leaves_no_workers(trainer):
   trainer.process.kill()
   trainer.process.wait()
   assert gone(trainer.workers, 10)
+
+
+def test_a_worker_that_comes_up_after_its_trainer_has_gone_ends(monkeypatch):
+  """It is another process's child by then."""
+  ended = threading.Event()
+  gone_trainer = types.SimpleNamespace(pid=2**22 + 1)
+  monkeypatch.setattr(multiprocessing, 'parent_process', lambda: gone_trainer)
+  monkeypatch.setattr(workers.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(workers.os, '_exit', lambda _: (ended.set(), sys.exit()))
+  workers._settle()
+  assert ended.wait(5)
 
 
 def test_a_second_signal_ends_at_once(trainer):

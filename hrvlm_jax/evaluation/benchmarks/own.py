@@ -121,7 +121,8 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
         problems.append(f"{row.where}: has no 'choices', which the metric letter reads")
       samples.append(Sample(
         number, tuple(map(_source, row.images)), question, answers, tuple(options),
-        category=str(row.extra.get('category') or ''), prompt=_prompt(question, options)))
+        category=str(row.extra.get('category') or ''),
+        prompt=_prompt(question, options, row.system)))
   if len(problems) > MAX_LISTED:
     problems = [*problems[:MAX_LISTED], f'and {len(problems) - MAX_LISTED} more']
   raise_all(f'{NAME}: {path}', problems)
@@ -130,7 +131,9 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
   return Samples(samples, [Path(path)] if Path(path).is_file() else [])
 
 
-def _prompt(question: str, options: Sequence[Any]) -> str | None:
+def _prompt(question: str, options: Sequence[Any], system: str | None = None) -> str | None:
+  if system:  # a benchmark asks by text alone
+    return f'{system}\n{_prompt(question, options) or question}'
   if not options:
     return None
   lines = [f'{letter}. {option}' for letter, option in zip(letters(len(options)), options)
