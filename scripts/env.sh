@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts: makes and fills .venv. Not meant to be run alone.
-# usage: ensure_env EXTRA [PIP_REQUIREMENT...]
+# usage: ensure_env EXTRA [PIP_REQUIREMENT...]; EXTRA "none" is the package alone
 #
 # PYTHON names the interpreter that .venv is made from (default: python3).
 # Nothing is installed again while pyproject.toml, requirements.lock, the extra and the folder stay
@@ -41,13 +41,15 @@ PY
   if [[ -f $stamp && $(<"$stamp") == "$key" ]]; then
     return 0
   fi
-  say "Installing hrvlm_jax[$extra] into .venv (once; needs the network, takes a few minutes)."
+  local package=".[$extra]"
+  [[ $extra != none ]] || package=.
+  say "Installing hrvlm_jax (extra: $extra) into .venv (once; needs the network, takes a few minutes)."
   rm -f "$stamp"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
     -c requirements.lock setuptools
   # One call, so that nothing can pull in another PyTorch than the one named here.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-    -c requirements.lock "$@" -e ".[$extra]"
+    -c requirements.lock "$@" -e "$package"
   printf '%s' "$key" >"$stamp"
 }
 

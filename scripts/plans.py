@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compiles the published recipes for TPU slices and writes docs/plans.md.
 
-    python scripts/plans.py                    all cases (libtpu: pip install 'hrvlm-jax[tpu]')
+    python scripts/plans.py                    all cases (libtpu: pip install -e '.[tpu]')
     python scripts/plans.py --only llava_hr    cases whose name contains the word
     python scripts/plans.py --missing          cases without a report of this command, or whose
                                                compilation took more than five minutes of CPU time

@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
 
-ensure_env demo
+ensure_env none
 
 # A GPU or TPU is not needed, and the numbers quoted are those of the CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

@@ -17,6 +17,7 @@ import numpy as np
 
 from hrvlm_jax.checkpoint import files
 from hrvlm_jax.checkpoint.safetensors import SafetensorsFile, Spool
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError, raise_all
 
 MAX_SHARD_BYTES = 4_990_000_000  # of tensors: with its header a file stays below 5 GB
@@ -135,7 +136,7 @@ class PickledFile(Mapping[str, np.ndarray]):
       import torch
     except ImportError as error:
       raise UserError(f'{path}: reading a pickled PyTorch file needs PyTorch; '
-                      f"install it with pip install 'hrvlm-jax[torch]' or convert the file to "
+                      f'install it with {installed.add("torch")} or convert the file to '
                       f'safetensors') from error
     state = _torch_load(torch, self.path)
     if isinstance(state, Mapping) and isinstance(state.get('state_dict'), Mapping):

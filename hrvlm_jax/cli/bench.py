@@ -14,7 +14,7 @@ def main(argv: list[str]) -> None:
   """Measures this library beside the PyTorch originals: same weights, same machine, one run."""
   if not (CHECKOUT / 'benchmarks' / 'harness').is_dir():
     raise UserError('bench: the folder benchmarks/ is not beside this installation; clone the '
-                    'repository and install it with pip install -e .')
+                    'repository and install it there with pip install -e .')
   if str(CHECKOUT) not in sys.path:
     sys.path.insert(0, str(CHECKOUT))
   parser = Parser('bench', main.__doc__ + ' Without CASE the cases are listed. Each result goes to '

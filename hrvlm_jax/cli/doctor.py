@@ -16,8 +16,9 @@ import time
 from hrvlm_jax import __version__
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.cli.main import cache_folder
+from hrvlm_jax.core import installed
 
-_PACKAGE = 'hrvlm-jax'
+_PACKAGE = installed.NAME
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,10 +150,10 @@ def devices() -> list[Finding]:
   if platform_name == 'cpu' and not wanted:
     if shutil.which('nvidia-smi'):
       findings.append(Finding('problem', 'gpu', 'an NVIDIA driver is here, JAX uses the CPU',
-                              "pip install 'hrvlm-jax[cuda]'"))
+                              installed.add('cuda')))
     elif list(pathlib.Path('/dev').glob('accel*')):
       findings.append(Finding('problem', 'tpu', 'a TPU is here, JAX uses the CPU',
-                              "pip install 'hrvlm-jax[tpu]'"))
+                              installed.add('tpu')))
   memory = getattr(found[0], 'memory_stats', lambda: None)()
   if memory and 'bytes_limit' in memory:
     findings.append(Finding('ok', 'device memory', f'{memory["bytes_limit"] / 2**30:.1f} GiB each'))
@@ -179,17 +180,19 @@ def extras() -> list[Finding]:
   optional = {
       'torch': ('torch', 'pickled weights and side-by-side checks'),
       'transformers': ('torch', 'side-by-side checks'),
-      'scikit-learn': ('demo', 'the photographs of quickstart'),
-      'pytest': ('test', 'the test suite'),
+      'fastapi': ('serve', 'hrvlm serve'),
+      'libtpu': ('tpu', 'TPUs, and hrvlm plan for them'),
+      'gcsfs': ('tpu', 'work directories in buckets'),
+      'xprof': ('profile', 'opening profiles'),
       'wandb': ('wandb', 'logging to Weights & Biases'),
+      'pytest': ('test', 'the test suite'),
   }
   findings = []
   for name, (extra, purpose) in optional.items():
     try:
       findings.append(Finding('ok', name, importlib.metadata.version(name)))
     except importlib.metadata.PackageNotFoundError:
-      findings.append(Finding('none', name, f'absent; for {purpose}',
-                              f"pip install 'hrvlm-jax[{extra}]'"))
+      findings.append(Finding('none', name, f'absent; for {purpose}', installed.add(extra)))
   return findings
 
 

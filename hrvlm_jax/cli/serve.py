@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.cli.ask import take_knobs
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import MAX_PIXELS
 
@@ -67,7 +68,7 @@ def main(argv: list[str]) -> int:
   except ModuleNotFoundError as error:
     if (error.name or '').partition('.')[0] == 'hrvlm_jax':
       raise
-    raise UserError(f"{error.name} is missing; install it with pip install 'hrvlm-jax[serve]'"
+    raise UserError(f'{error.name} is missing; install it with {installed.add("serve")}'
                     ) from error
 
   keys = guard.read_keys(arguments.api_key_file) if arguments.api_key_file else ()

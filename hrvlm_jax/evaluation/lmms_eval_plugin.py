@@ -1,6 +1,6 @@
 """lmms-eval plug-in: registration and everything that does not need lmms-eval to be installed.
 
-    pip install 'hrvlm-jax[lmms]'
+    pip install -e '.[lmms]'
     lmms-eval --model hrvlm_jax --model_args checkpoint=DIR --tasks textvqa_val --batch_size 4
 
 lmms-eval finds `manifest` through the entry point group `lmms_eval.models`; the model class is in

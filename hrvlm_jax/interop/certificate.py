@@ -23,7 +23,7 @@ import jax
 from hrvlm_jax import __version__
 from hrvlm_jax.checkpoint import files as store_files, layout
 from hrvlm_jax.checkpoint.leaves import StoredParams
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import installed, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.interop import adapters, hub, replay, side_by_side
@@ -143,7 +143,7 @@ def _compare(config: ModelConfig, checkpoint: Any, release: Release,
     except side_by_side.NotChecked as reason:
       not_checked[name] = str(reason)
     except ImportError as error:
-      not_checked[name] = f'{error.name} is not installed (pip install hrvlm-jax[torch])'
+      not_checked[name] = f'{error.name} is not installed ({installed.add("torch")})'
 
   if config.text is not None:
     run('language', side_by_side.language, config, values, stored, plain)

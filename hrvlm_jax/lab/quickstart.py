@@ -16,7 +16,6 @@ from PIL import Image
 
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.checkpoint.files import whole_file
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.lab import report
 from hrvlm_jax.lab.compare import Comparison
@@ -96,7 +95,7 @@ class Quickstart(Comparison):
     return self.read('results.json')
 
   def write_photographs(self) -> None:
-    """The evaluation set on the two photographs that scikit-learn ships."""
+    """The evaluation set on the two photographs that the package ships."""
     folder = self.folder / 'data/photographs'
     sample_photographs(folder)
     write(NeedleConfig.panorama(photographs=str(folder)), self.folder / 'data/photo_eval',
@@ -160,19 +159,10 @@ class Quickstart(Comparison):
 
 
 def sample_photographs(folder: pathlib.Path) -> None:
-  """The two photographs that scikit-learn ships.
-
-  Raises:
-    UserError: scikit-learn is not installed.
-  """
-  try:
-    import sklearn.datasets
-  except ImportError as error:
-    raise UserError("scikit-learn is not installed; pip install 'hrvlm_jax[demo]'") from error
+  """Copies the two photographs that the package ships (lab/photographs/README.md)."""
   folder.mkdir(parents=True, exist_ok=True)
-  source = pathlib.Path(sklearn.datasets.__file__).parent / 'images'
-  for name in ('china.jpg', 'flower.jpg'):
-    shutil.copyfile(source / name, folder / name)
+  for path in sorted((pathlib.Path(__file__).parent / 'photographs').glob('*.jpg')):
+    shutil.copyfile(path, folder / path.name)
 
 
 def shown(results: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import Any
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.topology import Topology, parse
 from hrvlm_jax.planning import explain, memory, report, schedule
@@ -161,7 +162,7 @@ def check_compiler(topology: Topology) -> None:
   """
   if topology.chip.platform == 'tpu' and importlib.util.find_spec('libtpu') is None:
     raise UserError(f'plan: compiling for {topology.name} needs libtpu, the compiler for TPUs; '
-                    "install it with: pip install 'hrvlm-jax[tpu]' (no TPU is needed)")
+                    f'install it with: {installed.add("tpu")} (no TPU is needed)')
 
 
 def _environment(topology: Topology, dump: pathlib.Path) -> dict[str, str]:

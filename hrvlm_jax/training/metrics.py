@@ -20,6 +20,7 @@ import uuid
 import numpy as np
 from tqdm import tqdm
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 
 
@@ -187,8 +188,8 @@ def check_wandb(project: str | None) -> None:
   try:
     import wandb  # noqa: F401
   except ImportError as error:
-    raise UserError("training.wandb: Weights & Biases is not installed; pip install '.[wandb]' in "
-                    'the checkout, or set it to None') from error
+    raise UserError(f'training.wandb: Weights & Biases is not installed; {installed.add("wandb")}, '
+                    'or set it to None') from error
 
 
 def _wandb_run(project: str, workdir: str | os.PathLike, config: Mapping[str, Any] | None,

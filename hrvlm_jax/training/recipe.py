@@ -18,6 +18,7 @@ import traceback
 
 import ml_collections
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError, nearest, raise_all
 
 # Names that recipes had before each system had one file: pattern, name now, words, and the words
@@ -34,8 +35,9 @@ RENAMED_KEYS = {'data.lanes': 'data.shards'}
 
 
 def folder() -> pathlib.Path:
-  """`configs/` of the checkout this package runs from (it need not exist)."""
-  return pathlib.Path(__file__).parents[2] / 'configs'
+  """`configs/` of the checkout this package runs from, or the copy that the wheel holds."""
+  shipped = installed.PACKAGE / 'configs'
+  return shipped if shipped.is_dir() else installed.PACKAGE.parent / 'configs'
 
 
 def names() -> list[str]:
@@ -57,6 +59,11 @@ def find(spec: str, *, say: Callable[[str], None] | None = None) -> tuple[str, s
     if not path.endswith('.py'):
       raise UserError(f'run config {path}: expected a Python file (.py) with get_config()')
     return path, argument if colon else None
+  # As the pages write it; the recipes of a wheel do not lie in the current folder.
+  inside = folder() / pathlib.PurePath(path).relative_to('configs') if (
+    pathlib.PurePath(path).parts[:1] == ('configs',)) else None
+  if inside is not None and inside.suffix == '.py' and inside.is_file():
+    return str(inside), argument if colon else None
   head, stem = os.path.split(path.removesuffix('.py'))
   for pattern, name, chosen, default in RENAMED:
     if match := re.fullmatch(pattern, stem):

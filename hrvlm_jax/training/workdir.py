@@ -17,6 +17,7 @@ import threading
 
 from etils import epath
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Workdir:
       action()
     except ImportError as error:
       raise UserError(f'{self.address}: buckets need the package gcsfs ({error}); install it with: '
-                      "pip install 'hrvlm-jax[tpu]'") from error
+                      f'{installed.add("tpu")}') from error
     except Exception as error:
       raise UserError(f'{self.address}: cannot {what} there: {error}; does the bucket exist, and '
                       'may this machine use it?') from error

@@ -4,7 +4,10 @@ import collections
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
+import string
+import sys
 
 import numpy as np
 from PIL import Image
@@ -133,6 +136,25 @@ def test_glyphs_are_filled_as_the_outlines_say():
   assert ring[32, ring.shape[1] // 2] == 0 and ring[32].max() == 255  # the counter stays open
   accented = font.glyph('DejaVuSans', 'É', 64, font.line('DejaVuSans', 'É'))  # a composite glyph
   assert accented[:12].any()
+
+
+def test_stored_outlines_are_those_of_the_fonts():
+  """What the package ships against the font files that matplotlib ships."""
+  held = json.loads(pathlib.Path(font.__file__).with_name('outlines.json').read_text())
+  assert set(NeedleConfig().fonts) | set(NeedleConfig.tiny().fonts) <= set(held)
+  for name, characters in held.items():
+    assert ''.join(characters) == ''.join(map(chr, range(33, 127)))
+    assert font.stored(name, ''.join(characters)) == characters
+
+
+def test_the_tasks_own_fonts_need_no_package(monkeypatch):
+  monkeypatch.setitem(sys.modules, 'fontTools', None)
+  monkeypatch.setitem(sys.modules, 'fontTools.ttLib', None)
+  font._font.cache_clear()
+  font._outline.cache_clear()
+  assert font.line(NeedleConfig().fonts[0], string.printable[:94]).height > 1000
+  with pytest.raises(UserError, match=r"STIXGeneral is not one of .*pip install -e '.\[fonts\]'"):
+    font.line('STIXGeneral', 'A')
 
 
 def test_photographs_as_backgrounds(tmp_path):

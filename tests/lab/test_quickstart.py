@@ -15,6 +15,7 @@ from hrvlm_jax.lab.needle import write
 
 # Pinned: a change of these means that the kept accuracies are those of other images.
 PIXELS = {'train': '6cae5a0691f4ac51', 'eval': 'fd6cec3d2b7df454'}
+PHOTOGRAPHS = {'china.jpg': '8378025ad2519d64', 'flower.jpg': 'a77f6ec41e353afd'}
 
 
 @pytest.mark.parametrize('split', PIXELS)
@@ -26,6 +27,12 @@ def test_the_images_are_the_same_on_every_machine(split, tmp_path):
   for path in sorted((tmp_path / 'images').iterdir()):
     digest.update(np.asarray(Image.open(path)).tobytes())
   assert digest.hexdigest()[:16] == PIXELS[split]
+
+
+def test_the_photographs_are_those_of_the_kept_accuracies(tmp_path):
+  quickstart.sample_photographs(tmp_path)
+  assert {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+          for path in tmp_path.iterdir()} == PHOTOGRAPHS
 
 
 def test_the_two_models_differ_in_their_views_alone():

@@ -24,7 +24,8 @@ def installed(tmp_path_factory):
   files = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'],
                          cwd=ROOT, capture_output=True, check=True).stdout.split(b'\0')
   for name in filter(None, map(os.fsdecode, files)):
-    if name.split('/')[0] in ('hrvlm_jax', 'pyproject.toml', 'README.md', 'LICENSE', 'NOTICE'):
+    if name.split('/')[0] in ('hrvlm_jax', 'configs', 'setup.py', 'pyproject.toml', 'README.md',
+                              'LICENSE', 'NOTICE'):
       target = source / name
       target.parent.mkdir(parents=True, exist_ok=True)
       target.write_bytes((ROOT / name).read_bytes())
@@ -86,3 +87,27 @@ print(failed)
 """
   run = run_installed(site, ['-c', program], tmp_path)
   assert run.stdout.strip() == '[]', run.stdout + run.stderr
+
+
+def test_recipes_by_name_come_with_the_wheel(installed, tmp_path):
+  """Every file of configs/, by its name or as the pages write it; results stay in the checkout."""
+  site, wheel, _ = installed
+  ours = {path.relative_to(ROOT).as_posix() for pattern in ('*.py', '*.mixture.json', 'README.md')
+          for path in (ROOT / 'configs').rglob(pattern)}
+  inside = {name.removeprefix('hrvlm_jax/') for name in zipfile.ZipFile(wheel).namelist()
+            if name.startswith('hrvlm_jax/configs/')}
+  assert inside == ours
+  program = """
+import pathlib
+from hrvlm_jax.training import recipe
+print(recipe.folder())
+for path in sorted(recipe.folder().rglob('*.py')):
+  name = path.relative_to(recipe.folder()).as_posix()
+  for spec in (name.removesuffix('.py'), f'configs/{name}'):
+    assert recipe.find(spec)[0] == str(path), spec
+  if not name.startswith('compare'): recipe.evaluate(name.removesuffix('.py'))
+print(recipe.evaluate('pheye:x2_448,stage1').model.system)
+"""
+  run = run_installed(site, ['-c', program], tmp_path)
+  assert run.returncode == 0, run.stdout + run.stderr
+  assert run.stdout.splitlines()[0] == str(site / 'hrvlm_jax' / 'configs')

@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 import shutil
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.benchmarks.base import (
     Benchmark,
@@ -112,7 +113,7 @@ def with_ptb(benchmark: Benchmark) -> Benchmark:
     UserError: pycocoevalcap or Java is missing; said before anything is generated.
   """
   missing = [what for what, found in (
-      ("the package pycocoevalcap (pip install 'hrvlm-jax[caption]')",
+      (f'the package pycocoevalcap ({installed.add("caption")})',
        importlib.util.find_spec('pycocoevalcap')), ('Java', shutil.which('java'))) if not found]
   if missing:
     raise UserError(f'{benchmark.name}_ptb needs {" and ".join(missing)}; {benchmark.name} is '

@@ -1,21 +1,30 @@
 """Text from TrueType outlines, with the same bytes on every machine.
 
-FreeType's rasteriser and hinting differ between versions (and between builds of Pillow), so the
-outlines are read with fontTools and filled here: sample points on a regular sub-pixel grid, the
-non-zero winding rule of the TrueType specification, coverage = share of the samples inside.
+FreeType's rasteriser and hinting differ between versions (and between builds of Pillow), so
+outlines are filled here: sample points on a regular sub-pixel grid, the non-zero winding rule of
+the TrueType specification, coverage = share of the samples inside.
+
+The outlines of the task's own fonts lie in `outlines.json` (printable ASCII; the path data of SVG,
+in font units, y up); `stored` made them. Other fonts and characters are read with fontTools, which
+the extra `fonts` names.
 """
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
+import re
 
 from jaxtyping import UInt8
 import numpy as np
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError, nearest
 
 SAMPLES = 8  # sub-pixel rows and columns of a pixel
 CURVE_STEPS = 8  # straight pieces that stand for one quadratic or cubic curve
+_OPERATION = re.compile(r'([MLHVQCZ])([^MLHVQCZ]*)')
+_NUMBER = re.compile(r'-?[\d.]+')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +64,24 @@ def path(name: str) -> Path:
   return found
 
 
+@functools.cache
+def _outlines() -> dict[str, dict[str, list]]:
+  """Font -> character -> [advance, path data], of the fonts that are stored."""
+  return json.loads(Path(__file__).with_name('outlines.json').read_text())
+
+
+def stored(name: str, characters: str) -> dict[str, list]:
+  """What `outlines.json` holds of a font: character -> [advance, path data], from its file."""
+  return {character: list(_drawn(name, character)) for character in characters}
+
+
 @functools.lru_cache(maxsize=32)
 def _font(name: str):
-  from fontTools.ttLib import TTFont, TTLibError
+  try:
+    from fontTools.ttLib import TTFont, TTLibError
+  except ImportError as error:
+    raise UserError(f'fonts: {name} is not one of {", ".join(_outlines())} (printable ASCII); '
+                    f'others need fontTools: {installed.add("fonts")}') from error
 
   try:
     return TTFont(path(name), fontNumber=0, lazy=True)
@@ -65,56 +89,42 @@ def _font(name: str):
     raise UserError(f'fonts: {path(name)} is not a TrueType or OpenType font ({error})') from error
 
 
-@functools.lru_cache(maxsize=4096)
-def _outline(name: str, character: str) -> tuple[np.ndarray, int]:
-  """Closed outline as line pieces [n, 4] (x0 y0 x1 y1, font units, y up), and the advance."""
-  from fontTools.pens.recordingPen import DecomposingRecordingPen
-
+def _drawn(name: str, character: str) -> tuple[int, str]:
+  """Advance and path data of a character, read from the font's file."""
   font = _font(name)
+  from fontTools.pens.svgPathPen import SVGPathPen
+
   glyph_name = font.getBestCmap().get(ord(character))
   if glyph_name is None:
     raise UserError(f'alphabet: the font {name} has no glyph for {character!r}')
   glyphs = font.getGlyphSet()
-  pen = DecomposingRecordingPen(glyphs)
+  pen = SVGPathPen(glyphs, ntos=lambda value: f'{value:.10g}')
   glyphs[glyph_name].draw(pen)
+  return int(glyphs[glyph_name].width), pen.getCommands()
+
+
+@functools.lru_cache(maxsize=4096)
+def _outline(name: str, character: str) -> tuple[np.ndarray, int]:
+  """Closed outline as line pieces [n, 4] (x0 y0 x1 y1, font units, y up), and the advance."""
+  advance, data = _outlines().get(name, {}).get(character) or _drawn(name, character)
   pieces, start, here = [], (0.0, 0.0), (0.0, 0.0)
-  for operation, points in pen.value:
-    if operation == 'moveTo':
-      start = here = points[0]
-    elif operation in ('closePath', 'endPath'):
-      pieces.append((*here, *start))
-      here = start
-    else:
-      for curve in _curves(operation, here, points):
-        for t in range(1, len(curve)):
-          pieces.append((*curve[t - 1], *curve[t]))
-        here = curve[-1]
-        if points[-1] is None:  # a closed spline without an on-curve point
-          start = here
-  return np.array(pieces, np.float64).reshape(-1, 4), int(glyphs[glyph_name].width)
-
-
-def _curves(operation, here, points):
-  """The polylines of one pen operation."""
-  if operation == 'lineTo' or (len(points) == 1 and points[0] is not None):
-    yield [here, points[0]]
-  elif operation == 'curveTo':
-    from fontTools.pens.basePen import decomposeSuperBezierSegment
-
-    for p1, p2, p3 in decomposeSuperBezierSegment(points):
-      yield _bezier((here, p1, p2, p3))
-      here = p3
-  else:
-    from fontTools.pens.basePen import decomposeQuadraticSegment
-
-    if points[-1] is None:
-      here = tuple((a + b) / 2 for a, b in zip(points[-2], points[0]))
-      points = (*points[:-1], here)
-      # The pen has not moved: the spline begins at this implied point.
-      yield [here, here]
-    for p1, p2 in decomposeQuadraticSegment(points):
-      yield _bezier((here, p1, p2))
-      here = p2
+  for operation, numbers in _OPERATION.findall(data):
+    values = [float(number) for number in _NUMBER.findall(numbers)]
+    if operation == 'H':
+      values = [values[0], here[1]]
+    elif operation == 'V':
+      values = [here[0], values[0]]
+    elif operation == 'Z':
+      values = start
+    points = list(zip(values[0::2], values[1::2]))
+    if operation == 'M':
+      start = here = points.pop(0)  # further points are the ends of lines
+    curve = [here, *points]
+    if operation in 'QC':
+      curve = _bezier(curve)
+    pieces.extend((*a, *b) for a, b in zip(curve, curve[1:]))
+    here = curve[-1]
+  return np.array(pieces, np.float64).reshape(-1, 4), advance
 
 
 def _bezier(control):
