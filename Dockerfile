@@ -1,17 +1,18 @@
-# Image for GKE (xpk, SkyPilot on Kubernetes) and for a GPU machine:
-#   docker build -t hrvlm .                             TPU (jax[tpu] brings libtpu)
-#   docker build -t hrvlm --build-arg EXTRA=cuda .      NVIDIA GPU
-FROM python:3.12-slim
-
-ARG EXTRA=tpu
+# One image per kind of machine, with the packages of requirements.lock:
+#   docker build -t hrvlm --target tpu .       Cloud TPU (GKE: scripts/jobset.py, xpk)
+#   docker build -t hrvlm --target cuda .      NVIDIA GPU
+#   docker build -t hrvlm --target cpu .       neither; the default
+# The lock is that of Python 3.11 on Linux.
+FROM python:3.11-slim AS base
 
 # git: provenance of results; curl: the metadata server; procps and util-linux: scripts/worker_run.sh.
+# hadolint ignore=DL3008
 RUN apt-get update \
   && apt-get install -y --no-install-recommends curl git procps util-linux \
   && rm -rf /var/lib/apt/lists/* \
-  && pip install --no-cache-dir uv
+  && pip install --no-cache-dir uv==0.13.9
 
-# One run can ask for few, large reads from storage; those that hang are given up after a minute.
+# Reads from storage that hang are given up after a minute.
 ENV UV_SYSTEM_PYTHON=1 \
   PYTHONUNBUFFERED=1 \
   TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=60 \
@@ -19,13 +20,24 @@ ENV UV_SYSTEM_PYTHON=1 \
 
 WORKDIR /hrvlm
 
-# Packages first: they change less often than the source.
-COPY pyproject.toml requirements.lock README.md LICENSE NOTICE ./
+# Packages first: they change less often than the source. A layer of the kind's own packages lies on
+# that of all, which the three images share.
+COPY pyproject.toml setup.py requirements.lock README.md LICENSE NOTICE ./
 COPY hrvlm_jax/__init__.py hrvlm_jax/__init__.py
-RUN uv pip install --no-cache --constraint requirements.lock ".[${EXTRA}]"
+RUN uv pip install --no-cache --constraint requirements.lock .
+ENTRYPOINT ["hrvlm"]
+CMD ["doctor"]
 
+FROM base AS tpu
+RUN uv pip install --no-cache --constraint requirements.lock ".[tpu]"
 COPY . .
 RUN uv pip install --no-cache --no-deps --editable .
 
-ENTRYPOINT ["python", "-m", "hrvlm_jax.cli"]
-CMD ["doctor"]
+FROM base AS cuda
+RUN uv pip install --no-cache --constraint requirements.lock ".[cuda]"
+COPY . .
+RUN uv pip install --no-cache --no-deps --editable .
+
+FROM base AS cpu
+COPY . .
+RUN uv pip install --no-cache --no-deps --editable .

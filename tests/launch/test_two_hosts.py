@@ -6,8 +6,10 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pytest
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,3 +45,20 @@ def test_a_run_outlives_a_host(tmp_path):
   single = [json.loads(line) for line in (tmp_path / 'alone' / 'metrics.jsonl').open()]
   np.testing.assert_allclose([row['loss'] for row in lines], [row['loss'] for row in single],
                              rtol=1e-5)  # fmt: skip
+
+
+@pytest.mark.full('pages')
+def test_a_mistake_is_said_by_the_simulation(tmp_path):
+  """The documented command with a planted mistake: the sentence, and an end within seconds."""
+  path = f'{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'
+  began = time.monotonic()
+  done = subprocess.run(
+    [shutil.which('bash'), 'scripts/launch.sh', 'simulate', '--devices', '2', '--kill-at-step', '6',
+     '--workdir', str(tmp_path / 'sim'), '--', 'python', '-m', 'hrvlm_jax.cli', 'train', '--quiet',
+     '--config', f'tests/launch/run.py:{tmp_path / "data"}',
+     '--config.training.optimizer.learning_rate=-1'],
+    cwd=REPO, env=os.environ | {'PATH': path}, capture_output=True, text=True, timeout=300,
+  )  # fmt: skip
+  assert done.returncode not in (0, None)
+  assert 'learning_rate' in done.stderr + done.stdout, done.stderr
+  assert time.monotonic() - began < 120
