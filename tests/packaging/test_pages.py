@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import shlex
+import textwrap
 
 import numpy as np
 from PIL import Image
@@ -89,7 +90,7 @@ def untested(block: pages.Block) -> list[str]:
   if entry is None:
     return [f'{where}: pages.toml names no test of it']
   if kind == 'python':
-    ast.parse(block.text)
+    ast.parse(textwrap.dedent(block.text))
   return []
 
 
@@ -167,7 +168,7 @@ def test_short_snippets_run(tmp_path, monkeypatch):
       entry = block.of('python')
       if entry is None or 'run' not in entry:
         continue
-      text, count = block.text, count + 1
+      text, count = textwrap.dedent(block.text), count + 1
       for old, new in entry['run'].items():
         assert old in text
         text = text.replace(old, new)
@@ -177,7 +178,7 @@ def test_short_snippets_run(tmp_path, monkeypatch):
       monkeypatch.setattr(registry, '_MODULES', dict(registry._MODULES))  # one of them registers
       with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(text, block.page, 'exec'), {})
-  assert count == 2
+  assert count == 3
 
 
 @pytest.fixture(scope='module')
@@ -239,6 +240,21 @@ def test_the_commands_of_the_readme_run(journey, capsys, monkeypatch):
     if words[1] == 'chat':
       monkeypatch.setattr('sys.stdin', io.StringIO('What does the red sign say?\n'))
     assert main([*words[1:], *(['--max-new-tokens', '2'] if words[1] == 'ask' else [])]) == 0
+
+
+@pytest.mark.full('pages')
+def test_longer_snippets_run(journey, monkeypatch):
+  """Those with `after` in pages.toml."""
+  monkeypatch.chdir(journey)
+  found = [(block, block.of('python')) for path in pages.pages() for block in pages.blocks(path)]
+  found = [(block, entry['after']) for block, entry in found if entry and 'after' in entry]
+  for block, values in found:
+    text = textwrap.dedent(block.text)
+    for old, new in values.items():
+      assert old in text
+      text = text.replace(old, new)
+    exec(compile(text, block.page, 'exec'), {})
+  assert len(found) == 2
 
 
 @pytest.mark.full('pages')

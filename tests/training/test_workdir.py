@@ -90,5 +90,5 @@ def test_a_bucket_that_cannot_be_written_is_a_sentence(bucket, monkeypatch):
 def test_the_missing_package_is_named(monkeypatch):
   monkeypatch.setitem(__import__('sys').modules, 'gcsfs', None)
   monkeypatch.setattr(gpath, '_is_tf_installed', lambda: False)
-  with pytest.raises(UserError, match=r"buckets need the package gcsfs .*pip install -e '\.\[tpu\]'"):
+  with pytest.raises(UserError, match=r"need the package gcsfs .*pip install -e '\.\[tpu\]'"):
     Workdir('gs://b/r')
