@@ -100,7 +100,8 @@ def test_a_slurm_step_of_two_processes_is_one_run(slurm, tmp_path):
 
 def jobset(*arguments):
   return subprocess.run([sys.executable, 'scripts/jobset.py', *arguments], cwd=REPO,
-                        capture_output=True, text=True)
+                        capture_output=True, text=True,
+                        env=os.environ | {'PYTHONPATH': str(REPO)})
 
 
 @pytest.fixture(scope='module')
