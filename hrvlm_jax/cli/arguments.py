@@ -80,7 +80,8 @@ class Parser(argparse.ArgumentParser):
     Raises:
       UserError: unknown (with the nearest known one) or missing arguments.
     """
-    if any(action.option_strings and action.dest in _READERS for action in self._actions):
+    if '--no-verify' not in self._option_string_actions and any(
+        action.option_strings and action.dest in _READERS for action in self._actions):
       self.add_argument('--no-verify', action='store_true',
                         help='read checkpoints without checking the checksums of their files')
     if PROBE in argv:

@@ -24,6 +24,7 @@ from tests import pages
 
 ROOT = pages.ROOT
 SHELLS = ('bash', 'sh', 'console')
+KNOBS = ('--encoder.', '--vicrop', '--fastv')
 FREE = ('analyse',)  # its first word chooses a function, whose parameters are the options
 
 
@@ -46,7 +47,8 @@ def refused(words: list[str], *, whole: bool = True) -> str | None:
   parser = parser_of(VERBS[verb][0], part)
   if parser is None:
     return f'{verb} has no parser'
-  rest = [word for word in rest if not word.startswith('--encoder.') and word != '...']
+  # Knobs of a system and methods are taken before the parser.
+  rest = [word for word in rest if not word.startswith(KNOBS) and word != '...']
   try:
     if not whole:
       parser._check_names(rest)
@@ -57,8 +59,6 @@ def refused(words: list[str], *, whole: bool = True) -> str | None:
       recipe.find(spec)
     if spec is not None and verb in ('train', 'plan', 'tiny'):
       run_config.load(RunConfig, spec, arguments.overrides)
-    elif spec is not None and verb == 'sweep':
-      run_config.grid(arguments.overrides)
   except UserError as error:
     return str(error)
   return None
