@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
 import dataclasses
 import math
 import numbers
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.images import MAX_PIXELS
@@ -21,6 +23,7 @@ from hrvlm_jax.language.chat import ASSISTANT, USER, Dialogue, Message
 from hrvlm_jax.language.generate import Sampling
 from hrvlm_jax.language.messages import dialogue, is_messages
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, Question, answer_all
 from hrvlm_jax.vlm.encode import ImageEncoder
 
@@ -231,6 +234,38 @@ class Model:
       given, spoken = dialogue(question, given)
       asked = spoken if spoken.plain is None else spoken.plain
     return [self._open(one) for one in given], asked
+
+  def with_encoder(self, **options: Any) -> Model:
+    """The same weights under other knobs of the system; nothing is loaded again.
+
+    Args:
+      options: settings of the encoder, as `load(..., encoder=...)` takes them.
+
+    Raises:
+      UserError: settings that do not exist or change the parameters, a method laid over the model,
+        a model that lies on several devices.
+
+    >>> model.with_encoder(max_crops=4, num_tokens=20).encode('photo.png').shape
+    (20, 96)
+    """
+    values = to_dict(self.config)
+    config = from_dict(ModelConfig, values | {'encoder': dict(values['encoder']) | options},
+                       path='model', title=self.name)
+    answerer = self.answerer
+    if answerer is not None and (answerer.methods or answerer.layout is not None):
+      raise UserError('with_encoder: needs a model on one device, without methods laid over it; '
+                      'use load(..., encoder=...)')
+    if vlm.build(config).abstract != vlm.build(self.config).abstract:
+      raise UserError(f'{", ".join(options)}: changes the parameters of the model, which are '
+                      'those of its checkpoint')
+    made = copy.copy(self)
+    made.config, made._scorer = config, None
+    if answerer is None:
+      made._encoder = ImageEncoder(config, self._encoder.params, self._encoder.tokenizer)
+    else:
+      made.answerer = answerer.with_config(config)
+      made._encoder = ImageEncoder(config, answerer.generator.params)
+    return made
 
   def compilations(self) -> int:
     """How many programs were compiled so far; it does not grow with questions of known shape.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterable
 import hashlib
 import hmac
@@ -38,14 +39,15 @@ def read_keys(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 class Guard:
-  """ASGI middleware: refuses other host names, wrong keys and web sockets.
+  """ASGI middleware: refuses other host names, other origins, wrong keys and web sockets.
 
   A page of the web can make a browser send requests to `localhost`; under a name of its own it
   could even read the answers. Hence only the names of `hosts` are answered.
 
   Args:
     hosts: names that may stand in the Host header; None: all.
-    keys: one of them is wanted as `Authorization: Bearer KEY`; none: everybody is welcome. They
+    keys: one of them is wanted as `Authorization: Bearer KEY`, or as the password of a browser
+      where it is not the API that is asked for; none: everybody is welcome. They
       are compared as digests in constant time, and kept as digests.
   """
 
@@ -74,17 +76,31 @@ class Guard:
     if self._hosts is not None and _name(headers.get(b'host', b'')) not in self._hosts:
       return ApiError(400, 'this server is not known by that name; say --allow-host NAME when you '
                       'start it')
+    api = scope['path'].startswith('/v1/')
+    origin = headers.get(b'origin')
+    if not api and origin is not None and (
+        origin.partition(b'://')[2].lower() != headers.get(b'host', b'').lower()):
+      return ApiError(403, 'a page of another address may not ask this server')
     if not self._keys or scope['path'] in _OPEN:
       return None
     kind, _, key = headers.get(b'authorization', b'').partition(b' ')
+    if not api and kind.lower() == b'basic':  # a browser asks its user: any name, a key as password
+      kind, key = b'bearer', _password(key)
     given = _digest(key.strip())
     right = [hmac.compare_digest(given, own) for own in self._keys]  # all of them, always
     if kind.lower() == b'bearer' and any(right):
       return None
     error = ApiError(401, 'no valid API key was given; send Authorization: Bearer KEY',
                      code='invalid_api_key')
-    error.headers['WWW-Authenticate'] = 'Bearer'
+    error.headers['WWW-Authenticate'] = 'Bearer' if api else 'Basic realm="hrvlm", charset="UTF-8"'
     return error
+
+
+def _password(text: bytes) -> bytes:
+  try:
+    return base64.b64decode(text.strip(), validate=True).partition(b':')[2]
+  except ValueError:
+    return b''
 
 
 def _digest(key: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
 import importlib
 import os
 import pathlib
@@ -125,6 +126,14 @@ class Answerer:
     answerer = cls(config, params, find_tokenizer(checkpoint), ex=ex, exif=exif, alpha=alpha,
                    max_pixels=max_pixels, layout=layout)
     return with_methods(answerer, methods or {})
+
+  def with_config(self, config: ModelConfig) -> Answerer:
+    """The same weights under a config of the same parameters, on one device."""
+    made = copy.copy(self)
+    made.config = config
+    made.generator = Generator(vlm.build(config, unrolled=True), self.generator.params,
+                               ex=self.generator.ex)
+    return made
 
   def shown(self, items: Items) -> list[tuple[tuple[Image.Image, ...], Question]]:
     """(images, question) as the model is asked them; a method may add to what it was given."""

@@ -1,5 +1,6 @@
 """The server over a real socket, asked by the official client of OpenAI."""
 
+import base64
 import json
 import socket
 import threading
@@ -202,6 +203,18 @@ def test_keys_and_a_full_queue():
         client.models.list()
     assert served.get('/metrics')[0] == 401 and served.get('/health')[0] == 200
     assert served.get('/metrics', Authorization='Bearer second-key')[0] == 200
+    # What a browser asks its user for: a key as the password; the API takes no such thing.
+    basic = lambda text: 'Basic ' + base64.b64encode(text.encode()).decode()
+    assert served.get('/metrics', Authorization=basic('me:second-key'))[0] == 200
+    for text in ('me:wrong', 'second-key', ':', ''):
+      assert served.get('/metrics', Authorization=basic(text))[0] == 401
+    assert served.get('/metrics', Authorization='Basic ?')[0] == 401
+    assert served.get('/v1/models', Authorization=basic('me:second-key'))[0] == 401
+    assert served.get('/metrics')[1]['WWW-Authenticate'].startswith('Basic ')
+    # A page of another address may not ask outside the API.
+    here = f'http://127.0.0.1:{served.port}'
+    for origin, status in ((here, 200), ('http://evil.example', 403), ('null', 403)):
+      assert served.get('/health', Origin=origin, Host=here[7:])[0] == status
     client = openai.OpenAI(base_url=served.url, api_key='second-key', max_retries=0)
     assert client.chat.completions.create(**ask).choices
     long = {**ask, 'max_tokens': 300, 'temperature': 3.0, 'stream': True, 'seed': 1}
