@@ -14,6 +14,8 @@ the forms are held against each other, gradients included.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hrvlm_jax.core import machine as cpu
 from hrvlm_jax.core.conv import depthwise
 
 FORMS = ('grouped', 'shifted')
@@ -132,9 +135,9 @@ def measure(shape, dtype, *, rounds: int, seconds: float, clock) -> dict:
 def machine() -> dict:
   """What the numbers belong to."""
   device = jax.devices()[0]
-  return {'backend': jax.default_backend(), 'device': device.device_kind,
-          'cores': len(os.sched_getaffinity(0)), 'processor': platform.machine(),
-          'jax': jax.__version__}
+  return {**dataclasses.asdict(cpu.here()), 'backend': jax.default_backend(),
+          'device': device.device_kind, 'system': platform.system(),
+          'memory_gb': round(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30, 1)}
 
 
 def main(argv=None) -> dict:
@@ -150,7 +153,10 @@ def main(argv=None) -> dict:
   parser.add_argument('--out', help='JSON file of the result')
   options = parser.parse_args(argv)
   jax.config.update('jax_default_matmul_precision', 'highest')
-  result = {'machine': machine(), 'note': options.note, 'size': options.size,
+  result = {'case': 'depthwise', 'device': 'cpu' if jax.default_backend() == 'cpu' else 'cuda',
+            'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+            'versions': {'jax': jax.__version__}, 'machine': machine(), 'note': options.note,
+            'size': options.size,
             'batch': options.batch, 'dtype': options.dtype, 'clock': options.clock, 'rows': {}}
   clock = {'wall': time.perf_counter, 'cpu': time.process_time}[options.clock]
   print(f'{"":10}{"shape":>22}{"form":>9}{"forward":>12}{"+ backward":>12}{"compile":>10}')

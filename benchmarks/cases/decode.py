@@ -6,14 +6,17 @@ from benchmarks.harness.case import Case
 
 _PHI = Case(
   name='phi_decode', title='Phi-1.5, 65-token prompt, 32 new tokens', ours='ours.decode:Phi',
-  peer='peers.decode:phi', peer_name='transformers Phi', variants=('eager', 'compile'),
-  settings={'prompt': 65, 'new': 32}, target=1.5, gpu_target=1.0,
+  peer='peers.decode:phi', peer_name='transformers Phi',
+  variants=('eager', 'onednn', 'compile', 'autotune'),
+  settings={'prompt': 65, 'new': 32}, target={'avx2': 1.1, 'avx512': 1.1}, gpu_target=1.0,
+  memory_target=1.05,
   work=(32, 'tokens/s'), group='decode')
 
 CASES = [
   _PHI,
   dataclasses.replace(_PHI, name='phi_decode_bf16', title=f'{_PHI.title}, bfloat16 weights',
-                      dtype='bfloat16', target=None, tolerance=float('inf'), backends=('cpu',)),
+                      dtype='bfloat16', target=None, memory_target=None,
+                      variants=('eager', 'compile'), tolerance=float('inf'), backends=('cpu',)),
   Case(name='pheye_generate', title='Pheye x2-672, 64-token prompt, 50 new tokens; peer: image '
        'keys and values recomputed at every step, as the original does',
        ours='ours.decode:PheyeGenerate', peer='peers.decode:pheye',

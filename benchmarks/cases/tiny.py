@@ -20,7 +20,7 @@ CASES = [
     case, name=f'tiny_{case.name}', title=f'tiny sizes: {case.title}', group='tiny', shown=False,
     settings={**_SETTINGS[case.name], 'tiny': True}, target=None, memory_target=None,
     bound=False, rounds=2,
-    variants=tuple(v for v in case.variants if v.startswith('eager')))
+    variants=tuple(v for v in case.variants if v.startswith(('eager', 'onednn'))))
   for case in (*vision.CASES, *decode.CASES) if case.name in _SETTINGS
 ]
 _ALONE = {

@@ -23,11 +23,12 @@ class Case:
     peer_side: 'peer' (PyTorch, the environment of scripts/peers.sh) or 'ours' (another program of
       this library, such as the same answer without a cache).
     peer_name: what the other side is, for the table.
-    variants: forms of the peer that are tried; the fastest is compared.
+    variants: forms of the peer that are tried (`forms`); the fastest is compared.
     settings: sizes; both sides get them, and they are part of the key of the stored weights.
-    target: peer time / our time that was asked for; None: reported only.
+    target: peer time / our time that was asked for, a number or one for each instruction set that
+      both sides may take ('avx2', 'avx512'); None: reported only.
     gpu_target: the same on a GPU.
-    memory_target: our peak memory / the peer's that was asked for.
+    memory_target: our peak memory / the peer's that was asked for (CPU).
     tolerance: largest difference of any output relative to max(1, largest value).
     rounds: measured turns of each side, alternating.
     calls: calls in a row that make a turn. With several, one more goes before them and the mean
@@ -50,7 +51,7 @@ class Case:
   peer_side: str = 'peer'
   peer_name: str = ''
   variants: tuple[str, ...] = ('eager',)
-  target: float | None = None
+  target: float | Mapping[str, float] | None = None
   gpu_target: float | None = None
   memory_target: float | None = None
   tolerance: float = 1e-3
@@ -63,6 +64,15 @@ class Case:
   dtype: str = 'float32'
   backends: tuple[str, ...] = ('cpu', 'gpu')
   apart: bool = False
+
+  def asked(self, backend: str, isa: str) -> tuple[float | None, float | None]:
+    """(time, memory) that was asked for on 'cpu' or 'gpu', where programs take `isa`."""
+    if backend == 'gpu':
+      return self.gpu_target, None
+    if isinstance(self.target, Mapping):
+      # A CPU with wider instructions than these is one of the widest that is named.
+      return self.target.get('avx512' if isa == 'amx' else isa), self.memory_target
+    return self.target, self.memory_target
 
 
 def find_cases() -> dict[str, Case | Any]:
@@ -113,7 +123,7 @@ class Options:
   Attributes:
     device: 'cpu' or 'cuda'.
     dtype: of activations and weights: 'float32', or 'bfloat16'.
-    variant: form of the peer.
+    variant: form of the peer (`forms.base`).
     impl: attention of our side (`core.attention`).
     one_core: the process has one core, and its processor time counts.
   """

@@ -94,7 +94,12 @@ class Commands:
     """Facts the program collected, and the versions it ran with."""
     packages = ('jax', 'jaxlib', 'flax', 'hrvlm-jax', 'numpy') if self.side == 'ours' else (
       'torch', 'transformers', 'timm', 'ps3-torch', 'numpy', 'jax', 'jaxlib')
-    return {'facts': dict(self.program.after()), 'versions': measure.versions(packages)}
+    facts = dict(self.program.after())
+    if self.options.device == 'cuda' and self.side == 'ours':
+      import jax
+
+      facts['accelerator'] = jax.devices()[0].device_kind
+    return {'facts': facts, 'versions': measure.versions(packages)}
 
 
 def main(argv: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import datetime
 import importlib.metadata
 import os
@@ -45,21 +46,18 @@ def cpu_seconds() -> float:
   return times.user + times.system
 
 
-def processor() -> str:
-  """Name of the processor."""
-  info = pathlib.Path('/proc/cpuinfo')
-  lines = info.read_text().splitlines() if info.exists() else []
-  fields = dict(line.split(':', 1) for line in reversed(lines) if ':' in line)
-  pick = lambda key: next((v.strip() for k, v in fields.items() if k.strip() == key), '')
-  name = pick('model name') or platform.processor() or platform.machine()
-  family = ', '.join(f'{key} {pick(key)}' for key in ('cpu family', 'model') if pick(key))
-  return f'{name} ({family})' if family else name
+def machine(capped: str = '', one_core: bool = False) -> dict[str, str | int | float | bool | None]:
+  """What the numbers belong to; names no host and no path.
 
+  Args:
+    capped: instruction set that both sides were held to, narrower than the machine's own.
+    one_core: the sides had one core each.
+  """
+  from hrvlm_jax.core import machine as cpu
 
-def machine() -> dict[str, str | int | float]:
-  """What the numbers belong to; names no host and no path."""
   pages = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  return {'processor': processor(), 'cores': len(os.sched_getaffinity(0)),
+  kind = dataclasses.replace(cpu.here(), capped=capped, **({'cores': 1} if one_core else {}))
+  return {**dataclasses.asdict(kind), 'processor': cpu.processor().get('model name', ''),
           'memory_gb': round(pages / 2**30, 1), 'system': platform.system()}
 
 

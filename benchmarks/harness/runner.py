@@ -17,12 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.harness import measure
+from benchmarks.harness import contest, forms, isa, measure
 from benchmarks.harness.case import Alone, Case, Options
+from benchmarks.harness.records import ROOT, backend_of, machine_of
 from hrvlm_jax.core.errors import UserError
 
-ROOT = pathlib.Path(__file__).parents[2]
-RESULTS = ROOT / 'benchmarks' / 'results'
 SLOWER_THAN_BOUND = 1.5
 FORMAT = 2  # of the stored weights and inputs
 # Seconds between the call of one side and that of the other: threads that wait for more work keep a
@@ -44,6 +43,8 @@ class Settings:
     apart: one side in memory at a time, whatever the case says.
     one_core: for a busy machine: every side has one core and its processor time counts, which does
       not depend on what else runs. Wall time is what counts otherwise.
+    variants: forms of the peer to try; None: what the case says, as they are best here.
+    isa: instruction set that both sides are held to (`isa.check`); '' for none.
   """
 
   device: str = 'cpu'
@@ -55,6 +56,7 @@ class Settings:
   apart: bool = False
   one_core: bool = False
   variants: tuple[str, ...] | None = None
+  isa: str = ''
   note: str = ''
 
   @property
@@ -92,8 +94,13 @@ def peer_python(explicit: str | None = None) -> str:
 class Process:
   """A side; answers come one at a time, so nothing runs while another side is timed."""
 
-  def __init__(self, python: str, side: str, case: str, folder: pathlib.Path, options: Options):
-    environment = {**os.environ, 'TOKENIZERS_PARALLELISM': 'false'}
+  def __init__(self, python: str, side: str, case: str, folder: pathlib.Path, options: Options,
+               cap: str = ''):
+    environment = {**isa.capped(os.environ, cap), 'TOKENIZERS_PARALLELISM': 'false'}
+    if side == 'peer':
+      environment |= forms.environment(
+        options.variant, scratch(), environment.get('LD_PRELOAD', ''))
+      options = contest.side_options(options)
     if options.device == 'cpu':
       environment['JAX_PLATFORMS'] = 'cpu'
     else:
@@ -140,7 +147,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   """Measures one case.
 
   Returns:
-    The result that is kept (see `docs.table`).
+    The result that is kept (`records.save`).
 
   Raises:
     UserError: a side fails, or the outputs differ by more than the case's tolerance.
@@ -150,10 +157,11 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
   result: dict[str, Any] = {
     'case': case.name, 'title': case.title, 'peer': case.peer_name, 'device': settings.device,
     'dtype': settings.options(dtype=case.dtype).dtype, 'settings': dict(case.settings),
-    'date': measure.today(), 'machine': measure.machine(), 'note': settings.note,
+    'date': measure.today(), 'note': settings.note,
+    'machine': measure.machine(settings.isa, settings.one_core),
     'clock': 'processor' if settings.one_core else 'wall'}
   start = lambda python, side, variant='eager': Process(
-    python, side, case.name, folder, settings.options(variant, case.dtype))
+    python, side, case.name, folder, settings.options(variant, case.dtype), settings.isa)
   ours = peer = None
   try:
     if not (folder / 'ready').exists():
@@ -171,8 +179,8 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
     say(f'{case.name}: first call of ours, compilation included: {result["ours"]["first_s"]} s')
     if case.peer is not None and not settings.alone:
       python = _python(case, settings)
-      peer = _best_peer(case, settings, lambda variant: start(python, 'peer', variant), folder,
-                        result, say)
+      peer = _best_peer(case, settings, lambda variant: start(python, 'peer', variant), python,
+                        folder, result, say)
     _rounds(case, settings, ours, peer, result)
   finally:
     for process in (ours, peer):
@@ -188,16 +196,32 @@ def _python(case: Case, settings: Settings) -> str:
   return sys.executable if case.peer_side == 'ours' else peer_python(settings.peer_python)
 
 
+def _forms(case, settings, python, result) -> list[str]:
+  """The peer's forms to try; how fast PyTorch multiplies, and how MKL was told, in the result."""
+  products = None
+  if case.peer_side == 'peer' and settings.device == 'cpu' and settings.variants is None:
+    products = contest.peer_products(python, str(ROOT), str(scratch()), settings.isa)
+    result['peer_products'] = products
+  return contest.choose_forms(case, settings.variants, products, settings.isa, settings.device)
+
+
 def _apart(case, settings, start, folder, result, say) -> None:
   """Sides that do not fit into memory together: every round starts each anew, one at a time.
 
   A round of a side is a call that is not measured (it warms up and is compared), then one that is.
   """
-  variant = (settings.variants or case.variants)[0]
   openers = {'ours': lambda: start(sys.executable, 'ours')}
   if case.peer is not None and not settings.alone:
-    openers['peer'] = lambda: start(_python(case, settings), 'peer', variant)
-    result['variant'] = variant
+    python = _python(case, settings)
+    names = _forms(case, settings, python, result)
+    form = names[0]
+    if len(names) > 1:
+      with contextlib.closing(openers['ours']()) as process:
+        _first(process, folder / 'ours.npz')
+      form = _best_form(case, names, lambda name: start(python, 'peer', name), folder, result,
+                        say)[0]
+    openers['peer'] = lambda: start(python, 'peer', form)
+    result['variant'] = form
   measured = {name: Measured() for name in openers}
   rounds = settings.rounds or case.rounds
   for number in range(rounds):
@@ -240,39 +264,34 @@ def _first(process: Process, path: pathlib.Path) -> dict[str, Any]:
   return {'load_s': round(loaded['seconds'], 2), 'first_s': round(first['seconds'], 2)}
 
 
-def _best_peer(case, settings, start, folder, result, say) -> Process:
-  """Tries the peer's forms, one in memory at a time, and starts the fastest again."""
-  best, tried = None, {}
-  forms = settings.variants or case.variants
-  for variant in forms:
-    process = start(variant)
-    try:
-      facts = _first(process, folder / 'peer.npz')
-      facts['differences'] = compare(folder / 'ours.npz', folder / 'peer.npz', case)
-      second = facts['first_s'] if len(forms) == 1 else process('run')['seconds']
-    except UserError as error:
-      process.close()
-      # A form of the peer that does not run is a fact about the peer; a wrong answer is not.
-      if len(forms) == 1 or 'differs' in str(error):
-        raise
-      tried[variant] = {'failed': str(error)[:300]}
-      say(f'{case.name}: {case.peer_name} {variant}: {error}')
-      continue
-    tried[variant] = {**facts, 'once_s': round(second, 4)}
-    say(f'{case.name}: {case.peer_name} {variant}: {second:.3f} s')
-    if best is None or second < tried[best]['once_s']:
-      best = variant
-    if len(forms) > 1:
-      process.close()
-  if best is None:
-    raise UserError(f'{case.name}: no form of {case.peer_name} ran: {tried}')
-  if len(forms) > 1:
+def _best_form(case, names, start, folder, result, say) -> tuple[str, Any]:
+  """Tries the peer's forms; (the fastest, its process where it was the only one)."""
+  found: dict[str, dict[str, float]] = {}
+
+  def trial(process: Process, form: str) -> dict[str, Any]:
+    facts = _first(process, folder / 'peer.npz')
+    # Another precision is told of, not compared: its difference is a fact beside its time.
+    loose = {'tolerance': float('inf')} if form.startswith(forms.REDUCED) else {}
+    found[form] = compare(folder / 'ours.npz', folder / 'peer.npz',
+                          dataclasses.replace(case, **loose))
+    if loose:
+      facts['difference'] = max(found[form].values())
+    second = facts['first_s'] if len(names) == 1 else process('run')['seconds']
+    return {**facts, 'once_s': round(second, 4)}
+
+  best, tried, process = contest.best(names, start, trial, f'{case.name}: {case.peer_name}', say)
+  result['peer_forms'], result['variant'] = tried, best
+  result['differences'] = found[best]
+  return best, process
+
+
+def _best_peer(case, settings, start, python, folder, result, say) -> Process:
+  """Tries the peer's forms and starts the fastest again."""
+  names = _forms(case, settings, python, result)
+  best, process = _best_form(case, names, start, folder, result, say)
+  if process is None:
     process = start(best)
     _first(process, folder / 'peer.npz')
-  result['peer_forms'], result['variant'] = tried, best
-  result['differences'] = tried[best].pop('differences')
-  for other in tried.values():
-    other.pop('differences', None)
   return process
 
 
@@ -327,7 +346,10 @@ def _report(case, settings, measured: Mapping[str, Measured], result) -> None:
     part['peak'] = side.peak
     after = dict(side.after)
     result['versions'] |= after.pop('versions')
-    part |= after.pop('facts') | after
+    facts = after.pop('facts')
+    if accelerator := facts.pop('accelerator', ''):
+      result['accelerator'] = accelerator
+    part |= facts | after
     if case.work is not None:
       amount, unit = case.work
       part['rate'] = f'{amount / part["seconds"]["median"]:.3g} {unit}'
@@ -338,18 +360,17 @@ def _report(case, settings, measured: Mapping[str, Measured], result) -> None:
     key = 'bytes' if settings.device == 'cpu' else 'device_bytes'
     result['memory_ratio'] = round(
       measured['ours'].peak[key] / measured['peer'].peak[key], 3)
-  _judge(case, result)
+  judge(case, result)
 
 
-def _judge(case: Case, result: dict[str, Any]) -> None:
+def judge(case: Case, result: dict[str, Any]) -> None:
   """Whether targets are met, from what was measured."""
   met = {}
-  gpu = result['device'] == 'cuda'
-  target = case.gpu_target if gpu else case.target
+  target, memory = case.asked(backend_of(result), machine_of(result).effective)
   if target is not None and 'ratio' in result:
     met['time'] = result['ratio']['median'] >= target
-  if case.memory_target is not None and not gpu and 'memory_ratio' in result:
-    met['memory'] = result['memory_ratio'] <= case.memory_target
+  if memory is not None and 'memory_ratio' in result:
+    met['memory'] = result['memory_ratio'] <= memory
   if cost := result.get('cost'):
     share = cost['matmul_seconds'] / result['ours']['seconds']['median']
     cost['share_of_ceiling'] = round(share, 3)
@@ -370,7 +391,7 @@ def run_alone(case: Alone, settings: Settings) -> dict[str, Any]:
   path = folder / f'{case.name}.json'
   path.unlink(missing_ok=True)
   options = json.dumps(dataclasses.asdict(settings.options()))
-  environment = dict(os.environ)
+  environment = isa.capped(os.environ, settings.isa)
   if settings.device == 'cpu':
     environment['JAX_PLATFORMS'] = 'cpu'
   done = subprocess.run([sys.executable, '-c', code, case.name, options, str(path)], cwd=ROOT,
@@ -381,16 +402,7 @@ def run_alone(case: Alone, settings: Settings) -> dict[str, Any]:
   found = json.loads(path.read_text())
   path.unlink()
   return {'case': case.name, 'title': case.title, 'device': settings.device,
-          'settings': dict(case.settings), 'date': measure.today(), 'machine': measure.machine(),
+          'settings': dict(case.settings), 'date': measure.today(),
+          'machine': measure.machine(settings.isa),
           'versions': measure.versions(('jax', 'jaxlib', 'flax', 'hrvlm-jax', 'numpy')),
           'note': settings.note, **found}
-
-
-def save(result: Mapping[str, Any], settings: Settings, path: str | os.PathLike | None = None
-         ) -> pathlib.Path:
-  """Writes a result as JSON; by default where `docs/benchmarks.md` is made from."""
-  target = RESULTS / f'{result["case"]}_{settings.backend}.json' if path is None else (
-    pathlib.Path(path))
-  target.parent.mkdir(parents=True, exist_ok=True)
-  target.write_text(json.dumps(result, indent=1) + '\n')
-  return target

@@ -14,8 +14,6 @@ import torch
 from benchmarks.harness.case import Options
 from benchmarks.harness.program import Program
 
-VARIANTS = ('eager', 'compile', 'autotune')
-
 
 def tensors(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
   """All tensors of a folder by name."""
@@ -52,8 +50,34 @@ def fill(module: torch.nn.Module, state: dict[str, torch.Tensor], *, prefix: str
 
 
 def place(module: torch.nn.Module, options: Options) -> torch.nn.Module:
-  """On the device, in the dtype, for inference."""
-  return module.to(options.device, getattr(torch, options.dtype)).eval().requires_grad_(False)
+  """On the device, in the dtype, for inference; in the form `onednn` with its linear layers."""
+  module = module.to(options.device, getattr(torch, options.dtype)).eval().requires_grad_(False)
+  return by_onednn(module) if options.variant.split('-')[0] == 'onednn' else module
+
+
+class Packed(torch.nn.Module):
+  """A linear layer whose product oneDNN computes, from a weight packed once.
+
+  In float32 PyTorch multiplies through MKL; oneDNN takes the CPU's best kernels whoever made it.
+  """
+
+  def __init__(self, linear: torch.nn.Linear):
+    super().__init__()
+    self.weight, self.bias = linear.weight, linear.bias  # others read dtype and shape
+    self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to_mkldnn())
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')
+
+
+def by_onednn(module: torch.nn.Module) -> torch.nn.Module:
+  """Puts `Packed` in the place of every linear layer, in place."""
+  for parent in list(module.modules()):
+    for name, child in list(parent.named_children()):
+      # A subclass may be read by others as a weight (multi-head attention's own projection).
+      if type(child) is torch.nn.Linear:
+        setattr(parent, name, Packed(child))
+  return module
 
 
 def to_tensor(array: np.ndarray, options: Options, *, order=None) -> torch.Tensor:
@@ -66,13 +90,18 @@ def to_tensor(array: np.ndarray, options: Options, *, order=None) -> torch.Tenso
 
 def in_form(call: Callable, options: Options) -> Callable:
   """`call` as the variant says: eager; compiled; compiled with the search for the best kernels."""
-  if options.variant == 'eager':
+  form = options.variant.split('-')[0]
+  if form in ('eager', 'onednn'):
     return call
   import torch._inductor.config as inductor
 
   inductor.freezing = options.device == 'cpu'  # weights become constants of the program
-  mode = 'max-autotune' if options.variant == 'autotune' else None
-  return torch.compile(call, mode=mode, dynamic=False)
+  return torch.compile(call, mode=compile_mode(form), dynamic=False)
+
+
+def compile_mode(form: str) -> str | None:
+  """torch.compile's mode in a form."""
+  return 'max-autotune' if form == 'autotune' else None
 
 
 def program(call: Callable, *arguments, options: Options, grad: bool = False) -> Program:

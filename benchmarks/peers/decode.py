@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.harness.case import Options
 from benchmarks.harness.program import Program, read_inputs
-from benchmarks.peers.common import fill, place, program, sizes, tensors, to_tensor
+from benchmarks.peers.common import compile_mode, fill, place, program, sizes, tensors, to_tensor
 
 
 def phi_model(text: dict[str, Any]) -> nn.Module:
@@ -26,13 +26,13 @@ def phi_model(text: dict[str, Any]) -> nn.Module:
 
 
 def phi(settings, folder, options: Options) -> Program:
-  """Greedy generation with a cache. Compiled: a static cache and a compiled step."""
+  """Greedy generation with a cache. Compiled: a static cache, a compiled step, frozen weights."""
   model = phi_model(sizes(folder))
   fill(model, tensors(folder))
   model = place(model, options)
   ids = torch.from_numpy(read_inputs(folder)['ids']).long().to(options.device)
   new, length = settings['new'], ids.shape[1]
-  if options.variant == 'eager':
+  if options.variant in ('eager', 'onednn'):
     call = lambda: {'tokens': model.generate(
       ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
       do_sample=False, pad_token_id=0)[:, length:]}
@@ -41,14 +41,16 @@ def phi(settings, folder, options: Options) -> Program:
 
 
 def _compiled_phi(model, ids, new: int, options: Options) -> Program:
+  import torch._inductor.config as inductor
   from transformers import StaticCache
 
   length = ids.shape[1]
   cache = StaticCache(config=model.config, max_batch_size=1, max_cache_len=length + new,
                       device=options.device, dtype=model.dtype)
+  inductor.freezing = options.device == 'cpu'
   step = torch.compile(
     lambda token, place: model(token, past_key_values=cache, cache_position=place).logits[:, -1],
-    dynamic=False)
+    mode=compile_mode(options.variant), dynamic=False)
 
   def call():
     cache.reset()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from benchmarks.harness.case import Options
 from benchmarks.harness.program import Program, read_inputs
 from benchmarks.peers import decode, ps3, vision
-from benchmarks.peers.common import fill, sizes, tensors
+from benchmarks.peers.common import compile_mode, fill, sizes, tensors
 
 
 def normalised(pixels: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
@@ -190,7 +190,11 @@ def step(settings, folder, options: Options) -> Program:
   batch = {name: x.long() if x.dtype == torch.int32 else x for name, x in batch.items()}
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8,
                                 weight_decay=0.0, foreach=True)
-  forward = model if options.variant == 'eager' else torch.compile(model, dynamic=False)
+  form, _, how = options.variant.partition('-')
+  if how == 'channels':  # NHWC for 4-d weights: those of convolutions
+    model = model.to(memory_format=torch.channels_last)
+  forward = model if form == 'eager' else torch.compile(
+    model, mode=compile_mode(form), dynamic=False)
   cast = torch.autocast(options.device, torch.bfloat16, enabled=options.dtype == 'bfloat16')
 
   def run():

@@ -1,10 +1,12 @@
 """`hrvlm bench`: see `benchmarks/README.md`; the code stands in `benchmarks/harness`."""
 
 import json
+import os
 import pathlib
 import sys
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core import machine
 from hrvlm_jax.core.errors import UserError, unknown
 
 CHECKOUT = pathlib.Path(__file__).parents[2]
@@ -27,7 +29,10 @@ def main(argv: list[str]) -> None:
                       help='cuda: bfloat16 and fused attention on both sides')
   parser.add_argument('--rounds', type=int, help='measured calls of each side; default: the case')
   parser.add_argument('--variant', action='append', metavar='FORM',
-                      help='form of the peer to try: eager, compile, autotune; default: the case')
+                      help='form of the peer to try: eager, onednn, compile, autotune, each also '
+                      'with +mkl (MKL told to take its best kernels); default: the case')
+  parser.add_argument('--isa', choices=('avx2', 'avx512'), default='',
+                      help='hold both sides to these instructions; kept as a machine of its own')
   parser.add_argument('--peer-python', metavar='PYTHON',
                       help='interpreter of the peers; default: the one scripts/peers.sh made')
   parser.add_argument('--alone', action='store_true', help='our side only; nothing is kept')
@@ -42,7 +47,7 @@ def main(argv: list[str]) -> None:
   if arguments.rounds is not None and arguments.rounds < 1:
     raise UserError(f'--rounds must be at least 1, got {arguments.rounds}')
 
-  from benchmarks.harness import docs, runner
+  from benchmarks.harness import docs, isa, records, runner
   from benchmarks.harness.case import Alone, find_cases
 
   cases = find_cases()
@@ -57,11 +62,17 @@ def main(argv: list[str]) -> None:
     if name not in cases and name not in groups:
       raise UserError(f'{unknown(name, [*cases, *groups], what="case")}; hrvlm bench lists them')
     chosen += [c for c in cases.values() if name in (c.name, c.group) and c not in chosen]
+  if arguments.isa and arguments.device != 'cpu':
+    raise UserError('--isa holds a CPU; leave it out with --device cuda')
+  cap = isa.check(arguments.isa, machine.here())
+  if chosen:
+    isa.capped(os.environ, cap)  # refuses an environment that chooses by itself, before any work
   settings = runner.Settings(
     device=arguments.device, rounds=1 if arguments.dry else arguments.rounds, keep=arguments.keep,
     peer_python=arguments.peer_python, ceiling=not arguments.dry, alone=arguments.alone,
     apart=arguments.apart, one_core=arguments.one_core,
-    variants=tuple(arguments.variant) if arguments.variant else None, note=arguments.note)
+    variants=tuple(arguments.variant) if arguments.variant else None, isa=cap,
+    note=arguments.note)
   results = []
   backend = settings.backend
   wrong = [c.name for c in chosen if backend not in getattr(c, 'backends', (backend,))]
@@ -79,7 +90,7 @@ def main(argv: list[str]) -> None:
     if 'written' in result:  # a case that keeps its result itself
       print(f'written: {result["written"]}')
     elif not (arguments.dry or arguments.alone):
-      runner.save(result, settings)
+      print(f'kept: {records.save(result).relative_to(records.ROOT)}')
   if arguments.json:
     from hrvlm_jax.checkpoint.files import whole_file
 
