@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes .venv (first run only) and trains, compares, asks and exports a tiny model on the CPU.
 #
-#   ./scripts/quickstart.sh              everything goes under runs/quickstart; about a quarter of an
-#                                        hour on 2 cores after installation
+#   ./scripts/quickstart.sh              everything goes under runs/quickstart; says first how long it
+#                                        takes on this machine after installation
 #   ./scripts/quickstart.sh --help       options
 #
 # A second run finds what is done and does not repeat it.

@@ -1,5 +1,6 @@
 """Settings of the whole suite: CPU, exact matrix products, no network, and no hidden skips."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -52,20 +53,41 @@ def pytest_addoption(parser):
                    help='the tests marked full(PART) and no others (scripts/test_full.sh)')
 
 
-MEMORY = 3 << 30  # of one worker, in bytes, before compiled programs are dropped
+MEMORY = 3 << 29  # of one worker, in bytes, before compiled programs are dropped
+
+
+def resident() -> int:
+  """Bytes of this process in memory; 0 where the system does not say."""
+  statm = pathlib.Path('/proc/self/statm')
+  return int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') if statm.exists() else 0
 
 
 @pytest.fixture(autouse=True, scope='module')
 def bounded_memory():
-  """A worker compiles thousands of programs and JAX keeps them all: they go when they are many."""
+  """A worker compiles thousands of programs and JAX keeps them all: they go when they are many.
+
+  The C library keeps what is freed, in pieces between what is still held, until it is told to give
+  whole pages back.
+  """
   yield
-  statm = pathlib.Path('/proc/self/statm')
-  if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') > MEMORY:
+  if resident() > MEMORY:
+    import ctypes
     import gc
 
     import jax
     jax.clear_caches()
     gc.collect()
+    with contextlib.suppress(AttributeError, OSError):  # another C library has no such call
+      ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def memory_goes_back():
+  """A command that trains on a CPU keeps what it frees until its process ends (`core.cpu`), and a
+  test that calls it would do so for all tests behind it."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('hrvlm_jax.core.cpu.keep_freed', lambda: False)
+    yield
 
 
 def _missing(mark: str) -> str | None:

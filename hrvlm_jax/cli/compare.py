@@ -19,11 +19,13 @@ def main(argv: list[str]) -> int:
                       'claims between those called claims')
   arguments = parser.parse(argv)
 
+  from hrvlm_jax.core import cpu
   from hrvlm_jax.lab import compare_report
   from hrvlm_jax.lab.compare import Comparison
   from hrvlm_jax.lab.compare_config import CompareConfig
   from hrvlm_jax.training import run_config
 
+  cpu.keep_freed_on_cpu()  # before anything asks for devices
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   only = [name for name in arguments.only.split(',') if name]
   results = Comparison(config, arguments.out, progress=not arguments.quiet).run(only)

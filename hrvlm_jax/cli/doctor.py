@@ -17,6 +17,7 @@ from hrvlm_jax import __version__
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.cli.main import cache_folder
 from hrvlm_jax.core import installed
+from hrvlm_jax.core import machine as cpu
 
 _PACKAGE = installed.NAME
 
@@ -39,9 +40,8 @@ class Finding:
 
 
 def main(argv: list[str]) -> int:
-  """Checks versions, devices, memory, optional parts and the cache, or every file of a checkpoint.
-
-  Exit status 1 when there is a problem.
+  """Checks versions, devices, memory, speed, optional parts and the cache, or every file of a
+  checkpoint. Exit status 1 when there is a problem.
   """
   parser = Parser('doctor', main.__doc__)
   parser.add_argument('checkpoint', nargs='?', metavar='CHECKPOINT',
@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
   if arguments.checkpoint is not None:
     findings = checkpoints(arguments.checkpoint)
   else:
-    findings = [*packages(), *devices(), *machine(), *extras(), cache()]
+    findings = [*packages(), *devices(), *machine(), *speed(), *extras(), cache()]
   width = max(len(finding.name) for finding in findings)
   for finding in findings:
     advice = f'  -> {finding.advice}' if finding.advice else ''
@@ -162,7 +162,6 @@ def devices() -> list[Finding]:
 
 def machine() -> list[Finding]:
   """Cores and memory that this process may use."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   total = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   for limit in ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'):
     path = pathlib.Path(limit)
@@ -170,9 +169,26 @@ def machine() -> list[Finding]:
       total = min(total, int(text))
   gib = total / 2**30
   enough = gib >= 4
-  return [Finding('ok', 'cores', str(cores)),
+  return [Finding('ok', 'cpu', cpu.here().title), Finding('ok', 'cores', str(cpu.cores())),
           Finding('ok' if enough else 'problem', 'memory', f'{gib:.1f} GiB',
                   '' if enough else 'quickstart and the tests need about 4 GiB')]
+
+
+def speed() -> list[Finding]:
+  """What the CPU multiplies and moves in a second, and how long the quickstart takes with it."""
+  try:
+    from hrvlm_jax.lab import speed as measured
+
+    found = measured.measure()
+  except Exception as error:  # noqa: BLE001 - JAX without a CPU, or none: said by `devices`
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return [Finding('none', 'speed', f'of the CPU not measured: {lines[0][:200]}')]
+  m, k, n = measured.SHAPE
+  return [
+    Finding('ok', 'products', f'{found.gflops:.0f} GFLOP/s in float32 ({m} x {k} x {n})'),
+    Finding('ok', 'bandwidth', f'{found.bandwidth:.1f} GB/s of memory read and written'),
+    Finding('ok', 'quickstart', f'takes {measured.words(found.gflops)} here while nothing else '
+            'runs, after installation')]
 
 
 def extras() -> list[Finding]:

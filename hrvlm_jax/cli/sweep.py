@@ -13,6 +13,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
+  from hrvlm_jax.core import cpu
   from hrvlm_jax.lab import experiment, sweep
 
   entries = sweep.entries_of(arguments.config, arguments.overrides, only=arguments.only)
@@ -20,6 +21,7 @@ def main(argv: list[str]) -> int:
     for entry in entries:
       print(entry.name)
     return 0
+  cpu.keep_freed_on_cpu()  # before anything asks for devices
   try:
     sweep.run(entries, arguments.out, progress=not arguments.quiet)
     print(f'everything is in {arguments.out}')

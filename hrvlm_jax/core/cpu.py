@@ -157,3 +157,13 @@ def keep_freed() -> bool:
   # One heap that grows and never shrinks; blocks of their own (mmap) would go back when freed.
   settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
   return all([mallopt(name, value) for name, value in settings])
+
+
+def keep_freed_on_cpu(asked: bool | None = None) -> bool:
+  """`keep_freed` for a command that trains, before it asks for devices; True where it was set.
+
+  Args:
+    asked: what a config says (`training.keep_heap`). None: where JAX was told to use the CPU.
+  """
+  on_cpu = jax.config.jax_platforms == 'cpu'
+  return keep_freed() if asked or (asked is None and on_cpu) else False

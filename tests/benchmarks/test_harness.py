@@ -1,12 +1,11 @@
 """`hrvlm bench`: cases are found, wrong answers are refused, the page shows every row."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 
-from benchmarks.harness import docs, measure, runner
+from benchmarks.harness import docs, measure, records, runner
 from benchmarks.harness.case import Case, find_cases, load
 from benchmarks.harness.ceiling import cost
 from hrvlm_jax.cli import bench
@@ -17,12 +16,16 @@ CASE = Case(name='made_up', title='Made up', ours='ours.vision:Siglip', peer='pe
 SIDE = {'seconds': measure.spread([1.0, 1.1, 1.2]), 'peak': {'bytes': 2e9, 'lifetime': 3e9}}
 
 
+MACHINE = {'vendor': 'Abacus', 'family': 7, 'model': 1, 'isa': 'avx2', 'cores': 2, 'capped': '',
+           'processor': 'wood', 'memory_gb': 1, 'system': 'Linux'}
+
+
 def result(**changes):
   """A kept result of `CASE`."""
   return {
     'case': 'made_up', 'title': 'Made up', 'peer': 'an original', 'variant': 'compile',
     'device': 'cpu', 'date': '2026-01-01',
-    'machine': {'processor': 'abacus', 'cores': 2, 'memory_gb': 1}, 'versions': {'jax': '1'},
+    'machine': MACHINE, 'versions': {'jax': '1'},
     'ours': SIDE, 'peer_run': SIDE, 'ratio': measure.spread([1.5, 2.5, 2.6]), 'memory_ratio': 0.7,
     'differences': {'tokens': 1e-6}, 'met': {'time': True, 'memory': False}} | changes
 
@@ -66,21 +69,33 @@ def test_judgement_follows_the_numbers():
   found = result()
   del found['met']
   found['cost'] = {'flops': 4e9, 'matmul_seconds': 0.5}
-  runner._judge(CASE, found)
+  runner.judge(CASE, found)
   assert found['met'] == {'time': True, 'memory': False, 'bound': False}
   assert found['cost']['share_of_ceiling'] == pytest.approx(0.5 / 1.1, abs=1e-3)
 
 
 def test_page_has_a_row_for_every_case_measured_or_not(tmp_path):
-  (tmp_path / 'made_up_cpu.json').write_text(json.dumps(result()))
+  records.save(result(), tmp_path)
+  wide = {**MACHINE, 'isa': 'avx512', 'capped': 'avx2'}
+  records.save(result(machine=wide, ratio=measure.spread([1.5])), tmp_path)
   other = dataclasses.replace(CASE, name='other', title='Never run')
   page = docs.page({'made_up': CASE, 'other': other}, tmp_path)
   cpu, gpu = page.split('## GPU')
-  assert '| `made_up` | Made up | an original, compile | 1.10 s | 1.10 s | 2.50 (1.50 to 2.60) |' \
-    in cpu
-  assert 'time met; memory **missed**' in cpu and 'abacus, 2 cores' in cpu
-  assert '| `other` | Never run | an original | not measured |' in cpu
+  one, two = 'Abacus family 7 model 1, AVX', ', 2 cores'
+  assert f'| case | what | {one}-512 held to AVX2{two} | {one}2{two} |' in cpu
+  assert ('| `made_up` | Made up | 1.50 (>= 2: **missed**); memory 0.70 (<= 0.5: **missed**) '
+          '| 2.50 (>= 2: met); memory 0.70 (<= 0.5: **missed**) |') in cpu
+  assert '| `other` | Never run | not measured | not measured |' in cpu
+  assert '| `made_up` | an original, compile | 1.10 s | 1.10 s | 2.50 (1.50 to 2.60) |' in cpu
+  assert f'- wood, {one}2{two}, 1 GB; jax 1; 2026-01-01' in cpu
   assert gpu.count('not measured') >= 2 and '1.10 s' not in gpu
+
+
+def test_what_is_asked_for_depends_on_the_instructions():
+  case = dataclasses.replace(CASE, target={'avx2': 1.3, 'avx512': 1.4}, gpu_target=3.0)
+  assert [case.asked('cpu', isa) for isa in ('avx2', 'avx512', 'amx', 'neon')] == [
+    (1.3, 0.5), (1.4, 0.5), (1.4, 0.5), (None, 0.5)]
+  assert case.asked('gpu', 'avx2') == (3.0, None)
 
 
 def test_products_are_counted_and_timed():

@@ -73,6 +73,7 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch):
 
 def test_doctor_says_what_to_do(monkeypatch, capsys, tmp_path):
   monkeypatch.setenv('HRVLM_CACHE', str(tmp_path / 'cache'))
+  monkeypatch.setattr('hrvlm_jax.lab.speed.SECONDS', 0.02)
   assert cli.main(['doctor']) == 0
   out = capsys.readouterr().out
   assert out.endswith('no problem found\n') and 'jax ' in out
