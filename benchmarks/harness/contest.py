@@ -69,6 +69,9 @@ def choose_forms(case: Case, asked: tuple[str, ...] | None, products: Mapping[st
   for form in chosen:
     forms.base(form)
   if asked:
+    if all(form.startswith(forms.REDUCED) for form in chosen):
+      raise UserError(f'{", ".join(chosen)}: told of beside a form in float32, not compared; name '
+                      'one as well, such as --variant eager')
     return chosen
   if device == 'cuda':  # runs bfloat16 anyway
     return [form for form in chosen if not form.startswith((forms.REDUCED, 'onednn'))]

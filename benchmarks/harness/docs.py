@@ -206,8 +206,9 @@ def _row(case, result) -> list[str]:
   if cost:
     share = f'{cost["share_of_ceiling"]:.0%}' + (' **below**' if not met.get('bound', True) else '')
   form = f'{result["peer"]}, {result["variant"]}'
-  if others := [name for name in result.get('peer_forms', ()) if name != result['variant']]:
-    form += f' (also tried: {", ".join(others)})'
+  tried = result.get('peer_forms', {})
+  if others := [f'{name} {_once(tried[name])}' for name in tried if name != result['variant']]:
+    form += f' (also tried, one call: {", ".join(others)})'
   if result.get('clock') == 'processor':
     form += ' (busy machine: one core, processor time)'
   return [f'`{case.name}`', form, took(peer), took(ours),
@@ -216,6 +217,12 @@ def _row(case, result) -> list[str]:
           f'{result["memory_ratio"]:.2f}',
           f'{cost["flops"] / 1e12:.3g}' if cost else '-', share,
           f'{max(result["differences"].values()):.1g}']
+
+
+def _once(facts: Mapping[str, Any]) -> str:
+  """What became of a form that was tried."""
+  return next((word for word in ('skipped', 'failed') if word in facts), None) or (
+    seconds(facts['once_s']))
 
 
 def _alone(case, found, results: pathlib.Path) -> str:

@@ -47,7 +47,12 @@ def preload(folder: pathlib.Path) -> pathlib.Path:
   Raises:
     Skipped: there is no C compiler, or it fails.
   """
+  folder = folder.resolve()
   target = folder / f'mkl-{hashlib.sha256(_SOURCE.encode()).hexdigest()[:12]}.so'
+  if ' ' in str(target) or ':' in str(target):
+    raise Skipped(f'MKL was not told to take its best kernels: {target} cannot be preloaded, '
+                  'because blanks and colons part the names there; set HRVLM_BENCH_SCRATCH to a '
+                  'folder without them')
   if target.exists():
     return target
   if (found := compiler()) is None:

@@ -64,7 +64,7 @@ class Packed(torch.nn.Module):
   def __init__(self, linear: torch.nn.Linear):
     super().__init__()
     self.weight, self.bias = linear.weight, linear.bias  # others read dtype and shape
-    self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach().to_mkldnn())
+    self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, 'none', [], '')

@@ -123,6 +123,8 @@ def test_mkl_is_told_by_an_object_compiled_here(tmp_path):
 
 def test_without_a_compiler_the_form_is_skipped_in_words(tmp_path, monkeypatch):
   monkeypatch.delenv('CC', raising=False)
+  with pytest.raises(forms.Skipped, match='set HRVLM_BENCH_SCRATCH to a folder without them'):
+    forms.preload(tmp_path / 'with blanks')
   monkeypatch.setenv('PATH', str(tmp_path))
   with pytest.raises(forms.Skipped, match=r'no C compiler here .* install one, for example gcc'):
     forms.preload(tmp_path)
@@ -172,6 +174,8 @@ def test_forms_follow_the_machine(monkeypatch):
   assert choose(ZEN1, 'told', asked=('compile',)) == ['compile']
   with pytest.raises(UserError, match='unknown form fast: one of eager'):
     choose(ZEN1, 'told', asked=('fast',))
+  with pytest.raises(UserError, match='bfloat16: told of beside a form in float32'):
+    choose(ZEN5, 'told', asked=('bfloat16',))
   assert forms.telling_helps(ZEN5) and not forms.telling_helps(Machine('Intel', 6, 143, 'amx'))
   options = contest.side_options(Options(variant='bfloat16-compile+mkl'))
   assert (options.variant, options.dtype) == ('compile', 'bfloat16')
