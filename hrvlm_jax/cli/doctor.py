@@ -16,8 +16,7 @@ import time
 from hrvlm_jax import __version__
 from hrvlm_jax.cli.arguments import Parser
 from hrvlm_jax.cli.main import cache_folder
-from hrvlm_jax.core import installed
-from hrvlm_jax.core import machine as cpu
+from hrvlm_jax.core import installed, machine as cpu
 
 _PACKAGE = installed.NAME
 

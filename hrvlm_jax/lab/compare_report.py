@@ -43,7 +43,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
   if {row['family'] for row in rows.values()} - {'prefix'}:
     notes.append('Tokens can be compared between systems that put them into the prompt only.')
   where = results['machine']
-  notes.append(f'Machine: {where["device"]} x {where["devices"]}, {where["cores"]} cores; '
+  cores = where.get('kind', f'{where["cores"]} cores')  # earlier results do not say the kind
+  notes.append(f'Machine: {where["device"]} x {where["devices"]}, {cores}; '
                f'{results["seconds"] / 60:.0f} minutes in all.')
   return notes
 

@@ -144,6 +144,7 @@ class Quickstart(Comparison):
       'images': {'train': c.train_images, 'eval': c.eval_images, 'photographs': self.photographs},
       'steps': {'encoder': c.encoder.steps, 'model': c.train_steps},
       'seconds': sum(self.times.values()), 'seconds_by_part': dict(self.times),
+      'machine': report.machine(),
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy']}
     with whole_file(self.folder / 'table.txt') as part:
       part.write_text(table(results))

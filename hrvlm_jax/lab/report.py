@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint.files import whole_file
+from hrvlm_jax.core import machine as kinds
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.analysis.sizes import TERTILES, tertiles
 
@@ -23,7 +24,8 @@ def machine() -> dict[str, Any]:
   """What the numbers were measured on."""
   device = jax.devices()[0]
   return {'device': device.device_kind, 'devices': jax.device_count(),
-          'processor': platform.processor() or platform.machine(), 'cores': os.cpu_count()}
+          'processor': platform.processor() or platform.machine(), 'cores': os.cpu_count(),
+          'kind': kinds.here().title}
 
 
 def accuracy(rows: Sequence[Mapping[str, Any]]) -> float:

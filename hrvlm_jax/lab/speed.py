@@ -17,7 +17,8 @@ SHAPE = (729, 1152, 1152)  # rows of a ViT: the shape that records of hrvlm benc
 _COPIED = 2**27  # bytes that memory is measured with: more than caches hold
 SECONDS = 2.0  # of each measurement
 # The whole quickstart, idle: (GFLOP/s at SHAPE, seconds). AMD family 26 model 2 (AVX-512) and AMD
-# family 23 model 1 (AVX2), 2 cores each; between them lies what is products and what is not.
+# family 23 model 1 (AVX2), 2 cores each; between them lies what is products and what is not. Both
+# were measured before freed memory was kept (`core.cpu.keep_freed`): an estimate from above.
 RUNS = ((537.7, 540.0), (71.8, 1740.0))
 
 

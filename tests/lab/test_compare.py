@@ -66,6 +66,8 @@ def test_table_and_plot_name_machine_and_chance(tmp_path):
   results['systems']['b']['adapted'] = {'steps': 3, 'seconds': 4.0}
   text = compare_report.table(results)
   assert '25.0%' in text and 'chance 4.0%' in text and 'cpu x 1, 2 cores' in text
+  results['machine']['kind'] = 'AMD family 26, AVX-512, 2 cores'
+  assert 'Machine: cpu x 1, AMD family 26, AVX-512, 2 cores; ' in compare_report.table(results)
   assert 'only' in text  # tokens of the cross-attention family are not comparable
   assert 'b: 3 steps (4 s) of pre-training' in text
   assert '| a | 50.0% | 25.0% |' in compare_report.markdown(results)
