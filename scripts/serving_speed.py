@@ -1,6 +1,6 @@
 """Continuous batching beside fixed batches: steps, tokens per second, time to the first token.
 
-    python scripts/serving_speed.py --size 100m --out benchmarks/results/serving_cpu.json
+    python scripts/serving_speed.py --size 100m --out serving_cpu.json
 
 32 requests that all arrive at once, 8 slots, images prepared beforehand, new tokens per request
 round(2**u) with u uniform in 1..7. Both sides take them in the order of arrival; fixed batches of 8
