@@ -63,7 +63,10 @@ class Packed(torch.nn.Module):
 
   def __init__(self, linear: torch.nn.Linear):
     super().__init__()
-    self.weight, self.bias = linear.weight, linear.bias  # others read dtype and shape
+    # Others read its dtype and shape; one number stands for all, so that none is held twice.
+    self.weight = torch.nn.Parameter(
+      linear.weight.new_zeros(1).expand(linear.weight.shape), requires_grad=False)
+    self.bias = linear.bias
     self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -194,5 +194,6 @@ def test_onednn_multiplies_as_the_layer_it_stands_for():
     expected = model(x)
     found = place(model, Options(variant='onednn'))(x)
   assert isinstance(model[0], Packed) and isinstance(model[2][0], Packed)
+  assert model[0].weight.shape == (40, 24) and model[0].weight.untyped_storage().nbytes() == 4
   torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
   assert by_onednn(torch.nn.MultiheadAttention(8, 2)).out_proj.weight.shape == (8, 8)
