@@ -152,3 +152,36 @@ def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
     raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
                     f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another '
                     '--workdir')
+  _check_same_optimizer(workdir, before.get('training'), resolved.get('training'))
+
+
+def _check_same_optimizer(workdir: pathlib.Path, before: Any, now: Any) -> None:
+  """Refuses settings under which the optimizer keeps other things than the checkpoints hold.
+
+  Raises:
+    UserError: all of them.
+  """
+  old, new = _kept_by_optimizer(before), _kept_by_optimizer(now)
+  problems = [f'training.{key} was {old[key][1]!r}, is {new[key][1]!r}'
+              for key in new if key in old and old[key][0] != new[key][0]]
+  if problems:
+    hint = ' (clip_norm=1e9 clips nothing)' if 'clip_norm' in ' '.join(problems) else ''
+    raise UserError(f'{workdir}: {"; ".join(problems)}: the optimizer would keep other things than '
+                    f'its checkpoints hold. Go on with what it was{hint}, or begin anew from these '
+                    f'weights: training.init_from={workdir} with another --workdir')
+
+
+def _kept_by_optimizer(training: Any) -> dict[str, tuple[Any, Any]]:
+  """Setting -> (what of it decides the shape of the optimizer's state, its value)."""
+  if not isinstance(training, Mapping) or not isinstance(training.get('optimizer'), Mapping):
+    return {}
+  o, groups = training['optimizer'], training.get('groups') or ()
+  found = {key: o.get(key) for key in ('name', 'clip_norm', 'weight_decay', 'ema')}
+  given = {'name': found['name'], 'clip_norm': found['clip_norm'] is None,
+           'ema': found['ema'] is None}
+  if found['name'] != 'muon':
+    given['weight_decay'] = not found['weight_decay']
+  scaled = [group.get('learning_rate', 1) for group in groups
+            if isinstance(group, Mapping) and not group.get('frozen')]
+  return {f'optimizer.{key}': (value, found[key]) for key, value in given.items()} | {
+    'groups learning_rate': (any(rate != 1 for rate in scaled), scaled)}

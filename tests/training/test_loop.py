@@ -23,7 +23,7 @@ from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.training import determinism, loop, saving
-from hrvlm_jax.training.batches import make_batches
+from hrvlm_jax.training.batches import make_batches, picture_words
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.metrics import MetricsWriter, read_metrics
 from hrvlm_jax.vision.vit import ViTConfig
@@ -303,6 +303,30 @@ def test_another_model_in_the_same_work_directory(data, finished):
   other = dataclasses.replace(MODEL, text=dataclasses.replace(MODEL.text, mlp_width=32))
   with pytest.raises(UserError, match='model.text.mlp_width was 16, is 32'):
     loop.train(config(data, model=other), pathlib.Path(finished), progress=False)
+
+
+def test_the_memory_of_large_pictures_is_said(data):
+  raised = config(data)
+  assert picture_words(raised) == []
+  raised = dataclasses.replace(raised, data=dataclasses.replace(
+    raised.data, max_pixels=10**9, workers=3))
+  (said,) = picture_words(raised)
+  assert 'data.max_pixels=1,000,000,000' in said and '6.5 GiB' in said and '3 data workers' in said
+
+
+@pytest.mark.parametrize('changed, words', [
+  ({'clip_norm': None}, r'optimizer.clip_norm was 1.0, is None.*clip_norm=1e9'),
+  ({'weight_decay': 0.1}, r'optimizer.weight_decay was 0.0, is 0.1'),
+  ({'ema': 0.9}, r'optimizer.ema was None, is 0.9'),
+  ({'name': 'muon'}, r"optimizer.name was 'adamw', is 'muon'"),
+  ({'name': 'muon', 'clip_norm': None}, r'optimizer.name was .*; training.optimizer.clip_norm was'),
+])
+def test_settings_that_change_the_optimizers_state(data, finished, changed, words):
+  other = OptimizerConfig(learning_rate=1e-3, **changed)
+  before = contents(pathlib.Path(finished))
+  with pytest.raises(UserError, match=words):
+    loop.train(config(data, optimizer=other, steps=8), pathlib.Path(finished), progress=False)
+  assert contents(pathlib.Path(finished)) == before  # nothing is written
 
 
 def contents(folder):
