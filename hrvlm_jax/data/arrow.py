@@ -24,12 +24,20 @@ def is_saved(folder: str | os.PathLike) -> bool:
   return SPLITS in names or (STATE in names and any(name.endswith('.arrow') for name in names))
 
 
-def cloned(folder: str | os.PathLike) -> str | None:
-  """The pattern of a clone's parquet files, those of its split `train` where it has several."""
+def cloned(folder: str | os.PathLike, split: str | None = None) -> str | None:
+  """The pattern of a clone's parquet files: of a split, default `train` where it has several.
+
+  Raises:
+    UserError: no such split.
+  """
   data = pathlib.Path(folder) / 'data'
   names = sorted(path.name for path in data.glob('*.parquet')) if data.is_dir() else []
   if not names:
     return None
+  if split is not None:
+    if not any(name.startswith(split) for name in names):
+      raise UserError(f'{data}: no files of the split {split!r}; found {", ".join(names[:5])}')
+    return str(data / f'{split}*.parquet')
   train = any(name.startswith('train') for name in names)
   return str(data / ('train*.parquet' if train else '*.parquet'))
 
@@ -38,7 +46,8 @@ class Arrow:
   """Rows of a folder that `datasets` saved (images as {'bytes', 'path'}).
 
   Args:
-    folder: of one data set, or of several splits, of which `train` is read.
+    folder: of one data set, or of several splits.
+    split: which one of several; default: `train`.
     fields: which column is what; None: by the usual names (`tables.guess_fields`).
     images: folder for images stored as paths.
 
@@ -47,14 +56,16 @@ class Arrow:
   """
 
   def __init__(self, folder: str | os.PathLike, fields: Fields | None = None, *,
-               images: str | os.PathLike | None = None):
+               images: str | os.PathLike | None = None, split: str | None = None):
     root = pathlib.Path(folder)
     if (root / SPLITS).exists():
       found = sorted(path.name for path in root.iterdir() if (path / STATE).exists())
-      if 'train' not in found:
-        raise UserError(f'{folder}: has the splits {", ".join(found) or "none"}; name the folder '
-                        'of one of them')
-      root /= 'train'
+      if (split or 'train') not in found:
+        raise UserError(f'{folder}: has no split {split or "train"!r}, but '
+                        f'{", ".join(found) or "none"}; name one of them')
+      root /= split or 'train'
+    elif split is not None:
+      raise UserError(f'{folder}: holds one data set without splits; leave the split out')
     self.images = None if images is None else os.fspath(images)
     self.paths = find_files(root, '.arrow')
     self._unchanged = Unchanged(self.paths)

@@ -15,7 +15,7 @@ import numpy as np
 
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
 from hrvlm_jax.data.order import Shuffle, dataset, derived_seed
-from hrvlm_jax.data.rows import BadRow, Row, Source
+from hrvlm_jax.data.rows import BadRow, Fields, Row, Source
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 
 
@@ -136,10 +136,16 @@ class Share:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixturePart(Share):
-  """One data set of a mixture file, and where it is; see `sources.open_mixture`."""
+  """One data set of a mixture file, and where it is; see `sources.open_mixture`.
+
+  Attributes:
+    split, fields: see `sources.open_source`.
+  """
 
   path: str
   images: str = ''
+  split: str | None = None
+  fields: Fields | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data import arrow, mixture, tables
 from hrvlm_jax.data.rows import (
   BadRow,
+  Fields,
   ImageRef,
   Row,
   Source,
@@ -261,7 +262,8 @@ class ImageFolder:
     return Row(name, (ref,), tuple(messages), where)
 
 
-def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = None) -> Source:
+def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = None,
+                split: str | None = None, fields: Fields | None = None) -> Source:
   """The data set at a path; what is there decides how it is read.
 
   | path | source |
@@ -278,17 +280,32 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
 
   Args:
     images: folder that image paths are relative to; default: the folder of the file.
+    split: of a data set that has several (TFDS: also 'train[:10%]'); default: train.
+    fields: which column of a table is what; default: by the usual names.
 
   Raises:
-    UserError: nothing there, or nothing of these kinds.
+    UserError: nothing there, or nothing of these kinds; a split or fields of a set without.
   """
   path = os.fspath(path)
+  options = {name: value for name, value in (('split', split), ('fields', fields))
+             if value is not None}
+  source = _opened(path, images, options)
+  if options:  # nobody has taken them
+    known = 'TFDS, a folder that datasets saved, a clone from the hub'
+    raise UserError(f'{path}: {" and ".join(options)} belong to tables (split: {known}; fields: '
+                    'those and parquet); leave them out')
+  return source
+
+
+def _opened(path: str, images, options: dict[str, Any]) -> Source:
+  """See `open_source`; the options that a source has taken are removed."""
+  taken = lambda *names: {name: options.pop(name) for name in names if name in options}
   if path.endswith('.mixture.json'):
     return open_mixture(path, images=images)
   if path.endswith(('.json', '.jsonl', '.ndjson')):
     return LlavaJson(path, images)
   if '.parquet' in os.path.basename(path):
-    return tables.Parquet(path, images=images)
+    return tables.Parquet(path, images=images, **taken('fields'))
   if '.array_record' in os.path.basename(path):
     return tables.ArrayRecords(path)
   if not os.path.exists(path):
@@ -299,15 +316,16 @@ def open_source(path: str | os.PathLike, *, images: str | os.PathLike | None = N
                     '.array_record')
   names = sorted(os.listdir(path))
   if arrow.is_saved(path):
-    return arrow.Arrow(path, images=images)
-  if (pattern := arrow.cloned(path)) is not None:
-    return tables.Parquet(pattern, images=images)
+    return arrow.Arrow(path, images=images, **taken('split', 'fields'))
+  if (pattern := arrow.cloned(path, options.get('split'))) is not None:
+    taken('split')
+    return tables.Parquet(pattern, images=images, **taken('fields'))
   if 'dataset_info.json' in names:
-    return tables.Tfds(path)
+    return tables.Tfds(path, **taken('split', 'fields'))
   if any('.array_record' in name for name in names):
     return tables.ArrayRecords(path)
   if any('.parquet' in name for name in names):
-    return tables.Parquet(path, images=images)
+    return tables.Parquet(path, images=images, **taken('fields'))
   records = [name for name in names if name.endswith(('.json', '.jsonl')) and name != 'task.json']
   if len(records) > 1:
     raise UserError(f'{path}: has several record files {records}; name one of them')
@@ -320,7 +338,8 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
   """A mixture described by a JSON file.
 
   {"parts": [{"path": "a.json", "images": "folder", "amount": 1000, "weight": null,
-  "format": {"suffix": "...", "turns": 1, "prompts": []}}], "size": null, "seed": 0}; only "path"
+  "format": {"suffix": "...", "turns": 1, "prompts": []}, "split": "train",
+  "fields": {"answer": "caption"}}], "size": null, "seed": 0}; only "path"
   is needed. With "published": a name of `mixture.MIXTURES`, "parts" gives {"name", "path",
   "images"} of its data sets. Paths are relative to the file.
 
@@ -338,7 +357,8 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
   shares = [dataclasses.replace(part, name=part.name or str(index))
             for index, part in enumerate(file.parts)]
   sources = {part.name: open_source(path.parent / part.path,
-                                    images=path.parent / part.images if part.images else images)
+                                    images=path.parent / part.images if part.images else images,
+                                    split=part.split, fields=part.fields)
              for part in shares}
   if file.published:
     return mixture.published_mixture(file.published, sources, seed=file.seed)

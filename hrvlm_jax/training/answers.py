@@ -19,7 +19,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.registry import Registry, load_callable
 from hrvlm_jax.data.order import dataset
-from hrvlm_jax.data.rows import BadRow, image_sizes, open_images
+from hrvlm_jax.data.rows import BadRow, Fields, image_sizes, open_images
 from hrvlm_jax.data.sources import open_source
 from hrvlm_jax.language.chat import IMAGE
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -52,6 +52,7 @@ class AnswersOptions(EvaluatorOptions):
   Attributes:
     data: any data set that training reads; None: `data.eval`.
     images: folder that its image paths are relative to; None: `data.images`.
+    split, fields: of a table; None: `data.eval_split`, `data.eval_fields`.
     rows: how many of its rows are used; None: all.
     metric: a name in `METRICS`, or `module:function` of (answer, reference) -> 0 to 1.
     overlays: pictures kept per evaluation of where the model looked.
@@ -62,6 +63,8 @@ class AnswersOptions(EvaluatorOptions):
   name: str = 'answers'
   data: str | None = None
   images: str | None = None
+  split: str | None = None
+  fields: Fields | None = None
   rows: int | None = None
   metric: str = 'plain'
   overlays: int = 2
@@ -91,7 +94,9 @@ class Answers(Evaluator):
       raise UserError(f'training.evaluators: {o.label} has no data; set its data, or data.eval')
     self.config, self.layout, self.workdir = run, layout, workdir
     self.metric = load_callable(o.metric, 'metric') if ':' in o.metric else METRICS.get(o.metric)
-    self.source = dataset(open_source(path, images=o.images or run.data.images))
+    self.source = dataset(open_source(
+      path, images=o.images or run.data.images, split=o.split or run.data.eval_split,
+      fields=o.fields or run.data.eval_fields))
     count = len(self.source) if o.rows is None else min(o.rows, len(self.source))
     self.bad: Counter[str] = Counter()
     self.rows = [row for index in range(count) if (row := self._question(index)) is not None]

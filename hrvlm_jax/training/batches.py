@@ -95,7 +95,7 @@ def conversations(config: RunConfig, *, layout: Layout | None = None,
     raise ValueError('hosts agree on shapes only with data.packing; without it each makes the '
                      'whole batch')
   return pipeline.build(
-    open_source(data.train, images=data.images), example,
+    open_source(data.train, images=data.images, split=data.split, fields=data.fields), example,
     pipeline.Options(batch_size=training.batch_size, seed=config.seed, shuffle=data.shuffle,
                      order=data.order, group=data.group, shards=data.shards, own=own,
                      workers=data.workers, bad_rows=data.bad_rows),

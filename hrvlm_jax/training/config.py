@@ -15,6 +15,7 @@ from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.data.order import OrderName
 from hrvlm_jax.data.packing import Packing
+from hrvlm_jax.data.rows import Fields
 from hrvlm_jax.data.transforms import TooLong
 from hrvlm_jax.parallel.mesh import MeshConfig
 from hrvlm_jax.systems.contract import ModelConfig
@@ -201,6 +202,10 @@ class DataConfig:
       `data.sources.open_source`).
     eval: the same for evaluation inside and after the run; None: none.
     images: folder the image paths are relative to; default: the folder of the JSON.
+    split: of `train`, where that is a data set of several (TFDS, also 'train[:10%]'; a folder that
+      `datasets` saved; a clone from the hub); None: train. eval_split: of `eval`.
+    fields: which column of a table (TFDS, parquet, Arrow) is what, see `data.rows.Fields`; None: by
+      the usual names. eval_fields: of `eval`.
     tokenizer: a tokenizer folder or file, or 'byte' (one id per byte; tiny models).
     lengths: bucket lengths of text plus visual places; the smallest that holds a batch is used.
     max_length: ids of a row's text, an image counting one; None: no limit but the largest bucket.
@@ -235,6 +240,10 @@ class DataConfig:
   train: str
   eval: str | None = None
   images: str | None = None
+  split: str | None = None
+  eval_split: str | None = None
+  fields: Fields | None = None
+  eval_fields: Fields | None = None
   tokenizer: str = 'byte'
   lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
   max_length: int | None = None

@@ -20,9 +20,10 @@ import numpy as np
 
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths, resample
-from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, shortened
 from hrvlm_jax.parallel.layout import Layout
+from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.training.config import Group
 from hrvlm_jax.training.program import TrainProgram
 
@@ -131,6 +132,14 @@ def _announce_trained(source, groups: Mapping[str, Group], log: Log) -> None:
         f'{shortened(stopped)}')
 
 
+def _filled(model: Any) -> Any:
+  """The model of a stored config with the settings that came later, at their defaults."""
+  try:
+    return json.loads(json.dumps(to_dict(from_dict(ModelConfig, model))))
+  except UserError:
+    return model
+
+
 def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
                      checkpoints: str | os.PathLike | None = None) -> None:
   """Refuses to go on with another model in the same work directory.
@@ -146,8 +155,9 @@ def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
   except ValueError as error:
     raise UserError(f'{path}: is no JSON ({error}); it says which model the checkpoints beside it '
                     'are of: copy it from run/config.json of one of them') from error
-  if before.get('model') != resolved['model']:
-    old, new = (paths.flatten(x) for x in (before.get('model', {}), resolved['model']))
+  there = _filled(before.get('model', {}))
+  if there != resolved['model']:
+    old, new = (paths.flatten(x) for x in (there, resolved['model']))
     changed = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     raise UserError(f'{workdir}: holds a run of another model (model.{changed[0]} was '
                     f'{old.get(changed[0])!r}, is {new.get(changed[0])!r}); choose another '

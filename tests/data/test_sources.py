@@ -328,8 +328,12 @@ def test_folders_that_datasets_saved(tmp_path):
       'What0?', 'What1?', 'What2?']
     assert source[2].messages[1].text == 'STOP' and source[2].images[0].open().size == (8, 6)
   (tmp_path / 'many/train').rename(tmp_path / 'many/validation')
-  with pytest.raises(UserError, match='has the splits validation; name the folder of one'):
+  with pytest.raises(UserError, match="no split 'train', but validation; name one"):
     open_source(tmp_path / 'many')
+  assert len(open_source(tmp_path / 'many', split='validation')) == 3
+  assert len(open_source(tmp_path / 'clone', split='train')) == 3
+  with pytest.raises(UserError, match="no files of the split 'test'"):
+    open_source(tmp_path / 'clone', split='test')
   (tmp_path / 'one/data-00000-of-00002.arrow').write_bytes(b'nothing')
   with pytest.raises(UserError, match='is not an Arrow file'):
     open_source(tmp_path / 'one')
