@@ -1,11 +1,13 @@
-"""NoCaps, TextCaps, DOCCI: captions scored by CIDEr.
+"""NoCaps, TextCaps, DOCCI, COCO: captions scored by CIDEr, those of COCO by BLEU-4 too.
 
 The headline is `cider_simple` (built-in tokens). Numbers in papers are `cider_ptb`: the benchmarks
-`nocaps_ptb`, `textcaps_ptb` and `docci_ptb`, which need the extra `caption` and Java.
+`nocaps_ptb`, `textcaps_ptb`, `docci_ptb` and `coco_ptb`, which need the extra `caption` and Java;
+`coco_ptb` has METEOR as well.
 """
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import importlib.util
 from pathlib import Path
 import shutil
@@ -23,7 +25,7 @@ from hrvlm_jax.evaluation.benchmarks.base import (
     read_json_lines,
 )
 from hrvlm_jax.evaluation.benchmarks.scoring import by_category, percent
-from hrvlm_jax.evaluation.metrics import cider
+from hrvlm_jax.evaluation.metrics import bleu, cider
 
 
 def _nocaps(folder: Path, split: str) -> Samples:
@@ -73,6 +75,22 @@ def _docci(folder: Path, split: str) -> Samples:
   return c.finish()
 
 
+def _coco(folder: Path, split: str) -> Samples:
+  c = Collector('coco', folder)
+  path = c.find(f'captions_{split}.json', f'annotations/captions_{split}.json')
+  captions: dict[int, list[str]] = {}
+  for where, row in c.listed(path, 'annotations'):
+    number, text = c.get(row, 'image_id', where, int), c.get(row, 'caption', where)
+    captions.setdefault(number, []).append(text or '')
+  for where, _, number, name in c.each(c.listed(path, 'images'), id=int, file_name=str):
+    if number not in captions:
+      c.problems.append(f'{where}: image {number} has no caption in {path.name}')
+      continue
+    picture = first_image(folder / split / name, folder / 'images' / name)
+    c.add(_caption(str(number), picture, tuple(captions[number]), image_id=number), where)
+  return c.finish()
+
+
 def _caption(number, picture, answers, *, category: str = '', image_id) -> Sample:
   # A caption has no question of its own; the template holds the whole instruction.
   return Sample(number, (picture,), 'Describe the image.', answers, category=category,
@@ -106,6 +124,22 @@ def score_ptb(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
                         tokenize=lambda captions: cider.ptb_tokens(captions))
 
 
+def score_coco(samples: Sequence[Sample], texts: Sequence[str], *, ptb: bool = False) -> Scores:
+  """CIDEr, BLEU-4 (both times 100) and, with the PTB tokeniser, METEOR."""
+  tokenize = cider.ptb_tokens if ptb else lambda captions: list(map(cider.simple_tokens, captions))
+  mark = 'ptb' if ptb else 'simple'
+  scores = score_captions(samples, texts, name=f'cider_{mark}', tokenize=tokenize)
+  flat = [caption.replace('\n', ' ') for sample in samples for caption in sample.answers]
+  words = iter(tokenize(flat))
+  references = [[next(words) for _ in sample.answers] for sample in samples]
+  found = tokenize([text.replace('\n', ' ') for text in texts])
+  values = {**scores.values, f'bleu4_{mark}': 100 * bleu.bleu_4(found, references)}
+  if ptb:
+    values['meteor'] = 100 * bleu.meteor(
+      list(map(' '.join, found)), [list(map(' '.join, each)) for each in references])
+  return dataclasses.replace(scores, values=values)
+
+
 def with_ptb(benchmark: Benchmark) -> Benchmark:
   """The benchmark under the name `<name>_ptb`, scored by `cider_ptb`.
 
@@ -118,8 +152,9 @@ def with_ptb(benchmark: Benchmark) -> Benchmark:
   if missing:
     raise UserError(f'{benchmark.name}_ptb needs {" and ".join(missing)}; {benchmark.name} is '
                     'scored by cider_simple without')
+  score = functools.partial(score_coco, ptb=True) if benchmark.name == 'coco' else score_ptb
   return dataclasses.replace(benchmark, name=f'{benchmark.name}_ptb', template=benchmark.name,
-                             score=score_ptb)
+                             score=score)
 
 
 def _submission(samples: Sequence[Sample], texts: Sequence[str]) -> list[dict]:
@@ -140,4 +175,9 @@ BENCHMARKS = (
     Benchmark(
         'docci', 'DOCCI, CIDEr with one reference', 'docci_descriptions.jsonlines and images/',
         {'test': 5000, 'qual_test': 100, 'train': 9647}, _docci, score_simple, max_new_tokens=512),
+    Benchmark(
+        'coco', 'COCO captions, CIDEr and BLEU-4',
+        'captions_val2017.json or captions_val2014.json and the images of that split',
+        {'val2017': 5000, 'val2014': 40504}, _coco, score_coco, max_new_tokens=64,
+        submission=Submission('captions_coco_results.json', _submission)),
 )
