@@ -1,12 +1,15 @@
 """What a number was made from: hashes of data and checkpoint, versions, settings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+import datetime
 import hashlib
 import importlib.metadata
+import json
 from pathlib import Path
 import platform
 import subprocess
 import sys
+from typing import Any
 
 import hrvlm_jax
 
@@ -49,6 +52,23 @@ def versions() -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       found[name] = getattr(hrvlm_jax, '__version__', '') if name == 'hrvlm-jax' else ''
   return {name: version for name, version in found.items() if version}
+
+
+def config_hash(config: Any) -> str:
+  """SHA-256 of a config's values (`core.config.to_dict`, keys in order)."""
+  return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def made(config: Any, command: Sequence[str] | None = None) -> dict[str, Any]:
+  """What a result that is kept was made from: commit, config_hash, versions, date, command.
+
+  Args:
+    config: plain values of everything that decided it.
+    command: default: this process's own.
+  """
+  return {'commit': git_commit(), 'config_hash': config_hash(config), 'versions': versions(),
+          'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
+          'command': ' '.join(['hrvlm', *sys.argv[1:]] if command is None else command)}
 
 
 def git_commit() -> str:

@@ -25,7 +25,7 @@ from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation.provenance import versions
+from hrvlm_jax.evaluation.provenance import made, versions
 from hrvlm_jax.lab import claims, compare_report
 from hrvlm_jax.lab.compare_config import CompareConfig, systems_of, tower_path, towers
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
@@ -277,7 +277,7 @@ class Comparison(Experiment):
       'steps': c.train_steps, 'batch_size': c.batch_size, 'encoder_steps': c.encoder.steps,
       'encoder_accuracy': store.load_config(self.folder / 'encoder')['accuracy'],
       'language_steps': None if c.language is None else c.language.steps,
-      'machine': machine(), 'versions': versions()}
+      'machine': machine(), 'made': made(to_dict(c))}
     with whole_file(self.folder / 'table.txt') as part:
       part.write_text(compare_report.table(results))
     compare_report.plot(results, self.folder / 'plot.png')

@@ -30,6 +30,7 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.evaluation import provenance
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, write
 from hrvlm_jax.lab.pretrain import Pretraining
@@ -199,7 +200,8 @@ def run(spec: str, overrides: run_config.Overrides = (), *, workdir: str | None 
   values = preparation.result(experiment.folder, made) | {
     'seconds': round(sum(experiment.times.values())), 'machine': machine,
     # Beside other work the seconds of the clock say little.
-    'cpu_seconds': round(sum(experiment.cpu_times.values()))}
+    'cpu_seconds': round(sum(experiment.cpu_times.values())),
+    'made': provenance.made(to_dict(made))}
   say(result_line(values))
   if keep_result:
     kept = keep(values, path)
