@@ -15,7 +15,8 @@ def main(argv: list[str]) -> int:
   name place and colours.
   """
   parser = Parser('curate', main.__doc__)
-  parser.add_argument('images', help='folder of images, or any data set `hrvlm train` reads')
+  parser.add_argument('images', help='folder of images, or any data set `hrvlm train` reads; with '
+                      '--kind documents also PDF files (extra pdf)')
   parser.add_argument('--out', required=True, help='folder for the ArrayRecord shards')
   parser.add_argument('--kind', choices=('photographs', 'documents'), default='photographs',
                       help='documents: lines of text are the captions')
@@ -27,6 +28,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--ocr', metavar='MODULE:FUNCTION',
                       help='documents: (image, row) -> [(box, text)]; default: the JSON beside '
                       'each image, {"lines": [{"box", "text"}]}')
+  parser.add_argument('--page-side', type=int, default=2000,
+                      help='documents: pixels of the longer side of a PDF page')
   parser.add_argument('--config', metavar='FILE.json', help='values of CurateConfig; masks.* are '
                       "the segmenter's, by default those of the paper")
   parser.add_argument('--shard-rows', type=int, default=1000)
@@ -37,6 +40,7 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.core.config import from_dict, to_dict
   from hrvlm_jax.core.registry import load_callable
   from hrvlm_jax.data.build import build_records
+  from hrvlm_jax.data.pdf import PdfPages, are_pdfs
   from hrvlm_jax.data.sources import open_source
   from hrvlm_jax.systems.ps3 import curate
   from hrvlm_jax.systems.ps3.records import RegionCheck
@@ -59,12 +63,19 @@ def main(argv: list[str]) -> int:
                     'for photographs')
   if arguments.kind == 'photographs' and arguments.ocr:
     raise UserError('--ocr goes with --kind documents')
+  pdf = are_pdfs(arguments.images)
+  if pdf and arguments.kind != 'documents':
+    raise UserError(f'{arguments.images}: PDF goes with --kind documents')
+  if pdf and not arguments.ocr:
+    functions['reader'] = curate.page_lines
   folder = pathlib.Path(arguments.out)
   _claim(folder, folder / f'{arguments.name}.curate.json', {
     'images': arguments.images, 'kind': arguments.kind, 'segmenter': arguments.segmenter,
-    'captioner': arguments.captioner, 'ocr': arguments.ocr, 'config': to_dict(config)})
-  source = curate.Curated(source=open_source(arguments.images), config=config,
-                          kind=arguments.kind, **functions)
+    'captioner': arguments.captioner, 'ocr': arguments.ocr, 'config': to_dict(config),
+    **({'page_side': arguments.page_side} if pdf else {})})
+  source = curate.Curated(
+    source=PdfPages(arguments.images, side=arguments.page_side) if pdf else
+    open_source(arguments.images), config=config, kind=arguments.kind, **functions)
   manifest = build_records(source, arguments.out, name=arguments.name, check=RegionCheck(),
                            shard_rows=arguments.shard_rows, progress=not arguments.quiet)
   shards = json.loads(manifest.read_text())['shards']

@@ -1,4 +1,4 @@
-"""`hrvlm data show | check | build`: data looked at, checked, made self-contained."""
+"""`hrvlm data show | check | build | questions`: data looked at, checked, made into other data."""
 
 import json
 import pathlib
@@ -11,6 +11,7 @@ ACTIONS = {
     'show': 'a batch of a run config: shapes, ranges, text with its label mask, pictures',
     'check': 'every row of a data set; lists all that cannot be used, with their lines',
     'build': 'a data set as ArrayRecord shards: self-contained, resumable, checksummed',
+    'questions': 'captioned boxes (hrvlm curate) as questions with boxes, for VILA-HD',
 }
 
 
@@ -18,13 +19,14 @@ def main(argv: list[str]) -> int:
   """Looks at data before a run, checks whole data sets, makes them self-contained."""
   if not argv or argv[0] in ('-h', '--help'):
     print('usage: hrvlm data ACTION [options]        (hrvlm data ACTION --help lists them)\n')
-    print('\n'.join(f'  {name:<6} {text}' for name, text in ACTIONS.items()))
+    print('\n'.join(f'  {name:<9} {text}' for name, text in ACTIONS.items()))
     if not argv:
       return 0
     raise SystemExit(0)
   if argv[0] not in ACTIONS:
     raise UserError(unknown(argv[0], ACTIONS, what='data action'))
-  return {'show': _show, 'check': _check, 'build': _build}[argv[0]](argv[1:])
+  return {'show': _show, 'check': _check, 'build': _build,
+          'questions': _questions}[argv[0]](argv[1:])
 
 
 def _show(argv: list[str]) -> int:
@@ -75,13 +77,15 @@ def _source(parser: Parser, argv: list[str]):
 
   from hrvlm_jax.data.sources import open_source
 
-  return arguments, open_source(arguments.data, images=arguments.images)
+  return arguments, open_source(arguments.data, images=arguments.images, split=arguments.split)
 
 
 def _data(parser: Parser, **options):
   parser.add_argument('data', help='LLaVA JSON, mixture, parquet, ArrayRecord, TFDS or a folder',
                       **options)
   parser.add_argument('--images', metavar='FOLDER', help='what image paths are relative to')
+  parser.add_argument('--split', help='of a data set with several, such as train[:10%%] of TFDS; '
+                      'default: train')
 
 
 def _check(argv: list[str]) -> int:
@@ -125,7 +129,7 @@ def _rows(arguments):
   from hrvlm_jax.data.sources import open_source
   from hrvlm_jax.language.chat import get_template
 
-  source = open_source(arguments.data, images=arguments.images)
+  source = open_source(arguments.data, images=arguments.images, split=arguments.split)
   template = None if arguments.template is None else get_template(arguments.template)
   check = RowCheck(image=arguments.image or 'decode', template=template,
                    **_limit(arguments))
@@ -154,7 +158,7 @@ def _as_trained(arguments):
 
   overrides = [('data.bad_rows', 'skip')]
   _limit(arguments)
-  for key in ('images', 'workers', 'max_pixels'):
+  for key in ('images', 'workers', 'max_pixels', 'split'):
     if getattr(arguments, key) is not None:
       overrides.append((f'data.{key}', str(getattr(arguments, key))))
   if arguments.data is not None:
@@ -188,4 +192,32 @@ def _build(argv: list[str]) -> int:
   rows, bad = sum(s['rows'] for s in shards), sum(len(s['bad']) for s in shards)
   print(f'{rows} rows in {len(shards)} files, checksums verified; {bad} bad rows left out')
   print(f'written: {manifest}')
+  return 0
+
+
+def _questions(argv: list[str]) -> int:
+  parser = Parser('data questions', ACTIONS['questions'] + '. Without --asker the question says '
+                  'where on the picture, the caption answers.')
+  parser.add_argument('records', help='region records: ArrayRecord of hrvlm curate, tar shards')
+  parser.add_argument('--annotations', help='tar shards with the JSON, where it is not beside the '
+                      'images')
+  parser.add_argument('--out', required=True, metavar='FOLDER', help='train.json and images/')
+  parser.add_argument('--asker', metavar='MODULE:FUNCTION',
+                      help='(caption, box, (width, height), type) -> (question, answer); a '
+                      'language model belongs here')
+  arguments = parser.parse(argv)
+
+  from hrvlm_jax.core.registry import load_callable
+  from hrvlm_jax.systems.ps3 import ask_boxes
+  from hrvlm_jax.systems.ps3.shards import open_regions
+
+  ask = ask_boxes.template_question
+  if arguments.asker:
+    ask = load_callable(arguments.asker, '--asker')
+  rows, bad = ask_boxes.write_questions(
+    open_regions(arguments.records, annotations=arguments.annotations), arguments.out, ask=ask)
+  print(f'{rows} questions, {len(bad)} records left out: {arguments.out}/train.json '
+        '(--config.data.boxes=True trains on the boxes)')
+  for fault in bad[:5]:
+    print(f'  {fault}')
   return 0

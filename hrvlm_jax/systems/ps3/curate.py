@@ -207,6 +207,19 @@ def plain_caption(image: Image.Image, window: Window | None) -> str:
   return f'A {colours} part {NINTHS[3 * row + column]}. It has {busy}.'
 
 
+def page_lines(image: Image.Image, row: Row) -> list[tuple[Sequence[float], str]]:
+  """Lines that came with the row (`data.pdf`), in pixels of its image.
+
+  Raises:
+    BadRow: a page without a text layer.
+  """
+  del image
+  lines = row.extra.get('lines') or []
+  if not lines:
+    raise BadRow('regions', row.where, 'has no text layer (a scan?); give --ocr module:function')
+  return [(line['box'], line['text']) for line in lines]
+
+
 def sidecar_lines(image: Image.Image, row: Row) -> list[tuple[Sequence[float], str]]:
   """Lines of a document from the JSON file beside its image: {"lines": [{"box", "text"}]}.
 

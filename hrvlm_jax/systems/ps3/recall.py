@@ -13,20 +13,23 @@ Axis letters: b regions, h w pixels, t text places, k candidate captions, o feat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from hrvlm_jax.core.layers import unit
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.ps3.config import PS3Config
+from hrvlm_jax.systems.ps3.data import target_map
 from hrvlm_jax.systems.ps3.model import covered, target_maps
 from hrvlm_jax.systems.ps3.plan import make_plan
+from hrvlm_jax.systems.ps3.views import squash
 
 WAYS = ('random', 'bottom_up', 'top_down')
 
@@ -82,6 +85,38 @@ def probe(
   shape = (rows, len(WAYS), len(budgets))
   return {'recall': jnp.stack(recall, 1).reshape(shape),
           'correct': jnp.stack(correct, 1).reshape(shape)}
+
+
+def region_map(size: tuple[int, int], box: Sequence[float], side: int) -> np.ndarray:
+  """uint8 [side side]: the box of an image of `size`, squashed to a square."""
+  scale = np.array([side / size[0], side / size[1]] * 2)
+  return target_map([np.asarray(box, np.float64) * scale], side, side).astype(np.uint8)
+
+
+def own_probes(
+  regions: Sequence[tuple[Image.Image, Sequence[float], str]], captions: Sequence[str],
+  encoder: PS3Config, tokenize: Callable[[Sequence[str]], np.ndarray], *, candidates: int,
+  batch_size: int, seed: int = 0,
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of anyone's regions for `measure`: (image, box in its pixels, caption) each.
+
+  A region's caption says what to look for and has to score best among `candidates` captions, the
+  others drawn from `captions` (all different; fewer where there are not so many).
+  """
+  side, rng = encoder.scales[-1], np.random.default_rng(seed)
+  number = min(candidates, len(captions))
+  for start in range(0, len(regions), batch_size):
+    rows = []
+    for image, box, caption in regions[start:start + batch_size]:
+      others = [text for text in captions if text != caption]
+      drawn = [others[i] for i in rng.choice(len(others), number - 1, replace=False)]
+      place = int(rng.integers(number))
+      rows.append({
+        'pixels': squash(image, side), 'target': region_map(image.size, box, side),
+        'prompt': tokenize([caption])[0],
+        'candidates': tokenize([*drawn[:place], caption, *drawn[place:]]),
+        'answer': np.int32(place)})
+    yield {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def measure(
