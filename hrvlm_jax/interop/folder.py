@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -70,10 +71,31 @@ def check(config: ModelConfig, *, what: str) -> None:
     problems.append(f'vila_hd with fusion {config.fusion.kind}: only two_pass; {_ORIGINAL}')
   if config.text is None and (config.system != 'ps3' or config.encoder.text is None):
     problems.append(f'{config.system} without a language model; {_ORIGINAL}')
+  problems += [f'{said}: no code for it here; {_ORIGINAL}' for said in _uncoded(config)]
   problems += [] if config.text is None else _text_problems(config.text)
   if any(not spec.name for spec in adapters.lora_sets(config).get('vision/', ())):
     problems.append('LoRA sets of the vision tower: merge them with --merge-lora')
   raise_all(f'{what}: cannot be exported for transformers', problems)
+
+
+def _uncoded(config: ModelConfig) -> list[str]:
+  """Settings of the papers' ablations that the PyTorch code does not have."""
+  encoder, found = config.encoder, []
+  if getattr(config.fusion, 'inside', False):
+    found.append('fusion.inside')
+  if config.text is not None and config.text.family == 'gpt2':
+    found.append('text.family gpt2')
+  if getattr(encoder, 'class_only', False):
+    found.append('encoder.class_only')
+  if getattr(encoder, 'mode', '') == 'random':
+    found.append("encoder.mode 'random'")
+  if config.system == 'reduced' and encoder.step.kind == 'single_layer':
+    queries, maps = encoder.step.queries, encoder.key_maps
+    side = math.isqrt(queries)
+    if side * side != queries or len(maps) != 1 or maps[0].rows != maps[0].columns or (
+        encoder.inner_grid is None):
+      found.append('step single_layer with queries or tokens that form no one square')
+  return found
 
 
 def _text_problems(text: language.DecoderConfig) -> list[str]:

@@ -1,10 +1,10 @@
 """Parts of a model from releases of their own: what a new run starts from.
 
 A part is named by its parameter path and gets its weights from the release of a backbone (CLIP,
-SigLIP, ConvNeXt, PS3; Phi, LLaMA/Vicuna, Qwen2), from a file that holds this part of the system's
-own layout (`mm_projector.bin`), or from an adapter folder of peft. `assemble` writes them as a
-checkpoint that `training.init_from` reads; what no part gives starts fresh there, and has to be
-named in `training.init_allow`.
+SigLIP, ConvNeXt, PS3; Phi, LLaMA/Vicuna, Qwen2, GPT-2), from a file that holds this part of the
+system's own layout (`mm_projector.bin`), or from an adapter folder of peft. `assemble` writes them
+as a checkpoint that `training.init_from` reads; what no part gives starts fresh there, and has to
+be named in `training.init_allow`.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def open_part(config: ModelConfig, flat: Mapping[str, Any], text: str, *,
   tensors: Mapping[str, np.ndarray] = hf.TensorFolder(source, strict=False)
   values = _settings(source)
   raise_all(text, _contradictions(config, names, source, values))
-  makers = {'language': lambda: _language(config, values)} if config.text is not None else {}
+  makers = {'language': lambda: _language(config, values, tensors)} if (
+    config.text is not None) else {}
   backbones = registry.get(config.system).backbones(config.encoder)
   for path, tower in backbones.items():
     makers[path] = lambda path=path, tower=tower: _tower(config, path, tower, values, tensors)
@@ -261,12 +262,18 @@ def _colours(config: ModelConfig, given: Mapping[str, Any], keys: tuple[str, str
           for problem in preprocessor(named, config)]
 
 
-def _language(config: ModelConfig, values: Mapping[str, Any]) -> Table:
+def _language(config: ModelConfig, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> Table:
   kind = values.get('model_type', config.text.family)
   if kind != config.text.family:
     raise UserError(f'language: the model is of the family {config.text.family!r}, the source has '
                     f'model_type {kind!r}')
-  return prefixed(language.table(config.text), ours='language/')
+  table = language.table(config.text)
+  if kind == 'gpt2' and 'wte.weight' in tensors:  # OpenAI's own release has the bare model
+    bare = lambda name: name.removeprefix('transformer.')
+    table = dataclasses.replace(
+      table, rows=tuple(dataclasses.replace(row, theirs=bare(row.theirs)) for row in table.rows),
+      tied={name: bare(to) for name, to in table.tied.items()})
+  return prefixed(table, ours='language/')
 
 
 def _tower(config: ModelConfig, path: str, tower: Any, values: Mapping[str, Any],

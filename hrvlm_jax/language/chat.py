@@ -194,6 +194,29 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in (
     drop_question=True,
     stop=('</s>',),
   ),
+  # Pheye's preliminary experiments (appendix B): GPT-2 goes on from fixed words. With the image in
+  # the text, and for cross-attention without.
+  Template(
+    name='this_image_shows',
+    user='{text}',
+    header='This image shows',
+    answer=' {text}<|endoftext|>',
+    image=IMAGE,
+    image_leads=True,
+    first_turn_only=True,
+    drop_question=True,
+    stop=('<|endoftext|>',),
+  ),
+  Template(
+    name='this_image_shows_beside',
+    user='{text}',
+    header='This image shows',
+    answer=' {text}<|endoftext|>',
+    image='',
+    first_turn_only=True,
+    drop_question=True,
+    stop=('<|endoftext|>',),
+  ),
   # VILA's own qwen2 template: its system text has no full stop.
   Template(
     name='vila_qwen2',

@@ -1,6 +1,7 @@
-"""Sizes, switches and weight names of the one decoder behind Phi, LLaMA/Vicuna and Qwen2.
+"""Sizes, switches and weight names of the one decoder behind Phi, LLaMA/Vicuna, Qwen2 and GPT-2.
 
-Source of the settings: Hugging Face `models/phi`, `models/llama`, `models/qwen2`.
+Source of the settings: Hugging Face `models/phi`, `models/llama`, `models/qwen2`; GPT-2's names are
+in `gpt2.py`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ class DecoderConfig:
   """A decoder-only language model.
 
   Attributes:
-    family: 'phi', 'llama' or 'qwen2'; fixes only the names of its weights.
-    rotary_dim: leading components of each head that are rotated (partial rotary in Phi).
+    family: 'phi', 'llama', 'qwen2' or 'gpt2'; fixes only the names of its weights.
+    rotary_dim: leading components of each head that are rotated (partial rotary in Phi); 0 with
+      learned positions.
+    learned_positions: a table of `max_positions` rows is added to the embeddings (GPT-2).
     rope_linear_factor: inverse frequencies are divided by it (linear RoPE scaling).
     parallel_block: attention and MLP read the same norm and are added together (Phi).
     gated_mlp: SwiGLU (gate, up, down) instead of fc1, activation, fc2.
@@ -54,6 +57,7 @@ class DecoderConfig:
   head_bias: bool = False
   tie_embeddings: bool = False
   max_positions: int = 2048
+  learned_positions: bool = False
   residual_dropout: float = 0.0
   init_std: float = 0.02
   pad_vocab_to: int = 1
@@ -61,11 +65,14 @@ class DecoderConfig:
 
   def __post_init__(self):
     problems = []
-    if self.family not in ('phi', 'llama', 'qwen2'):
-      problems.append(f"family must be 'phi', 'llama' or 'qwen2', got {self.family!r}")
+    if self.family not in ('phi', 'llama', 'qwen2', 'gpt2'):
+      problems.append(f"family must be 'phi', 'llama', 'qwen2' or 'gpt2', got {self.family!r}")
     if self.heads % self.kv_heads:
       problems.append(f'heads {self.heads} is not a multiple of kv_heads {self.kv_heads}')
-    if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
+    if self.learned_positions:
+      if self.rotary_dim:
+        problems.append(f'learned_positions: rotary_dim must be 0, got {self.rotary_dim}')
+    elif self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
       problems.append(f'rotary_dim {self.rotary_dim} must be even and at most head_dim '
                       f'{self.head_dim}')
     if self.norm not in ('layernorm', 'rmsnorm'):
@@ -116,6 +123,18 @@ def qwen2(*, vocab_size=152064, width=3584, depth=28, heads=28, kv_heads=4, mlp_
   return DecoderConfig(**(settings | options))
 
 
+def gpt2(*, vocab_size=50257, width=768, depth=12, heads=12, mlp_width=None, max_positions=1024,
+         **options) -> DecoderConfig:
+  """A GPT-2 decoder; the defaults are the base model."""
+  settings = dict(
+    family='gpt2', vocab_size=vocab_size, width=width, depth=depth, heads=heads, kv_heads=heads,
+    head_dim=width // heads, mlp_width=mlp_width or 4 * width, activation='gelu_tanh',
+    norm='layernorm', norm_eps=1e-5, parallel_block=False, gated_mlp=False, rotary_dim=0,
+    learned_positions=True, qkv_bias=True, out_bias=True, mlp_bias=True, tie_embeddings=True,
+    max_positions=max_positions)
+  return DecoderConfig(**(settings | options))
+
+
 RELEASED: dict[str, DecoderConfig] = {
   'phi_1_5': phi(),
   'phi_2': phi(width=2560, depth=32, mlp_width=10240, rotary_factor=0.4),
@@ -124,6 +143,8 @@ RELEASED: dict[str, DecoderConfig] = {
   'qwen2_1_5b': qwen2(vocab_size=151936, width=1536, heads=12, kv_heads=2, mlp_width=8960,
                       tie_embeddings=True),
   'qwen2_7b': qwen2(),
+  'gpt2': gpt2(),
+  'gpt2_large': gpt2(width=1280, depth=36, heads=20),
 }
 
 
@@ -142,6 +163,15 @@ KEYS: Keys = {
          'embd_pdrop'),
   **same('off, as use_sliding_window says', 'sliding_window', 'max_window_layers'),
   'pretraining_tp': Only((1,)),
+  # GPT-2's own.
+  **used('n_embd', 'n_layer', 'n_head', 'n_inner', 'n_positions', 'activation_function',
+         'layer_norm_epsilon'),
+  **same('dropout of the original training; none is applied here', 'attn_pdrop'),
+  **same('n_positions says it', 'n_ctx'),
+  **same('of heads for classes', 'summary_activation', 'summary_first_dropout',
+         'summary_proj_to_labels', 'summary_type', 'summary_use_proj'),
+  **same('a number format of another library', 'reorder_and_upcast_attn'),
+  'scale_attn_weights': Only((True,)), 'scale_attn_by_inverse_layer_idx': Only((False,)),
   'layer_types': Only(lambda v: isinstance(v, list) and set(map(str, v)) <= {'full_attention'},
                       'full_attention in every layer'),
 }
@@ -162,7 +192,7 @@ _ACTIVATIONS = ('gelu', 'gelu_new', 'gelu_pytorch_tanh', 'gelu_tanh', 'quick_gel
 
 def config_from_hf(values: Any, *, kind: str | None = None, where: str = 'language model config',
                    prefix: str = '') -> DecoderConfig:
-  """A Hugging Face `config.json` of model type phi, llama or qwen2 -> DecoderConfig.
+  """A Hugging Face `config.json` of model type phi, llama, qwen2 or gpt2 -> DecoderConfig.
 
   What the file leaves out has the default of the class of transformers. Rotary settings are read
   where transformers 5 writes them (`rope_parameters`) and where 4 did.
@@ -177,9 +207,13 @@ def config_from_hf(values: Any, *, kind: str | None = None, where: str = 'langua
   """
   read = Reader(values, where=where, prefix=prefix)
   kind = kind or read.values.get('model_type')
+  if kind == 'gpt2':
+    from hrvlm_jax.language import gpt2 as names
+
+    return names.from_hf(read)
   if kind not in _DEFAULTS:
-    read.problems.append(f"{prefix}model_type {kind!r} is not supported; expected 'phi', 'llama' "
-                         "or 'qwen2'")
+    read.problems.append(f"{prefix}model_type {kind!r} is not supported; expected 'phi', 'llama', "
+                         "'qwen2' or 'gpt2'")
     read.done()
   usual = _DEFAULTS[kind]
   for key in ('qk_layernorm', 'use_sliding_window'):
@@ -255,6 +289,10 @@ def _rotary(read: Reader, part: float) -> tuple[dict[str, float], float]:
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
   """The inverse of `config_from_hf`, as `transformers` writes it."""
   c = config
+  if c.family == 'gpt2':
+    from hrvlm_jax.language import gpt2 as names
+
+    return names.to_hf(c)
   names = {'phi': 'PhiForCausalLM', 'llama': 'LlamaForCausalLM', 'qwen2': 'Qwen2ForCausalLM'}
   values: dict[str, Any] = dict(
     architectures=[names[c.family]], model_type=c.family, vocab_size=c.vocab_size,
@@ -281,6 +319,10 @@ def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
 def table(config: DecoderConfig) -> Table:
   """Weight names of the whole causal language model in the Hugging Face layout (`model.*`,
   `lm_head.*`)."""
+  if config.family == 'gpt2':
+    from hrvlm_jax.language import gpt2 as names
+
+    return names.table(config)
   body = _phi(config) if config.family == 'phi' else _llama(config)
   # Rows that fill up the vocabulary exist here alone.
   whole = lambda inner: filled(config.vocab_size, config.rows, inner)

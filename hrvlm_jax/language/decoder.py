@@ -1,6 +1,6 @@
-"""The decoder: Phi (parallel block), LLaMA/Vicuna and Qwen2 (sequential block) in one module.
+"""The decoder: Phi (parallel block), LLaMA/Vicuna, Qwen2, GPT-2 (sequential block) in one module.
 
-Source: Hugging Face `models/{phi,llama,qwen2}`. Caches are arguments and results.
+Source: Hugging Face `models/{phi,llama,qwen2,gpt2}`. Caches are arguments and results.
 Axis letters: b batch, t new tokens, s cache slots, l layers, h heads, k key/value heads, p head
 width, d model width, v vocabulary.
 """
@@ -84,6 +84,7 @@ class Context:
 
   Attributes:
     rope: angles of the new tokens.
+    positions: int [b t] of the new tokens where a table of them is learned, else None.
     valid: bool [b s]: which cache slots (or new tokens, without a cache) hold real tokens.
     segments: int [b t] of the new tokens and kv_segments [b s] of what they read: packed examples,
       a token reads its own; None: one example a row.
@@ -96,6 +97,7 @@ class Context:
   segments: jax.Array | None = None
   kv_segments: jax.Array | None = None
   slot: jax.Array | int = 0
+  positions: jax.Array | None = None
   fresh: bool = dataclasses.field(default=True, metadata={'static': True})
   ex: Execution = dataclasses.field(default=HERE, metadata={'static': True})
 
@@ -183,7 +185,9 @@ class DecoderLayer(Module):
       kernel_init=normal(c.init_std), param_dtype=param_dtype, rngs=rngs)
     self.residual_dropout = c.residual_dropout
 
-  def __call__(self, x: Float[Array, 'b t d'], context: Context, cache=None, *, key=None):
+  def __call__(self, x: Float[Array, 'b t d'], context: Context, cache=None, *, key=None,
+               between: Callable[[jax.Array], jax.Array] | None = None):
+    """(output, cache); `between`: applied to the residual stream before the MLP."""
     keys = (None,) * 4 if key is None else jax.random.split(key, 4)
     drop = lambda y, sub: dropout(y, self.residual_dropout, sub)
     normed = self.norm1(x)
@@ -192,6 +196,8 @@ class DecoderLayer(Module):
     if self.norm2 is None:
       return y + drop(self.mlp(normed, key=keys[2], ex=context.ex), keys[3]) + x, cache
     x = x + y
+    if between is not None:
+      x = between(x)
     return x + drop(self.mlp(self.norm2(x), key=keys[2], ex=context.ex), keys[3]), cache
 
 
@@ -233,6 +239,8 @@ class Decoder(Module):
                rngs: Rngs):
     c = self.config = config
     self.embed = Embedding(c.rows, c.width, std=c.init_std, param_dtype=param_dtype, rngs=rngs)
+    self.positions = Embedding(c.max_positions, c.width, std=c.init_std, param_dtype=param_dtype,
+                               rngs=rngs) if c.learned_positions else None
     self.blocks = stacked(lambda r: DecoderLayer(c, param_dtype=param_dtype, rngs=r), c.depth,
                           unrolled=unrolled, rngs=rngs)
     make_norm = LayerNorm if c.norm == 'layernorm' else RMSNorm
@@ -256,18 +264,26 @@ class Decoder(Module):
     own = segments
     if segments is not None and not fresh:
       own = jax.lax.dynamic_slice_in_dim(segments, slot, queries, axis=1)
-    return Context(rope_table(self.config, positions), valid, own, segments, slot, fresh=fresh,
-                   ex=ex)
+    return Context(rope_table(self.config, positions), valid, own, segments, slot,
+                   None if self.positions is None else positions, fresh=fresh, ex=ex)
+
+  def placed(self, x: Float[Array, 'b t d'], context: Context) -> Float[Array, 'b t d']:
+    """The residual stream in front of layer 0: learned positions added, where there are some."""
+    return x if self.positions is None else x + self.positions(context.positions, dtype=x.dtype)
 
   def layers(
     self, x: Float[Array, 'b t d'], context: Context, cache: Cache = None, *, start: int = 0,
     stop: int | None = None, key=None,
-    before: Callable[[Any, jax.Array], jax.Array] | None = None, extras: Any = None,
+    before: Callable[[Any, jax.Array], jax.Array] | None = None,
+    between: Callable[[Any, jax.Array], jax.Array] | None = None, extras: Any = None,
+    placed: bool = False,
   ):
     """Runs layers start..stop of the residual stream.
 
     Args:
       context: its `ex` is the execution of the layers.
+      placed: x has gone through `placed`; else it does in front of layer 0.
+      between: as `before`, between the self-attention and the MLP of a layer.
       before: `before(extra_i, x) -> x`, applied to the residual stream in front of every layer,
         `extras` being per-layer inputs in the form of the cache.
 
@@ -289,7 +305,11 @@ class Decoder(Module):
       layer_cache, sub, extra = inputs
       if before is not None:
         x = before(extra, x)
-      return layer(x, context, layer_cache, key=sub)
+      inside = None if between is None else lambda y: between(extra, y)
+      return layer(x, context, layer_cache, key=sub, between=inside)
+
+    if start == 0 and not placed:
+      x = self.placed(x, context)
 
     x, new = scan_layers(self.blocks, x, body, xs=xs, start=start, stop=stop,
                          ex=context.ex)
@@ -316,7 +336,7 @@ class Decoder(Module):
     return self.output(hidden)
 
   def prefill(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b t'], *, slots: int,
-              before=None, extras=None, ex: Execution = HERE):
+              before=None, between=None, extras=None, ex: Execution = HERE):
     """Reads a padded prompt and fills the first t of `slots` cache slots.
 
     Returns:
@@ -326,12 +346,13 @@ class Decoder(Module):
     held = isinstance(self.blocks, List)
     cache = empty_cache(self.config, len(valid), slots, dtype=embeds.dtype, unrolled=held)
     x, cache = self.layers(embeds, self.context(valid, ex=ex), cache, before=before,
-                           extras=extras)
+                           between=between, extras=extras)
     hidden = self.norm(jnp.take_along_axis(x, last_true(valid)[:, None, None], axis=1)[:, 0])
     return self.logits(hidden), hidden, cache
 
   def extend(self, embeds: Float[Array, 'b t d'], valid: Bool[Array, 'b s'], cache: Cache,
-             slot: jax.Array | int, *, before=None, extras=None, ex: Execution = HERE):
+             slot: jax.Array | int, *, before=None, between=None, extras=None,
+             ex: Execution = HERE):
     """Appends new tokens at cache slots slot..slot+t; one-token decoding is t = 1.
 
     Args:
@@ -341,14 +362,15 @@ class Decoder(Module):
       (final-normed hidden states [b t d], cache).
     """
     context = self.context(valid, slot=slot, queries=embeds.shape[1], ex=ex)
-    x, cache = self.layers(embeds, context, cache, before=before, extras=extras)
+    x, cache = self.layers(embeds, context, cache, before=before, between=between, extras=extras)
     return self.norm(x), cache
 
   def step(self, tokens: Int[Array, 'b'], valid: Bool[Array, 'b s'], cache: Cache, slot, *,
-           before=None, extras=None, ex: Execution = HERE):
+           before=None, between=None, extras=None, ex: Execution = HERE):
     """One token per row: (float32 logits [b v], cache)."""
     embeds = self.embed(tokens[:, None], dtype=ex.dtype)
-    hidden, cache = self.extend(embeds, valid, cache, slot, before=before, extras=extras, ex=ex)
+    hidden, cache = self.extend(embeds, valid, cache, slot, before=before, between=between,
+                                extras=extras, ex=ex)
     return self.logits(hidden[:, 0]), cache
 
   def hidden_states(self, x, valid, *, positions=None, ex: Execution = HERE) -> list[jax.Array]:

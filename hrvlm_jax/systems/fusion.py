@@ -99,6 +99,8 @@ class CrossAttentionFusion(Fusion):
     interval: a block stands before layer i (from 0) iff (i + 1) % interval == 0 and
       i >= from_layer.
     reduce: divides the inner width and the feed-forward width.
+    inside: a block is attention alone, between the self-attention and the MLP of layer i (SmallCap;
+      Pheye, appendix B.1), instead of a block with its own feed-forward in front of the layer.
   """
 
   model: ClassVar[str] = 'hrvlm_jax.vlm.cross_attention:CrossAttentionVLM'
@@ -111,6 +113,7 @@ class CrossAttentionFusion(Fusion):
   interval: int
   from_layer: int = 0
   reduce: int = 1
+  inside: bool = False
 
   def __post_init__(self):
     if self.interval < 1 or self.from_layer < 0 or self.reduce < 1:
@@ -125,6 +128,9 @@ class CrossAttentionFusion(Fusion):
     """See `Fusion.check`; the visual tokens keep a width of their own."""
     if model.text is None:
       return super().check(model)
+    if self.inside and model.text.parallel_block:
+      return ['fusion.inside needs a decoder whose MLP follows its attention (GPT-2, LLaMA, '
+              'Qwen2); text.parallel_block is True']
     return [] if self.layers(model.text.depth) else [
       f'no decoder layer gets a cross-attention block: fusion.interval {self.interval}, '
       f'fusion.from_layer {self.from_layer}, text.depth {model.text.depth}']

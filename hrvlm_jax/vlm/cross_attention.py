@@ -120,20 +120,24 @@ class FeedForward(Module):
 
 
 class CrossBlock(Module):
-  """x += attn(norm1(x), media); x += mlp(norm2(x)). The visual tokens are not normed."""
+  """x += attn(norm1(x), media); x += mlp(norm2(x)). The visual tokens are not normed.
+
+  Inside a layer (`fusion.inside`) it is the attention alone: the layer's own MLP follows.
+  """
 
   def __init__(self, text: DecoderConfig, fusion: CrossAttentionFusion, *,
                param_dtype=jnp.float32, rngs: Rngs):
     norm = lambda: LayerNorm(text.width, eps=1e-5, param_dtype=param_dtype, rngs=rngs)
     options = dict(param_dtype=param_dtype, rngs=rngs)
-    self.norm1, self.norm2 = norm(), norm()
+    self.norm1, self.norm2 = norm(), None if fusion.inside else norm()
     self.attn = MediaAttention(text.width, fusion, text.depth, **options)
-    self.mlp = FeedForward(text.width, 4 * text.width // fusion.reduce, text.depth, **options)
+    self.mlp = None if fusion.inside else FeedForward(
+      text.width, 4 * text.width // fusion.reduce, text.depth, **options)
 
   def __call__(self, x: Float[Array, 'n t d'], keys, values, valid, *, ex: Execution = HERE):
     """One block over keys and values of `attn.keys_values`."""
     x = x + self.attn(self.norm1(x), keys, values, valid, ex=ex)
-    return x + self.mlp(self.norm2(x))
+    return x if self.mlp is None else x + self.mlp(self.norm2(x))
 
 
 class _Group(Module):
@@ -153,6 +157,7 @@ class CrossAttention(Module):
   def __init__(self, fusion: CrossAttentionFusion, text: DecoderConfig, *,
                unrolled: bool = False, param_dtype=jnp.float32, rngs: Rngs):
     self.interval, self.at = fusion.interval, fusion.layers(text.depth)
+    self.inside = fusion.inside
     self.blocks = stacked(lambda r: CrossBlock(text, fusion, param_dtype=param_dtype, rngs=r),
                           len(self.at), unrolled=unrolled, rngs=rngs)
 
@@ -162,7 +167,7 @@ class CrossAttention(Module):
     return Media([k for k, _ in pairs], [v for _, v in pairs], visual.valid)
 
   def hooks(self, decoder: Decoder, media: Media, *, ex: Execution = HERE) -> dict[str, Any]:
-    """`before` and `extras` for a decoder whose layers are unrolled."""
+    """`before` (or `between`) and `extras` for a decoder whose layers are unrolled."""
     if not isinstance(decoder.blocks, List):
       raise ValueError('cross-attention: generation needs layers unrolled; use vlm.model.build('
                        'config, unrolled=True) and vlm.model.unroll(config, params)')
@@ -176,7 +181,7 @@ class CrossAttention(Module):
       block, keys, values = extra
       return block(x, keys, values, media.valid, ex=ex)
 
-    return {'before': before, 'extras': extras}
+    return {'between' if self.inside else 'before': before, 'extras': extras}
 
   def run(self, decoder: Decoder, x: Float[Array, 'n t d'], context: Context,
           visual: VisualTokens, *, key=None) -> Float[Array, 'n t d']:
@@ -198,13 +203,17 @@ class CrossAttention(Module):
     def body(group, x, subs):
       def last(layer, x, sub):
         pair = group.block.attn.keys_values(visual.values)
-        return layer(group.block(x, *pair, visual.valid, ex=ex), context, key=sub)
+        block = lambda y: group.block(y, *pair, visual.valid, ex=ex)
+        if self.inside:
+          return layer(x, context, key=sub, between=block)
+        return layer(block(x), context, key=sub)
 
       if size > 1:
         x, _ = scan_layers(group.layers, x, plain, xs=subs, stop=size - 1, ex=ex)
       return scan_layers(group.layers, x, last, xs=subs, start=size - 1, ex=ex)
 
-    x, _ = decoder.layers(x, context, stop=start, key=key) if start else (x, None)
+    x = decoder.placed(x, context)
+    x, _ = decoder.layers(x, context, stop=start, key=key, placed=True) if start else (x, None)
     groups = _Group(grouped(decoder.blocks, size, start=start, stop=stop), self.blocks)
     x, _ = scan_layers(groups, x, body, xs=grouped_keys, ex=ex.replace(remat='none'))
     if stop < depth:
@@ -220,10 +229,14 @@ class CrossAttention(Module):
       ranges: sum over that many equal ranges of visual tokens (sub-images), one block at a time;
         the last axis then has `ranges` entries.
     """
+    if self.inside:
+      raise UserError('attention inside the layers (fusion.inside) is not looked at; analyses read '
+                      'blocks in front of layers')
     found, start = [], 0
+    x = decoder.placed(x, context)
     for index, layer in enumerate(self.at):
       if layer > start:
-        x, _ = decoder.layers(x, context, start=start, stop=layer)
+        x, _ = decoder.layers(x, context, start=start, stop=layer, placed=True)
       block = layer_at(self.blocks, index)
       keys, values = block.attn.keys_values(visual.values)
       probs = block.attn.weights(block.norm1(x), keys, visual.valid)

@@ -30,6 +30,7 @@ TEXTS = {
   'phi': language.phi(vocab_size=96, width=32, depth=2, heads=2, mlp_width=64),
   'llama': language.llama(vocab_size=96, width=32, depth=2, heads=2, mlp_width=64),
   'qwen2': language.qwen2(vocab_size=96, width=32, depth=2, heads=4, kv_heads=2, mlp_width=64),
+  'gpt2': language.gpt2(vocab_size=96, width=32, depth=2, heads=2, max_positions=16),
 }
 
 
@@ -73,6 +74,11 @@ def test_language_models_from_their_own_releases(family, tmp_path):
   expected = reference(torch.tensor(ids)).logits.detach().numpy()
   found = module.logits(module(module.embed(jnp.asarray(ids)), jnp.ones(ids.shape, bool)))
   np.testing.assert_allclose(found, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+  if family == 'gpt2':  # OpenAI's own release: the model without its head
+    reference.transformer.save_pretrained(tmp_path / 'bare')
+    assemble(config, [f'language={tmp_path / "bare"}'], tmp_path / 'again')
+    assert all(np.array_equal(leaf, store.load_leaf(tmp_path / 'again', path)) for path, leaf in
+               store.flatten(store.load_params(tmp_path / 'start')).items())
   with pytest.raises(UserError, match=f"of the family 'phi', the source has model_type '{family}'"
                      if family != 'phi' else 'nothing'):
     assemble(with_text('single_view', TEXTS['phi']), [f'language={tmp_path / "release"}'],

@@ -23,6 +23,7 @@ from hrvlm_jax.systems.baselines import (
   tiles,
 )
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.grid import TokenMap
 from hrvlm_jax.vision.vit import ViT
 from tests import levels
 
@@ -129,9 +130,29 @@ def test_single_layer_positions_and_shape():
   np.testing.assert_allclose(table[:, 2, :4], np.tile(  # the column is in the first half
     [np.sin(2), np.sin(0.02), np.cos(2), np.cos(0.02)], (3, 1)), atol=1e-6)
   np.testing.assert_array_equal(table[1, :, 4:], np.tile(table[1, :1, 4:], (3, 1)))
-  fn = Functional(lambda rngs: resamplers.SingleLayerResampler(6, 8, queries=4, rngs=rngs))
+  fn = Functional(lambda rngs: resamplers.SingleLayerResampler(
+    6, 8, queries=4, maps=[TokenMap(3, 3)], rngs=rngs))
   assert jax.eval_shape(fn.apply, fn.abstract, jax.ShapeDtypeStruct((2, 9, 6), jnp.float32)
                         ).shape == (2, 4, 8)
+
+
+def test_single_layer_reads_a_global_view_and_tiles():
+  """Pheye's 257 queries (appendix B.2): one without a position and a square; tiles lie in it."""
+  quarters = [(x / 2, y / 2, (x + 1) / 2, (y + 1) / 2) for x in (0, 1) for y in (0, 1)]
+  maps = [TokenMap(4, 4, 1), *(TokenMap(2, 2, 18 + 5 * i, box) for i, box in enumerate(quarters))]
+  table = resamplers.sincos_positions(4, 8)
+  found = resamplers.key_positions(maps, 37, 4, 8)
+  np.testing.assert_array_equal(found[1:17], table)
+  grid = table.reshape(4, 4, 8)  # the second tile is the lower left one
+  np.testing.assert_array_equal(found[23:27], grid[2:, :2].reshape(4, 8))
+  np.testing.assert_array_equal(found[[0, 17, 22, 27, 32]], 0)  # class tokens
+  config = reduced.ReducedConfig(inner='pheye', encoder=registry.get('pheye').tiny().encoder,
+                                 step=reduced.SingleLayer(queries=17))
+  assert config.tokens == 17 and len(config.key_maps) == 5
+  fn = Functional(lambda rngs: reduced.Encoder(config, rngs=rngs))
+  batch = registry.get('reduced').batch([registry.get('reduced').views(
+    [Image.new('RGB', (30, 20))], config)], config)
+  assert jax.eval_shape(fn.apply, fn.abstract, batch).values.shape == (1, 17, 96)
 
 
 def test_pooling_takes_means_of_neighbours():

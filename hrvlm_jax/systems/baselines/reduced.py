@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from hrvlm_jax.parallel.rules import WHOLE_VECTORS, Rule
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines import layout, pruning, resamplers
 from hrvlm_jax.systems.contract import Count, ModelConfig, ProjectorConfig, System, VisualTokens
-from hrvlm_jax.systems.grid import Grid
+from hrvlm_jax.systems.grid import Grid, TokenMap
 from hrvlm_jax.systems.packing import Views
 
 
@@ -49,7 +48,7 @@ class Perceiver:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SingleLayer:
-  """Qwen-VL's and Monkey's resampler: one cross-attention from a square number of queries."""
+  """Qwen-VL's and Monkey's resampler: one cross-attention from learned queries."""
 
   kind: str = 'single_layer'
   queries: int = 256
@@ -112,20 +111,16 @@ class ReducedConfig:
   def _step_problems(self, tokens: int | None) -> list[str]:
     step, problems = self.step, []
     grid = self.inner_grid
-    if isinstance(step, (Pool, SingleLayer)) and tokens is not None and grid is None:
+    if isinstance(step, Pool) and tokens is not None and grid is None or (
+        isinstance(step, SingleLayer) and tokens is not None and self.key_maps is None):
       problems.append(f'step {step.kind} needs to know how the tokens lie on the image; the '
                       f'{tokens} of {self.inner} with these settings form no map')
-    elif isinstance(step, SingleLayer) and tokens is not None and not self._is_square:
-      problems.append(f'step {step.kind} needs one square map of tokens; {self.inner} with these '
-                      f'settings has {[(m.rows, m.columns) for m in grid.maps]}')
     if isinstance(step, Pool) and step.factor < 1:
       problems.append(f'pool: factor must be at least 1, got {step.factor}')
     if isinstance(step, (Perceiver, SingleLayer)) and step.queries < 1:
       problems.append(f'{step.kind}: queries must be at least 1, got {step.queries}')
     if isinstance(step, SingleLayer):
       width = step.width or self.inner_width
-      if math.isqrt(step.queries) ** 2 != step.queries:
-        problems.append(f'single_layer: queries must be a square number, got {step.queries}')
       if width % 4:
         problems.append(f'single_layer: the width must be a multiple of 4, got {width}')
       elif width % (step.heads or max(width // 128, 1)):
@@ -160,9 +155,11 @@ class ReducedConfig:
     return grid if grid is not None and grid.covers(self.inner_tokens) else None
 
   @property
-  def _is_square(self) -> bool:
-    grid = self.inner_grid
-    return grid is not None and len(grid.maps) == 1 and grid.maps[0].rows == grid.maps[0].columns
+  def key_maps(self) -> tuple[TokenMap, ...] | None:
+    """Where the tokens before the step lie, those in no map (class tokens) aside; None: unknown."""
+    grid = self.system.grid(self.encoder)
+    known = grid is not None and all(one.box is not None for one in grid.maps)
+    return grid.maps if known else None
 
   @property
   def grid(self) -> Grid | None:
@@ -287,7 +284,7 @@ def _resampler(config: ReducedConfig, **options) -> Module | None:
       head_dim=step.head_dim, mlp_ratio=step.mlp_ratio, activation_name=step.activation, **options)
   if isinstance(step, SingleLayer):
     return resamplers.SingleLayerResampler(config.inner_width, config.width, queries=step.queries,
-                                           heads=step.heads, **options)
+                                           maps=config.key_maps, heads=step.heads, **options)
   return None
 
 

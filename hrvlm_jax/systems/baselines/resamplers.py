@@ -8,6 +8,7 @@ b rows, f frames, n tokens, q queries, c width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, activation, normal
 from hrvlm_jax.core.module import Module, Param, Rngs, scan_layers, stacked
+from hrvlm_jax.systems.grid import TokenMap
 
 EPS_PERCEIVER, EPS_SINGLE = 1e-5, 1e-6
 
@@ -106,23 +108,19 @@ def sincos_positions(side: int, width: int) -> np.ndarray:
 class SingleLayerResampler(Module):
   """One cross-attention from learned queries: no residual, no feed-forward.
 
-  Positions are fixed; those of the keys are the queries' resampled to the key grid.
+  Positions are fixed; those of the keys are the queries' resampled to the key grid. The originals
+  have a square number of queries; of another one (257 in Pheye's appendix B.2, which does not say
+  how they lie) the first have no position, as a class token, and the rest form a square.
 
   Args:
     n_in: width of the tokens; queries and result have `width`.
-    queries: a square number.
+    maps: how the tokens lie on the image; tokens in no map have no position.
     heads: default width // 128, at least one.
-
-  Raises:
-    ValueError: a number of queries that is no square.
   """
 
-  def __init__(self, n_in: int, width: int, *, queries: int, heads: int | None = None,
-               param_dtype=jnp.float32, rngs: Rngs):
-    self.side = int(round(queries**0.5))
-    if self.side**2 != queries:
-      raise ValueError(f'the single-layer resampler needs a square number of queries, got '
-                       f'{queries}')
+  def __init__(self, n_in: int, width: int, *, queries: int, maps: Sequence[TokenMap],
+               heads: int | None = None, param_dtype=jnp.float32, rngs: Rngs):
+    self.side, self.maps = math.isqrt(queries), tuple(maps)
     self.heads, self.width = heads or max(width // 128, 1), width
     norm = lambda: LayerNorm(width, eps=EPS_SINGLE, param_dtype=param_dtype, rngs=rngs)
     make = lambda: Linear(width, width, kernel_init=normal(width**-0.5), param_dtype=param_dtype,
@@ -136,14 +134,12 @@ class SingleLayerResampler(Module):
     self.proj = Param(normal(width**-0.5)(rngs.params(), (width, width), param_dtype))
 
   def __call__(self, x: Float[Array, 'b n c'], *, ex: Execution = HERE) -> Float[Array, 'b q d']:
-    """Tokens of a square grid -> one token per query."""
-    side = int(round(x.shape[1] ** 0.5))
-    if side * side != x.shape[1]:
-      raise ValueError(f'the single-layer resampler reads a square grid, got {x.shape[1]} tokens')
+    """Tokens that lie as `maps` say -> one token per query."""
+    keys = key_positions(self.maps, x.shape[1], self.side, self.width)
     x = x if self.kv_proj is None else self.kv_proj(x)
     kv, query = self.norm_kv(x), self.norm_q(self.query[...].astype(x.dtype))
     table = sincos_positions(self.side, self.width)
-    keys = table if side == self.side else np.asarray(_resampled(table, self.side, side))
+    table = np.pad(table, ((query.shape[0] - len(table), 0), (0, 0)))
     split = lambda y: y.reshape(*y.shape[:-1], self.heads, -1)
     q = jnp.broadcast_to(self.q(query + table.astype(x.dtype)),
                          (x.shape[0], *query.shape))
@@ -153,10 +149,24 @@ class SingleLayerResampler(Module):
     return y @ self.proj[...].astype(x.dtype)
 
 
-def _resampled(table: np.ndarray, side: int, target: int) -> np.ndarray:
-  matrix = resample.bicubic_matrix(side, target)
-  square = table.reshape(side, side, -1)
-  return np.einsum('Yy,Xx,yxc->YXc', matrix, matrix, square).reshape(target * target, -1)
+def key_positions(maps: Sequence[TokenMap], tokens: int, side: int, width: int) -> np.ndarray:
+  """float32 [tokens, width]: the positions of a side x side grid over the image where the maps lie.
+
+  A map of a part of the image takes its part of the grid that the whole image would have at its
+  resolution.
+  """
+  out, table = np.zeros((tokens, width), np.float32), sincos_positions(side, width)
+  square = table.reshape(side, side, width)
+  for one in maps:
+    x0, y0, x1, y1 = one.box
+    rows, columns = round(one.rows / (y1 - y0)), round(one.columns / (x1 - x0))
+    whole = square if (rows, columns) == (side, side) else np.einsum(
+      'Yy,Xx,yxc->YXc', resample.bicubic_matrix(side, rows), resample.bicubic_matrix(side, columns),
+      square)
+    top, left = round(y0 * rows), round(x0 * columns)
+    part = whole[top:top + one.rows, left:left + one.columns]
+    out[one.tokens] = part.reshape(-1, width)
+  return out
 
 
 def pool_maps(x: Float[Array, 'b n c'], sizes: Sequence[tuple[int, int]], factor: int

@@ -15,6 +15,7 @@ from PIL import Image
 
 from hrvlm_jax.checkpoint.settings import Reader
 from hrvlm_jax.core.config import from_dict
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import check_size
 from hrvlm_jax.core.module import Module, Rngs
@@ -45,6 +46,7 @@ class SingleViewConfig:
     fit: 'squash' ignores the aspect ratio, 'pad' first pastes the image on a square of the mean
       colour (LLaVA-1.5), 'crop' resizes the short side and crops the centre (LLaVA with
       `image_aspect_ratio` square or absent).
+    class_only: keep the class token alone (FROMAGe; Pheye, appendix B.1).
     last_tokens: keep only the last K patch tokens of the view; None keeps all. Comparing with a
       multi-crop model of the same encoder needs it (MC-LLaVA keeps the last K of each view).
   """
@@ -52,6 +54,7 @@ class SingleViewConfig:
   vision: ViTConfig = dataclasses.replace(CLIP_L_336, post_norm=True)
   layer: int = -2
   fit: Literal['squash', 'pad', 'crop'] = 'pad'
+  class_only: bool = False
   last_tokens: int | None = None
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
@@ -62,13 +65,15 @@ class SingleViewConfig:
       problems.append(f'layer must lie in {-self.vision.depth}..-1, got {self.layer}')
     if self.last_tokens is not None and not 1 <= self.last_tokens <= self.vision.grid**2:
       problems.append(f'last_tokens must lie in 1..{self.vision.grid**2}, got {self.last_tokens}')
+    if self.class_only and (self.last_tokens is not None or not self.vision.class_token):
+      problems.append('class_only needs vision.class_token, and no last_tokens')
     if problems:
       raise ValueError('SingleViewConfig: ' + '; '.join(problems))
 
   @property
   def tokens(self) -> int:
     """Visual tokens of an image."""
-    return self.last_tokens or self.vision.grid**2
+    return 1 if self.class_only else self.last_tokens or self.vision.grid**2
 
 
 RELEASED = {
@@ -133,8 +138,8 @@ def packing(config: SingleViewConfig) -> Packing:
 
 
 def grid(config: SingleViewConfig) -> Grid | None:
-  """One map of the image, or of its padded square; none where only the last tokens are kept."""
-  if config.last_tokens is not None:
+  """One map of the image, or of its padded square; none where only some tokens are kept."""
+  if config.last_tokens is not None or config.class_only:
     return None
   side = config.vision.grid
   return Grid(maps=(TokenMap(side, side, box=None if config.fit == 'crop' else WHOLE),),
@@ -153,7 +158,7 @@ def overlay(image: Image.Image, config: SingleViewConfig,
 # Plain LLaVA on the device: patch tokens of one hidden state. Axis letters as in `vision.vit`.
 
 class Encoder(Module):
-  """Tower; the class token is dropped, `last_tokens` applied."""
+  """Tower; the class token is dropped or kept alone, `last_tokens` applied."""
 
   def __init__(self, config: SingleViewConfig, *, param_dtype=jnp.float32, rngs: Rngs):
     self.config = config
@@ -166,7 +171,7 @@ class Encoder(Module):
     pixels = normalise(views['pixels'], c.mean, c.std).astype(ex.dtype)
     stop = c.vision.depth + 1 + c.layer
     x = self.tower(pixels, stop=stop, key=key, ex=ex)
-    x = x[:, int(c.vision.class_token):][:, -c.tokens:]
+    x = x[:, :1] if c.class_only else x[:, int(c.vision.class_token):][:, -c.tokens:]
     rows, images = views['index'].shape
     values = jnp.take(x, views['index'], axis=0).reshape(rows, images * c.tokens, -1)
     return VisualTokens(values, jnp.repeat(views['valid'], c.tokens, axis=1))
@@ -208,6 +213,8 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
 def to_release(config: ModelConfig) -> dict[str, Any]:
   """config.json and processor of the released layout; `hrvlm` keeps what LLaVA fixes in code."""
   encoder: SingleViewConfig = config.encoder
+  if encoder.class_only:
+    raise UserError('class_only: LLaVA reads the patches of the tower, not its class token')
   size = encoder.vision.image_size
   own = dataclasses.asdict(encoder)
   own['vision'].pop('lora')
