@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import contextlib
 import json
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -23,8 +24,10 @@ from hrvlm_jax.core.errors import UserError
 KNOBS = (
   '--encoder.KEY=VALUE sets a knob of the system (max_crops, num_tokens, ...). --vicrop looks '
   'again at a crop that the attention chose (--vicrop.layer=14); --fastv drops visual tokens after '
-  'some layers (--fastv.layer=2 --fastv.ratio=0.5); see vlm/vicrop.py and vlm/fastv.py.')
-NAMES = ('encoder', 'fastv', 'vicrop')
+  'some layers (--fastv.layer=2 --fastv.ratio=0.5); --prune merges or selects visual tokens '
+  '(--prune.method=tome --prune.keep=0.5); --shrink scales every image to --shrink.side=224 first; '
+  'see vlm/vicrop.py, fastv.py, prune.py and shrink.py.')
+NAMES = ('encoder', 'fastv', 'prune', 'vicrop', 'shrink')
 
 
 def main(argv: list[str]) -> int:
@@ -188,6 +191,9 @@ def take_knobs(argv: Sequence[str], names: Sequence[str] = NAMES
     key, equals, text = setting.partition('=')
     if not equals or not key:
       raise UserError(f'{argument}: expected --{name}.KEY=VALUE')
+    if re.fullmatch(r'\d+(\+\d+)+', text):  # as VILA-HD's SELECT_NUM_EACH_SCALE is written
+      options[key] = tuple(map(int, text.split('+')))
+      continue
     try:
       options[key] = ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -94,11 +94,12 @@ class EvaluatedModel:
       stop: the token that ends an answer belongs to it.
 
     Raises:
-      UserError: a method that only generation knows (FastV).
+      UserError: a method that only generation knows (FastV, pruning).
     """
-    if 'fastv' in self.answerer.methods:
-      raise UserError('fastv prunes tokens while a model generates; likelihoods of given answers '
-                      'are taken without it: leave --fastv out')
+    for name in ('fastv', 'prune'):
+      if name in self.answerer.methods:
+        raise UserError(f'{name} prunes tokens while a model generates; likelihoods of given '
+                        f'answers are taken without it: leave --{name} out')
     rows, batch = self._answered(triples, stop)
     chosen, best, wanted = to_host(self._scores()(self.answerer.generator.params, batch))
     return [OptionScore(float(log[mask].sum()), int(mask.sum()), bool(top[mask].all()))

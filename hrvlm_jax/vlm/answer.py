@@ -77,7 +77,7 @@ class Answerer:
       rows of a batch are cut over it. On several processes every method is called on all of them.
 
   Attributes:
-    methods: settings of inference methods laid over the model (`vlm.fastv`, `vlm.vicrop`), by name;
+    methods: settings of inference methods laid over the model (`METHODS`), by name;
       they belong to what an answer was made from.
   """
 
@@ -239,7 +239,7 @@ class Answerer:
 
 # Inference methods that stand in for a model: name -> module with the classes of its settings and
 # of its answerer; laid over one another in this order.
-METHODS = {'fastv': 'FastV', 'vicrop': 'ViCrop'}
+METHODS = {'fastv': 'FastV', 'prune': 'Prune', 'vicrop': 'ViCrop', 'shrink': 'Shrink'}
 
 
 def with_methods(answerer: Answerer, settings: Mapping[str, Mapping[str, Any]]) -> Answerer:

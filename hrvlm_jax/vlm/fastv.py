@@ -2,7 +2,8 @@
 
 Source: `pkunlp-icler/FastV: src/FastV/lmms-eval-with-kvcache/fastv_kvcache.py`; attention of the
 last query position alone, as its issue 14 explains (the paper's text says all). A step between any
-prefix system and any decoder, at inference only; the released form with a cache is followed.
+system whose visual tokens stand in the prompt and any decoder, at inference only; the released form
+with a cache is followed. Of a two-pass model the second pass is pruned, as in PS3's comparison.
 
 Layers below `layer` run on everything and keep a cache of all slots; the rest run on the kept
 tokens with their original positions and have shorter caches. Both lengths are static: how many
@@ -24,11 +25,13 @@ from hrvlm_jax.core.attention import attention_weights, last_true
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Functional, depth_of, layer_at
+from hrvlm_jax.core.registry import load_object
 from hrvlm_jax.language.decoder import Decoder, default_positions, empty_cache
 from hrvlm_jax.language.generate import Generator
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm.answer import Answerer, Items
 from hrvlm_jax.vlm.model import VLM, Batch
+from hrvlm_jax.vlm.two_pass import TwoPassVLM
 
 _STEP = 16
 
@@ -70,6 +73,8 @@ def last_attention(decoder: Decoder, x: Float[Array, 'b t d'], valid: Bool[Array
   """Attention of each row's last real position in one layer, x being that layer's input."""
   context = decoder.context(valid, ex=ex)
   block = layer_at(decoder.blocks, layer)
+  if layer == 0:
+    x = decoder.placed(x, context)
   q, k, _ = block.attn.project(block.norm1(x), context.rope, ex=ex)
   one = jnp.take_along_axis(q, last_true(valid)[:, None, None, None], axis=1)
   return attention_weights(one, k, mask=valid[:, None, None])[:, :, 0]
@@ -93,16 +98,23 @@ def kept_positions(
   return kept, jnp.take_along_axis(stays, kept, axis=1)
 
 
-class FastVVLM(VLM):
-  """A prefix model whose prefill drops visual tokens after `fastv.layer` layers."""
+class _Dropping(VLM):
+  """A model with visual tokens in its prompt whose prefill drops some after `fastv.layer` layers.
+
+  In front of `VLM` or of a class that derives from it.
+  """
 
   def __init__(self, config: ModelConfig, fastv: FastV, **options):
     super().__init__(config, **options)
     self.fastv = fastv
 
+  def whole_prompt(self, batch: Batch, *, ex: Execution = HERE):
+    """(embeddings, valid) of all positions of the prompt."""
+    return super().prompt(batch, ex=ex)[:2]
+
   def prompt(self, batch: Batch, *, ex: Execution = HERE):
     """See `VLM.prompt`; the extras say which positions are visual, and how many are dropped."""
-    embeds, valid, _ = super().prompt(batch, ex=ex)
+    embeds, valid = self.whole_prompt(batch, ex=ex)
     return embeds, valid, {'visual': batch['visual_index'] >= 0, 'dropped': batch['dropped']}
 
   def prefill(self, embeds, valid, *, slots: int, visual: Bool[Array, 'b t'],
@@ -149,6 +161,19 @@ class FastVVLM(VLM):
     return decoder.logits(decoder.norm(x)[:, 0]), {'head': head, 'tail': tail, 'valid': kept}
 
 
+class FastVVLM(_Dropping, VLM):
+  """A prefix model that drops visual tokens."""
+
+
+class FastVTwoPassVLM(_Dropping, TwoPassVLM):
+  """A two-pass model that drops visual tokens of its second pass, which is computed whole."""
+
+  def whole_prompt(self, batch: Batch, *, ex: Execution = HERE):
+    """See `_Dropping.whole_prompt`; nothing of the first pass's cache is used again."""
+    visual, _, _ = self.look(batch, ex=ex)
+    return self.embed(batch, visual, ex=ex)
+
+
 def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Functional:
   """The model for generation (layers unrolled), as pure functions; its parameters are those of
   `vlm.model.build(config, unrolled=True)`.
@@ -157,15 +182,17 @@ def build(config: ModelConfig, fastv: FastV, *, param_dtype=jnp.float32) -> Func
     UserError: a model without visual tokens in its prompt, or with too few layers.
   """
   problems = []
-  if not config.fusion.one_pass:
-    problems.append('it prunes visual tokens of one prompt; fusion '
+  kind = load_object(config.fusion.model, f'fusion {config.fusion.kind}')
+  kind = {VLM: FastVVLM, TwoPassVLM: FastVTwoPassVLM}.get(kind)
+  if kind is None:
+    problems.append('it prunes visual tokens of the prompt; fusion '
                     f'{config.fusion.kind!r} has none')
   if config.text is not None and fastv.layer >= config.text.depth:
     problems.append(f'layer {fastv.layer} leaves no layer of {config.text.depth} to run on less')
   if problems:
     raise UserError('FastV cannot work here: ' + '; '.join(problems))
-  return Functional(lambda rngs: FastVVLM(config, fastv, unrolled=True, param_dtype=param_dtype,
-                                          rngs=rngs))
+  return Functional(lambda rngs: kind(config, fastv, unrolled=True, param_dtype=param_dtype,
+                                      rngs=rngs))
 
 
 class FastVAnswerer(Answerer):

@@ -30,7 +30,8 @@ class VilaHDConfig:
     prompt_head: 'mlp' or 'linear'; None: the model has none (trained with mode 'after_image').
     positions: extra position and scale embeddings behind the projector.
     select_layer: block whose output is read, counted from the end; -2 is the last but one.
-    mode: 'after_prompt' asks the language model where to look, 'after_image' follows saliency.
+    mode: 'after_prompt' asks the language model where to look, 'after_image' follows saliency,
+      'random' chooses patches at random (the comparison of PS3, Table 7).
     looks: looks of a full budget, or 'all'; 0: the low-resolution tokens and a copy of the first.
     tokens: selected patches instead of `looks`; it wins when both are given.
     budgets: patches per scale and look instead of the tower's.
@@ -47,7 +48,7 @@ class VilaHDConfig:
   prompt_head: Literal['mlp', 'linear'] | None = 'mlp'
   positions: bool = True
   select_layer: int = -2
-  mode: Literal['after_prompt', 'after_image'] = 'after_prompt'
+  mode: Literal['after_prompt', 'after_image', 'random'] = 'after_prompt'
   looks: int | Literal['all'] = 6
   tokens: int | None = None
   budgets: tuple[int, ...] | None = None
@@ -64,6 +65,8 @@ class VilaHDConfig:
     if not -self.tower.vision.depth <= self.select_layer <= -1:
       problems.append(f'select_layer must lie in -{self.tower.vision.depth}..-1, got '
                       f'{self.select_layer}')
+    if self.mode == 'random' and self.select_target:
+      problems.append("mode 'random' follows no boxes: select_target must be False")
     if self.tower.look != LookConfig():
       problems.append('tower.look is not read; set looks, tokens and smooth beside tower')
     if isinstance(self.looks, int) and self.looks < 0:

@@ -19,15 +19,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hrvlm_jax.core import resample
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
-from hrvlm_jax.core.module import Module, Rngs
+from hrvlm_jax.core.module import Module, Rngs, depth_of, layer_at
 from hrvlm_jax.core.resample import normalise
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.systems.ps3.encoder import Encoder as PS3, LowRes
 from hrvlm_jax.systems.vila_hd import format as form
 from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.systems.vila_hd.prompt_head import PromptHead
+from hrvlm_jax.vision.attended import received
 from hrvlm_jax.vision.blocks import BlockProjector
 
 
@@ -117,12 +119,38 @@ class Encoder(Module):
     config = self.config
     plan = config.plan(first_scales)
     probs = self.ps3.probabilities(seen.low, prompt, plan, target=target, smooth=config.smooth)
+    if config.mode == 'random':
+      probs = _random(seen.images, probs)
     out = self.ps3.encode_high(seen.low, seen.images, probs, plan, ex=ex)
     features = out.hidden[config.layer]
     maps = tuple(wide(m) for m in out.maps)
     tokens, valid = form.high_tokens(self.projector, features, seen.tokens, maps, config.slots,
                                      thumbnail=config.tower.grid**2)
     return High(tokens, valid, {'maps': maps, 'probs': out.probs, 'features': features})
+
+  def token_attention(self, info: dict[str, Any], *, ex: Execution = HERE
+                      ) -> tuple[Float[Array, 'v n'], Float[Array, 'v n e']]:
+    """(attention that every token receives, its key) where all patches are selected, in the order
+    of the image's tokens: means over the patches of a token.
+
+    Of the block that reads the features, over all patches at once: looks do not see one another in
+    the tower, here they do.
+    """
+    tower, config = self.ps3.tower, self.config
+    features = info['features']
+    block = layer_at(tower.blocks, min(config.layer + 1, depth_of(tower.blocks) - 1))
+    q, k, _ = block.attn.project(block.norm1(features), ex=ex)
+    values = jnp.concatenate([received(q, k)[..., None], wide(k).mean(axis=2)], axis=-1)
+    sides = [config.tower.grid, *(m.shape[1] for m in info['maps'])]
+    out, start = [], 0
+    for side in sides:
+      part = values[:, start:start + side * side].reshape(len(values), side, side, -1)
+      blocks = -(-side // config.ratio)
+      matrix = resample.area_matrix(side, blocks)
+      out.append(resample.resize(part, matrix, matrix).reshape(len(values), blocks**2, -1))
+      start += side * side
+    joined = jnp.concatenate(out, axis=1)
+    return joined[..., 0], joined[..., 1:]
 
   def selection_loss(self, views: dict[str, jax.Array], info: dict[str, Any]):
     """(loss of the selection against the boxes of `views`, number of images with a box)."""
@@ -156,3 +184,12 @@ class Encoder(Module):
     del key
     seen = self.low(views, ex=ex)
     return self.arrange(views, seen, self.high(seen, views, prompt, ex=ex))
+
+
+def _random(images: Float[Array, 'v h w c'], probs: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """Uniform numbers instead of probabilities: the same for an image whatever it is asked."""
+  seeds = jax.lax.bitcast_convert_type(images.astype(jnp.float32).sum(axis=(1, 2, 3)), jnp.uint32)
+  keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(0), seed))(seeds)
+  return tuple(
+    jax.vmap(lambda key, p: jax.random.uniform(jax.random.fold_in(key, n), p.shape, p.dtype)  # noqa: B023
+             )(keys, p) for n, p in enumerate(probs))
