@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes plans parity notebooks site faults pages)
+PARTS=(systems training parallel interop recipes tables plans parity notebooks site faults pages)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 

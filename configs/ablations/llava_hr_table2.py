@@ -1,8 +1,8 @@
-"""LLaVA-HR, Table 2: which encoder reads the image. llava_hr_table2.py:ROW
+"""LLaVA-HR, Table 2: which encoder reads the image. llava_hr_table2.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table2.py --out runs/llava_hr_table2
-          hrvlm train --config configs/ablations/llava_hr_table2.py:clip_average \\
-            --workdir runs/clip_average
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table2.py --list  (says what makes starts)
+          hrvlm sweep --config configs/ablations/llava_hr_table2.py --data BENCHMARKS
+            --out runs/llava_hr_table2
 Hardware: 8 x A800 80 GB (paper, Table 1, for the full model).
 Time:     18.2 hours for both stages at 768 pixels (paper, Table 1); not run here.
 Expected: `ROWS` (7B, about 760 pixels; VQAv2, TextVQA, MME, POPE, tokens per second on an A800).
@@ -11,9 +11,10 @@ The paper gives no sizes for the rows without adapters: 756 pixels for the ViT a
 2 x 2 and 144 queries are our choices (systems/llava_hr/README.md).
 """
 
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.llava_hr.config import VICUNA_7B, LlavaHRConfig, model
-from hrvlm_jax.training.recipe import evaluate, words
+from rows_llava_hr import STAGES, parts, recipe
+
+from hrvlm_jax.lab.tables import Table
+from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 
 CLIP = dict(image_size=756, slow=None, adapters=None)
 
@@ -28,19 +29,12 @@ ROWS = {
   'clip_average': (LlavaHRConfig(**CLIP, reduce='average', reduce_factor=2),
                    (80.6, 59.6, 1480.6, 86.5, 23.9)),
 }
-
-
-# A row starts from the towers and the language model; what joins them is its own, and the
-# ConvNeXt's classifier and CLIP's final norm are never read.
-FRESH = ('projector/.*', 'vision/(adapters|align|resampler)/.*',
-         'vision/(slow/head|fast/post_norm)/.*')
+TABLE = Table(
+  stages=STAGES, benchmarks=('vqav2', 'textvqa_ocr', 'mme', 'pope'),
+  own_parts={row: parts(encoder) for row, (encoder, _) in ROWS.items()},
+  further={'tokens/s': 'hrvlm bench gpu_latency (protocol of the paper: 10 tokens, batch of 1)'})
 
 
 def get_config(argument=''):
-  """The recipe of LLaVA-HR's second stage with a row's model."""
-  row, = words(argument, ROWS)
-  config = evaluate('llava_hr:7b,stage2')
-  config.model = to_dict(model(ROWS[row][0], VICUNA_7B))
-  config.training.init_from = 'weights/llava_hr_7b_start'
-  config.training.init_allow = FRESH
-  return config
+  """The run config of a row's stage, by default the second."""
+  return recipe('llava_hr_table2', argument, ROWS)

@@ -1,8 +1,8 @@
-"""LLaVA-HR, Table 3: the parts of mixture-of-resolution adaptation. llava_hr_table3.py:ROW
+"""LLaVA-HR, Table 3: the parts of mixture-of-resolution adaptation. llava_hr_table3.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table3.py --out runs/llava_hr_table3
-          hrvlm train --config configs/ablations/llava_hr_table3.py:gate_sigmoid \\
-            --workdir runs/gate_sigmoid
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table3.py --list  (says what makes starts)
+          hrvlm sweep --config configs/ablations/llava_hr_table3.py --data BENCHMARKS
+            --out runs/llava_hr_table3
 Hardware: 8 x A800 80 GB (paper, Table 1, for the full model).
 Time:     18.2 hours for both stages at 768 pixels (paper, Table 1); not run here.
 Expected: `ROWS` (7B, 768 pixels; VQAv2, TextVQA, MME, POPE). `default` is the first row of every
@@ -15,15 +15,10 @@ injects where, what the final concatenation concatenates, f_h as convolution and
 
 import dataclasses
 
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.systems.llava_hr.config import (
-  PAPER_ADAPTERS,
-  VICUNA_7B,
-  AdapterConfig,
-  LlavaHRConfig,
-  model,
-)
-from hrvlm_jax.training.recipe import evaluate, words
+from rows_llava_hr import STAGES, parts, recipe
+
+from hrvlm_jax.lab.tables import Table
+from hrvlm_jax.systems.llava_hr.config import PAPER_ADAPTERS, AdapterConfig, LlavaHRConfig
 from hrvlm_jax.vision.convnext import CONVNEXT_XXL
 from hrvlm_jax.vision.vit import CLIP_L_336
 
@@ -56,18 +51,11 @@ ROWS = {
   'paper': (LlavaHRConfig(image_size=768, adapters=PAPER_ADAPTERS), None),
 }
 
-
-# A row starts from the towers and the language model; what joins them is its own, and the
-# ConvNeXt's classifier and CLIP's final norm are never read.
-FRESH = ('projector/.*', 'vision/(adapters|align|resampler)/.*',
-         'vision/(slow/head|fast/post_norm)/.*')
+TABLE = Table(
+  stages=STAGES, benchmarks=('vqav2', 'textvqa_ocr', 'mme', 'pope'),
+  own_parts={row: parts(encoder) for row, (encoder, _) in ROWS.items()})
 
 
 def get_config(argument=''):
-  """The recipe of LLaVA-HR's second stage with a row's model."""
-  row, = words(argument, ROWS)
-  config = evaluate('llava_hr:7b,stage2')
-  config.model = to_dict(model(ROWS[row][0], VICUNA_7B))
-  config.training.init_from = 'weights/llava_hr_7b_start'
-  config.training.init_allow = FRESH
-  return config
+  """The run config of a row's stage, by default the second."""
+  return recipe('llava_hr_table3', argument, ROWS)
