@@ -1,5 +1,6 @@
 """Region records of one's own: box statistics, questions with boxes, pages of PDF, recall."""
 
+import dataclasses
 import json
 
 import jax
@@ -92,12 +93,22 @@ def test_captions_with_boxes_become_questions_with_boxes(records, tmp_path, caps
 def saved(path, config):
   params = jax.jit(vlm.build(config).init)(jax.random.key(0))
   store.save_params(path, params, {'model': to_dict(config)})
+  (path / 'tokenizer').mkdir()
   tokenizer_of('byte').save(path / 'tokenizer')
   return path
 
 
+def even(config):
+  """Looks of 5 and 20 patches, which come out even over all 500."""
+  encoder = config.encoder
+  if config.system == 'ps3':
+    return dataclasses.replace(config, encoder=dataclasses.replace(encoder, max_select=25))
+  tower = dataclasses.replace(encoder.tower, max_select=25)
+  return dataclasses.replace(config, encoder=dataclasses.replace(encoder, tower=tower))
+
+
 def test_recall_on_own_records(records, tmp_path, capsys):
-  ps3 = saved(tmp_path / 'ps3', registry.get('ps3').tiny())
+  ps3 = saved(tmp_path / 'ps3', even(registry.get('ps3').tiny()))
   argv = ['analyse', 'recall', '--records', str(records), '--out', str(tmp_path / 'r.json'),
           '--batch-size', '4', '--checkpoint']
   assert main([*argv, str(ps3), '--shares', '0.25', '1.0']) == 0
@@ -105,7 +116,7 @@ def test_recall_on_own_records(records, tmp_path, capsys):
   assert scores['regions'] == 4 and len(scores['scores']) == 6
   assert all(s['recall'] == 1 for s in scores['scores'] if s['share'] == 1)
   assert all(0 < s['recall'] < 1 for s in scores['scores'] if s['share'] == 0.25)
-  vila = saved(tmp_path / 'vila', registry.get('vila_hd').tiny(looks=1))
+  vila = saved(tmp_path / 'vila', even(registry.get('vila_hd').tiny(looks=1)))
   assert main([*argv, str(vila), '--shares', '1.0', '0.3']) == 0
   whole, part = json.loads((tmp_path / 'r.json').read_text())['scores']
   assert whole['way'] == 'top_down' and whole['recall'] == 1 and part['recall'] < 1

@@ -148,7 +148,7 @@ def test_hugging_face_configs_round_trip(family):
 
 
 @pytest.mark.parametrize('values, message', [
-  ({'model_type': 'gpt2'}, "model_type 'gpt2' is not supported"),
+  ({'model_type': 'gptj'}, "model_type 'gptj' is not supported"),
   ({'model_type': 'phi', 'qk_layernorm': True}, 'qk_layernorm'),
   ({'model_type': 'llama', 'rope_scaling': {'rope_type': 'yarn'}}, "rope_scaling type 'yarn'")])
 def test_unsupported_settings_are_named(values, message):
