@@ -24,7 +24,7 @@ from tests import pages
 
 ROOT = pages.ROOT
 SHELLS = ('bash', 'sh', 'console')
-KNOBS = ('--encoder.', '--vicrop', '--fastv')
+KNOBS = ('--encoder.', '--vicrop', '--fastv', '--prune', '--shrink')
 FREE = ('analyse',)  # its first word chooses a function, whose parameters are the options
 
 
