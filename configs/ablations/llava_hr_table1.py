@@ -1,6 +1,6 @@
 """LLaVA-HR, Table 1: resolution of LLaVA-HR and of LLaVA-1.5. llava_hr_table1.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table1.py --list  (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table1.py --list
           hrvlm sweep --config configs/ablations/llava_hr_table1.py --data BENCHMARKS
             --out runs/llava_hr_table1
 Hardware: 8 x A800 80 GB (paper).

@@ -1,6 +1,6 @@
 """LLaVA-HR, Table 2: which encoder reads the image. llava_hr_table2.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table2.py --list  (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table2.py --list
           hrvlm sweep --config configs/ablations/llava_hr_table2.py --data BENCHMARKS
             --out runs/llava_hr_table2
 Hardware: 8 x A800 80 GB (paper, Table 1, for the full model).

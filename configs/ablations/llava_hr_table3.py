@@ -1,6 +1,6 @@
 """LLaVA-HR, Table 3: the parts of mixture-of-resolution adaptation. llava_hr_table3.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table3.py --list  (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table3.py --list
           hrvlm sweep --config configs/ablations/llava_hr_table3.py --data BENCHMARKS
             --out runs/llava_hr_table3
 Hardware: 8 x A800 80 GB (paper, Table 1, for the full model).

@@ -1,6 +1,6 @@
 """LLaVA-HR, Tables 4 and 5: the three models on eleven benchmarks. llava_hr_table4.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/llava_hr_table4.py --list  (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/llava_hr_table4.py --list
           hrvlm sweep --config configs/ablations/llava_hr_table4.py --data BENCHMARKS
             --out runs/llava_hr_table4
 Hardware: 8 x A800 80 GB (paper, Table 1, for 7B).

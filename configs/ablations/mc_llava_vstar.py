@@ -3,10 +3,10 @@
 Command:  hrvlm convert --from MC-LLaVA-3b --to runs/mc_llava_vstar/model
           hrvlm sweep --config configs/ablations/mc_llava_vstar.py --data BENCHMARKS
             --out runs/mc_llava_vstar
-          (the same grid without a sweep: hrvlm eval --checkpoint runs/mc_llava_vstar/model
-          --benchmark vstar --split gpt4v_hard --data BENCHMARKS/vstar
-          --sweep encoder.max_crops=8,25,50,100,200,400 --sweep encoder.num_tokens=728,1456
-          --out runs/mc_llava_grid)
+          hrvlm eval --checkpoint runs/mc_llava_vstar/model --benchmark vstar --split gpt4v_hard
+            --data BENCHMARKS/vstar --sweep encoder.max_crops=8,25,50,100,200,400
+            --sweep encoder.num_tokens=728,1456 --out runs/mc_llava_grid
+          (the last one: the same grid of one split without a sweep)
 Hardware: one device of 24 GB.
 Time:     not published, not run here.
 Expected: V*'s GPT4V-hard 52.94 (the best of the grid, whose values were not published), OCR 56.66,

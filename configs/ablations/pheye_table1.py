@@ -1,7 +1,7 @@
 """Pheye, Table 1: cross-attention in every 4th or 2nd layer, 448 or 672 pixels.
 pheye_table1.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/pheye_table1.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/pheye_table1.py --list
           hrvlm sweep --config configs/ablations/pheye_table1.py --data BENCHMARKS
             --out runs/pheye_table1
 Hardware: not published; 8 x 80 GB.

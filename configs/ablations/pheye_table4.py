@@ -1,6 +1,6 @@
 """Pheye, Table 4 (appendix B.1): three ways from a ViT to GPT-2. pheye_table4.py:ROW
 
-Command:  hrvlm sweep --config configs/ablations/pheye_table4.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/pheye_table4.py --list
           hrvlm sweep --config configs/ablations/pheye_table4.py --data BENCHMARKS
             --out runs/pheye_table4
 Hardware: not published.

@@ -1,6 +1,6 @@
 """Pheye, Table 5 (appendix B.2): ways to read 448 pixels. pheye_table5.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/pheye_table5.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/pheye_table5.py --list
           hrvlm sweep --config configs/ablations/pheye_table5.py --data BENCHMARKS
             --out runs/pheye_table5
 Hardware: not published.

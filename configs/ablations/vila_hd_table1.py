@@ -1,7 +1,7 @@
 """PS3, Table 1: resolution and share of selected patches, beside a single view, AnyRes and S2.
 vila_hd_table1.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table1.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table1.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table1.py --data BENCHMARKS
             --out runs/vila_hd_table1
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table1.py:ps3_1512_44`.

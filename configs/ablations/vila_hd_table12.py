@@ -1,7 +1,7 @@
 """PS3, Table 12 (and Table 2's own rows): 4KPro by resolution and share of selected patches.
 vila_hd_table12.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table12.py --list  (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table12.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table12.py --data BENCHMARKS
             --out runs/vila_hd_table12
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table12.py:ps3_3780_18`.

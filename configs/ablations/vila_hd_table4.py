@@ -1,10 +1,11 @@
 """PS3, Table 4: PS3's selection beside ToMe, FastV and VisionZip. vila_hd_table4.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table4.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table4.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table4.py --data BENCHMARKS
             --out runs/vila_hd_table4
-          (without training: hrvlm eval --checkpoint VILA_HD --encoder.looks=all --prune.method=tome
-          --prune.keep=0.5 --benchmark textvqa,... )
+          hrvlm eval --checkpoint VILA_HD --benchmark textvqa,chartqa --data BENCHMARKS
+            --out runs/tome_50 --encoder.looks=all --prune.method=tome --prune.keep=0.5
+          (the last one: a row without training)
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table4.py:full_1512`.
 Time:     not published, not run here.
 Expected: `ROWS` (TextVQA, ChartQA, DocVQA, InfoVQA, OCRBench, V*, RealWorldQA, average; seconds of

@@ -1,6 +1,6 @@
 """PS3, Table 5: two vision encoders, each with AnyRes, S2 and PS3. vila_hd_table5.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table5.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table5.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table5.py --data BENCHMARKS
             --out runs/vila_hd_table5
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table5.py:radio_ps3`.

@@ -2,7 +2,7 @@
 
 Command:  hrvlm convert --config configs/ablations/vila_hd_table6.py:all,align
             --part language=QWEN2_7B --to weights/vila_hd_table6_language
-          hrvlm sweep --config configs/ablations/vila_hd_table6.py --list   (says what makes starts)
+          hrvlm sweep --config configs/ablations/vila_hd_table6.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table6.py --data BENCHMARKS
             --out runs/vila_hd_table6
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table6.py:all`.

@@ -1,7 +1,7 @@
 """PS3, Table 7: patches chosen at random, by saliency, by the question.
 vila_hd_table7.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table7.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table7.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table7.py --data BENCHMARKS
             --out runs/vila_hd_table7
           hrvlm analyse recall --checkpoint PS3 --records RECORDS   (the column of the recall)

@@ -1,7 +1,7 @@
 """PS3, Table 8: high-resolution alignment data, images pasted on a page.
 vila_hd_table8.py:ROW[,STAGE]
 
-Command:  hrvlm sweep --config configs/ablations/vila_hd_table8.py --list   (says what makes starts)
+Command:  hrvlm sweep --config configs/ablations/vila_hd_table8.py --list
           hrvlm sweep --config configs/ablations/vila_hd_table8.py --data BENCHMARKS
             --out runs/vila_hd_table8
 Hardware: not published; `hrvlm plan --config configs/ablations/vila_hd_table8.py:with`.

@@ -14,9 +14,10 @@ from hrvlm_jax.cli.arguments import PROBE, Parser, Probed
 from hrvlm_jax.core.errors import UserError, unknown
 
 # Verbs whose first word chooses one of several parsers.
-PARTS = {'data': ('check', 'show', 'build')}
-KNOBS = {'ask': '--encoder. --vicrop --fastv', 'chat': '--encoder. --vicrop --fastv',
-         'eval': '--encoder. --vicrop --fastv', 'encode': '--encoder.', 'finetune': '--encoder.'}
+PARTS = {'data': ('check', 'show', 'build', 'questions')}
+_ANSWERS = '--encoder. --vicrop --fastv --prune --shrink'
+KNOBS = {'ask': _ANSWERS, 'chat': _ANSWERS, 'eval': _ANSWERS, 'encode': '--encoder.',
+         'finetune': '--encoder.'}
 
 
 def main(argv: list[str]) -> int:

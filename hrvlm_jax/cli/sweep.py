@@ -1,6 +1,7 @@
 """`hrvlm sweep`: see `lab.sweep`."""
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core.errors import UserError
 
 
 def main(argv: list[str]) -> int:
@@ -10,7 +11,7 @@ def main(argv: list[str]) -> int:
   benchmarks with --data, and writes what was measured beside the paper's numbers.
   """
   parser = Parser('sweep', main.__doc__, config=True)
-  parser.add_argument('--out', required=True, metavar='FOLDER',
+  parser.add_argument('--out', metavar='FOLDER',
                       help='one folder per run, table.txt, plot.png, results.json')
   parser.add_argument('--only', metavar='A,B', help='these rows of a sweep file alone')
   parser.add_argument('--data', metavar='FOLDER', help='of a table: the official files of its '
@@ -34,6 +35,8 @@ def main(argv: list[str]) -> int:
       if entry.trains and entry.start_command:
         print(f'  {entry.start_command}')
     return 0
+  if arguments.out is None:
+    raise UserError('--out: missing; name the folder of the runs (or --list what would run)')
   cpu.keep_freed_on_cpu()  # before anything asks for devices
   if arguments.smoke:
     entries = smoke.made(entries, arguments.out)
