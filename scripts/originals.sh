@@ -30,9 +30,13 @@ elif [[ -f $checkout/pheye_builder/factory.py ]]; then
   name=pheye
   packages=("$torch" transformers==4.37.2 peft==0.7.0 'accelerate<1' einops einops-exts
     'pillow>=11,<12' 'numpy<3' safetensors)
+elif [[ -d $checkout/llava_hr/model ]]; then
+  name=llava_hr
+  packages=("$torch" transformers==4.31.0 timm==1.0.15 'pillow>=11,<12' 'numpy<3' safetensors)
 else
-  say "$checkout: neither modeling_mc_llava.py (visheratin/mc-llava) nor pheye_builder/" \
-      "(miguelscarv/pheye) is there; other originals have no runner in scripts/originals yet"
+  say "$checkout: none of modeling_mc_llava.py (visheratin/mc-llava), pheye_builder/" \
+      "(miguelscarv/pheye) and llava_hr/ (luogen1996/LLaVA-HR) is there; other originals have no" \
+      "runner in scripts/originals yet"
   exit 2
 fi
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from benchmarks.cases import alone, decode, vision
+from benchmarks.cases import alone, decode, export, vision
 
 _SETTINGS = {
   'ps3_4k': {'size': 160, 'budgets': (12, 16), 'looks': 1},
@@ -15,13 +15,20 @@ _SETTINGS = {
   'vila_hd_two_pass': {'question': 9},
 }
 
+
+
+def _sizes(case):
+  """The small settings of a case; those of exports have the encoders' own."""
+  return _SETTINGS.get(case.name.removeprefix('torch_export_').removesuffix('_jax'))
+
+
 CASES = [
   dataclasses.replace(
     case, name=f'tiny_{case.name}', title=f'tiny sizes: {case.title}', group='tiny', shown=False,
-    settings={**_SETTINGS[case.name], 'tiny': True}, target=None, memory_target=None,
+    settings={**_sizes(case), 'tiny': True}, target=None, memory_target=None,
     bound=False, rounds=2,
     variants=tuple(v for v in case.variants if v.startswith(('eager', 'onednn'))))
-  for case in (*vision.CASES, *decode.CASES) if case.name in _SETTINGS
+  for case in (*vision.CASES, *decode.CASES, *export.CASES) if _sizes(case)
 ]
 _ALONE = {
   'ps3_growth': {'sizes': (80, 160), 'from': 80, 'rounds': 2},

@@ -94,6 +94,8 @@ class Commands:
     """Facts the program collected, and the versions it ran with."""
     packages = ('jax', 'jaxlib', 'flax', 'hrvlm-jax', 'numpy') if self.side == 'ours' else (
       'torch', 'transformers', 'timm', 'ps3-torch', 'numpy', 'jax', 'jaxlib')
+    if self.side == 'ours' and 'torch' in sys.modules:  # the model code of an export
+      packages += ('torch', 'transformers')
     facts = dict(self.program.after())
     if self.options.device == 'cuda' and self.side == 'ours':
       import jax

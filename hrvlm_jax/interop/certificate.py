@@ -1,10 +1,11 @@
 """The parity certificate of a converted checkpoint: what was compared with its release, and how.
 
-Only comparisons that read the checkpoint at hand count: every tensor, projector and coordinate MLP
-against a NumPy replay of the release (`replay`), and, where PyTorch is installed, language model,
-towers and prompts against transformers built from the release's own config.json (`side_by_side`),
-in float32 with exact matrix products. What has no reference is NOT CHECKED and named. That our code
-computes what the originals' code does is no property of a checkpoint: tests/parity holds it.
+Only comparisons that read the checkpoint at hand count: every tensor against the release's files in
+NumPy (`replay`); and, where PyTorch is installed, language model, towers and prompts against
+transformers built from the release's own config.json (`side_by_side`), and all other parts against
+the model code for PyTorch (`reference`), in float32 with exact matrix products. What has no
+reference is NOT CHECKED and named. That our code computes what the originals' code does is no
+property of a checkpoint: tests/parity holds it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.core import installed, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.interop import adapters, hub, replay, side_by_side
+from hrvlm_jax.interop import adapters, hub, reference, replay, side_by_side
 from hrvlm_jax.interop.convert import Release
 from hrvlm_jax.interop.export import TEXT_FOLDER, read_source
 from hrvlm_jax.interop.replay import Outputs
@@ -134,8 +135,6 @@ def _compare(config: ModelConfig, checkpoint: Any, release: Release,
   compared += [Compared(f'{name} (tensors)', f'NumPy, {outputs["tensors"]["count"]} tensors'
                         if 'count' in outputs['tensors'] else 'NumPy', outputs)
                for name, outputs in sorted(found.items())]
-  for name, outputs in replay.heads(config, release.table, stored, plain):
-    compared.append(Compared(name, 'NumPy', outputs))
 
   def run(name: str, fn: Callable[..., tuple[str, Outputs]], *arguments: Any) -> None:
     try:
@@ -146,19 +145,34 @@ def _compare(config: ModelConfig, checkpoint: Any, release: Release,
       not_checked[name] = f'{error.name} is not installed ({installed.add("torch")})'
 
   if config.text is not None:
-    run('language', side_by_side.language, config, values, stored, plain)
+    run('language', _language, config, values, release, stored, plain)
     run('prompts', _prompts, config, checkpoint, release)
   for path, tower in system.backbones(config.encoder).items():
     kind = {ViTConfig: side_by_side.tower, ConvNeXtConfig: side_by_side.convnext}.get(type(tower))
     if kind is not None:
       run(path, kind, path, tower, values, stored, plain)
+  for path, compare in reference.parts(config, release, stored, plain):
+    run(path, lambda compare=compare: (reference.AGAINST, compare()))
   forward = [c.name for c in compared if not c.name.endswith(' (tensors)')]
+  for name in [n for n in not_checked if any(n.startswith(f'{whole}/') for whole in forward)]:
+    del not_checked[name]  # a tower by itself, whose encoder has a reference
+  named = [*forward, *not_checked]
   for name in dict.fromkeys(map(replay.part_of, stored.flat)):
-    if name not in not_checked and not any(f'{name}/'.startswith(f'{n}/') for n in forward):
+    # A number by itself (a logit scale) is compared where its value is.
+    if name not in stored.flat and not any(f'{name}/'.startswith(f'{n}/') for n in named):
       not_checked[f'{name} (forward pass)'] = 'there is no reference for it'
   for path in fresh:
     not_checked[path] = 'drawn at random: the release has no tensor for it'
   return compared
+
+
+def _language(config: ModelConfig, values: Any, release: Release, stored: StoredParams,
+              plain: replay.PlainTensors) -> tuple[str, Outputs]:
+  """By the names that transformers has in the release itself, where they are there."""
+  try:
+    return side_by_side.language(config, values, stored, plain)
+  except side_by_side.NotChecked:
+    return reference.language(config, release, stored, plain)
 
 
 def _prompts(config: ModelConfig, checkpoint: Any, release: Release) -> tuple[str, Outputs]:

@@ -35,6 +35,7 @@ from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import text_of
 
 LAYOUT = 'transformers'  # `layout` in config.json
+VERSIONS = 'transformers>=5.0,<6'  # of pyproject.toml; scripts/test_matrix.sh runs the oldest
 CODE = pathlib.Path(__file__).parent / 'torch'
 # First part of the names of a system's classes in `interop/torch`.
 CLASSES = {'anyres': 'AnyRes', 'llava_hr': 'LlavaHr', 'mc_llava': 'McLlava',
@@ -72,7 +73,7 @@ def check(config: ModelConfig, *, what: str) -> None:
   if config.text is None and (config.system != 'ps3' or config.encoder.text is None):
     problems.append(f'{config.system} without a language model; {_ORIGINAL}')
   problems += [f'{said}: no code for it here; {_ORIGINAL}' for said in _uncoded(config)]
-  problems += [] if config.text is None else _text_problems(config.text)
+  problems += [] if config.text is None else text_problems(config.text)
   if any(not spec.name for spec in adapters.lora_sets(config).get('vision/', ())):
     problems.append('LoRA sets of the vision tower: merge them with --merge-lora')
   raise_all(f'{what}: cannot be exported for transformers', problems)
@@ -98,7 +99,7 @@ def _uncoded(config: ModelConfig) -> list[str]:
   return found
 
 
-def _text_problems(text: language.DecoderConfig) -> list[str]:
+def text_problems(text: language.DecoderConfig) -> list[str]:
   """Settings of the language model that its class of transformers does not have."""
   again = language.config_from_hf(language.config_to_hf(text))
   left = ('lora', 'pad_vocab_to')
@@ -115,18 +116,32 @@ def table(config: ModelConfig) -> Table:
   found = registry.get(config.system).backbones(config.encoder)
   found = {path: tower for path, tower in found.items() if isinstance(tower, ViTConfig)} or {
     f'{path}/tower': whole.vision for path, whole in found.items() if hasattr(whole, 'vision')}
+  towers = {}
   for path, tower in found.items():
     if isinstance(tower, ViTConfig):
       inner = getattr(config.encoder, 'encoder', config.encoder)
       sets = getattr(inner, 'tower', tower)  # Pheye's, with its named sets
-      tower = sets if isinstance(sets, ViTConfig) else tower
-      parts.append(rows.prefixed(_vit_table(tower), ours=f'{path}/',
-                                 theirs=f'{path.replace("/", ".")}.'))
-  named = {path for part in parts for row in part.rows for path in row.our_paths}
-  flat = paths.flatten(vlm.build(config).abstract)
-  rest = Table(tuple(_row(path, leaf.ndim) for path, leaf in flat.items() if path not in named
-                     and not adapters.is_adapter(path)))
-  return rows.joined(*parts, rest)
+      towers[path] = sets if isinstance(sets, ViTConfig) else tower
+  return part_table(vlm.build(config).abstract, towers, *parts)
+
+
+def part_table(abstract: Mapping[str, Any], towers: Mapping[str, ViTConfig], *parts: Table
+               ) -> Table:
+  """Tensor names of a part of a model.
+
+  Args:
+    abstract: its parameters.
+    towers: the vision transformers among them by their paths; '' for the part itself.
+    parts: rows that are known already.
+  """
+  found = list(parts)
+  for path, tower in towers.items():
+    prefix = f'{path}/' if path else ''
+    found.append(rows.prefixed(_vit_table(tower), ours=prefix, theirs=prefix.replace('/', '.')))
+  named = {path for part in found for row in part.rows for path in row.our_paths}
+  rest = Table(tuple(_row(path, leaf.ndim) for path, leaf in paths.flatten(abstract).items()
+                     if path not in named and not adapters.is_adapter(path)))
+  return rows.joined(*found, rest)
 
 
 def _vit_table(config: ViTConfig) -> Table:
@@ -205,6 +220,21 @@ def contradictions(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
           if getattr(theirs, f.name) != getattr(ours, f.name)]
 
 
+def model_values(config: ModelConfig) -> dict[str, Any]:
+  """What config.json says of the model, language model and prompts apart."""
+  values = {
+    'model_type': f'hrvlm_{config.system}', 'format': FORMAT, 'layout': LAYOUT,
+    'vision_config': _vision_config(config), 'model': to_dict(config)}
+  if config.system == 'reduced':
+    values |= {'token_maps': _token_maps(config), 'inner_width': config.encoder.inner_width}
+  return values
+
+
+def _token_maps(config: ModelConfig) -> list[list[int]] | None:
+  grid = config.encoder.inner_grid
+  return None if grid is None else [[one.rows, one.columns] for one in grid.maps]
+
+
 def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
   """Everything beside weights, card and manifest: {name: JSON value, text or bytes}.
 
@@ -216,14 +246,9 @@ def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     'image_processor_type': 'HrvlmImageProcessor',
     'auto_map': {'AutoImageProcessor': 'processing_hrvlm.HrvlmImageProcessor'},
     'system': config.system, 'encoder': to_dict(config.encoder)}
-  values = {
-    'model_type': f'hrvlm_{config.system}', 'format': FORMAT, 'layout': LAYOUT,
-    'vision_config': _vision_config(config), 'model': to_dict(config)}
+  values = model_values(config)
   if config.system == 'reduced':
-    grid = config.encoder.inner_grid
-    maps = None if grid is None else [[one.rows, one.columns] for one in grid.maps]
-    images |= {'token_maps': maps}
-    values |= {'token_maps': maps, 'inner_width': config.encoder.inner_width}
+    images |= {'token_maps': values['token_maps']}
   code = {path.name: path.read_bytes() for path in sorted(CODE.glob('*.py'))
           if path.name != '__init__.py'}
   if config.text is None:
@@ -260,7 +285,12 @@ def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
 def _vision_config(config: ModelConfig) -> dict[str, Any] | None:
   """Of the vision transformer, for transformers' SigLIP layers."""
   found = next((t for t in towers(config.encoder) if isinstance(t, ViTConfig)), None)
-  return None if found is None else {
+  return None if found is None else vit_config(found)
+
+
+def vit_config(found: ViTConfig) -> dict[str, Any]:
+  """A vision transformer for transformers' SigLIP layers."""
+  return {
     'model_type': 'siglip_vision_model', 'hidden_size': found.width,
     'intermediate_size': found.mlp_width, 'num_hidden_layers': found.depth,
     'num_attention_heads': found.heads, 'image_size': found.image_size,
@@ -311,5 +341,5 @@ def usage(config: ModelConfig) -> list[str]:
       "print(ask(text=[message], max_new_tokens=64)[0]['generated_text'][-1]['content'])"]
   return [
     '## Use', '', '```python', *use, '```', '',
-    '`trust_remote_code` runs the Python files of this folder, and nothing else; they are those of '
-    'hrvlm_jax, and `manifest.json` holds their sha256.', '']
+    f'Needs PyTorch and `{VERSIONS}`. `trust_remote_code` runs the Python files of this folder, '
+    'and nothing else; they are those of hrvlm_jax, and `manifest.json` holds their sha256.', '']

@@ -1,8 +1,7 @@
-"""A checkpoint beside a NumPy replay of the release it was converted from.
+"""Every tensor of a checkpoint beside the release it was converted from, in NumPy.
 
 The files are read with safetensors or torch alone, past our own readers, and our layout is undone
-by rules of this file, not by the operations of the weight tables, which only pair the names. The
-replay holds every tensor against its leaf, and runs projector and coordinate MLP on random input.
+by rules of this file, not by the operations of the weight tables, which only pair the names.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 import json
 import math
 import pathlib
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,23 +19,13 @@ from safetensors import safe_open
 from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.checkpoint.rows import Entry, Table, entries
 from hrvlm_jax.core import paths
-from hrvlm_jax.core.layers import Mlp
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.systems.contract import ModelConfig
-from hrvlm_jax.vision.blocks import BlockProjector, block_side
-from hrvlm_jax.vlm.model import Projector
 
 LIMIT = 1e-4  # of a difference, relative to the largest value of the reference but at least 1
 
 Outputs = dict[str, dict[str, Any]]
 _UNDONE = ('identity', 'transpose', 'conv_kernel', 'conv1x1', 'split_rows',
            'reshape', 'batched', 'scale', 'scalar')
-# What stands in front of the numbered layers of a projector or coordinate MLP.
-_LAYERS = re.compile(
-  r'((?:model\.|mm_projector/)?mm_projector\.(?:layers\.)?|mm_projector/layers\.'
-  r'|multi_modal_projector\.linear_|vision_model\.coord_embed\.)(\d+)\.(weight|bias)')
-_OWN = re.compile(r'(projector/fc)(\d+)/(kernel|bias)')  # in the house's own layout
-_EPS = 1e-5  # of torch's LayerNorm
 
 
 class PlainTensors(Mapping[str, np.ndarray]):
@@ -187,65 +175,6 @@ def _distance(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     gap = a[i:i + (1 << 22)].astype(np.float64) - b[i:i + (1 << 22)].astype(np.float64)
     largest, total = max(largest, float(np.max(np.abs(gap)))), total + float(gap.sum())
   return (largest, abs(total)) if largest == largest else (math.inf, math.inf)
-
-
-def heads(config: ModelConfig, table: Table, stored: StoredParams, plain: PlainTensors
-          ) -> Iterator[tuple[str, Outputs]]:
-  """(part, outputs) of projector and coordinate MLP, run here and in NumPy on random input."""
-  where = {name: row.our_paths[0] for row in table.rows for name in row.names}
-  layers: dict[str, dict[int, dict[str, np.ndarray]]] = {}
-  for name in plain:
-    if match := _LAYERS.fullmatch(name) or _OWN.fullmatch(name):
-      value, kernel = plain[name].astype(np.float32), match[3] == 'kernel'
-      layers.setdefault(match[1], {}).setdefault(int(match[2]), {})[
-        'weight' if kernel else match[3]] = value.T if kernel else value
-  for prefix, found in layers.items():
-    first = next(index for index in sorted(found) if found[index]['weight'].ndim == 2)
-    path = where.get(f'{prefix}{first}.weight', f'{prefix}1/kernel').removesuffix('/fc1/kernel')
-    width = found[first]['weight'].shape[1]
-    build = _module(config, path, width, max(found.items())[1]['weight'].shape[0])
-    if build is None:
-      continue
-    x = np.random.default_rng(0).standard_normal((8, width), np.float32)
-    module = bound(Functional(build), stored, f'{path}/')
-    run = getattr(module, 'project', module)  # blocks of patches, stacked already
-    yield path, {'outputs': difference(run(jnp.asarray(x)), _sequence(prefix, found, x))}
-
-
-def _module(config: ModelConfig, path: str, n_in: int, n_out: int) -> Callable[..., Any] | None:
-  """How to build the module at a path, None when it is none of these."""
-  if path == 'projector':
-    return lambda rngs: Projector(config.projector, rngs=rngs)
-  if path.endswith('/coord_embed'):
-    return lambda rngs: Mlp(n_in, n_out, out=n_out, activation='gelu', rngs=rngs)
-  encoder = config.encoder
-  for _ in range(path.count('/inner')):
-    encoder = encoder.encoder
-  kind = getattr(encoder, 'projector', None)
-  if not path.endswith('/projector') or not isinstance(kind, str):
-    return None
-  return lambda rngs: BlockProjector(kind, n_in // block_side(kind) ** 2, n_out, rngs=rngs)
-
-
-def _sequence(prefix: str, layers: Mapping[int, Mapping[str, np.ndarray]], x: np.ndarray
-              ) -> np.ndarray:
-  """torch's Sequential: a layer without parameters between two others is a GELU."""
-  between = not prefix.endswith('.')  # transformers numbers the linear layers alone
-  for index in range(min(layers), max(layers) + 1):
-    if index not in layers:
-      x = _gelu(x)
-      continue
-    x = _gelu(x) if between and index > min(layers) else x
-    weight, bias = layers[index]['weight'], layers[index].get('bias', np.float32(0))
-    if weight.ndim == 1:
-      x = x - x.mean(-1, keepdims=True)
-      x = x / np.sqrt((x * x).mean(-1, keepdims=True) + _EPS) * weight + bias
-    else:
-      x = x @ weight.T + bias
-  return x
-
-
-_gelu = np.vectorize(lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))), otypes=[np.float32])
 
 
 def bound(fn: Functional, stored: StoredParams, prefix: str) -> Any:

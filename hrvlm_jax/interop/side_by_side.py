@@ -158,7 +158,8 @@ def tower(path: str, config: ViTConfig, values: Mapping[str, Any], stored: Store
 def _tower_settings(path: str, values: Mapping[str, Any]) -> dict[str, Any]:
   """Family, heads, activation and epsilon of a ViT, from config.json."""
   own = values.get('vision_config')
-  if isinstance(own, Mapping) and 'num_attention_heads' in own:
+  # A folder for transformers describes layers there, whatever the tower; `model` says which it is.
+  if isinstance(own, Mapping) and 'num_attention_heads' in own and 'layout' not in values:
     family = _CLIP if 'clip' in own.get('model_type', 'siglip').replace('siglip', '') else _SIGLIP
     return family | {key: own[key] for key in (
       'num_attention_heads', 'hidden_act', 'layer_norm_eps') if key in own}
@@ -306,6 +307,8 @@ class _Names(Mapping[str, np.ndarray]):
                    if new.startswith(found[0])}
 
   def __getitem__(self, name: str) -> np.ndarray:
+    if name not in self._names:
+      raise NotChecked(f'the release has no tensor ...{name}')
     return self._plain[self._names[name]].astype(np.float32)
 
   def __contains__(self, name: object) -> bool:

@@ -26,12 +26,18 @@ NEW = 12
 
 
 def tiny(name):
-  """A tiny model as the original's code can be; it has MC-LLaVA's first window fixed."""
-  config = registry.get(name).tiny()
-  if name != 'mc_llava':
-    return config
-  return dataclasses.replace(config, encoder=dataclasses.replace(
-    config.encoder, window=384, growth=10))
+  """A tiny model as the original's code can be: MC-LLaVA's first window is fixed there, LLaVA-HR's
+  ViT sees at least 336 pixels, and its ConvNeXt ends in 1536 channels."""
+  config, encoder = registry.get(name).tiny(), registry.get(name).tiny().encoder
+  if name == 'mc_llava':
+    encoder = dataclasses.replace(encoder, window=384, growth=10)
+  elif name == 'llava_hr':
+    encoder = dataclasses.replace(
+      encoder, image_size=768, fast_size=None,
+      fast=dataclasses.replace(encoder.fast, image_size=336, patch_size=14),
+      slow=dataclasses.replace(encoder.slow, widths=(16, 32, 64, 1536)))
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, max_positions=1024))
+  return dataclasses.replace(config, encoder=encoder)
 
 
 def weights(config, seed=0):

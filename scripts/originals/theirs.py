@@ -110,6 +110,41 @@ def pheye(checkout, folder, asked):
   return answer
 
 
+def llava_hr(checkout, folder, asked):
+  """The same of luogen1996/LLaVA-HR; its ConvNeXt, whose sizes are fixed in code, is made small by
+  the class that it is made of."""
+  from llava_hr.mm_utils import process_images
+  from llava_hr.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+  from llava_hr.model.multimodal_encoder import convnext, convnext_encoder
+  from safetensors.torch import load_file
+  from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+  encoder, tower = asked['model']['encoder'], folder.parent / 'tower'
+  fast, slow = encoder['fast'], encoder['slow']
+  CLIPVisionModel(CLIPVisionConfig(
+    hidden_size=fast['width'], num_hidden_layers=fast['depth'], num_attention_heads=fast['heads'],
+    image_size=fast['image_size'], intermediate_size=fast['mlp_width'],
+    patch_size=fast['patch_size'], hidden_act=fast['activation'],
+    layer_norm_eps=fast['norm_eps'])).save_pretrained(tower)
+  CLIPImageProcessor().save_pretrained(tower)
+  convnext_encoder.convnext_large_mlp = lambda name: convnext.ConvNeXt(
+    depths=slow['depths'], dims=slow['widths'], num_classes=slow['classes'],
+    head_hidden_size=slow['head_width'])
+  values = json.loads((folder / 'config.json').read_text())
+  values |= {'mm_vision_tower': str(tower), 'vision_tower_slow': 'convnext_large'}
+  model = LlavaLlamaForCausalLM(LlavaConfig(**values)).eval().float()
+  fill(model, load_file(folder / 'model.safetensors'))
+  processor = model.get_vision_tower().image_processor
+
+  def answer(picture, ids):
+    images = process_images([picture], processor, model.config).float()
+    out = model.generate(ids, images=images, max_new_tokens=asked['new'], do_sample=False,
+                         use_cache=True, eos_token_id=asked['stop'], pad_token_id=asked['stop'][0])
+    return out[0, ids.shape[1]:]
+
+  return answer
+
+
 def fill(model, tensors):
   """Every parameter gets its tensor, and every tensor has its parameter.
 
@@ -129,7 +164,8 @@ def main(name, checkout, work):
   place = pathlib.Path(work)
   asked = json.loads((place / 'asked.json').read_text())
   with torch.no_grad():
-    answer = {'mc_llava': mc_llava, 'pheye': pheye}[name](checkout, place / 'original', asked)
+    make = {'mc_llava': mc_llava, 'pheye': pheye, 'llava_hr': llava_hr}[name]
+    answer = make(checkout, place / 'original', asked)
     found = [answer(Image.open(place / one['picture']).convert('RGB'), torch.tensor([one['ids']]))
              for one in asked['asked']]
   versions = {p: importlib.metadata.version(p) for p in ('torch', 'transformers', 'pillow')}

@@ -140,3 +140,14 @@ def test_wrong_arguments(argv, message):
 def test_cases_are_listed(capsys):
   bench.main([])
   assert 'ps3_4k' in capsys.readouterr().out
+
+
+@pytest.mark.full('interop')
+@pytest.mark.parametrize('name', ['ps3_4k', 'siglip_13', 'clip_h_10', 'llava_hr_1024'])
+def test_exports_agree_with_ours(name, tmp_path, monkeypatch):
+  """The model code of an export and ours in JAX, each in a process of its own."""
+  monkeypatch.setenv('HRVLM_BENCH_SCRATCH', str(tmp_path))
+  case = find_cases()[f'tiny_torch_export_{name}_jax']
+  found = runner.run_case(case, runner.Settings(rounds=1, ceiling=False), say=lambda _: None)
+  assert max(found['differences'].values()) < 1e-4 and found['ratio']['median'] > 0
+  assert 'torch' in found['versions']

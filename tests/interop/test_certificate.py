@@ -13,12 +13,17 @@ from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.checkpoint.rows import export_tensors
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.core import paths
+from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.interop import certificate
 from hrvlm_jax.interop.convert import convert
+from hrvlm_jax.interop.export import export
+from hrvlm_jax.interop.reference import AGAINST
+from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import System
 from tests import levels
 from tests.interop.releases import random_params, write_release
+from tests.interop.tiny_models import MODELS
 
 
 def small_release(folder, name):
@@ -31,16 +36,19 @@ def small_release(folder, name):
 
 
 @pytest.mark.parametrize('name, parts', [
-  ('mc_llava', {'language': 'transformers.PhiForCausalLM', 'projector': 'NumPy',
-                'vision/tower': 'transformers.SiglipVisionModel', 'vision/coord_embed': 'NumPy',
+  ('mc_llava', {'language': 'transformers.PhiForCausalLM', 'projector': AGAINST,
+                'vision/tower': 'transformers.SiglipVisionModel', 'vision': AGAINST,
                 'prompts': 'transformers tokenizer'}),
   ('pheye', {'language': 'transformers.PhiForCausalLM', 'prompts': 'transformers tokenizer',
-             'vision/tower': 'transformers.CLIPVisionModel'}),
-  ('llava_hr', {'language': 'transformers.LlamaForCausalLM', 'projector': 'NumPy',
+             'vision/tower': 'transformers.CLIPVisionModel', 'vision': AGAINST,
+             'fusion': AGAINST}),
+  ('llava_hr', {'language': 'transformers.LlamaForCausalLM', 'projector': AGAINST,
                 'vision/fast': 'transformers.CLIPVisionModel', 'prompts': 'transformers tokenizer',
-                'vision/slow': 'transformers.ConvNextModel'}),
-  ('vila_hd', {'language': 'transformers.Qwen2ForCausalLM', 'vision/projector': 'NumPy',
-               'prompts': 'transformers tokenizer'})])
+                'vision/slow': 'transformers.ConvNextModel', 'vision': AGAINST}),
+  ('vila_hd', {'language': 'transformers.Qwen2ForCausalLM', 'vision/projector': AGAINST,
+               'prompts': 'transformers tokenizer', 'vision/ps3': AGAINST,
+               'vision/prompt_head': AGAINST}),
+  ('ps3', {'vision': AGAINST, 'text': AGAINST})])
 def test_what_is_compared(name, parts, tmp_path, capsys):
   source = small_release(tmp_path / 'original', name)
   argv = ['convert', '--from', str(source), '--to', str(tmp_path / 'c'), '--check']
@@ -56,15 +64,11 @@ def test_what_is_compared(name, parts, tmp_path, capsys):
   for compared in found['compared']:
     for numbers in compared['outputs'].values():
       assert 0 <= numbers['difference'] <= numbers['limit']
-  # Every tensor of the release is held against its leaf, and what has no forward pass is named.
+  # Every tensor of the release is held against its leaf, and every part has its forward pass.
   counted = sum(c['outputs']['tensors']['count'] for c in found['compared'] if c['name'] in tensors)
   assert counted == sum(len(hf.TensorFolder(source / f))
                         for f in registry.get(name).folders or ('',))
-  rest = {part for part in tensors.values() if part not in parts}
-  assert found['not_checked'] == {
-    f'{part} (forward pass)': 'there is no reference for it' for part in rest}
-  for part in rest:
-    assert f'NOT CHECKED  {part} (forward pass): there is no reference' in out
+  assert found['not_checked'] == {} and 'NOT CHECKED' not in out
   assert found['versions']['torch'] and found['versions']['transformers']
   assert len(found['checkpoint_sha256']) == len(found['source']['sha256']) == 64
   store.resolve(tmp_path / 'c')  # the certificate does not disturb the checkpoint
@@ -86,10 +90,12 @@ def test_without_torch_the_replay_runs_and_the_rest_is_named(name, tmp_path, cap
                         for f in registry.get(name).folders or ('',))
   if config.text is not None:
     out = capsys.readouterr().out
-    for part, library in (('language', 'torch'), ('prompts', 'transformers')):
+    wanted = [('language', 'torch'), ('prompts', 'transformers')]
+    wanted += [('projector', 'torch')] if config.projector else []
+    wanted += [('vision/ps3' if name == 'vila_hd' else 'vision', 'torch')]
+    for part, library in wanted:
       assert found['not_checked'][part].startswith(f'{library} is not installed')
       assert f'NOT CHECKED  {part}: {library} is not installed' in out
-    assert {c['name'] for c in found['compared']} >= ({'projector'} if config.projector else set())
 
 
 @pytest.fixture(scope='module')
@@ -153,7 +159,7 @@ def test_a_damaged_projector_fails(converted, tmp_path):
   assert failed(result) == {'projector', 'projector (tensors)'}
   result = damaged(converted, tmp_path / 'd', vision__coord_embed__fc1__bias=lambda params: (
     params['vision/coord_embed/fc1/bias'][::-1]))
-  assert failed(result) == {'vision/coord_embed', 'vision/coord_embed (tensors)'}
+  assert failed(result) == {'vision', 'vision/coord_embed (tensors)'}
   outputs = {c.name: c.outputs for c in result.compared}['vision/coord_embed (tensors)']
   assert outputs['sums']['status'] == 'ok' and outputs['values']['status'] == 'different'
 
@@ -206,9 +212,25 @@ def test_the_layout_of_the_house_is_compared_too(tmp_path, monkeypatch):
   result = certificate.certify(tmp_path / 'c', source)
   assert result.passed, result.lines()
   assert {c.name for c in result.compared} == {
-    'config', 'projector', 'prompts', *(
+    'config', 'language', 'projector', 'prompts', *(
       f'{part} (tensors)' for part in ('language', 'projector', 'vision/tower'))}
-  assert set(result.not_checked) == {'language', 'vision/tower (forward pass)'}
+  assert set(result.not_checked) == {'vision'}
   result = damaged((source, tmp_path / 'c'), tmp_path / 'd', projector__fc1__bias=lambda params: (
     params['projector/fc1/bias'] + 1))
   assert failed(result) == {'projector', 'projector (tensors)'}
+
+
+@pytest.mark.parametrize('name, layout', levels.rows('interop', [
+  ('llava_hr', 'transformers'), ('mc_llava', 'transformers'), ('vila_hd', 'transformers'),
+  ('pheye', 'transformers'), ('mc_llava/qwen2', 'original')], first=[('llava_hr', 'transformers')]))
+def test_our_own_layouts_have_certificates(name, layout, tmp_path, capsys):
+  """Folders that transformers opens, and the layout hrvlm-1: every part has a reference."""
+  config = MODELS[name]
+  files = {f'tokenizer/{n}': data for n, data in tokenizer_of('byte').files.items()}
+  store.save_params(tmp_path / 'a', random_params(config), {'model': to_dict(config)},
+                    extra_files=files)
+  export(tmp_path / 'a', tmp_path / 'f', layout=layout)
+  argv = ['convert', '--from', str(tmp_path / 'f'), '--to', str(tmp_path / 'c'), '--check']
+  assert main(argv) == 0, capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'parity check passed' in out and 'NOT CHECKED' not in out

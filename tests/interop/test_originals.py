@@ -4,6 +4,9 @@ import json
 import os
 import pathlib
 import subprocess
+import sys
+
+import pytest
 
 from scripts.originals import keep
 
@@ -21,7 +24,7 @@ def test_folders_and_packages_that_are_not_there(tmp_path):
     out = run(*arguments)
     assert out.returncode == 2 and 'the checkout of an original' in out.stderr
   out = run(tmp_path)
-  assert out.returncode == 2 and 'neither modeling_mc_llava.py' in out.stderr
+  assert out.returncode == 2 and 'none of modeling_mc_llava.py' in out.stderr
   (tmp_path / 'modeling_mc_llava.py').write_text('raise SystemExit("never run")')
   out = run(tmp_path, HRVLM_WHEELS=str(tmp_path / 'none'), HRVLM_ORIGINAL_PYTHON='',
             HRVLM_ORIGINAL_TORCH='torch==9.9')
@@ -46,3 +49,18 @@ def test_a_run_is_kept_with_its_commit(tmp_path):
   code, page = kept(tmp_path, [[1, 2], [3, 4, 5]])
   assert code == 0 and page.count('| pheye |') == 1 and '+changes |' in page
   assert page.rstrip().endswith('| 2 of 2 | 5 of 5 |')
+
+
+@pytest.mark.full('interop')
+def test_a_made_up_original_with_other_names_keeps_nothing(tmp_path):
+  (tmp_path / 'modeling_mc_llava.py').write_text(
+    'import torch\nclass LlavaConfig(dict):\n  pass\n'
+    'class LlavaForCausalLM(torch.nn.Module):\n'
+    '  def __init__(self, config):\n    super().__init__()\n'
+    '    self.other = torch.nn.Linear(2, 3)\n')
+  (tmp_path / 'processing_mc_llava.py').write_text('MultiCropImageProcessor = None\n')
+  page = tmp_path / 'page.md'
+  out = run(tmp_path, HRVLM_ORIGINAL_PYTHON=sys.executable, HRVLM_ORIGINALS_PAGE=str(page))
+  assert out.returncode == 1, out.stdout + out.stderr
+  assert 'missing other.weight' in out.stderr and 'unexpected language_model' in out.stderr
+  assert not page.exists()

@@ -109,7 +109,7 @@ def test_beams_samples_and_settings_at_call_time(name, pair):
     half = len(two['visual_index']) // 2
     with pytest.raises(ValueError, match=f'{2 * half} places .* have {half}'):
       model(**{**two, 'visual_index': two['visual_index'][:half]})
-  with pytest.raises(ValueError, match='no settings of its encoder: max_cropz'):
+  with pytest.raises(ValueError, match='a call can change: max_cropz'):
     pair.inputs(pair.items(1), max_cropz=0)
   with pytest.raises(ValueError, match='1 <image> in the text, but 2 images'):
     pair.processor(images=[picture((9, 9))] * 2, text='<image> ?')

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -50,7 +50,8 @@ VISION = {'anyres': TiledVision, 'llava_hr': LlavaHrVision, 'mc_llava': McLlavaV
           'single_view': SingleViewVision, 'tiling': TiledVision,
           'vila_hd': VilaHdVision}
 # What a processor gives beside `pixel_values`.
-ARRAYS = ('coords', 'first_scales', 'grids', 'inner_counts', 'visual_counts', 'visual_index')
+ARRAYS = ('coords', 'first_scales', 'grids', 'inner_counts', 'look', 'visual_counts',
+          'visual_index')
 IMAGES = ('pixel_values', 'image_features', 'image_repeats', *ARRAYS)
 
 
@@ -59,6 +60,17 @@ def encoder_of(model, config):
   if model.system == 'reduced':
     return ReducedVision(model.encoder, config, VISION[model.encoder.inner], config.inner_width)
   return VISION[model.system](model.encoder, config)
+
+
+def visual_tokens(vision, pixel_values, visual_index, inner_counts=None, **arrays):
+  """Tokens [n d] of all images, one after the other, before the projector.
+
+  Args:
+    vision: of `encoder_of`; the others are what the processor gives for images.
+  """
+  found = vision(pixel_values, **arrays).flatten(0, -2)
+  found = found[visual_index.to(found.device)]
+  return found if inner_counts is None else vision.reduce(found, inner_counts)
 
 
 _ACTIVATIONS = {'gelu': nn.functional.gelu, 'silu': nn.functional.silu,
@@ -128,6 +140,18 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       self.fusion.hook(self.language_model.model.layers)
     self.post_init()
 
+  def merge_adapters(self):
+    """Pheye: adds the low-rank sets to the weights of its tower, one copy for the global view and
+    one for the tiles; for inference. The model is saved as it was.
+
+    Raises:
+      ValueError: the encoder has no sets.
+    """
+    if not hasattr(self.vision, 'merge_adapters'):
+      raise ValueError(f'{self.config.model_type} has no adapters in its encoder; LoRA of peft is '
+                       'merged by merge_and_unload')
+    self.vision.merge_adapters()
+
   def get_input_embeddings(self):
     """The embedding table of the language model."""
     return self.language_model.get_input_embeddings()
@@ -149,10 +173,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
 
     Args: what the processor gives for images.
     """
-    found = self.vision(pixel_values, **arrays)
-    found = found.flatten(0, -2)
-    found = found[visual_index.to(found.device)]
-    found = found if inner_counts is None else self.vision.reduce(found, inner_counts)
+    found = visual_tokens(self.vision, pixel_values, visual_index, inner_counts, **arrays)
     return found if self.projector is None else self.projector(found)
 
   def embed(self, input_ids, features, repeats=1, cache=None):
@@ -175,13 +196,15 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     features = self._per_row(features, places, repeats).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places[..., None], features)
 
-  def _look(self, input_ids, mask, pixel_values, first, repeats):
-    """(visual tokens [n d], which of them are real [n]) of both passes; None without images."""
+  def _look(self, input_ids, mask, pixel_values, first, asked, repeats, keep):
+    """(visual tokens [n d], which of them are real [n], what the second pass shares of the first)
+    of both passes; None without images."""
     if pixel_values is None or input_ids is None:
-      return None, None
+      return None, None, None
     mask = torch.ones_like(input_ids) if mask is None else mask
-    tokens, valid, _ = look(self, input_ids[::repeats], mask[::repeats].bool(), pixel_values, first)
-    return tokens, valid
+    tokens, valid, _, shared = look(self, input_ids[::repeats], mask[::repeats].bool(),
+                                    pixel_values, first, asked, keep)
+    return tokens, valid, shared
 
   def _readable(self, input_ids, mask, positions, valid, cache, repeats):
     """(mask, positions): places whose visual token is none are not read and shift nothing; the
@@ -229,14 +252,14 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
   def forward(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None,
               past_key_values=None, inputs_embeds=None, labels=None, logits_to_keep=0,
               visual_index=None, visual_counts=None, coords=None, grids=None,
-              first_scales=None, inner_counts=None, image_features=None, image_repeats=1,
-              **kwargs):
+              first_scales=None, inner_counts=None, look=None, image_features=None,
+              image_repeats=1, **kwargs):
     """Logits of every position, and the loss of the labels.
 
     Args:
       input_ids: [b t], with a placeholder per visual token (none with cross-attention).
-      pixel_values, visual_index, coords, grids, first_scales, inner_counts: of all images, from
-        the processor.
+      pixel_values, visual_index, coords, grids, first_scales, inner_counts, look: of all images,
+        from the processor.
       visual_counts: [b] visual tokens of each row, with cross-attention.
       labels: [b t], -100 where nothing is trained; unshifted.
       image_features: what `get_image_features` gave, in place of `pixel_values`.
@@ -244,14 +267,19 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     """
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError('give exactly one of input_ids and inputs_embeds')
-    valid = None
+    valid = shared = None
     if self.two_pass:
-      image_features, valid = self._look(
-        input_ids, attention_mask, pixel_values, first_scales, image_repeats)
+      # Generation asks for the last logits alone, so the places of both passes need not run twice.
+      keep = (type(past_key_values) is DynamicCache and not past_key_values.get_seq_length()
+              and isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
+              and not torch.is_grad_enabled() and not kwargs.get('output_attentions')
+              and not kwargs.get('output_hidden_states'))
+      image_features, valid, shared = self._look(
+        input_ids, attention_mask, pixel_values, first_scales, look, image_repeats, keep)
       attention_mask, position_ids = self._readable(
         input_ids, attention_mask, position_ids, valid, past_key_values, image_repeats)
     elif image_features is None and pixel_values is not None:
-      arrays = {'coords': coords, 'grids': grids, 'inner_counts': inner_counts}
+      arrays = {'coords': coords, 'grids': grids, 'inner_counts': inner_counts, 'look': look}
       image_features = self.get_image_features(
         pixel_values, visual_index, **{k: v for k, v in arrays.items() if v is not None})
     media = None
@@ -262,6 +290,11 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
         inputs_embeds)
     elif inputs_embeds is None:
       inputs_embeds = self.embed(input_ids, image_features, image_repeats, past_key_values)
+    if shared is not None:
+      start = shared.fill(past_key_values, logits_to_keep, image_repeats)
+      inputs_embeds, position_ids = inputs_embeds[:, start:], position_ids[:, start:]
+      if kwargs.get('cache_position') is not None:  # transformers 5.0 hands it on
+        kwargs = kwargs | {'cache_position': kwargs['cache_position'][start:]}
     out = self.language_model(
       inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
       past_key_values=past_key_values, logits_to_keep=logits_to_keep,

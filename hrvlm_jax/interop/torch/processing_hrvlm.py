@@ -8,6 +8,7 @@ from transformers.image_utils import load_image
 
 from .configuration_hrvlm import settings
 from .pixels import normalise
+from .ps3_plan import packed
 from .views_baselines import (
   anyres,
   llava_hr,
@@ -25,7 +26,6 @@ from .views_mc_llava import view as mc_llava
 # Transformers 5.0 copies, of a local folder, only the files that this one names itself.
 if TYPE_CHECKING:
   from .blocks import described as described
-  from .ps3_plan import Plan as Plan
 
 # A picture and settings of the encoder -> `pixels` uint8 [v h w 3], `index` [t] of the tokens that
 # stand in the prompt, `size`, the number of tokens they are taken from, `fixed`, how many learned
@@ -33,6 +33,14 @@ if TYPE_CHECKING:
 VIEWS = {'anyres': anyres, 'llava_hr': llava_hr, 'mc_llava': mc_llava, 'pheye': pheye,
          'ps3': ps3, 's2': s2, 's2_dynamic': s2_dynamic, 'single_view': single_view,
          'tiling': tiling, 'vila_hd': vila_hd}
+# Settings of an encoder that a call can change: the model does not read them, or gets them with the
+# pictures (`look`).
+CALL = {'anyres': ('pinpoints',), 'llava_hr': ('aspect',),
+        'mc_llava': ('max_crops', 'num_tokens', 'window', 'growth', 'crop_cap'), 'pheye': (),
+        'ps3': ('looks', 'tokens', 'first_scales', 'smooth'), 'reduced': (), 's2': ('fit',),
+        's2_dynamic': ('max_tiles',), 'single_view': ('fit', 'last_tokens'),
+        'tiling': ('min_tiles', 'max_tiles', 'thumbnail'),
+        'vila_hd': ('looks', 'tokens', 'budgets', 'smooth')}
 IMAGE = '<image>'
 
 
@@ -54,8 +62,8 @@ class HrvlmImageProcessor(BaseImageProcessor):
   Args:
     system: its name.
     token_maps: see `ReducedConfig`.
-    encoder: its settings, as in config.json. Any of them can be given to a call, too (`max_crops`,
-      `num_tokens`, ...).
+    encoder: its settings, as in config.json. Those of `CALL` can be given to a call, too
+      (`max_crops`, `num_tokens`, ...).
   """
 
   model_input_names = ['pixel_values', 'visual_index']
@@ -71,16 +79,25 @@ class HrvlmImageProcessor(BaseImageProcessor):
 
     Args:
       images: pictures, or their paths or addresses; a list, or a list of lists.
-      options: settings of the encoder for this call.
+      options: settings of the encoder for this call, those of `CALL`.
 
     Raises:
-      ValueError: an option that the encoder does not have.
+      ValueError: an option that a call cannot change.
     """
-    if unknown := sorted(set(options) - set(self.encoder)):
-      raise ValueError(f'{self.system}: no settings of its encoder: {", ".join(unknown)}; it has '
-                       f'{", ".join(sorted(self.encoder))}')
+    known = CALL[self.system]
+    if unknown := sorted(set(options) - set(known)):
+      raise ValueError(f'{self.system}: no settings of its encoder that a call can change: '
+                       f'{", ".join(unknown)}; these are {", ".join(known) or "none"}, the others '
+                       'belong to the model (config.json)')
+    if 'looks' in options:
+      options = {'tokens': None} | options  # tokens would win
+    looks = options and self.system in ('ps3', 'vila_hd')
+    if looks and self.system == 'ps3':
+      options = {'look': self.encoder['look'] | options}
     encoder = settings(self.encoder | options)
     pixels = self.pixels(flat(images), encoder)
+    if looks:
+      pixels['look'] = np.array([packed(vars(getattr(encoder, 'look', encoder)))])
     colours = encoder
     while not hasattr(colours, 'mean'):
       colours = colours.tower if hasattr(colours, 'tower') else colours.encoder

@@ -9,7 +9,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .attention import Attention, attend
 from .convnext import convolved
-from .ps3_plan import Plan
+from .ps3_plan import LOOK, Plan, unpacked
 from .towers import Mlp, Tower
 
 
@@ -292,9 +292,15 @@ class PS3(nn.Module):
       probs = self.probabilities(low, prompt, plan, smooth=look['smooth'])
     return self.look(low, images, probs, plan)
 
-  def forward(self, pixel_values):
-    """[n 3 S S] -> tokens [n t d]: the thumbnail's, then those of the chosen patches."""
-    return self.encode(pixel_values).hidden[self.c.vision.depth - 1]
+  def forward(self, pixel_values, look=None):
+    """[n 3 S S] -> tokens [n t d]: the thumbnail's, then those of the chosen patches.
+
+    Args:
+      look: of the processor, in place of the settings of the model.
+    """
+    options = {} if look is None else unpacked(look.flatten().tolist())
+    out = self.encode(pixel_values, **{name: options[name] for name in LOOK if name in options})
+    return out.hidden[self.c.vision.depth - 1]
 
   def pool(self, x):
     """[n t d] of block outputs -> [n o]: last norm or C-RADIO's adapter, then the pool."""

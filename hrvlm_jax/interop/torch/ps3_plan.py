@@ -1,5 +1,30 @@
 """How many patches of which scale each look of PS3 takes: integers that follow from settings."""
 
+from types import SimpleNamespace
+
+# What a call of a processor can change of a look; the model gets it as one row of numbers, in this
+# order, the budgets last.
+LOOK = ('looks', 'tokens', 'first_scales', 'smooth')
+_NONE, _ALL = -1, -2
+
+
+def packed(look):
+  """Settings of a look as a row of integers: those of `LOOK`, then the budgets, if any."""
+  number = lambda x: _NONE if x is None else _ALL if x == 'all' else int(x)
+  return [*(number(look.get(name)) for name in LOOK), *(look.get('budgets') or ())]
+
+
+def unpacked(row):
+  """The settings of a row of `packed`; budgets None where it has none."""
+  values = [None if x == _NONE else 'all' if x == _ALL else x for x in row]
+  found = dict(zip(LOOK, values))
+  return found | {'smooth': bool(found['smooth']), 'budgets': values[len(LOOK):] or None}
+
+
+def replaced(c, **values):
+  """Settings with other values."""
+  return SimpleNamespace(**(vars(c) | values))
+
 
 class Plan:
   """Grids of the scales of a square picture, and tokens [look][high scale].
@@ -119,6 +144,7 @@ class HighDef:
     self.slots = [max(slots(own[0], plan.deepest[i], side) for plan in self.plans)
                   for i, own in enumerate(self.plans[0].grids[1:])]
     self.high = max(sum(self.slots), 1)
+    self.each, self.smooth = self.low + self.high, c.smooth
     self.looks_closer = bool(self.plans[-1].counts)
     # Above half way between the last two scales, a picture uses all of them.
     self.threshold = (tower.scales[-2] + tower.scales[-1]) / 2

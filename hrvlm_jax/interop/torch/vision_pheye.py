@@ -18,10 +18,29 @@ class LowRank:
 
   def add_sets(self, sets, views, shape_a, shape_b):
     """The parameters `lora_a_<name>`, `lora_b_<name>`."""
-    self.views, self.sets = views, sets
+    self.views, self.sets, self.merged = views, sets, None
     for one in filter(None, sets):
       setattr(self, f'lora_a_{one.name}', nn.Parameter(torch.zeros(shape_a(one.rank))))
       setattr(self, f'lora_b_{one.name}', nn.Parameter(torch.zeros(shape_b(one.rank))))
+
+  def merge(self):
+    """The weights with each set added, in float32; frees nothing, so that the sets are saved."""
+    whole = []
+    for one in self.sets:
+      weight = self.weight.detach()
+      if one is not None:
+        a, b = (getattr(self, f'lora_{side}_{one.name}').detach().float() for side in 'ab')
+        low = (b @ a.flatten(1)).reshape(weight.shape) * (one.alpha / one.rank)
+        weight = (weight.float() + low).to(weight.dtype)
+      whole.append(weight)
+    self.merged = whole
+
+  def apart(self, x, run):
+    """Global views and tiles of x [n ...] through their own merged weights by `run` (x, weight)."""
+    rows = x.unflatten(0, (-1, self.views))
+    parts = [run(own.flatten(0, 1), weight) for own, weight in zip(
+      (rows[:, :1], rows[:, 1:]), self.merged)]
+    return torch.cat([part.unflatten(0, (len(rows), -1)) for part in parts], dim=1).flatten(0, 1)
 
   def low_rank(self, x, y, run):
     """y [n ...] plus the sets' terms; `run` (x, a, b) -> the term."""
@@ -47,6 +66,8 @@ class AdaptedLinear(nn.Linear, LowRank):
 
   def forward(self, x):
     """[n ... i] -> [n ... o]."""
+    if self.merged is not None and not self.training:
+      return self.apart(x, lambda x, weight: F.linear(x, weight, self.bias))
     return self.low_rank(x, super().forward(x), lambda x, a, b: x @ a.T @ b.T)
 
 
@@ -61,6 +82,8 @@ class AdaptedConv(nn.Conv2d, LowRank):
 
   def forward(self, x):
     """[n c h w] -> [n o H W]."""
+    if self.merged is not None and not self.training:
+      return self.apart(x, lambda x, weight: F.conv2d(x, weight, self.bias, self.stride))
     return self.low_rank(x, super().forward(x), lambda x, a, b: torch.einsum(
       'nrhw,or->nohw', F.conv2d(x, a, stride=self.stride), b))
 
@@ -86,6 +109,12 @@ class PheyeVision(nn.Module):
     norm = lambda: nn.LayerNorm(width, eps=c.norm_eps)
     self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
     self.sub_image = nn.Embedding(c.sub_image_rows, width)
+
+  def merge_adapters(self):
+    """See the model's."""
+    for module in self.modules():
+      if isinstance(module, LowRank):
+        module.merge()
 
   def forward(self, pixel_values):
     """Sub-images [n*views 3 s s] -> [n views*t d], the global view first."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from .blocks import BlockProjector, described
 from .ps3 import PS3, ProjectionHead
-from .ps3_plan import HighDef
+from .ps3_plan import HighDef, replaced, unpacked
 
 
 class LinearHead(nn.Module):
@@ -20,6 +20,15 @@ class LinearHead(nn.Module):
   def forward(self, x):
     """[n i] -> [n o]."""
     return self.fc1(x)
+
+
+def prompt_head(c):
+  """The head that the settings name; None: without."""
+  inner = c.tower.vision.width
+  if c.prompt_head is None:
+    return None
+  return LinearHead(c.width, inner) if c.prompt_head == 'linear' else (
+    ProjectionHead(c.width, 2 * inner, inner))
 
 
 class VilaHdVision(nn.Module):
@@ -36,43 +45,43 @@ class VilaHdVision(nn.Module):
     self.projector = BlockProjector(c.projector, inner, c.width,
                                     grid=self.grid if c.positions else None,
                                     scales=len(tower.scales))
-    self.prompt_head = None
-    if c.prompt_head is not None:
-      self.prompt_head = LinearHead(c.width, inner) if c.prompt_head == 'linear' else (
-        ProjectionHead(c.width, 2 * inner, inner))
+    self.prompt_head = prompt_head(c)
 
-  @property
-  def each(self):
-    """Places of a picture in the prompt."""
-    return self.counts.low + self.counts.high
+  def counts_of(self, asked=None):
+    """The counts of a call: the model's, or those of the processor's `look`."""
+    if asked is None:
+      return self.counts
+    found = unpacked(asked.flatten().tolist())
+    found.pop('first_scales')
+    return HighDef(replaced(self.c, **found), self.projector.side)
 
-  @property
-  def steers(self):
+  def steers(self, counts):
     """Whether the question decides what is encoded."""
-    return self.c.mode == 'after_prompt' and self.counts.looks_closer
+    return self.c.mode == 'after_prompt' and counts.looks_closer
 
-  def low(self, images):
+  def low(self, images, counts):
     """[v 3 S S] -> (PS3's thumbnail pass, low-resolution tokens [v n d])."""
-    found = self.ps3.low(images, keep=-self.c.select_layer, select=self.counts.looks_closer)
+    found = self.ps3.low(images, keep=-self.c.select_layer, select=counts.looks_closer)
     x = self.projector(found.hidden[self.layer])
     side = round(x.shape[1] ** 0.5)
     return found, (x + self.projector.positions(0, side)).to(x.dtype)
 
-  def high(self, seen, tokens, images, prompt, first=None):
+  def high(self, seen, tokens, images, counts, prompt, first=None):
     """(tokens [v k d], which of the places hold one [v k], maps per high scale).
 
     Args:
       seen, tokens: of `low`.
+      counts: of `counts_of`.
       prompt: [v c]; None follows saliency.
       first: [v] high scales of each picture, where sizes decide.
     """
-    if not self.counts.looks_closer:
+    if not counts.looks_closer:
       return tokens[:, :1], tokens.new_ones(len(tokens), 1, dtype=torch.bool), ()
-    if len(self.counts.choices) == 1:
-      return self._look(seen, tokens, images, prompt, self.counts.plans[0])
+    if len(counts.choices) == 1:
+      return self._look(seen, tokens, images, counts, prompt, counts.plans[0])
     out = None
-    for choice, plan in zip(self.counts.choices, self.counts.plans):
-      part = self._look(seen, tokens, images, prompt, plan)
+    for choice, plan in zip(counts.choices, counts.plans):
+      part = self._look(seen, tokens, images, counts, prompt, plan)
       if out is None:
         out = part
         continue
@@ -81,19 +90,19 @@ class VilaHdVision(nn.Module):
       out = (pick(out[0], part[0]), pick(out[1], part[1]), tuple(map(pick, out[2], part[2])))
     return out
 
-  def _look(self, seen, low, images, prompt, plan):
+  def _look(self, seen, low, images, counts, prompt, plan):
     with torch.no_grad():  # the choice of cells has no gradient
-      probs = self.ps3.probabilities(seen, prompt, plan, smooth=self.c.smooth)
+      probs = self.ps3.probabilities(seen, prompt, plan, smooth=counts.smooth)
     out = self.ps3.look(seen, images, probs, plan)
-    return (*self._blocks(out.hidden[self.layer], low, out.maps), tuple(out.maps))
+    return (*self._blocks(out.hidden[self.layer], low, out.maps, counts.slots), tuple(out.maps))
 
-  def _blocks(self, features, low, maps):
+  def _blocks(self, features, low, maps, slots):
     """Tokens of the blocks all of whose patches were chosen, in places fixed per scale."""
     batch, side = len(features), self.projector.side
     chosen = torch.cat([m.flatten(1) for m in maps], dim=1) > 0
     index = torch.where(chosen, self.grid**2 + chosen.cumsum(1) - 1, -1)
     tokens, valid, start = [], [], 0
-    for scale, (m, room) in enumerate(zip(maps, self.counts.slots), 1):
+    for scale, (m, room) in enumerate(zip(maps, slots), 1):
       grid = m.shape[1]
       own = index[:, start:start + grid * grid].unflatten(1, (grid, grid))
       start += grid * grid

@@ -1,0 +1,200 @@
+"""What a model of transformers is asked to do beside answering: share, stream, go on, compile."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from hrvlm_jax.vlm import model as vlm
+from tests import levels
+from tests.interop.pytorch import LIMIT, Pair, near, picture
+from tests.interop.tiny_models import MODELS
+
+made = {}
+
+
+@pytest.fixture
+def pair(name, tmp_path_factory):
+  """Model and folder, made once."""
+  if name not in made:
+    made[name] = Pair.make(MODELS[name], tmp_path_factory.mktemp('pair'))
+  return made[name]
+
+
+def lengths(model, call):
+  """(how many places each pass of the language model ran, what the call gave)."""
+  found = []
+  hook = model.language_model.model.layers[0].register_forward_pre_hook(
+    lambda _, args, kwargs: found.append(
+      (args[0] if args else kwargs['hidden_states']).shape[1]), with_kwargs=True)
+  try:
+    return found, call()
+  finally:
+    hook.remove()
+
+
+@pytest.mark.parametrize('name', levels.rows(
+  'interop', ['vila_hd', 'vila_hd/no_context'], first=['vila_hd']))
+def test_both_passes_share_a_cache(name, pair):
+  """Places in front of the first high-resolution token run once; all that both need is equal."""
+  model, encoder = pair.model, pair.config.encoder
+  for n, beams in ((1, 1), (4, 1), (2, 3)):
+    inputs = pair.inputs(pair.items(n))
+    options = dict(max_new_tokens=3, num_beams=beams, output_logits=True,
+                   return_dict_in_generate=True)
+    found, out = lengths(model, lambda: model.generate(**inputs, **options))  # noqa: B023
+    ids, place = inputs['input_ids'], model.config.image_token_id
+    first = (ids == place).int().argmax(1) + encoder.low_tokens  # of the places that differ
+    assert found[1] == ids.shape[1] - int(first.min()) < ids.shape[1], found
+    # Without: every place runs again, and a cache of another kind does.
+    whole, again = lengths(model, lambda: model.generate(**inputs, **options, use_cache=False))  # noqa: B023
+    assert whole[1] == ids.shape[1]
+    assert torch.equal(out.sequences, again.sequences)
+    for one, other in zip(out.logits, again.logits, strict=True):
+      assert near(one, other) <= LIMIT
+  with torch.no_grad():  # all logits are asked for
+    assert model(**inputs, use_cache=True).logits.shape[1] == ids.shape[1]
+
+
+@pytest.mark.parametrize('name, options', [
+  ('vila_hd', dict(looks=1)), ('vila_hd', dict(looks='all')), ('vila_hd', dict(looks=0)),
+  ('vila_hd', dict(tokens=31)), ('vila_hd', dict(looks=1, budgets=(12, 9))),
+  ('ps3', dict(looks=1, smooth=False)), ('ps3', dict(tokens=31, first_scales=1))])
+def test_looks_of_a_call(name, options, pair):
+  """Looks, tokens and budgets of a call are those of a model with these settings.
+
+  Not smoothed ones: a network of twenty channels rounds so that nearly equal cells change places.
+  """
+  encoder = pair.config.encoder
+  if name == 'ps3':
+    look = dataclasses.replace(encoder.look, looks=None) if 'tokens' in options else encoder.look
+    encoder = dataclasses.replace(encoder, look=dataclasses.replace(look, **options))
+  else:
+    encoder = dataclasses.replace(encoder, **{'tokens': None} | options)
+  other = Pair(dataclasses.replace(pair.config, encoder=encoder), pair.checkpoint, pair.folder)
+  batch, inputs = other.batch(pair.items(2)), pair.inputs(pair.items(2), **options)
+  module = vlm.build(other.config).bind(other.params)
+  valid = batch['valid']
+  ours = np.asarray(module.logits(module(batch)))[valid]
+  with torch.no_grad():
+    assert near(pair.model(**inputs).logits.numpy()[valid], ours) <= LIMIT
+  ids = pair.model.generate(**inputs, max_new_tokens=2)
+  assert ids.shape[1] == inputs['input_ids'].shape[1] + 2
+
+
+@pytest.mark.parametrize('name', levels.rows('interop', ['pheye', 'pheye/3'], first=['pheye']))
+def test_merged_adapters_of_the_encoder(name, pair, tmp_path):
+  inputs = pair.inputs(pair.items(2))
+  model = type(pair.model).from_pretrained(pair.folder, dtype=torch.float32).eval()
+  with torch.no_grad():
+    expected = model(**inputs).logits
+    model.merge_adapters()
+    assert near(model(**inputs).logits, expected) < 1e-5
+    tower = model.vision.tower.encoder.layers[0].mlp.fc1
+    tower.lora_b_second.zero_()  # not read any more
+    assert near(model(**inputs).logits, expected) < 1e-5
+  names = set(model.state_dict())
+  assert names == set(pair.model.state_dict())
+  with torch.no_grad():  # in training the sets act by themselves
+    model.train()
+    assert near(model(**inputs).logits, expected) > 1e-5
+
+
+@pytest.mark.parametrize('name', ['mc_llava'])
+def test_models_without_sets_say_so(name, pair):
+  with pytest.raises(ValueError, match='hrvlm_mc_llava has no adapters'):
+    pair.model.merge_adapters()
+  with pytest.raises(ValueError, match=r'change: vision; these are max_crops.*config\.json'):
+    pair.inputs(pair.items(1), vision={})
+
+
+class Heard:
+  """A streamer that keeps what it is given."""
+
+  def __init__(self):
+    self.ids, self.ended = [], False
+
+  def put(self, value):
+    """Ids of the prompt, then of each step."""
+    self.ids += value.flatten().tolist()
+
+  def end(self):
+    """After the last."""
+    self.ended = True
+
+
+@pytest.mark.parametrize('name', levels.rows('interop', [
+  name for name in MODELS if '/' not in name], first=['mc_llava', 'vila_hd']))
+def test_streams_and_further_turns(name, pair):
+  """A stream says what is answered; a second turn on the cache of the first says what the whole
+  conversation does, with a picture in the second turn too where pictures stand in the prompt."""
+  model, processor = pair.model, pair.processor
+  turn = lambda text, *images: {'role': 'user', 'content': [
+    *({'type': 'image', 'image': image} for image in images), {'type': 'text', 'text': text}]}
+  ask = lambda chat: processor.apply_chat_template(
+    [chat], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors='pt')
+  chat, heard = [turn('What?', picture((61, 47)))], Heard()
+  inputs = ask(chat)
+  options = dict(max_new_tokens=4, min_new_tokens=4, return_dict_in_generate=True)
+  out = model.generate(**inputs, streamer=heard, **options)
+  assert heard.ended and heard.ids == out.sequences[0].tolist()
+  answer = processor.post_process_image_text_to_text(
+    out.sequences[:, inputs['input_ids'].shape[1]:])[0]
+  chat += [{'role': 'assistant', 'content': answer}, turn('And where?')]
+  after = ask(chat)
+  whole = model.generate(**after, **options).sequences
+  # Random ids rarely decode to a text that has the same ids: the cache is used where they agree.
+  seen = out.past_key_values.get_seq_length()
+  start = after['input_ids'].clone()
+  common = int((start[0, :seen] == out.sequences[0, :seen]).int().cumprod(0).sum())
+  if common < seen:
+    out.past_key_values.crop(common - seen)
+  if pair.config.fusion.kind == 'two_pass':  # what may be read is kept beside the cache
+    valid = out.past_key_values.hrvlm_valid
+    out.past_key_values.hrvlm_valid = valid[:, :common]
+  found = model.generate(**after, past_key_values=out.past_key_values, **options).sequences
+  assert torch.equal(found, whole)
+
+
+@pytest.mark.parametrize('backend', levels.rows('interop', ['eager', 'inductor'], first=['eager']))
+@pytest.mark.parametrize('name', levels.rows(
+  'interop', ['mc_llava', 'llava_hr', 'pheye', 'vila_hd'], first=['mc_llava']))
+def test_compiled_towers(name, backend, pair):
+  """torch.compile of the layers of the towers, without breaks of the graph."""
+  inputs = pair.inputs(pair.items(2))
+  model = type(pair.model).from_pretrained(pair.folder, dtype=torch.float32).eval()
+  kinds = ('SiglipEncoderLayer', 'LookLayer', 'Block')
+  layers = [m for m in model.vision.modules() if type(m).__name__ in kinds]
+  assert len(layers) >= 3
+  with torch.no_grad():
+    expected = model(**inputs).logits
+    for layer in layers:
+      layer.compile(fullgraph=True, backend=backend)
+    assert near(model(**inputs).logits, expected) < 1e-5
+  torch._dynamo.reset()
+
+
+@pytest.mark.parametrize('name', ['mc_llava'])
+def test_attention_by_name(name, pair):
+  """Whatever transformers' attention interface knows, one of one's own included."""
+  from transformers import AttentionInterface, AutoModelForImageTextToText
+  from transformers.integrations.sdpa_attention import sdpa_attention_forward
+  from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+  called = []
+
+  def own(module, *args, **kwargs):
+    called.append(type(module).__name__)
+    return sdpa_attention_forward(module, *args, **kwargs)
+
+  AttentionInterface.register('hrvlm_test', own)
+  AttentionMaskInterface.register('hrvlm_test', sdpa_mask)
+  inputs = pair.inputs(pair.items(2))
+  real = inputs['attention_mask'].bool()
+  model = AutoModelForImageTextToText.from_pretrained(
+    pair.folder, trust_remote_code=True, attn_implementation='hrvlm_test', dtype=torch.float32)
+  with torch.no_grad():
+    expected = pair.model(**inputs).logits[real]
+    assert near(model.eval()(**inputs).logits[real], expected) < LIMIT
+  assert {'SiglipAttention', 'PhiAttention'} <= set(called)
