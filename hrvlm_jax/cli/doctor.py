@@ -196,6 +196,7 @@ def extras() -> list[Finding]:
       'torch': ('torch', 'pickled weights and side-by-side checks'),
       'transformers': ('torch', 'side-by-side checks'),
       'fastapi': ('serve', 'hrvlm serve'),
+      'gradio': ('page', 'the page of hrvlm serve'),
       'libtpu': ('tpu', 'TPUs, and hrvlm plan for them'),
       'gcsfs': ('tpu', 'work directories in buckets'),
       'xprof': ('profile', 'opening profiles'),

@@ -16,7 +16,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import MAX_PIXELS
 
 if TYPE_CHECKING:
-  from hrvlm_jax.vlm.answer import Answerer
+  from hrvlm_jax.front.model import Model
 
 
 def main(argv: list[str]) -> int:
@@ -49,6 +49,9 @@ def main(argv: list[str]) -> int:
   add('--drain-seconds', type=float, default=30.0, help='for requests on their way, after SIGTERM')
   add('--exif', choices=('apply', 'ignore'), default='apply',
       help='turn photographs upright as their EXIF block says, or not')
+  add('--page', action=argparse.BooleanOptionalAction, default=None,
+      help="a page to try the model at / (extra 'page'); default: where Gradio is installed")
+  add('--beside', metavar='CHECKPOINT', help='a second model, beside the first on the page')
   add('--dtype', choices=('float32', 'bfloat16'), default='float32')
   arguments = parser.parse(argv)
   for name, least in (('slots', 1), ('length', 2), ('queue', 0), ('max_tokens', 1),
@@ -71,6 +74,7 @@ def main(argv: list[str]) -> int:
     raise UserError(f'{error.name} is missing; install it with {installed.add("serve")}'
                     ) from error
 
+  page = _page(arguments)
   keys = guard.read_keys(arguments.api_key_file) if arguments.api_key_file else ()
   listening = _bind(arguments.host, arguments.port)  # before a large checkpoint is read
   port = listening.getsockname()[1]
@@ -82,43 +86,83 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.serving.driver import Driver
   from hrvlm_jax.serving.engine import Engine
 
-  answerer = _loaded(arguments, knobs.get('encoder', {}))
-  engine = Engine(answerer, slots=arguments.slots, length=arguments.length)
-  name = arguments.name or pathlib.Path(os.path.abspath(arguments.checkpoint)).name
-  completions = Completions(
-    Driver(engine, queue=arguments.queue), name=name, workers=arguments.workers,
-    limits=Limits(
-      body=arguments.max_body << 20, tokens=arguments.max_tokens,
-      default_tokens=arguments.default_tokens,
-      pictures=PictureLimits(images=arguments.max_images, pixels=arguments.max_pixels,
-                             remote=arguments.allow_remote_images, exif=arguments.exif)))
+  model = _loaded(arguments, arguments.checkpoint, knobs.get('encoder', {}))
+  engine = Engine(model.answerer, slots=arguments.slots, length=arguments.length)
+  name = arguments.name or _named(arguments.checkpoint)
+  limits = Limits(
+    body=arguments.max_body << 20, tokens=arguments.max_tokens,
+    default_tokens=arguments.default_tokens,
+    pictures=PictureLimits(images=arguments.max_images, pixels=arguments.max_pixels,
+                           remote=arguments.allow_remote_images, exif=arguments.exif))
+  driver = Driver(engine, queue=arguments.queue)
+  completions = Completions(driver, name=name, workers=arguments.workers, limits=limits)
   hosts = None
   if not open_to_all and '*' not in arguments.allow_host:
     hosts = (*guard.LOOPBACK, *(host.lower() for host in arguments.allow_host))
   elif arguments.allow_host and '*' not in arguments.allow_host:
     hosts = (arguments.host, *guard.LOOPBACK, *(host.lower() for host in arguments.allow_host))
-  server = Server(application(completions, hosts=hosts, keys=keys), completions,
-                  drain_seconds=arguments.drain_seconds)
+  app, second = application(completions, hosts=hosts, keys=keys), None
+  if page is not None:
+    shown_models = [page.Shown(name, model, driver)]
+    if arguments.beside:
+      beside = _loaded(arguments, arguments.beside, {})
+      second = Driver(Engine(beside.answerer, slots=min(2, arguments.slots),
+                             length=arguments.length), queue=arguments.queue)
+      shown_models.append(page.Shown(_named(arguments.beside), beside, second))
+    page.mount(app, shown_models, limits=limits.pictures, body=limits.body)
+  server = Server(app, completions, drain_seconds=arguments.drain_seconds)
   shown = f'[{arguments.host}]' if ':' in arguments.host else arguments.host
   print(f'{name}: {engine.count} slots of {engine.length} places, http://{shown}:{port}/v1',
         flush=True)
-  server.serve_until_stopped(listening)
+  if page is not None:
+    print(f'a page to try it: http://{shown}:{port}/', flush=True)
+  try:
+    server.serve_until_stopped(listening)
+  finally:
+    if second is not None:
+      second.close(timeout=1.0)
   return 0
 
 
-def _loaded(arguments: argparse.Namespace, options: dict[str, Any]) -> Answerer:
+def _named(checkpoint: str) -> str:
+  return pathlib.Path(os.path.abspath(checkpoint)).name
+
+
+def _page(arguments: argparse.Namespace) -> Any:
+  """The module of the page; None where there is to be none."""
+  if arguments.page is False:
+    if arguments.beside:
+      raise UserError('--beside: is shown on the page; leave --no-page out')
+    return None
+  try:
+    from hrvlm_jax.front import page
+
+    return page
+  except ModuleNotFoundError as error:
+    if (error.name or '').partition('.')[0] == 'hrvlm_jax':
+      raise
+    if arguments.page or arguments.beside:
+      raise UserError(f"{error.name} is missing, which the page is made with; install it with pip "
+                      "install 'hrvlm-jax[page]'") from error
+    return None
+
+
+def _loaded(arguments: argparse.Namespace, checkpoint: str, options: dict[str, Any]) -> Model:
+  from hrvlm_jax.front.loading import load
+  from hrvlm_jax.front.model import Model
+
   if arguments.tensor * arguments.fsdp > 1:
     from hrvlm_jax.serving.loading import load_over_mesh
 
-    return load_over_mesh(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif,
-                          encoder_options=options, tensor=arguments.tensor, fsdp=arguments.fsdp)
-  from hrvlm_jax.front.loading import load
-
-  model = load(arguments.checkpoint, dtype=arguments.dtype, exif=arguments.exif, encoder=options)
+    answerer = load_over_mesh(checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+                              encoder_options=options, tensor=arguments.tensor,
+                              fsdp=arguments.fsdp)
+    return Model(answerer.config, answerer=answerer, ex=answerer.generator.ex, name=checkpoint)
+  model = load(checkpoint, dtype=arguments.dtype, exif=arguments.exif, encoder=options)
   if model.answerer is None:
-    raise UserError(f'{arguments.checkpoint}: is an encoder alone, which answers nothing; use '
+    raise UserError(f'{checkpoint}: is an encoder alone, which answers nothing; use '
                     '`hrvlm encode`')
-  return model.answerer
+  return model
 
 
 def _one_process() -> None:

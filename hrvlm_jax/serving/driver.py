@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
+import queue
 import threading
 import traceback
 from typing import Any
@@ -102,6 +103,29 @@ class Driver:
       if ticket in self._waiting:
         self._waiting.remove(ticket)
       self._changed.notify_all()
+
+  def stream(self, make: Callable[[], Prepared]) -> Iterator[Piece]:
+    """The pieces of one answer as they come; leaving the iterator gives the request up.
+
+    Args:
+      make: prepares the request, once there is a place for it.
+
+    Raises:
+      Full, Closed, and what `make` or the device raises.
+    """
+    pieces: queue.SimpleQueue[Piece | Exception] = queue.SimpleQueue()
+    ticket = self.reserve([pieces.put])[0]
+    try:
+      self.submit(ticket, make())
+      while True:
+        piece = pieces.get()
+        if isinstance(piece, Exception):
+          raise piece
+        yield piece
+        if piece.reason:
+          return
+    finally:
+      self.cancel(ticket)
 
   def snapshot(self) -> Snapshot:
     """See `Snapshot`; of one moment."""

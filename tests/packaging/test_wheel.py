@@ -73,7 +73,7 @@ for name in ('torch', 'transformers', 'sklearn', 'pytest', 'wandb', 'lmms_eval',
   sys.modules[name] = None
 # Behind the extras `serve` and `page`; the engine they stand on imports with nothing of these.
 EXTRAS = {f'hrvlm_jax.serving.{name}' for name in (
-  'chat', 'completions', 'guard', 'metrics', 'page', 'server')}
+  'chat', 'completions', 'guard', 'metrics', 'server')} | {'hrvlm_jax.front.page'}
 import hrvlm_jax
 failed = []
 for module in pkgutil.walk_packages(hrvlm_jax.__path__, 'hrvlm_jax.', onerror=lambda name: None):
