@@ -152,7 +152,7 @@ class _Asking:
     try:
       if not (question or '').strip():
         raise UserError('Write a question first.')
-      image, options = self._open(path), self._options(fields)
+      options, image = self._options(fields), self._open(path)
       box = _box(marks, image)
       runs = [one.answer(image, [*turns], question, number, box=box, options=options,
                          max_new_tokens=int(tokens), temperature=float(warmth))
