@@ -23,7 +23,7 @@ __all__ = ['convert', 'evaluate', 'export', 'finetune', 'load', 'train']
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None,
+         urls: bool | str = False, max_bytes: int = 32 << 20, mesh: Mapping[str, int] | None = None,
          alpha: str = 'drop', max_pixels: int = 178_956_970, weights: str | None = None) -> Model:
   """A model, ready to be asked.
 
@@ -39,7 +39,8 @@ def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = '
     methods: inference methods laid over the model, such as {'vicrop': {}} or
       {'fastv': {'ratio': 0.5}}.
     exif: 'apply' turns photographs upright as their EXIF block says, 'ignore' does not.
-    urls: images may be http or https addresses.
+    urls: images may be http or https addresses; True: of the public internet, 'private': also of
+      this machine and its own network.
     max_bytes: of an image that is fetched, or given as a data URL.
     alpha: 'white' puts transparent pictures on a white page, 'drop' forgets transparency.
     max_pixels: larger images are refused before they are decoded.

@@ -5,6 +5,8 @@
 #
 #   ./scripts/test_kill9.sh                          all systems, 20 kills each
 #   ./scripts/test_kill9.sh --systems pheye --kills 5    options of tests/training/kill9.py
+#   ./scripts/test_kill9.sh --workers 2                  with data workers
+#   ./scripts/test_kill9.sh --signal TERM                SIGTERM to the process group instead
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh

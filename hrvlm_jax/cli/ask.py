@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--out', metavar='FILE.jsonl',
                       help='also keep the answers there; run again, what is there stays')
   parser.add_argument('--batch-size', type=int, default=8, help='of many questions')
-  parser.add_argument('--urls', action='store_true', help='images may be http(s) addresses')
+  questions.add_urls(parser)
   parser.add_argument('--overlay', metavar='OUT.png',
                       help='also draw what the model looked at on the (first) image')
   parser.add_argument('--max-new-tokens', type=int, default=128)
@@ -93,7 +93,7 @@ def _one(arguments, knobs, sampling, *, write: bool) -> int:
   """Answers one question; on several processes all compute and one writes."""
   # Images first: a bad file is known before a large checkpoint is read.
   reading = reading_of(arguments)
-  images = [questions.picture_of(word, urls=arguments.urls, **reading)
+  images = [questions.picture_of(word, urls=questions.urls_of(arguments), **reading)
             for word in arguments.image]
   import hrvlm_jax
 

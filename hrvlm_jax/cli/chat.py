@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 
+from hrvlm_jax.cli import questions
 from hrvlm_jax.cli.arguments import (
   Parser,
   add_penalties,
@@ -54,12 +55,12 @@ def main(argv: list[str]) -> int:
   add_reading(parser, exif=True)
   add_weights(parser)
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-  parser.add_argument('--urls', action='store_true', help='images may be http(s) addresses')
+  questions.add_urls(parser)
   arguments = parser.parse(argv)
 
   from hrvlm_jax.front.images import as_image
 
-  reading = reading_of(arguments) | dict(urls=arguments.urls)
+  reading = reading_of(arguments) | dict(urls=questions.urls_of(arguments))
   images = [as_image(word, **reading) for word in arguments.image]
   import hrvlm_jax
 

@@ -73,7 +73,7 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
 
   say_weights(arguments.checkpoint, arguments.weights)
   model = hrvlm_jax.load(arguments.checkpoint, dtype=arguments.dtype, **reading_of(arguments),
-                         encoder=knobs.get('encoder'), urls=arguments.urls, mesh=arguments.mesh,
+                         encoder=knobs.get('encoder'), urls=urls_of(arguments), mesh=arguments.mesh,
                          weights=arguments.weights,
                          methods={name: knob for name, knob in knobs.items() if name != 'encoder'})
   counts = {'asked': 0, 'wrong': 0, 'empty': 0, 'before': 0}
@@ -149,7 +149,20 @@ def _lines(arguments) -> tuple[str, Iterator[tuple[int, str]]]:
   return folder, read()
 
 
-def picture_of(word: str, *, urls: bool, **reading):
+def add_urls(parser) -> None:
+  """`--urls` and `--private-urls`."""
+  parser.add_argument('--urls', action='store_true',
+                      help='images may be http(s) addresses of the public internet')
+  parser.add_argument('--private-urls', action='store_true',
+                      help='also addresses of this machine and its own network')
+
+
+def urls_of(arguments) -> bool | str:
+  """What `hrvlm_jax.load` takes as `urls`."""
+  return 'private' if arguments.private_urls else arguments.urls
+
+
+def picture_of(word: str, *, urls: bool | str, **reading):
   """The image of a word of the command line; `-` is standard input.
 
   Raises:

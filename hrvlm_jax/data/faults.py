@@ -119,6 +119,7 @@ class ToBatch:
     blank: makes the copy that does not count.
     batch_size: of a global batch, for what errors say.
     fatal: whether a fault ends the run.
+    epoch: examples of an epoch; all of them stand within two epochs from anywhere.
   """
 
   examples: grain.MapDataset
@@ -126,6 +127,7 @@ class ToBatch:
   blank: Callable[[Example], Example]
   batch_size: int
   fatal: bool
+  epoch: int = _DONOR_TRIES
 
   def __call__(self, elements: Sequence[Example | Fault]) -> Batch:
     faults = tuple(element for element in elements if isinstance(element, Fault))
@@ -137,12 +139,16 @@ class ToBatch:
     if donor is None:
       return Batch(None, faults, fatal=(
         f'batch {faults[-1].position // self.batch_size}: none of its rows can be used, nor any of '
-        f'the next {_DONOR_TRIES} (last fault: {faults[-1].message}); check the data set'))
+        f'the next {self._tries} (last fault: {faults[-1].message}); check the data set'))
     return Batch(self.collate([self.blank(donor) if isinstance(element, Fault) else element
                                for element in elements]), faults)
 
+  @property
+  def _tries(self) -> int:
+    return min(_DONOR_TRIES, max(2 * self.epoch, 100))  # a mixture takes other rows every epoch
+
   def _behind(self, position: int) -> Example | None:
     """The first usable example behind a batch that has none."""
-    end = min(position + 1 + _DONOR_TRIES, len(self.examples))
+    end = min(position + 1 + self._tries, len(self.examples))
     found = (self.examples[i] for i in range(position + 1, end))
     return next((element for element in found if not isinstance(element, Fault)), None)

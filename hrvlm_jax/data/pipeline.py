@@ -287,7 +287,8 @@ def build(source: Source, transform: Transform, options: Options, *,
     examples = _mapped(rows, transform, seed)
     mine = OwnShards(examples, batch_size=size, shards=shards, own=own)
     batches = mine.batch(len(own) * size // shards, batch_fn=ToBatch(
-      examples=examples, collate=collate, blank=blank, batch_size=size, fatal=fatal))
+      examples=examples, collate=collate, blank=blank, batch_size=size, fatal=fatal,
+      epoch=len(ordered)))
   else:
     batches = PackedBatches(
       _mapped(rows, packed.example.measure, seed), _mapped(rows, packed.example.open, seed),

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import glob
-import io
 import os
 import pathlib
-import time
-from typing import Any
-import urllib.error
-import urllib.parse
-import urllib.request
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -27,16 +22,17 @@ from hrvlm_jax.core.images import (
   open_image,
 )
 from hrvlm_jax.data.sources import IMAGE_SUFFIXES
+from hrvlm_jax.serving.pictures import PictureLimits, fetch
 
 MAX_BYTES = 32 << 20  # of a download or a data URL
-TIMEOUT = 20.0  # seconds for the server to say something
-LONGEST = 120.0  # seconds for all it says
+LONGEST = 120.0  # seconds of a download
+Urls = bool | Literal['private']
 _FORMS = ('a path, bytes, a PIL image, a NumPy array [h w 3], a data URL or an address '
           '(https://...)')
 
 
 def as_image(source: Any, *, exif: ExifPolicy = 'apply', alpha: AlphaPolicy = 'drop',
-             urls: bool = False, files: bool = True, max_bytes: int = MAX_BYTES,
+             urls: Urls = False, files: bool = True, max_bytes: int = MAX_BYTES,
              max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
   """A decoded picture.
 
@@ -46,7 +42,8 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', alpha: AlphaPolicy = 'd
       {'bytes', 'path'}.
     exif, alpha: see `core.images.open_image`; `alpha` also of pictures and arrays.
     urls: addresses may be fetched. Off, so that a question from elsewhere makes this machine ask
-      no other.
+      no other; True: those of the public internet (`serving.pictures`), so that none reads what
+      only this machine can reach; 'private': all.
     files: paths may be read (off for questions that come over a network).
     max_bytes: of a download or data URL.
     max_pixels: width x height, known before the pixels are decoded.
@@ -75,7 +72,16 @@ def as_image(source: Any, *, exif: ExifPolicy = 'apply', alpha: AlphaPolicy = 'd
     if not urls:
       raise UserError(f'{shown}: addresses are not fetched unless they are allowed: '
                       'load(..., urls=True), or --urls on the command line')
-    return open_image(fetch(source, max_bytes=max_bytes), name=name or shown, **read)
+    if urls not in (True, 'private'):
+      raise UserError(f"urls: found {urls!r}, expected True, False or 'private'")
+    limits = PictureLimits(remote=True, private=urls == 'private', bytes=max_bytes, seconds=LONGEST)
+    try:
+      data = fetch(source, limits, name=shown)
+    except UserError as error:
+      hint = "; load(..., urls='private') or --private-urls allows it" if limits.private is False \
+          and ('public internet' in str(error) or 'only ports' in str(error)) else ''
+      raise ImageError('missing', f'{error}{hint}') from error
+    return open_image(data, name=name or shown, **read)
   if isinstance(source, (str, os.PathLike)):
     if not files:
       raise UserError('an image is given as a path, expected a data URL: files of the server are '
@@ -119,44 +125,6 @@ def from_array(array: np.ndarray, *, max_pixels: int = MAX_PIXELS, name: str = '
   elif array.dtype != np.uint8:
     raise UserError(f'{name}: found {shown}, expected uint8, or floats from 0 to 1')
   return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2:] == (1,) else array))
-
-
-class _Redirects(urllib.request.HTTPRedirectHandler):
-  """Only to http and https (urllib would also follow to ftp)."""
-
-  def redirect_request(self, req, fp, code, msg, headers, newurl):
-    if urllib.parse.urlsplit(newurl).scheme.lower() not in ('http', 'https'):
-      raise urllib.error.URLError(f'it leads to {newurl[:100]}')
-    return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def fetch(url: str, *, max_bytes: int = MAX_BYTES, timeout: float = TIMEOUT) -> bytes:
-  """What an http or https address holds.
-
-  Raises:
-    UserError: the server refuses, cannot be reached, or sends more than `max_bytes`.
-  """
-  shown = url if len(url) <= 100 else f'{url[:97]}...'
-  opener = urllib.request.build_opener(_Redirects())
-  out, began = io.BytesIO(), time.monotonic()
-  try:
-    request = urllib.request.Request(url, headers={'User-Agent': 'hrvlm_jax'})
-    with opener.open(request, timeout=timeout) as answer:
-      while piece := answer.read(1 << 16):
-        out.write(piece)
-        if out.tell() > max_bytes:
-          raise ImageError('too large', f'{shown}: holds more than {max_bytes:,} bytes')
-        if time.monotonic() - began > LONGEST:
-          raise ImageError('missing', f'{shown}: is not there after {LONGEST:g} seconds')
-  except urllib.error.HTTPError as error:
-    raise ImageError('missing', f'{shown}: the server answers {error.code} ({error.reason})'
-                     ) from error
-  except UserError:
-    raise
-  except (urllib.error.URLError, OSError, ValueError) as error:
-    reason = getattr(error, 'reason', None) or error
-    raise ImageError('missing', f'{shown}: cannot be fetched ({reason})') from error
-  return out.getvalue()
 
 
 def spread(words: Sequence[str]) -> list[str] | None:

@@ -34,8 +34,9 @@ _log = logging.getLogger(__name__)
 def load(what: str | os.PathLike, *, revision: str | None = None, dtype: str = 'float32',
          encoder: Mapping[str, Any] | None = None,
          methods: Mapping[str, Mapping[str, Any]] | None = None, exif: str = 'apply',
-         urls: bool = False, max_bytes: int = MAX_BYTES, mesh: Mapping[str, int] | None = None,
-         alpha: str = 'drop', max_pixels: int = MAX_PIXELS, weights: str | None = None) -> Model:
+         urls: bool | str = False, max_bytes: int = MAX_BYTES,
+         mesh: Mapping[str, int] | None = None, alpha: str = 'drop', max_pixels: int = MAX_PIXELS,
+         weights: str | None = None) -> Model:
   """See `hrvlm_jax.api.load`."""
   options = dict(encoder or {})
   if exif not in ('apply', 'ignore') or alpha not in ('drop', 'white') or max_pixels < 1:

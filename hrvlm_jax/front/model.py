@@ -61,8 +61,9 @@ class Model:
 
   def __init__(self, config: ModelConfig, *, answerer: Answerer | None = None,
                encoder: ImageEncoder | None = None, ex: Execution, name: str = '',
-               origin: Mapping[str, Any] | None = None, exif: str = 'apply', urls: bool = False,
-               max_bytes: int = MAX_BYTES, alpha: str = 'drop', max_pixels: int = MAX_PIXELS):
+               origin: Mapping[str, Any] | None = None, exif: str = 'apply',
+               urls: bool | str = False, max_bytes: int = MAX_BYTES, alpha: str = 'drop',
+               max_pixels: int = MAX_PIXELS):
     self.config, self.answerer, self.name = config, answerer, name
     self.origin = dict(origin or {})
     self._ex, self._reading = ex, dict(

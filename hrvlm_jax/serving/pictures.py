@@ -1,9 +1,10 @@
-"""Images of a request: data URLs, and pages of the web where they are allowed.
+"""Images of a request or a command: data URLs, and pages of the web where they are allowed.
 
-A server that fetches what its users name could be made to read what only it can reach. Hence no
-address is fetched unless the operator says so, and then only over http(s) on the usual ports, from
-addresses of the public internet: the name is resolved once, every address it has is looked at, and
-the connection goes to that address, whatever the name says a moment later.
+A server (or a script over other people's questions) that fetches what it is given could be made to
+read what only it can reach. Hence no address is fetched unless it is allowed, and then only over
+http(s) on the usual ports, from addresses of the public internet: the name is resolved once, every
+address it has is looked at, and the connection goes to that address, whatever the name says a
+moment later. No proxy is asked.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class PictureLimits:
     images: of one request.
     pixels: of one image.
     remote: whether http(s) addresses are fetched.
+    private: also from this machine and its own network, and from any port.
     bytes: of one, fetched or in a data URL. seconds: of one that is fetched, all in all.
     exif: see `core.images.open_image`.
   """
@@ -46,6 +48,7 @@ class PictureLimits:
   images: int = 8
   pixels: int = MAX_PIXELS
   remote: bool = False
+  private: bool = False
   bytes: int = 20 << 20
   seconds: float = 10.0
   exif: Literal['apply', 'ignore'] = 'apply'
@@ -105,15 +108,17 @@ def _get(url: str, limits: PictureLimits, end: float, name: str) -> tuple[bytes,
   port = parts.port or (443 if secure else 80)
   if parts.scheme not in ('http', 'https') or not parts.hostname or parts.username is not None:
     raise UserError(f'{name}: expected an http or https address without a user name')
-  if port not in (80, 443):
+  if port not in (80, 443) and not limits.private:
     raise UserError(f'{name}: only ports 80 and 443 are read')
-  with _connect(parts.hostname, port, secure, end, name) as sock, _deadline(sock, end, name):
+  with _connect(parts.hostname, port, secure, limits, end, name) as sock, \
+      _deadline(sock, end, name):
     connection = http.client.HTTPConnection(parts.hostname, port)
     connection.sock = sock
     path = urllib.parse.quote(parts.path or '/', safe="/%:@!$&'()*+,;=~")
     query = f'?{urllib.parse.quote(parts.query, safe="%/?:@!$&()*+,;=~")}' if parts.query else ''
+    host = parts.hostname if port in (80, 443) else f'{parts.hostname}:{port}'
     connection.request('GET', path + query, headers={
-      'Host': parts.hostname, 'Accept': 'image/*', 'User-Agent': 'hrvlm', 'Connection': 'close'})
+      'Host': host, 'Accept': 'image/*', 'User-Agent': 'hrvlm', 'Connection': 'close'})
     response = connection.getresponse()
     if response.status in (301, 302, 303, 307, 308) and response.headers.get('Location'):
       return b'', response.headers['Location']
@@ -122,9 +127,10 @@ def _get(url: str, limits: PictureLimits, end: float, name: str) -> tuple[bytes,
     return _read(response, limits, name), None
 
 
-def _connect(host: str, port: int, secure: bool, end: float, name: str) -> socket.socket:
+def _connect(host: str, port: int, secure: bool, limits: PictureLimits, end: float, name: str
+             ) -> socket.socket:
   addresses = [found[4][0] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-  if not addresses or not all(is_public(address) for address in addresses):
+  if not addresses or not (limits.private or all(map(is_public, addresses))):
     raise UserError(f'{name}: its address does not belong to the public internet')
   sock = socket.create_connection((addresses[0], port), timeout=_left(end, name))
   if not secure:
@@ -161,7 +167,7 @@ def _read(response: http.client.HTTPResponse, limits: PictureLimits, name: str) 
       return b''.join(parts)
     size += len(part)
     if size > limits.bytes:
-      raise UserError(f'{name}: has more than {limits.bytes} bytes, the limit of this server')
+      raise UserError(f'{name}: has more than {limits.bytes:,} bytes, the limit')
     parts.append(part)
 
 

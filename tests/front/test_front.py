@@ -13,7 +13,7 @@ import pytest
 import hrvlm_jax
 from hrvlm_jax import UserError, api
 from hrvlm_jax.core.errors import UserError as Sentence
-from hrvlm_jax.front import images, model as modelling
+from hrvlm_jax.front import model as modelling
 
 SHORT = {'max_new_tokens': 4}
 
@@ -155,24 +155,6 @@ def test_settings_that_cannot_be_are_named(model):
     model.batch([(None, 'What?'), ('x.png', 'What?')])
   with pytest.raises(UserError, match='expected a list of texts'):
     model.score(None, 'What?', 'A')
-
-
-def test_addresses_only_where_they_are_allowed(world, server):
-  address, asked = server({'/a.png': png(world / 'photo.png'), '/big.png': b'x' * 5000})
-  with pytest.raises(UserError, match='not fetched unless they are allowed'):
-    images.as_image(f'{address}/a.png')
-  assert not asked
-  assert images.as_image(f'{address}/a.png', urls=True).size == (120, 90)
-  with pytest.raises(UserError, match='holds more than 1,000 bytes'):
-    images.as_image(f'{address}/big.png', urls=True, max_bytes=1000)
-  with pytest.raises(UserError, match='the server answers 404'):
-    images.as_image(f'{address}/none.png', urls=True)
-  with pytest.raises(UserError, match='cannot be fetched'):
-    images.as_image('http://localhost:9/a.png', urls=True)
-  with pytest.raises(UserError, match='files of the server are not read'):
-    images.as_image(str(world / 'photo.png'), files=False)
-  with pytest.raises(UserError, match='has 120 x 90 pixels, more than 100'):
-    images.as_image(Image.open(world / 'photo.png'), max_pixels=100)
 
 
 def test_every_place_a_model_may_lie_in(world, model, tmp_path):

@@ -112,7 +112,7 @@ def test_fetching_ends_whatever_the_other_side_does(web, monkeypatch):
     with pytest.raises(UserError):
       fetch(bad, REMOTE)
   assert len(asked) == seen + 3  # the first page of the last three
-  for path, sentence in (('gone', 'status 404'), ('huge', 'more than 10000 bytes'),
+  for path, sentence in (('gone', 'status 404'), ('huge', 'more than 10,000 bytes'),
                          ('drip', 'takes too long|cannot be fetched'),
                          ('to//to//to//to//to//x', 'leads on more than 3 times')):
     begin = time.monotonic()

@@ -1,13 +1,17 @@
-"""Kills training with signal 9 at random moments and compares with a run that nobody disturbed.
+"""Ends training by signals at random moments and compares with a run that nobody disturbed.
 
 A program, not a test: the suite runs it with two kills per system, `scripts/test_kill9.sh` with
 twenty.
 
     python -m tests.training.kill9 [--kills N] [--systems A,B] [--relaxed] [--seed S] [--out FOLDER]
+                                   [--workers N] [--signal KILL|TERM]
                                    [--keep FOLDER --machine WORDS]
 
-A life of the run is a forked process; it is killed while it trains, at a random moment after some
-steps, or (every third kill) while a checkpoint is being written. The next life resumes by itself.
+A life of the run is a forked process with a group of its own, and --workers data workers in it. It
+is killed (signal 9, the trainer alone) while it trains, at a random moment after some steps, or
+(every third kill) while a checkpoint is being written; its workers must be gone seconds later. Or
+its group gets SIGTERM: it must save and end with status 0 within a minute. The next life resumes by
+itself.
 With `training.deterministic=True` the losses of all steps must be those of the undisturbed run, bit
 for bit; with `--relaxed` (without it) within 1e-6 relative. The batches must be the same bits in
 both. Ends with status 1 where they are not.
@@ -25,6 +29,7 @@ import pathlib
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +56,7 @@ SYSTEMS = {'mc_llava': 'next_token', 'pheye': 'next_token', 'llava_hr': 'next_to
 TASK = NeedleConfig.square()
 IMAGES = 12
 TIME_LIMIT = 600  # seconds of one life
+END_LIMIT = {signal.SIGKILL: 20, signal.SIGTERM: 60}  # seconds after the signal, workers too
 
 
 def write_data(folder):
@@ -73,12 +79,12 @@ def write_data_apart(folder):
     sys.exit(f'{folder}: writing the task failed')
 
 
-def config(system, data, steps, *, deterministic):
+def config(system, data, steps, *, deterministic, workers=0):
   """Its tiny size on the built-in task; a checkpoint every second step."""
   model = registry.get(system).tiny()
   source = 'regions' if system == 'ps3' else 'needle/needle.json'
   return RunConfig(
-    model=model, data=DataConfig(train=str(data / source), lengths=(384,)),
+    model=model, data=DataConfig(train=str(data / source), lengths=(384,), workers=workers),
     training=TrainingConfig(
       steps=steps, batch_size=2, log_every=1, checkpoint_every=2, keep=2, mfu=False,
       objective=SYSTEMS[system], deterministic=deterministic,
@@ -115,6 +121,7 @@ class Recorded:
 
 def live(run, workdir):
   """One life: trains to the end unless it is killed. Never returns."""
+  os.setpgid(0, 0)
   log = os.open(workdir / 'log.txt', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(log, 1)
   os.dup2(log, 2)
@@ -178,25 +185,61 @@ def wait_for(condition, pid, workdir):
     time.sleep(0.001)
 
 
-def disturb(run, workdir, kills, rng):
-  """Kills so many lives, then lets the last one finish; returns how many died writing."""
+def group(pid):
+  """The processes of a life's group that live."""
+  found = []
+  for path in pathlib.Path('/proc').iterdir():
+    try:
+      fields = (path / 'stat').read_text().rpartition(')')[2].split()
+    except (OSError, IndexError):
+      continue
+    if path.name.isdigit() and fields[2] == str(pid) and fields[0] not in 'ZX':
+      found.append(int(path.name))
+  return found
+
+
+def end(pid, number, workdir):
+  """Sends the signal; the life, and its workers, must end as it asks for, in time."""
+  if number == signal.SIGKILL:
+    os.kill(pid, number)
+  else:
+    os.killpg(pid, number)
+  until, status = time.monotonic() + END_LIMIT[number], None
+  while status is None or group(pid):
+    if status is None:
+      ended, found = os.waitpid(pid, os.WNOHANG)
+      status = found if ended else None
+    if time.monotonic() > until:
+      left = group(pid)
+      os.killpg(pid, signal.SIGKILL)
+      raise SystemExit(f'{workdir}: {END_LIMIT[number]} s after the signal {left} still live:\n'
+                       + (workdir / 'log.txt').read_text()[-3000:])
+    time.sleep(0.01)
+  saved = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+  if number == signal.SIGTERM and not (saved and (workdir / loop.PREEMPTED).exists()):
+    raise SystemExit(f'{workdir}: a life ended with status {status} instead of saving:\n'
+                     + (workdir / 'log.txt').read_text()[-3000:])
+  return number == signal.SIGTERM or os.WIFSIGNALED(status)
+
+
+def disturb(run, workdir, kills, rng, number=signal.SIGKILL):
+  """Ends so many lives, then lets the last one finish; returns how many died writing."""
   writing = 0
-  for number in range(kills):
+  for kill in range(kills):
     before = lines(workdir)
     pid = start(run, workdir)
     # Resuming drops lines of steps that will run again: wait until that is over.
     wait_for(lambda pid=pid: str(pid) in started(workdir), pid, workdir)
     before = min(before, lines(workdir))
-    if number % 3 == 1:
+    if kill % 3 == 1 and number == signal.SIGKILL:
       wait_for(lambda b=before: lines(workdir) > b and unfinished(workdir), pid, workdir)
     else:
-      wanted = before + rng.randint(1, 3)
+      # Nothing is lost by SIGTERM: fewer steps, so that enough are left.
+      wanted = before + rng.randint(1, 3 if number == signal.SIGKILL else 1)
       wait_for(lambda w=wanted: lines(workdir) >= w, pid, workdir)
       time.sleep(rng.random() * 0.2)
-    os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if not os.WIFSIGNALED(status):
-      raise SystemExit(f'{workdir}: the run ended before kill {number + 1}; it needs more steps')
+    if not end(pid, number, workdir):
+      raise SystemExit(f'{workdir}: the run ended before kill {kill + 1}; it needs more steps')
     writing += bool(unfinished(workdir))
   finish(start(run, workdir), workdir)
   return writing
@@ -238,19 +281,20 @@ def cpu_per_step(workdir):
   return statistics.median(b - a for a, b in zip(seconds[3:], seconds[5:], strict=False)) / 2
 
 
-def check(system, root, kills, *, deterministic, seed):
+def check(system, root, kills, *, deterministic, seed, workers=0, number=signal.SIGKILL):
   """Undisturbed and disturbed run of a system; a row of the report."""
-  run = config(system, root / 'data', 4 * kills + 4, deterministic=deterministic)
+  run = config(system, root / 'data', 4 * kills + 4, deterministic=deterministic, workers=workers)
   calm, disturbed = root / system / 'calm', root / system / 'disturbed'
   finish(start(run, calm), calm)
-  writing = disturb(run, disturbed, kills, random.Random(seed))
+  writing = disturb(run, disturbed, kills, random.Random(seed), number)
   ours, theirs = np.array(losses(disturbed)), np.array(losses(calm))
   batches, reference = digests(disturbed), digests(calm)
   wrong = [n for n, digest in batches.items() if reference.get(n, digest) != digest]
   difference = float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
   good = not wrong and len(ours) == len(theirs) == run.training.steps and np.isfinite(ours).all()
   good = good and (bool((ours == theirs).all()) if deterministic else difference <= 1e-6)
-  return {'system': system, 'deterministic': deterministic, 'kills': kills,
+  return {'system': system, 'deterministic': deterministic, 'signal': number.name,
+          'workers': workers, 'kills': kills,
           'killed_while_writing': writing, 'steps': len(ours),
           'equal_losses': int((ours == theirs).sum()), 'largest_relative_difference': difference,
           'batches_that_differ': wrong, 'cpu_seconds_per_step': round(cpu_per_step(calm), 4),
@@ -262,34 +306,52 @@ def keep(row, folder, machine, seed):
   folder.mkdir(parents=True, exist_ok=True)
   mode = 'deterministic' if row['deterministic'] else 'relaxed'
   values = row | {'seed': seed, 'machine': machine, 'jax': jax.__version__,
-                  'date': datetime.date.today().isoformat()}
-  path = folder / f'{row["system"]}_{mode}.json'
+                  'date': datetime.date.today().isoformat(), 'commit': commit()}
+  kind = ''.join([f'_{row["signal"].lower()}' if row['signal'] != 'SIGKILL' else '',
+                  f'_workers{row["workers"]}' if row['workers'] else ''])
+  path = folder / f'{row["system"]}_{mode}{kind}.json'
   path.write_text(json.dumps(values, indent=2) + '\n', encoding='utf-8')
   kept = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
   folder.with_suffix('.md').write_text(page(kept), encoding='utf-8')
 
 
+def commit():
+  """The commit that runs."""
+  git = lambda *args: subprocess.run(['git', *args], capture_output=True, text=True).stdout.strip()
+  changed = git('status', '--porcelain', '--untracked-files=no', '--', ':!docs')
+  return git('rev-parse', '--short', 'HEAD') + ('+changes' if changed else '')
+
+
 def page(rows):
   """The kept rows as Markdown."""
-  rows = sorted(rows, key=lambda r: (list(SYSTEMS).index(r['system']), not r['deterministic']))
+  rows = sorted(rows, key=lambda r: (
+    list(SYSTEMS).index(r['system']), not r['deterministic'], r.get('signal', 'SIGKILL'),
+    r.get('workers', 0)))
   lines = [
-    '# Killed with signal 9', '',
+    '# Killed with signal 9, and ended by SIGTERM', '',
     'Written by `scripts/test_kill9.sh --keep docs/kill9` from the files there. A tiny training',
     'run of each system was killed at random moments and resumed by itself. Every third kill',
     'waits until a checkpoint is being written; of the others many meet one too, because every',
-    'second step saves. Compared with an undisturbed run on the same machine: losses of all',
-    'steps, and the bits of all batches.', '',
-    '| system | mode | kills | while writing | steps | losses of equal bits | largest relative '
-    'difference | batches that differ | CPU s per step | machine | date |',
-    '|---' * 11 + '|']
+    'second step saves. Data workers of a killed trainer must be gone within 20 s. SIGTERM goes to',
+    'the whole process group: each time the run must save and end with status 0 within 60 s.',
+    'Compared with an undisturbed run on the same machine: losses of all steps, and the bits of',
+    'all batches.', '',
+    '| system | mode | signal | data workers | times | while writing | steps | '
+    'losses of equal bits | largest relative difference | batches that differ | CPU s per step | '
+    'machine | date | commit |',
+    '|---' * 14 + '|']
   for r in rows:
     lines.append('| ' + ' | '.join(map(str, (
-      r['system'], 'deterministic' if r['deterministic'] else 'relaxed', r['kills'],
-      r['killed_while_writing'], r['steps'], r['equal_losses'],
+      r['system'], 'deterministic' if r['deterministic'] else 'relaxed',
+      r.get('signal', 'SIGKILL'), r.get('workers', 0), r['kills'],
+      r['killed_while_writing'] if r.get('signal') != 'SIGTERM' else '-',
+      r['steps'], r['equal_losses'],
       f'{r["largest_relative_difference"]:.1e}', len(r['batches_that_differ']),
-      f'{r["cpu_seconds_per_step"]:.3f}', r['machine'], r['date']))) + ' |')
+      f'{r["cpu_seconds_per_step"]:.3f}', r['machine'], r['date'], r.get('commit', '')))) + ' |')
   costs = {}
   for r in rows:
+    if r.get('workers') or r.get('signal') == 'SIGTERM':
+      continue
     costs.setdefault(r['system'], {})[r['deterministic']] = r['cpu_seconds_per_step']
   ratios = [f'{system} {cost[True] / cost[False]:.2f}' for system, cost in costs.items()
             if len(cost) == 2]
@@ -305,6 +367,8 @@ def main(argv=None):
   parser.add_argument('--kills', type=int, default=20)
   parser.add_argument('--systems', default=','.join(SYSTEMS))
   parser.add_argument('--relaxed', action='store_true', help='without training.deterministic')
+  parser.add_argument('--workers', type=int, default=0, help='data.workers')
+  parser.add_argument('--signal', choices=('KILL', 'TERM'), default='KILL')
   parser.add_argument('--seed', type=int, default=None, help='of the moments; default: the clock')
   parser.add_argument('--out', type=pathlib.Path, help='keeps the runs there')
   parser.add_argument('--keep', type=pathlib.Path, help='writes the rows and a page of them there')
@@ -317,7 +381,8 @@ def main(argv=None):
     rows = []
     for system in arguments.systems.split(','):
       rows.append(check(system, root, arguments.kills, deterministic=not arguments.relaxed,
-                        seed=seed))
+                        seed=seed, workers=arguments.workers,
+                        number=signal.Signals[f'SIG{arguments.signal}']))
       print(json.dumps(rows[-1]), flush=True)
       if arguments.keep is not None:
         keep(rows[-1], arguments.keep, arguments.machine, seed)

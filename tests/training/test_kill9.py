@@ -1,7 +1,8 @@
 """Two kills with signal 9 per system, one of them while a checkpoint is written.
 
-`scripts/test_kill9.sh` does twenty. The program runs apart because its lives are forks of a process
-that has no devices yet.
+The second level does twenty of one system, and twenty SIGTERM to its process group, with and
+without data workers; `scripts/test_kill9.sh` twenty of each system. The program runs apart because
+its lives are forks of a process that has no devices yet.
 """
 
 import json
@@ -27,6 +28,20 @@ def test_losses_are_the_same_bits_after_two_kills(system, tmp_path):
   row = json.loads(done.stdout.splitlines()[-1])
   assert row['good'] and row['kills'] == 2 and row['steps'] == row['equal_losses'] == 12
   assert row['killed_while_writing'] >= 1 and row['batches_that_differ'] == []
+
+
+@pytest.mark.full('training')
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('name', ['KILL', 'TERM'])
+def test_twenty_of_twenty(name, workers, tmp_path):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.training.kill9', '--systems', 'mc_llava', '--signal', name,
+     '--workers', str(workers), '--out', str(tmp_path)],
+    cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=1800)
+  assert done.returncode == 0, done.stdout + done.stderr
+  row = json.loads(done.stdout.splitlines()[-1])
+  assert row['good'] and row['kills'] == 20 and row['steps'] == row['equal_losses'] == 84
+  assert row['workers'] == workers and row['signal'] == f'SIG{name}'
 
 
 def test_a_difference_is_found(tmp_path):
