@@ -20,6 +20,7 @@ EXAMPLES = {
   'data check': 'hrvlm data check own.json --images pictures',
   'data show': 'hrvlm data show --config run.py --out show.png',
   'data build': 'hrvlm data build own.json --out shards',
+  'data questions': 'hrvlm data questions regions --out questions',
   'curate': 'hrvlm curate photographs --out regions',
   'needle': 'hrvlm needle --out runs/needle',
   'plan': 'hrvlm plan --config configs/pheye.py --topology v5e:16x16',

@@ -82,13 +82,14 @@ class Arrow:
 
     if self._tables is None:
       self._unchanged.check()
-      self._tables = []
+      tables = []
       for path in self.paths:
         try:
           with pa.memory_map(path) as file:
-            self._tables.append(pa.ipc.open_stream(file).read_all())
+            tables.append(pa.ipc.open_stream(file).read_all())
         except (pa.ArrowInvalid, OSError) as error:
           raise UserError(f'{path}: is not an Arrow file of datasets ({error})') from error
+      self._tables = tables  # whole, for threads that come meanwhile
     return self._tables
 
   def __len__(self):

@@ -12,6 +12,7 @@ import os
 import pathlib
 from typing import Any
 
+from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
 from hrvlm_jax.data.unchanged import Unchanged
@@ -126,6 +127,6 @@ def _pdfium():
   try:
     import pypdfium2
   except ImportError as error:
-    raise UserError("reading PDF needs the package pypdfium2: pip install 'hrvlm-jax[pdf]'"
-                    ) from error
+    raise UserError('reading PDF needs the package pypdfium2; install it with: '
+                    f'{installed.add("pdf")}') from error
   return pypdfium2

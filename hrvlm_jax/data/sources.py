@@ -88,7 +88,7 @@ class LlavaJson:
       self._spans = _array_spans(data, start, self.path)
     else:
       self._spans = _line_spans(data, start)
-    self._file: Any = None
+    self._opened: dict[str, Any] = {}
 
   def __len__(self):
     return len(self._spans)
@@ -98,17 +98,20 @@ class LlavaJson:
     return f'{self.path}, row {index} (line {self._spans[index, 2]})'
 
   def __getitem__(self, index):
-    if self._file is None:
+    file = self._opened.get(self.path)
+    if file is None:
       self._unchanged.check()
-      self._file = open(self.path, 'rb')  # noqa: SIM115 - kept open, closed with the object
+      # Kept open, closed with the object. Threads that come here together all keep the first one's:
+      # a file that another replaces would be closed while it is read.
+      file = self._opened.setdefault(self.path, open(self.path, 'rb'))  # noqa: SIM115
     begin, end, _ = self._spans[index].tolist()
     # No map: a file that is cut while it is mapped ends the process with a bus error.
-    data = os.pread(self._file.fileno(), end - begin, begin)
-    self._unchanged.check([self.path], self._file.fileno())
+    data = os.pread(file.fileno(), end - begin, begin)
+    self._unchanged.check([self.path], file.fileno())
     return llava_row(data, self.where(index), self.images)
 
   def __getstate__(self):
-    return self.__dict__ | {'_file': None}
+    return self.__dict__ | {'_opened': {}}
 
 
 def llava_row(data: bytes, where: str, images: str) -> Row:

