@@ -22,6 +22,7 @@ from hrvlm_jax.data.order import (
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
 from hrvlm_jax.data.sources import InMemory
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
+from tests import levels
 
 IMAGE = (ImageRef('x.png', data=b''),)
 
@@ -91,7 +92,7 @@ def stack(examples):
   return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', levels.rows('training', [0, 1], first=[1]))
 def test_the_pipeline_resumes_in_a_grouped_order(workers):
   build = lambda **options: pipeline.build(
     rows(), example, pipeline.Options(batch_size=8, seed=2, **options), collate=stack)

@@ -109,7 +109,7 @@ def same(a, b):
     np.testing.assert_array_equal(x, y, err_msg=str(path))
 
 
-@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('accumulate', levels.rows('training', [1, 2], first=[2]))
 def test_hosts_make_the_same_global_batches(folder, accumulate):
   """1, 2 and 4 hosts; the last with bad rows, which every host counts once."""
   run = {'batch_size': 16, 'accumulate': accumulate}
@@ -126,7 +126,7 @@ def test_hosts_make_the_same_global_batches(folder, accumulate):
   assert dict(alone.counts) == {'missing': 4, 'damaged': 4}  # 48 positions are 4 epochs
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', levels.rows('training', [0, 1], first=[1]))
 def test_resume_in_the_middle_of_a_window(folder, workers):
   """With workers, shuffling, mixing, bad rows and packing on; then on two hosts."""
   options = {'run': {'batch_size': 4}, 'data': {'shards': 2}, 'packing': {'rows': 2},

@@ -57,10 +57,13 @@ def test_both_passes_share_a_cache(name, pair):
     assert model(**inputs, use_cache=True).logits.shape[1] == ids.shape[1]
 
 
-@pytest.mark.parametrize('name, options', [
+CALLS = [
   ('vila_hd', dict(looks=1)), ('vila_hd', dict(looks='all')), ('vila_hd', dict(looks=0)),
   ('vila_hd', dict(tokens=31)), ('vila_hd', dict(looks=1, budgets=(12, 9))),
-  ('ps3', dict(looks=1, smooth=False)), ('ps3', dict(tokens=31, first_scales=1))])
+  ('ps3', dict(looks=1, smooth=False)), ('ps3', dict(tokens=31, first_scales=1))]
+
+
+@pytest.mark.parametrize('name, options', levels.rows('interop', CALLS, first=CALLS[4:6]))
 def test_looks_of_a_call(name, options, pair):
   """Looks, tokens and budgets of a call are those of a model with these settings.
 

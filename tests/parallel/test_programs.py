@@ -37,6 +37,7 @@ def file(tmp_path):
   return str(path)
 
 
+@pytest.mark.full('parallel')
 def test_plan_verb_on_the_train_step(file, tmp_path, capsys):
   out = tmp_path / 'report.json'
   command = [

@@ -147,6 +147,7 @@ def test_forms_of_our_own_run_and_train(name):
     'fast/blocks/attn/k/bias', 'resampler/attn/k/bias', 'fast/blocks/norm1/bias'}
 
 
+@pytest.mark.full('systems')
 def test_mixed_batch_gives_what_single_images_give():
   """Sizes and aspect ratios mix, rows hold none, one or two images; bfloat16 stays near."""
   fn = Functional(lambda rngs: Encoder(TINY, rngs=rngs))

@@ -187,6 +187,7 @@ def test_selection_loss_counts_local_rows_only():
   assert total == 0 and rows == 0
 
 
+@pytest.mark.full('systems')
 def test_a_training_step_reaches_every_parameter_and_recomputation_changes_nothing():
   config = tiny_encoder(max_select=40)
   fn = model.build(config)

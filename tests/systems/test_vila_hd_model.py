@@ -149,6 +149,7 @@ def grounded_batch():
   return collate([example(row) for row in rows])
 
 
+@pytest.mark.full('systems')
 def test_both_losses_and_where_their_gradients_go(params):
   """The text loss never reaches selection and head; the selection loss reaches nothing of the text.
 

@@ -212,6 +212,7 @@ def test_a_lost_position_in_the_data_is_refused(data, run, tmp_path, monkeypatch
   assert go(data, tmp_path / 'w', resume_from='last-whole').step == 6
 
 
+@pytest.mark.full('training')
 def test_a_full_disk_leaves_nothing_half_written(data, run, tmp_path, monkeypatch):  # noqa: F811
   """Where a run writes at its start and at every step."""
   shutil.copytree(run, tmp_path / 'w')
@@ -239,6 +240,7 @@ def test_a_full_disk_leaves_nothing_half_written(data, run, tmp_path, monkeypatc
   assert go(data, tmp_path / 'w').step == 6
 
 
+@pytest.mark.full('training')
 def test_rows_without_a_target(data, tmp_path):  # noqa: F811
   rows = json.loads(pathlib.Path(data).read_text())
   folder = str(data).rsplit('/', 1)[0]

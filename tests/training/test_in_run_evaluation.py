@@ -78,6 +78,7 @@ def test_it_reads_what_training_reads(data, folder, tmp_path):  # noqa: F811
     assert evaluator._images(evaluator.rows[0]['index'])[0].size[0] >= 20
 
 
+@pytest.mark.full('training')
 def test_an_evaluation_that_was_cut_off_happens_again(data, tmp_path, monkeypatch):  # noqa: F811
   options = {'eval_every': 2, 'eval_images': 2, 'eval_overlays': 0, 'checkpoint_every': 2,
              'steps': 4, 'mfu': False}

@@ -225,6 +225,7 @@ def test_hand_over_is_said_aloud(data, tmp_path, capsys):
                                 after['language']['norm']['scale'])
 
 
+@pytest.mark.full('training')
 def test_frozen_leaves_keep_the_dtype_of_their_file(data, tmp_path):
   fn = vlm.build(MODEL)
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), jax.jit(fn.init)(jax.random.key(0)))

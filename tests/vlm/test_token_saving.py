@@ -190,6 +190,7 @@ def checkpoint(answerer, tmp_path_factory):
   return folder
 
 
+@pytest.mark.full('systems')
 def test_ask_answers_by_a_method(checkpoint, answerer, capsys):
   """What the command prints is what the method answers; wrong settings are named."""
   ask = ['ask', '--checkpoint', str(checkpoint / 'model'), str(checkpoint / 'picture.png'), 'what?',
