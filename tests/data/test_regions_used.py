@@ -142,7 +142,6 @@ trailer <</Root 1 0 R>>
 
 
 def test_pages_of_pdf_become_region_records(tmp_path, capsys):
-  pytest.importorskip('pypdfium2')
   (tmp_path / 'letter.pdf').write_bytes(PDF)
   out = tmp_path / 'out'
   assert main(['curate', str(tmp_path / 'letter.pdf'), '--kind', 'documents', '--out', str(out),
