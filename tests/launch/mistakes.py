@@ -94,7 +94,8 @@ def run(case: str, processes: int, folder: pathlib.Path) -> list[End]:
         (host / name).unlink()
     environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(4 // processes),
                        PYTHONPATH=str(REPO), HOST=str(i), TF_CPP_MIN_LOG_LEVEL='2',
-                       XLA_FLAGS='--xla_backend_optimization_level=0')  # fmt: skip
+                       XLA_FLAGS='--xla_backend_optimization_level=0 '
+                                 '--xla_cpu_use_fusion_emitters=false')  # fmt: skip
     if case == 'disk':  # it has files of its own to write
       environment['JAX_ENABLE_COMPILATION_CACHE'] = '0'
     command = [sys.executable, '-m', 'hrvlm_jax.cli', 'train', '--quiet', '--config',

@@ -164,7 +164,8 @@ def start(names: list[str], arguments: argparse.Namespace, processes: int) -> di
   environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(8 // processes),
                      PYTHONPATH=str(REPO))  # fmt: skip
   # Most of the time goes into compiling programs that run twenty times.
-  environment |= {'XLA_FLAGS': '--xla_backend_optimization_level=0', 'TF_CPP_MIN_LOG_LEVEL': '2'}
+  environment |= {'XLA_FLAGS': '--xla_backend_optimization_level=0 '
+                               '--xla_cpu_use_fusion_emitters=false', 'TF_CPP_MIN_LOG_LEVEL': '2'}
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]

@@ -16,7 +16,8 @@ MESHES = ('data=1,tensor=2,fsdp=2', 'data=1,tensor=4', 'data=1,fsdp=4', 'data=2,
 def start(arguments, *, devices, processes=1):
   environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(devices // processes),
                      PYTHONPATH=str(REPO), TF_CPP_MIN_LOG_LEVEL='2',
-                     XLA_FLAGS='--xla_backend_optimization_level=0')  # fmt: skip
+                     XLA_FLAGS='--xla_backend_optimization_level=0 '
+                               '--xla_cpu_use_fusion_emitters=false')  # fmt: skip
   command = [sys.executable, '-m', 'tests.vlm.meshes', *map(str, arguments)]
   with socket.socket() as free:
     free.bind(('localhost', 0))
