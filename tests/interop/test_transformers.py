@@ -17,15 +17,6 @@ from tests.interop.pytorch import LIMIT, Pair, assert_same_views, near, picture
 from tests.interop.tiny_models import FIRST, MODELS, PS3_ALONE
 
 rows = lambda *first: levels.rows('interop', MODELS, first=first or FIRST)
-made = {}
-
-
-@pytest.fixture
-def pair(name, tmp_path_factory):
-  """Model and folder, made once."""
-  if name not in made:
-    made[name] = Pair.make(MODELS[name], tmp_path_factory.mktemp('pair'))
-  return made[name]
 
 
 def fuzz(config):
@@ -253,12 +244,10 @@ LOOKS = [dict(looks=1), dict(looks='all'), dict(looks=0), dict(looks=None, token
 
 
 @pytest.mark.parametrize('options', levels.rows('interop', LOOKS, first=LOOKS[3:4]))
-def test_ps3_alone_with_its_selection_maps(options, tmp_path_factory):
+def test_ps3_alone_with_its_selection_maps(options, pair_of):
   from transformers import AutoImageProcessor, AutoModel
 
-  if 'ps3' not in made:
-    made['ps3'] = Pair.make(PS3_ALONE, tmp_path_factory.mktemp('pair'))
-  pair = made['ps3']
+  pair = pair_of('ps3_alone')
   model = AutoModel.from_pretrained(pair.folder, trust_remote_code=True, dtype=torch.float32).eval()
   images = AutoImageProcessor.from_pretrained(pair.folder, trust_remote_code=True)
   pictures = [picture((61, 47)), picture((33, 201), 1)]

@@ -11,16 +11,6 @@ from tests import levels
 from tests.interop.pytorch import LIMIT, Pair, near, picture
 from tests.interop.tiny_models import MODELS
 
-made = {}
-
-
-@pytest.fixture
-def pair(name, tmp_path_factory):
-  """Model and folder, made once."""
-  if name not in made:
-    made[name] = Pair.make(MODELS[name], tmp_path_factory.mktemp('pair'))
-  return made[name]
-
 
 def lengths(model, call):
   """(how many places each pass of the language model ran, what the call gave)."""
