@@ -23,7 +23,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.text import has_half
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
 from hrvlm_jax.language.conversation import messages_from_llava
-from hrvlm_jax.language.messages import ROLES, SYSTEM, turns
+from hrvlm_jax.language.messages import SYSTEM, known_role, turns
 
 T = TypeVar('T')
 
@@ -286,7 +286,7 @@ def conversation(entries: Any, images: Any) -> tuple[list[Message], list[Any], s
   named = [image for image in named if not _is_blank(image)]
   text_alone = lambda entry: not isinstance(entry, Mapping) or (
     isinstance(entry.get('content', entry.get('value')), str)
-    and ROLES.get(entry.get('role', entry.get('from'))) != SYSTEM)
+    and known_role(entry.get('role', entry.get('from'))) != SYSTEM)
   if isinstance(entries, list) and all(map(text_alone, entries)):
     return messages_from_llava(entries), named, None
   found = turns(entries)

@@ -286,7 +286,7 @@ def messages_from_llava(conversations: Sequence[dict]) -> list[Message]:
       problems.append(f'message {index} is {type(entry).__name__}, expected an object')
       continue
     role, value = entry.get('from', entry.get('role')), entry.get('value', entry.get('content'))
-    if role not in roles:
+    if not isinstance(role, str) or role not in roles:
       problems.append(f"message {index} comes from {role!r}, expected 'human' or 'gpt'")
     elif not isinstance(value, str):
       problems.append(f'message {index} has a value of {type(value).__name__}, expected text')

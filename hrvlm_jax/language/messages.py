@@ -21,6 +21,13 @@ from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Dialogue, Message
 SYSTEM = 'system'
 ROLES = {'user': USER, 'human': USER, 'assistant': ASSISTANT, 'gpt': ASSISTANT, 'model': ASSISTANT,
          'system': SYSTEM, 'developer': SYSTEM}
+
+
+def known_role(said: Any) -> str | None:
+  """'user', 'assistant' or 'system'; None: no such role, or no text at all."""
+  return ROLES.get(said) if isinstance(said, str) else None
+
+
 _TEXTS = ('text', 'input_text', 'output_text')
 # Type of a part -> keys that may hold its image, the first found counts.
 _IMAGES = {'image_url': ('image_url',), 'input_image': ('image_url',),
@@ -112,7 +119,7 @@ def _turn(message: Any, where: str, problems: list[str]) -> Turn | None:
     return None
   role = message.get('role', message.get('from'))
   content = message.get('content', message.get('value'))
-  if role not in ROLES:
+  if known_role(role) is None:
     problems.append(f"{where} comes from {role!r}, expected 'user', 'assistant' or 'system' "
                     "('human' or 'gpt')")
     return None

@@ -16,7 +16,7 @@ from hrvlm_jax.data.rows import (
   encode_record,
   open_images,
 )
-from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, open_source
+from hrvlm_jax.data.sources import ImageFolder, InMemory, LlavaJson, llava_row, open_source
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 
 
@@ -337,3 +337,12 @@ def test_folders_that_datasets_saved(tmp_path):
   (tmp_path / 'one/data-00000-of-00002.arrow').write_bytes(b'nothing')
   with pytest.raises(UserError, match='is not an Arrow file'):
     open_source(tmp_path / 'one')
+
+
+@pytest.mark.parametrize('role', [['user'], {'a': 1}, 3, None])
+@pytest.mark.parametrize('content', ['q', [{'type': 'text', 'text': 'q'}]])
+def test_a_role_that_is_no_text_is_a_bad_row(role, content):
+  for key, value in (('from', 'value'), ('role', 'content')):
+    row = {'id': '1', 'conversations': [{key: role, value: content}]}
+    with pytest.raises(BadRow, match='message 0 comes from'):
+      llava_row(json.dumps(row).encode(), 'a.json, row 0', '.')
