@@ -1,7 +1,8 @@
 """A model of this library as the functions that `runner.evaluate` asks for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 from typing import Any
 
@@ -18,7 +19,9 @@ from hrvlm_jax.evaluation.runner import Answer, Model, Picture, Setup
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.language.prompt import IGNORE, pad_batch
+from hrvlm_jax.language.sampling import Sampling
 from hrvlm_jax.parallel.distributed import to_host
+from hrvlm_jax.serving.queue import Queue, suits
 from hrvlm_jax.training.losses import shifted_targets
 from hrvlm_jax.vlm.answer import Answerer
 from hrvlm_jax.vlm.cut import placed
@@ -47,8 +50,10 @@ class EvaluatedModel:
     sampling: fields of `Sampling`; greedy unless they say otherwise.
     max_new_tokens: longest answer.
 
-  The rows of a batch are cut over the answerer's layout. Where that spans several processes, all of
-  them answer every batch together; else every process has its own samples.
+  Questions are answered by continuous batching (`serving.queue`); by beams, or with a method laid
+  over the model, in fixed batches. The rows of a batch are cut over the answerer's layout, and
+  every part of it owns slots. Where it spans several processes, all of them answer every question
+  together; else every process has its own samples.
   """
 
   def __init__(self, answerer: Answerer, *, max_new_tokens: int,
@@ -57,6 +62,7 @@ class EvaluatedModel:
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
     self._scored: Any = None
     self._attention: Any = None
+    self._queues: dict[int, Queue] = {}
 
   def described(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Model:
     """What `runner.evaluate` asks, with the model's side of a result's provenance."""
@@ -66,7 +72,9 @@ class EvaluatedModel:
       checkpoint_hash=checkpoint_hash, config=config,
       generation={**self.sampling, **self.answerer.methods},
       preprocessing={'encoder': config['encoder'], 'exif': self.answerer.exif})
-    return Model(setup=setup, answer=self.answer, likelihood=self.likelihood, overlay=self.overlay)
+    suited = suits(self.answerer, self.answerer.sampling(**self.sampling))
+    return Model(setup=setup, answer=self.answer, likelihood=self.likelihood, overlay=self.overlay,
+                 queue=self.queue if suited else None)
 
   def answer(self, pairs: Sequence[tuple[Picture, str]]) -> list[Answer]:
     """Generated answers with the number of visual and new tokens."""
@@ -75,12 +83,53 @@ class EvaluatedModel:
     batch = model.placed(items)
     sampling = model.sampling(**self.sampling)
     made = model.generated(model.generator.prompt(batch), sampling)
-    answers = []
-    for row, (images, _) in zip(made.rows(), items, strict=False):  # rows up to the shards
-      tokens = sum(model.system.count(*image.size, model.config.encoder).tokens for image in images)
-      ended = bool(row) and row[-1] in sampling.stop_ids
-      answers.append(Answer(model.decode(row), 'eos' if ended else 'length', tokens, len(row)))
-    return answers
+    return [self._answer(row, self._visual(images), sampling)  # rows up to the shards
+            for row, (images, _) in zip(made.rows(), items, strict=False)]
+
+  def queue(self, pairs: Iterable[tuple[int, Callable[[], tuple[Picture, str]]]], slots: int
+            ) -> Iterator[list[tuple[int, Answer | UserError]]]:
+    """The same answers by continuous batching, those that are complete at the same time together.
+
+    Args:
+      pairs: (number, function that gives the picture and the question), taken as slots are free.
+      slots: questions at a time.
+
+    Raises:
+      UserError: a question that the model cannot be asked. (The error of a function is its
+        question's answer.)
+    """
+    model, sampling = self.answerer, self.answerer.sampling(**self.sampling)
+    if slots not in self._queues:
+      self._queues[slots] = Queue(model, slots=slots)
+    visual: dict[int, int] = {}
+    broken: dict[int, UserError] = {}
+
+    def opened(number: int, make: Callable[[], tuple[Picture, str]]):
+      try:
+        picture, question = make()
+      except UserError as error:
+        broken[number] = error
+        raise
+      visual[number] = self._visual(_images(picture))
+      return _images(picture), question
+
+    items = ((number, functools.partial(opened, number, make)) for number, make in pairs)
+    for group in self._queues[slots].run(items, sampling):
+      answers: list[tuple[int, Answer | UserError]] = []
+      for done in group:
+        if done.error is not None and done.index not in broken:
+          raise done.error
+        answers.append((done.index, broken.pop(done.index) if done.error is not None else
+                        self._answer(done.tokens, visual.pop(done.index), sampling)))
+      yield answers
+
+  def _visual(self, images: Sequence[Image.Image]) -> int:
+    model = self.answerer
+    return sum(model.system.count(*image.size, model.config.encoder).tokens for image in images)
+
+  def _answer(self, row: Sequence[int], visual: int, sampling: Sampling) -> Answer:
+    ended = bool(row) and row[-1] in sampling.stop_ids
+    return Answer(self.answerer.decode(row), 'eos' if ended else 'length', visual, len(row))
 
   def likelihood(self, triples: Sequence[tuple[Picture, str, str]]) -> list[float]:
     """Mean token cross-entropy of each (image, question, option), the stop token included."""

@@ -3,16 +3,17 @@
 A result folder holds
 
     run.json                          what is being run; a resumed run must match it
-    predictions-00000-of-00001.jsonl  raw answers, appended batch by batch (one file per process)
+    predictions-00000-of-00001.jsonl  raw answers, appended as they come (one file per process)
     predictions.jsonl                 all answers in the benchmark's order, with their scores
     result.json                       the score and its provenance
     report.html                       examples with pictures
     <submission>                      the server's file, where the benchmark has one
 
-The model is a function of a list of (image, question); everything about devices is inside it.
+The model is a function of a list of (image, question), or of a queue of them; everything about
+devices is inside it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
 import datetime
@@ -38,6 +39,10 @@ Picture = Image.Image | tuple[Image.Image, ...] | None
 AnswerFn = Callable[[list[tuple[Picture, str]]], Sequence['str | Answer']]
 LikelihoodFn = Callable[[list[tuple[Picture, str, str]]], Sequence[float]]
 OverlayFn = Callable[[Picture, str], Image.Image]
+# (number, function that gives picture and question) of every question, how many at a time ->
+# (number, answer) of those that are complete, again and again; a function's error is its answer.
+QueueFn = Callable[[Iterable[tuple[int, Callable[[], tuple[Picture, str]]]], int],
+                   Iterator[list[tuple[int, 'str | Answer | UserError']]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +91,14 @@ class Model:
       filled up with repetitions whose answers are dropped), so shapes can stay fixed.
     likelihood: list of (image, question, option) -> mean token cross-entropy of each option.
     overlay: (image, question) -> picture of where the model looked, for the report's examples.
+    queue: in place of `answer`: answers each question as soon as there is room, see `QueueFn`.
   """
 
   setup: Setup
   answer: AnswerFn | None = None
   likelihood: LikelihoodFn | None = None
   overlay: OverlayFn | None = None
+  queue: QueueFn | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +108,7 @@ class Options:
   Attributes:
     split: default: the benchmark's first.
     prompt_file: a template to use instead of the packaged one.
+    batch_size: questions at a time.
     limit: only the first samples; the result says so.
     examples: how many right and how many wrong answers the report shows.
     alpha, max_pixels: how images are opened, see `core.images.open_image`.
@@ -149,7 +157,7 @@ def evaluate(benchmark: str | Benchmark, model: Model, *, data: str | Path, out:
              options: Options = Options()) -> Result | None:
   """Answers every question of a benchmark, scores the answers and writes a result folder.
 
-  A run that was killed goes on where it stopped; at most one batch is asked again.
+  A run that was killed goes on where it stopped; at most `batch_size` questions are asked again.
 
   Args:
     benchmark: name or object.
@@ -254,7 +262,8 @@ def _task(benchmark: Benchmark, setup: Setup, data: Path, options: Options) -> _
 
 
 def _answer(task: _Task, ask: Callable, out: Path, options: Options) -> None:
-  """Asks what no process has answered yet of this process's samples; each batch goes to disk."""
+  """Asks what no process has answered yet of this process's samples; answers go to disk as they
+  come."""
   index, count = options.process_index, options.process_count
   if options.together is not None:
     index, count = 0, 1
@@ -275,15 +284,15 @@ def _answer(task: _Task, ask: Callable, out: Path, options: Options) -> None:
               initial=len(mine) - len(todo),
               disable=not options.progress or options.process_index > 0) as bar:
       began = time.monotonic()
-      asked = [(sample, task.questions[sample.id]) for sample in todo]
-      for batch, answered in answer_all(ask, asked, batch_size=options.batch_size):
-        seconds = round((time.monotonic() - began) / len(batch), 4)
+      for answered in ask([(sample, task.questions[sample.id]) for sample in todo],
+                          options.batch_size):
+        seconds = round((time.monotonic() - began) / len(answered), 4)
         if writes:
           file.append([
             {'sample_id': sample.id, 'prompt': question, **fields, 'seconds': seconds,
              'process_index': options.process_index}
-            for (sample, question), fields in zip(batch, answered)])
-        bar.update(len(batch))
+            for (sample, question), fields in answered])
+        bar.update(len(answered))
         began = time.monotonic()
 
 
@@ -344,9 +353,10 @@ def pictures(sample: Sample, **reading) -> Picture:
 
 
 def _ask(benchmark: Benchmark, model: Model, reading: Mapping[str, Any]) -> Callable:
-  """A function of (sample, question) pairs that gives the fields of a prediction for each.
+  """A function of (sample, question) pairs and how many are asked at a time.
 
-  A sample whose image cannot be used is not asked: its text is empty and `bad_image` says why.
+  It yields lists of (pair, fields of its prediction), of every pair once. A sample whose image
+  cannot be used is not asked: its text is empty and `bad_image` says why.
 
   Raises:
     UserError: the model lacks what the benchmark asks for.
@@ -355,6 +365,8 @@ def _ask(benchmark: Benchmark, model: Model, reading: Mapping[str, Any]) -> Call
     if model.likelihood is None:
       raise UserError(f'{benchmark.name}: needs likelihoods of the options, which this model lacks')
     answer = functools.partial(_likeliest, model.likelihood)
+  elif model.queue is not None:
+    return functools.partial(_in_queue, model.queue, reading)
   elif model.answer is None:
     raise UserError(f'{benchmark.name}: needs a function that answers questions')
   else:
@@ -367,7 +379,7 @@ def _ask(benchmark: Benchmark, model: Model, reading: Mapping[str, Any]) -> Call
       try:
         opened[number] = sample, pictures(sample, **reading), question
       except UserError as error:
-        bad[number] = {'text': '', 'finish_reason': '', 'bad_image': str(error)}
+        bad[number] = _bad(error)
     if not opened:
       return list(bad.values())
     whole = list(opened.values())  # filled up: one program serves every batch
@@ -378,7 +390,25 @@ def _ask(benchmark: Benchmark, model: Model, reading: Mapping[str, Any]) -> Call
     found = bad | dict(zip(opened, answers[:len(opened)], strict=True))
     return [found[number] for number in range(len(asked))]
 
-  return ask
+  def batches(asked: Sequence[tuple[Sample, str]], size: int) -> Iterator[list]:
+    for batch, answered in answer_all(ask, asked, batch_size=size):
+      yield list(zip(batch, answered, strict=True))
+
+  return batches
+
+
+def _in_queue(queue: QueueFn, reading: Mapping[str, Any], asked: Sequence[tuple[Sample, str]],
+              size: int) -> Iterator[list]:
+  """As `_ask` says, each question as soon as there is room for it."""
+  make = lambda sample, question: (pictures(sample, **reading), question)
+  pairs = ((number, functools.partial(make, *pair)) for number, pair in enumerate(asked))
+  for answered in queue(pairs, size):
+    yield [(asked[number], _bad(answer) if isinstance(answer, UserError) else _fields(answer))
+           for number, answer in answered]
+
+
+def _bad(error: UserError) -> dict[str, Any]:
+  return {'text': '', 'finish_reason': '', 'bad_image': str(error)}
 
 
 def _likeliest(likelihood: LikelihoodFn, asked: Sequence[tuple[Sample, Picture, str]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import copy
 import dataclasses
+import functools
+import itertools
 import math
 import numbers
 from typing import Any
@@ -22,9 +24,10 @@ from hrvlm_jax.front.images import MAX_BYTES, as_image
 from hrvlm_jax.language.chat import ASSISTANT, USER, Dialogue, Message
 from hrvlm_jax.language.generate import Sampling
 from hrvlm_jax.language.messages import dialogue, is_messages
+from hrvlm_jax.serving.queue import Queue, suits
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.vlm import model as vlm
-from hrvlm_jax.vlm.answer import Answerer, Question, answer_all
+from hrvlm_jax.vlm.answer import Answerer, Question
 from hrvlm_jax.vlm.encode import ImageEncoder
 
 MAX_NEW_TOKENS = 128
@@ -69,6 +72,7 @@ class Model:
     self._ex, self._reading = ex, dict(
       exif=exif, urls=urls, max_bytes=max_bytes, alpha=alpha, max_pixels=max_pixels)
     self._encoder, self._scorer = encoder, None
+    self._queues: dict[int, Queue] = {}
     if answerer is not None and encoder is None:
       self._encoder = ImageEncoder(config, answerer.generator.params)
 
@@ -109,6 +113,9 @@ class Model:
   def batch(self, items: Iterable[Any], *, batch_size: int = 8, **settings: Any) -> list[str]:
     """Answers to many questions, `batch_size` at a time, in their order.
 
+    Each begins as soon as another is complete (beams, and methods laid over the model, wait for
+    whole batches). An answer is that of `ask` with the same settings, its seed among them.
+
     Args:
       items: (image, question) pairs, messages, or mappings with 'image' or 'images' and 'question'
         or 'messages'.
@@ -129,8 +136,15 @@ class Model:
         raise UserError(f'item {number}: {error}') from error
     if batch_size < 1:
       raise UserError(f'batch_size: found {batch_size}, expected at least 1')
-    ask, size = lambda asked: self._answers(asked, settings), min(batch_size, max(len(read), 1))
-    return [answer for _, answers in answer_all(ask, read, batch_size=size) for answer in answers]
+    self.check(settings)
+    if len(read) == 1:
+      return self._answers(read, settings)
+    asked = ((number, lambda item=item: item) for number, item in enumerate(read))
+    found = dict(self._each(asked, min(batch_size, max(len(read), 1)), settings))
+    for number, answer in sorted(found.items()):
+      if isinstance(answer, UserError):
+        raise UserError(f'item {number}: {answer}') from answer
+    return [str(found[number]) for number in range(len(read))]
 
   def stream(self, image: Any = None, question: Any = None, **settings: Any) -> Iterator[str]:
     """The same answer piece by piece, as it is made (beams excepted).
@@ -260,7 +274,7 @@ class Model:
       raise UserError(f'{", ".join(options)}: changes the parameters of the model, which are '
                       'those of its checkpoint')
     made = copy.copy(self)
-    made.config, made._scorer = config, None
+    made.config, made._scorer, made._queues = config, None, {}
     if answerer is None:
       made._encoder = ImageEncoder(config, self._encoder.params, self._encoder.tokenizer)
     else:
@@ -276,7 +290,8 @@ class Model:
     >>> model.compilations() == before
     True
     """
-    return self._encoder.compilations() + (
+    return self._encoder.compilations() + sum(
+      queue.compilations() for queue in self._queues.values()) + (
       0 if self.answerer is None else self.answerer.generator.compilations())
 
   def check(self, settings: Mapping[str, Any]) -> None:
@@ -301,6 +316,46 @@ class Model:
   def _answers(self, items: Sequence[Item], settings: Mapping[str, Any]) -> list[str]:
     sampling, key = self._sampling(settings)
     return self._asking().answer(items, key=key, **sampling)
+
+  def _each(self, items: Iterable[tuple[int, Callable[[], Item]]], size: int,
+            settings: Mapping[str, Any]) -> Iterator[tuple[int, str | UserError]]:
+    """(number, answer) of every question as it is complete; of one that cannot be asked, the error.
+
+    Args:
+      items: (number, function that gives what is asked), `size` at a time.
+    """
+    options, key = self._sampling(settings)
+    asking = self._asking()
+    sampling = asking.sampling(**options)
+    if suits(asking, sampling):
+      if size not in self._queues:
+        self._queues[size] = Queue(asking, slots=size)
+      for group in self._queues[size].run(items, sampling, key=key):
+        for done in group:
+          yield done.index, asking.decode(done.tokens) if done.error is None else done.error
+      return
+    source, rows = iter(items), 0
+    while part := list(itertools.islice(source, size)):
+      opened: list[tuple[int, Item]] = []
+      for number, make in part:
+        try:
+          opened.append((number, make()))
+        except UserError as error:
+          yield number, error
+      if opened:
+        rows = max(rows, len(opened))  # the last batch is filled up, so that it compiles nothing
+        asked = [item for _, item in opened]
+        try:
+          answers = self._answers(asked + asked[-1:] * (rows - len(asked)), settings)[:len(asked)]
+        except UserError:  # of one of them: which one is found by asking each
+          answers = map(functools.partial(self._answer_or_error, settings), asked)
+        yield from zip((number for number, _ in opened), answers, strict=True)
+
+  def _answer_or_error(self, settings: Mapping[str, Any], item: Item) -> str | UserError:
+    try:
+      return self._answers([item], settings)[0]
+    except UserError as error:
+      return error
 
   def _sampling(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """(fields of `Sampling`, key), checked."""

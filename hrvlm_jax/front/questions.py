@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
 import hashlib
 import json
 import os
@@ -68,11 +70,11 @@ def answer_lines(model: Model, lines: Iterable[tuple[int, str]], *, folder: str 
                  ) -> Iterator[Record]:
   """A record for each line: {'line', 'id', 'question', 'answer'} or {'line', 'error'}.
 
-  Lines are answered `batch_size` at a time, so that one program serves all of them. A line that
-  cannot be asked has its error and stops no other.
+  Lines are answered `batch_size` at a time, each as soon as another is complete; the records come
+  in the order of the lines. A line that cannot be asked has its error and stops no other.
 
   Args:
-    lines: (number, text).
+    lines: (number, text), read as there is room for them.
     settings: as of `Model.ask`.
 
   Raises:
@@ -80,49 +82,28 @@ def answer_lines(model: Model, lines: Iterable[tuple[int, str]], *, folder: str 
   """
   settings = dict(settings or {})
   model.check(settings)
-  waiting: list[Record] = []
-  items: list[Item] = []
-  size = 0
+  records: deque[Record] = deque()  # those that are not given back yet
+  open_: dict[int, Record] = {}
 
-  def flush() -> Iterator[Record]:
-    nonlocal size
-    if items:
-      # The last batch is filled up, so that it compiles nothing new.
-      size = size or len(items)
-      filled = items + items[-1:] * (size - len(items))
+  def asked() -> Iterator[tuple[int, Callable[[], Item]]]:
+    for place, (number, text) in enumerate(lines):
+      record: Record = {'line': number}
+      records.append(record)
       try:
-        answers: Sequence[Any] = model.batch(filled, batch_size=size, **settings)
-      except UserError:  # of one of them: which one is found by asking each
-        answers = [_answer_or_error(model, item, settings) for item in items]
-      given = iter(answers)
-      for record in waiting:
-        if 'error' not in record:
-          answer = next(given)
-          record.update({'error': str(answer)} if isinstance(answer, UserError)
-                        else {'answer': answer})
-    yield from waiting
-    waiting.clear()
-    items.clear()
-
-  for number, text in lines:
-    record: Record = {'line': number}
-    try:
-      value = read_line(text)
+        value = read_line(text)
+      except UserError as error:
+        record['error'] = str(error)
+        continue
       record |= {key: value[key] for key in ('id', 'question') if value.get(key) is not None}
-      items.append(item_of(value, model, folder))
-    except UserError as error:
-      record['error'] = str(error)
-    waiting.append(record)
-    if len(items) == batch_size or len(waiting) == 4 * batch_size:
-      yield from flush()
-  yield from flush()
+      open_[place] = record
+      yield place, functools.partial(item_of, value, model, folder)
 
-
-def _answer_or_error(model: Model, item: Item, settings: Mapping[str, Any]) -> str | UserError:
-  try:
-    return model.ask(*item, **settings)
-  except UserError as error:
-    return error
+  for place, answer in model._each(asked(), batch_size, settings):
+    open_.pop(place).update({'error': str(answer)} if isinstance(answer, UserError)
+                            else {'answer': answer})
+    while records and records[0].keys() & {'answer', 'error'}:
+      yield records.popleft()
+  yield from records
 
 
 class Answered:

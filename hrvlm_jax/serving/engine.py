@@ -30,7 +30,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.generate import bucket
 from hrvlm_jax.parallel.distributed import to_host
 from hrvlm_jax.serving import slots as device
-from hrvlm_jax.serving.draw import Drawn, Settings
+from hrvlm_jax.serving.draw import Drawn, Settings, penalties
 from hrvlm_jax.serving.requests import Counts, Piece, Prepared, Report, Request, Result, shape_of
 from hrvlm_jax.serving.spelling import Spelling
 from hrvlm_jax.systems.packing import BLANK
@@ -123,13 +123,15 @@ class Engine:
     blank = answerer.batch([([BLANK], 'What?')])
     blank.pop('labels')
     self._held = self._read_shapes(blank)[2]
+    self._usual = penalties(answerer.sampling())  # those of the release
     make = functools.partial(device.empty, answerer.config.text, slots, self.length, self._held,
-                             ex=self._ex)
+                             written=self.length if self._usual.counts else 0, ex=self._ex)
     self._shapes = jax.eval_shape(make)
     self._layout = device.shardings(self._shapes, self._ex)
     options = {} if self._layout is None else {'out_shardings': self._layout}
     self._empty = jax.jit(make, **options)
-    self._step = self._compile(functools.partial(device.step, self._fn, ex=self._ex))
+    self._step = self._compile(functools.partial(device.step, self._fn, ex=self._ex,
+                                                 usual=self._usual))
 
   def compilations(self) -> int:
     """Programs so far, that of a step and one per shape of a prompt."""
@@ -186,8 +188,8 @@ class Engine:
     with self._lock:
       if prepared.shape not in self._readers:
         self._readers[prepared.shape] = self._compile(
-          functools.partial(device.admit, self._fn, ex=self._ex), prepared.batch, prepared.chosen,
-          np.int32(0))
+          functools.partial(device.admit, self._fn, ex=self._ex, usual=self._usual),
+          prepared.batch, prepared.chosen, np.int32(0))
       return self._readers[prepared.shape]
 
   # The device's part: by whoever holds the state.
@@ -315,7 +317,8 @@ def settings_of(request: Request) -> Settings:
   return Settings(
     np.asarray(jax.random.key_data(key), np.uint32)[None],
     np.full(1, request.temperature, np.float32), np.full(1, request.top_k, np.int32),
-    np.full(1, request.top_p, np.float32), np.array([request.logprobs is not None]))
+    np.full(1, request.top_p, np.float32), np.zeros(1, np.float32),
+    np.array([request.logprobs is not None]))
 
 
 def again(prepared: Prepared, **changes: Any) -> Prepared:

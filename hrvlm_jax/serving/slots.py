@@ -23,7 +23,8 @@ from hrvlm_jax.core.execution import BATCH_AXES, Execution
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language.config import DecoderConfig
 from hrvlm_jax.language.decoder import Cache, empty_cache
-from hrvlm_jax.serving.draw import Drawn, Settings, draw, settings
+from hrvlm_jax.language.sampling import Sampling
+from hrvlm_jax.serving.draw import PLAIN, Drawn, Settings, draw, penalised, settings
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +39,7 @@ class Slots:
     place: int32 [s], where the next token goes.
     token: int32 [s], the last token, which the next step reads.
     count: int32 [s], tokens drawn so far.
+    written: int32 [s n], those tokens, where repetitions count; else n is 0.
     chosen: how each slot draws.
   """
 
@@ -47,22 +49,25 @@ class Slots:
   place: jax.Array
   token: jax.Array
   count: jax.Array
+  written: jax.Array
   chosen: Settings
 
 
-def empty(config: DecoderConfig, slots: int, length: int, held: Any, *, ex: Execution) -> Slots:
+def empty(config: DecoderConfig, slots: int, length: int, held: Any, *, written: int = 0,
+          ex: Execution) -> Slots:
   """Slots without a request.
 
   Args:
     length: places of each.
     held: shapes of one row's `held`, leaves [1 ...] (see `vlm.model.VLM.held`).
+    written: most new tokens that are kept to count repetitions among.
   """
   zeros = lambda leaf: jnp.zeros((slots, *leaf.shape[1:]), leaf.dtype)
   number = lambda: jnp.zeros(slots, jnp.int32)
   return Slots(
     empty_cache(config, slots, length, dtype=jnp.dtype(ex.dtype), unrolled=True),
     jax.tree.map(zeros, held), jnp.zeros((slots, length), bool), number(), number(), number(),
-    jax.tree.map(jnp.asarray, settings(slots)))
+    jnp.zeros((slots, written), jnp.int32), jax.tree.map(jnp.asarray, settings(slots)))
 
 
 def read(fn: Functional, params, batch: Mapping[str, Any], *, ex: Execution):
@@ -74,36 +79,75 @@ def read(fn: Functional, params, batch: Mapping[str, Any], *, ex: Execution):
 
 
 def admit(fn: Functional, params, slots: Slots, batch: Mapping[str, Any], chosen: Settings, row,
-          *, ex: Execution) -> tuple[Slots, Drawn]:
+          *, ex: Execution, usual: Sampling = PLAIN) -> tuple[Slots, Drawn]:
   """Reads a prompt into slot `row` and draws its first token.
 
   Args:
     batch: of one row, its length no more than that of a slot.
     chosen: of one slot.
+    usual: its penalties are those of every slot.
 
   Returns:
     (slots, the token [1]).
   """
-  logits, cache, held, valid = read(fn, params, batch, ex=ex)
-  count = jnp.zeros(1, jnp.int32)
-  drawn = draw(logits, chosen, count)
+  new, drawn = _first(fn, params, slots, batch, chosen, ex=ex, usual=usual)
 
   def write(store, new):
-    new = new.astype(store.dtype)
     return jax.lax.dynamic_update_slice(store, new, (row, *(0,) * (store.ndim - 1)))
 
-  def whole(store, new):  # nothing of the slot's last request may stay
-    return write(store, jnp.pad(new, [(0, 0), *(
-      (0, room - size) for room, size in zip(store.shape[1:], new.shape[1:], strict=True))]))
-
-  place = jnp.full(1, valid.shape[1], jnp.int32)
-  return Slots(
-    jax.tree.map(write, slots.cache, cache), jax.tree.map(whole, slots.held, held),
-    whole(slots.valid, valid), write(slots.place, place), write(slots.token, drawn.token),
-    write(slots.count, count + 1), jax.tree.map(write, slots.chosen, chosen)), drawn
+  filled = dataclasses.replace(_filled(new, slots), cache=new.cache)
+  return jax.tree.map(write, slots, filled), drawn
 
 
-def step(fn: Functional, params, slots: Slots, *, ex: Execution) -> tuple[Slots, Drawn]:
+def admit_group(fn: Functional, params, slots: Slots, batch: Mapping[str, Any], chosen: Settings,
+                places, *, ex: Execution, usual: Sampling = PLAIN) -> tuple[Slots, Drawn]:
+  """Reads as many prompts as the batch axes of the mesh have parts, each into a slot of its part.
+
+  The slots of a part follow one another, so nothing of a prompt leaves its devices.
+
+  Args:
+    batch: a row for every part.
+    places: int32 [r], the slot of each part counted within it; -1: that row is not kept.
+
+  Returns:
+    (slots, the tokens [r]).
+  """
+  new, drawn = _first(fn, params, slots, batch, chosen, ex=ex, usual=usual)
+  parts = len(places)
+  each = slots.valid.shape[0] // parts
+  taken = jnp.arange(each) == jnp.asarray(places)[:, None]
+
+  def write(store, new):
+    kept = store.reshape(parts, each, *store.shape[1:])
+    here = taken.reshape(parts, each, *(1,) * (store.ndim - 1))
+    return jnp.where(here, new[:, None], kept).reshape(store.shape)
+
+  return laid(jax.tree.map(write, slots, _filled(new, slots)), ex), drawn
+
+
+def _first(fn: Functional, params, slots: Slots, batch, chosen: Settings, *, ex: Execution,
+           usual: Sampling) -> tuple[Slots, Drawn]:
+  """Prompts as slots of their own length, and the first token of each."""
+  logits, cache, held, valid = read(fn, params, batch, ex=ex)
+  count = jnp.zeros(len(logits), jnp.int32)
+  written = jnp.zeros((len(logits), slots.written.shape[1]), jnp.int32)
+  drawn = draw(penalised(logits, written, count, usual), chosen, count, logits)
+  if written.shape[1]:
+    written = written.at[:, 0].set(drawn.token)
+  place = jnp.full(len(logits), valid.shape[1], jnp.int32)
+  chosen = jax.tree.map(jnp.asarray, chosen)
+  return Slots(cache, held, valid, place, drawn.token, count + 1, written, chosen), drawn
+
+
+def _filled(new: Slots, slots: Slots) -> Slots:
+  """New rows padded to the sizes of the slots: nothing of a slot's last request may stay."""
+  whole = lambda leaf, store: jnp.pad(leaf.astype(store.dtype), [(0, 0), *(
+    (0, room - size) for room, size in zip(store.shape[1:], leaf.shape[1:], strict=True))])
+  return jax.tree.map(whole, new, slots)
+
+
+def step(fn: Functional, params, slots: Slots, *, ex: Execution, usual: Sampling = PLAIN
+         ) -> tuple[Slots, Drawn]:
   """The next token of every slot, [s]."""
   length = slots.valid.shape[1]
   valid = slots.valid | (jnp.arange(length) == slots.place[:, None])
@@ -115,9 +159,26 @@ def step(fn: Functional, params, slots: Slots, *, ex: Execution) -> tuple[Slots,
     return logits[0], jax.tree.map(lambda leaf: leaf[0], cache)
 
   logits, cache = jax.vmap(one)(slots.token, valid, slots.cache, slots.held, slots.place)
-  drawn = draw(logits, slots.chosen, slots.count)
+  drawn = draw(penalised(logits, slots.written, slots.count, usual), slots.chosen, slots.count,
+               logits)
+  written = slots.written
+  if written.shape[1]:  # beyond the end nothing is written: slots without a request
+    written = written.at[jnp.arange(len(written)), slots.count].set(drawn.token)
   place = jnp.minimum(slots.place + 1, length - 1)  # of slots without a request
-  return Slots(cache, slots.held, valid, place, drawn.token, slots.count + 1, slots.chosen), drawn
+  return Slots(cache, slots.held, valid, place, drawn.token, slots.count + 1, written,
+               slots.chosen), drawn
+
+
+def grown(slots: Slots, shapes: Slots) -> Slots:
+  """The same requests in larger slots, of these shapes."""
+  return jax.tree.map(lambda leaf, shape: jnp.pad(leaf, [
+    (0, room - size) for room, size in zip(shape.shape, leaf.shape, strict=True)]), slots, shapes)
+
+
+def laid(slots: Slots, ex: Execution) -> Slots:
+  """The slots in their places on the mesh (`shardings`), inside a program."""
+  places = shardings(slots, ex)
+  return slots if places is None else jax.lax.with_sharding_constraint(slots, places)
 
 
 def shardings(slots: Slots, ex: Execution) -> Any:

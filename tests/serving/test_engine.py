@@ -1,6 +1,9 @@
 """Continuous batching: every system, alone or among others the same tokens, and what it costs."""
 
+import copy
+import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.serving.engine import Engine
+from hrvlm_jax.serving.queue import Queue, suits
 from hrvlm_jax.serving.requests import Request
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
@@ -140,3 +144,89 @@ def test_fewer_steps_than_fixed_batches_and_nothing_compiles(known):
 @functools.cache
 def wide():
   return Engine(model('mc_llava')[0], slots=8, length=256)
+
+
+ITEMS = [([image(*((90, 60), (60, 50), (200, 160))[n % 3], n)],
+          ('What?', 'What is written on the red sign over there, and who has put it up?')[n % 2])
+         for n in range(7)]
+
+
+def queued(queue, items, sampling, **options):
+  """{number: tokens or error} of all items, and what it took."""
+  found, counts = {}, None
+  for group in queue.run(((n, lambda item=item: item) for n, item in enumerate(items)), sampling,
+                         **options):
+    found |= {done.index: list(done.tokens) if done.error is None else done.error for done in group}
+    counts = group[-1].counts
+  return found, counts
+
+
+def fixed(answerer, items, sampling, **options):
+  """Tokens of a batch of the fixed kind."""
+  prompt = answerer.generator.prompt(answerer.batch(items))
+  return answerer.generated(prompt, sampling, **options).rows()
+
+
+@pytest.mark.parametrize('system', levels.rows(
+  'systems', ['mc_llava', 'pheye', 'vila_hd', 'llava_hr', 'single_view', 'anyres', 's2'],
+  first=['mc_llava', 'pheye']))
+def test_a_queue_gives_the_tokens_of_fixed_batches(system):
+  """Pictures and questions of several sizes, in slots that grow; by penalties as well."""
+  answerer = model(system)[0]
+  queue = Queue(answerer, slots=3)
+  plain = answerer.sampling(max_new_tokens=9)
+  assert suits(answerer, plain) and not suits(answerer, dataclasses.replace(plain, beams=2))
+  expected = fixed(answerer, ITEMS, plain)
+  assert len({tuple(row) for row in expected}) > 4
+  found, counts = queued(queue, ITEMS, plain)
+  assert [found[n] for n in range(len(ITEMS))] == expected
+  assert (counts.prompts, counts.tokens) == (len(ITEMS), sum(map(len, expected)))
+  compiled = queue.compilations()
+  assert queued(queue, ITEMS, plain)[0] == found and queue.compilations() == compiled
+  if system != 'mc_llava':
+    return
+  harsh = dataclasses.replace(plain, repetition_penalty=1.7, no_repeat_ngram_size=2)
+  expected = fixed(answerer, ITEMS, harsh)
+  assert expected != fixed(answerer, ITEMS, plain)
+  assert [queued(queue, ITEMS, harsh)[0][n] for n in range(len(ITEMS))] == expected
+  # Drawn: each as if it were alone, whoever is beside it; what cannot be asked stops nothing.
+  for options in (dict(top_k=5), dict(min_p=0.05), dict(top_p=0.5, repetition_penalty=1.5)):
+    warm = dataclasses.replace(plain, temperature=1.5, **options)
+    expected = [fixed(answerer, [item], warm, key=jax.random.key(3))[0] for item in ITEMS[:3]]
+    broken = [ITEMS[0], ([image(8, 8)], '  '), *ITEMS[1:3]]
+    found, _ = queued(queue, broken, warm, key=jax.random.key(3))
+    assert [found[n] for n in (0, 2, 3)] == expected
+    assert 'the question is empty' in str(found[1])
+
+
+def test_a_queue_takes_fewer_steps_than_fixed_batches():
+  """The lengths of the test above, in the order they come."""
+  answerer = model('mc_llava')[0]
+  lengths = np.rint(2 ** np.random.default_rng(0).uniform(1, 7, 32)).astype(int).tolist()
+  queue = Queue(answerer, slots=8)
+  sampling = dataclasses.replace(answerer.sampling(max_new_tokens=128), stop_ids=())
+  found, counts = queued(queue, [([image(90, 60)], 'What?')] * 32, sampling,
+                         limits=dict(enumerate(lengths)))
+  assert [len(found[n]) for n in range(32)] == lengths
+  assert queue.compilations() == 3  # a prompt, a step, the slots
+  steps = sum(max(lengths[i:i + 8]) - 1 for i in range(0, 32, 8))
+  assert counts.steps <= 0.55 * steps, (counts.steps, steps)
+
+
+def test_the_penalties_of_a_release_are_those_of_its_server():
+  plain = model('mc_llava')[0]
+  tokenizer = copy.copy(plain.text.tokenizer)
+  tokenizer.files = tokenizer.files | {'generation_config.json': json.dumps(
+    {'repetition_penalty': 1.7, 'no_repeat_ngram_size': 2}).encode()}
+  answerer = copy.copy(plain)
+  answerer.text = dataclasses.replace(plain.text, tokenizer=tokenizer)
+  engine = Engine(answerer, slots=2, length=LENGTH)
+  requests = [Request(images=images, question=question, max_new_tokens=12, stop_ids=())
+              for images, question in ITEMS[:3]]
+  found = {result.index: list(result.tokens) for result in engine.run(requests)}
+  sampling = dataclasses.replace(answerer.sampling(max_new_tokens=12), stop_ids=())
+  assert sampling.counts
+  expected = fixed(answerer, ITEMS[:3], sampling)
+  assert [found[n] for n in range(3)] == expected
+  assert expected != fixed(plain, ITEMS[:3], dataclasses.replace(
+    plain.sampling(max_new_tokens=12), stop_ids=()))

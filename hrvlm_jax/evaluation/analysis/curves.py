@@ -191,7 +191,7 @@ def _model(checkpoint: str, knobs: Mapping[str, Any], max_new_tokens: int) -> Mo
     name=Path(checkpoint).name, checkpoint=checkpoint)
   if IMAGE_SIDE not in knobs:
     return model
-  return dataclasses.replace(model, answer=at_side(model.answer, knobs[IMAGE_SIDE]))
+  return dataclasses.replace(model, answer=at_side(model.answer, knobs[IMAGE_SIDE]), queue=None)
 
 
 def run(
