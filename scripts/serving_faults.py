@@ -30,6 +30,7 @@ from typing import Any
 
 from PIL import Image
 
+from hrvlm_jax.core import machine
 from hrvlm_jax.evaluation.provenance import git_commit
 
 KINDS = ('right', 'stream', 'cancel', 'cut', 'garbage', 'huge', 'slow', 'image')
@@ -225,11 +226,13 @@ def main() -> int:
     memory[sent] = resident(server.pid)
     held = [found for done, found in sorted(memory.items()) if done >= min(sent, first)]
     result = {
-      'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'requests': sent, 'kinds': kinds,
+      'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'machine': machine.here().title,
+      'requests': sent, 'kinds': kinds,
       'problems': problems[:20], 'stuck': stuck,
       'memory_mb': {done: round(found / 1e6) for done, found in sorted(memory.items())},
       'seconds': round(time.monotonic() - begin),
-      'metrics': {k: v for k, v in numbers_of(place).items() if '_bucket' not in k}}
+      'metrics': {k: v for k, v in numbers_of(place).items()
+                  if '_bucket' not in k and '_created' not in k}}
   finally:
     server.send_signal(signal.SIGTERM)
     status = server.wait(60)

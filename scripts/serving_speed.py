@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.ours.train import model_config
+from hrvlm_jax.core import machine
 from hrvlm_jax.evaluation.provenance import git_commit
 from hrvlm_jax.language.generate import Sampling
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -58,12 +59,11 @@ def continuous(engine: Engine, prepared: list[Prepared]) -> dict[str, Any]:
           'first_p95': float(np.quantile(first, .95))}
 
 
-def fixed(answerer: Answerer, images: list[Image.Image], budgets: list[int]) -> dict[str, Any]:
+def fixed(answerer: Answerer, batches: list[dict[str, Any]], budgets: list[int]) -> dict[str, Any]:
   """Batches in the order of arrival, each one loop on the device until its longest answer ends."""
   steps = 0
-  for start in range(0, len(budgets), SLOTS):
-    longest = max(budgets[start:start + SLOTS])
-    batch = answerer.batch([([image], QUESTION) for image in images[start:start + SLOTS]])
+  for number, batch in enumerate(batches):
+    longest = max(budgets[number * SLOTS:(number + 1) * SLOTS])
     embeds, valid, extras = answerer.generator.prompt(batch)
     made = answerer.generator.generate(embeds, valid, Sampling(max_new_tokens=longest),
                                        extras=extras)
@@ -101,13 +101,15 @@ def main() -> int:
               for image, budget in zip(images, budgets, strict=True)]
   continuous(engine, prepared[:1])  # compiled
   compiled = engine.compilations()
-  fixed(answerer, images, budgets)  # every budget is a program of its own
+  batches = [answerer.batch([([image], QUESTION) for image in images[start:start + SLOTS]])
+             for start in range(0, len(images), SLOTS)]
+  fixed(answerer, batches, budgets)  # every budget is a program of its own
   result = {
-    'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'system': arguments.system,
-    'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
+    'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'machine': machine.here().title,
+    'system': arguments.system, 'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
     'seed': SEED, 'tokens': sum(budgets), 'device': str(jax.devices()[0]),
     'continuous': timed(lambda: continuous(engine, prepared), sum(budgets)),
-    'fixed': timed(lambda: fixed(answerer, images, budgets), sum(budgets)),
+    'fixed': timed(lambda: fixed(answerer, batches, budgets), sum(budgets)),
     'compiled_meanwhile': engine.compilations() - compiled}
   for key in ('steps', 'tokens_per_second', 'tokens_per_processor_second'):
     result[f'{key}_ratio'] = result['continuous'][key] / result['fixed'][key]

@@ -49,7 +49,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--json', action='store_true', help='print one JSON object per answer')
   parser.add_argument('--out', metavar='FILE.jsonl',
                       help='also keep the answers there; run again, what is there stays')
-  parser.add_argument('--batch-size', type=int, default=8, help='of many questions')
+  parser.add_argument('--batch-size', type=int, default=8,
+                      help='of many questions, so many at a time')
   questions.add_urls(parser)
   parser.add_argument('--overlay', metavar='OUT.png',
                       help='also draw what the model looked at on the (first) image')

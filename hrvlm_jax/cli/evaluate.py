@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
                       'picture in --out')
   parser.add_argument('--split', help="default: the benchmark's first")
   parser.add_argument('--prompt', metavar='FILE', help='own prompt template')
-  parser.add_argument('--batch-size', type=int, default=8)
+  parser.add_argument('--batch-size', type=int, default=8, help='questions at a time')
   parser.add_argument('--limit', type=int, help='only the first samples')
   parser.add_argument('--max-new-tokens', type=int, help="default: the benchmark's convention")
   add_penalties(parser, drawn=False)

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
   add('--drain-seconds', type=float, default=30.0, help='for requests on their way, after SIGTERM')
   add('--exif', choices=('apply', 'ignore'), default='apply',
       help='turn photographs upright as their EXIF block says, or not')
+  add('--alpha', choices=('drop', 'white'), default='drop',
+      help='put transparent pictures on a white page, or forget transparency')
   add('--page', action=argparse.BooleanOptionalAction, default=None,
       help="a page to try the model at / (extra 'page'); default: where Gradio is installed")
   add('--beside', metavar='CHECKPOINT', help='a second model, beside the first on the page')
@@ -93,7 +95,8 @@ def main(argv: list[str]) -> int:
     body=arguments.max_body << 20, tokens=arguments.max_tokens,
     default_tokens=arguments.default_tokens,
     pictures=PictureLimits(images=arguments.max_images, pixels=arguments.max_pixels,
-                           remote=arguments.allow_remote_images, exif=arguments.exif))
+                           remote=arguments.allow_remote_images, exif=arguments.exif,
+                           alpha=arguments.alpha))
   driver = Driver(engine, queue=arguments.queue)
   completions = Completions(driver, name=name, workers=arguments.workers, limits=limits)
   hosts = None
@@ -155,10 +158,12 @@ def _loaded(arguments: argparse.Namespace, checkpoint: str, options: dict[str, A
     from hrvlm_jax.serving.loading import load_over_mesh
 
     answerer = load_over_mesh(checkpoint, dtype=arguments.dtype, exif=arguments.exif,
+                              alpha=arguments.alpha,
                               encoder_options=options, tensor=arguments.tensor,
                               fsdp=arguments.fsdp)
     return Model(answerer.config, answerer=answerer, ex=answerer.generator.ex, name=checkpoint)
-  model = load(checkpoint, dtype=arguments.dtype, exif=arguments.exif, encoder=options)
+  model = load(checkpoint, dtype=arguments.dtype, exif=arguments.exif, alpha=arguments.alpha,
+               encoder=options)
   if model.answerer is None:
     raise UserError(f'{checkpoint}: is an encoder alone, which answers nothing; use '
                     '`hrvlm encode`')

@@ -219,7 +219,8 @@ class _Asking:
 
   def _open(self, path: str | None) -> Image.Image | None:
     return None if path is None else open_image(
-      path, exif=self.limits.exif, max_pixels=self.limits.pixels, name='The picture')
+      path, exif=self.limits.exif, alpha=self.limits.alpha, max_pixels=self.limits.pixels,
+      name='The picture')
 
   def _options(self, fields: Sequence[Any]) -> dict[str, Any]:
     return {knob.name: value for knob, field in zip(self.knobs, fields)

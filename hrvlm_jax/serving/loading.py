@@ -18,8 +18,8 @@ from hrvlm_jax.vlm.answer import Answerer, find_tokenizer, model_config
 
 
 def load_over_mesh(checkpoint: str | os.PathLike, *, dtype: str = 'float32', exif: str = 'apply',
-                   encoder_options: Mapping[str, Any] | None = None, tensor: int = 1, fsdp: int = 1
-                   ) -> Answerer:
+                   alpha: str = 'drop', encoder_options: Mapping[str, Any] | None = None,
+                   tensor: int = 1, fsdp: int = 1) -> Answerer:
   """The model of a checkpoint or work directory; no device holds the whole of it.
 
   Args:
@@ -34,5 +34,5 @@ def load_over_mesh(checkpoint: str | os.PathLike, *, dtype: str = 'float32', exi
   abstract = vlm.build(config).abstract
   params = averages.load_params(checkpoint, abstract, shardings=param_shardings(
     abstract, mesh, rules=sharding_rules(config)))
-  return Answerer(config, params, find_tokenizer(checkpoint), exif=exif,
+  return Answerer(config, params, find_tokenizer(checkpoint), exif=exif, alpha=alpha,
                   ex=Execution(dtype=dtype, mesh=mesh))

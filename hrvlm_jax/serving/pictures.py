@@ -42,7 +42,7 @@ class PictureLimits:
     remote: whether http(s) addresses are fetched.
     private: also from this machine and its own network, and from any port.
     bytes: of one, fetched or in a data URL. seconds: of one that is fetched, all in all.
-    exif: see `core.images.open_image`.
+    exif, alpha: see `core.images.open_image`.
   """
 
   images: int = 8
@@ -52,6 +52,7 @@ class PictureLimits:
   bytes: int = 20 << 20
   seconds: float = 10.0
   exif: Literal['apply', 'ignore'] = 'apply'
+  alpha: Literal['drop', 'white'] = 'drop'
 
 
 def open_url(url: str, limits: PictureLimits, *, name: str = 'image') -> Image.Image:
@@ -71,7 +72,8 @@ def open_url(url: str, limits: PictureLimits, *, name: str = 'image') -> Image.I
   else:
     raise UserError(f'{name}: expected a data URL (data:image/png;base64,...); files of the server '
                     'are not read')
-  return open_image(data, exif=limits.exif, max_pixels=limits.pixels, name=name)
+  return open_image(data, exif=limits.exif, alpha=limits.alpha, max_pixels=limits.pixels,
+                    name=name)
 
 
 def is_public(address: str) -> bool:

@@ -166,11 +166,12 @@ class Queue:
                 index, limits.get(index, sampling.max_new_tokens),
                 int(prompts[part]))
             slots, drawn = self._first(self._params, slots, batch, chosen, places, usual=usual)
-            drawn, counts = to_host(drawn), counts.add(prompts=len(group), tokens=len(group))
+            drawn = np.asarray(drawn.addressable_data(0))
+            counts = counts.add(prompts=len(group), tokens=len(group))
             tokens = {self._row(part, able[part]): int(drawn[part]) for _, part in group}
           else:
             slots, drawn = self._step(self._params, slots, usual=usual)
-            drawn = to_host(drawn)
+            drawn = np.asarray(drawn.addressable_data(0))
             tokens = {row: int(drawn[row]) for row, held in enumerate(rows) if held is not None}
             counts = counts.add(steps=1, tokens=len(tokens))
             lost += (self.count - len(tokens)) / self.count if wanted else 0.0

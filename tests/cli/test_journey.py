@@ -124,7 +124,7 @@ def test_evaluating_on_eight_devices_killed_and_resumed(folder, capsys):
   process.kill()
   assert process.wait() == -signal.SIGKILL, 'it ended before it could be killed'
   answered = len(shard.read_bytes().splitlines())
-  assert 8 <= answered < 60 and not (folder / 'eight/result.json').exists()
+  assert 1 <= answered < 60 and not (folder / 'eight/result.json').exists()
   done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-2000:]
   one, eight = ((folder / name / 'predictions.jsonl').read_bytes() for name in ('one', 'eight'))

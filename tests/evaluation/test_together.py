@@ -58,7 +58,7 @@ def test_two_processes_answer_one_benchmark(tmp_path):
   assert codes[0] == -9 and codes[1] != 0, outputs
   assert not (tmp_path / 'both' / 'result.json').exists()
   begun = (tmp_path / 'both' / 'predictions-00000-of-00001.jsonl').read_text().splitlines()
-  assert len(begun) == 2
+  assert 1 <= len(begun) <= 2  # what was complete at the same time
   codes, outputs = run(tmp_path / 'both', checkpoint, *mesh, processes=2)
   assert codes == [0, 0], outputs
   assert 'answers on 4 x cpu, mesh data=2,tensor=2' in outputs[0]

@@ -138,7 +138,7 @@ def test_a_file_of_questions(here, capsys, model, tmp_path, monkeypatch):
 
 def test_empty_answers_are_said_to_be_empty(here, capsys, model, monkeypatch):
   monkeypatch.setattr(model, 'stream', lambda *_, **__: iter(()))
-  monkeypatch.setattr(model, '_answers', lambda items, _: [''] * len(items))
+  monkeypatch.setattr(model.answerer, 'decode', lambda row: '')
   out, err = asked(capsys, 'ask', *SHORT, 'photo.png', 'What?')
   assert out == '\n' and 'the answer is empty' in err
   assert '3 of 3 answers are empty' in asked(

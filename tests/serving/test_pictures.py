@@ -1,16 +1,18 @@
 """Images of strangers: what is fetched, and what never is."""
 
+import base64
 import http.server
 import socket
 import threading
 import time
 
+from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.serving import pictures
 from hrvlm_jax.serving.pictures import PictureLimits, fetch, is_public, open_url
-from tests.serving.running import png
+from tests.serving.running import encoded, png
 
 REMOTE = PictureLimits(remote=True, bytes=10_000, seconds=1.0)
 
@@ -44,6 +46,13 @@ def test_what_only_the_server_reaches_is_not_read(url, monkeypatch):
 def test_nothing_but_data_and_the_web(url):
   with pytest.raises(UserError):
     open_url(url, REMOTE)
+
+
+def test_a_transparent_picture_lies_on_white_where_asked():
+  url = 'data:image/png;base64,' + base64.b64encode(encoded(
+    Image.new('RGBA', (4, 4), (10, 20, 30, 0)))).decode()
+  assert open_url(url, PictureLimits()).getpixel((0, 0)) == (10, 20, 30)
+  assert open_url(url, PictureLimits(alpha='white')).getpixel((0, 0)) == (255, 255, 255)
 
 
 class Pages(http.server.BaseHTTPRequestHandler):

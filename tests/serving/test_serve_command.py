@@ -69,14 +69,20 @@ def serve(checkpoint, *options, devices=1):
 def test_the_pages_example_runs_and_a_stopped_server_finishes(checkpoint, tmp_path, monkeypatch,
                                                               tensor):
   monkeypatch.chdir(tmp_path)
-  pathlib.Path('photo.png').write_bytes(png())
+  photo = Image.open(io.BytesIO(png()))
+  photo.putalpha(Image.linear_gradient('L').resize(photo.size))
+  photo.save('photo.png')
   code = re.search(r'```python\n(.*?)```', PAGE.read_text(), re.DOTALL)[1]
-  with serve(checkpoint, '--tensor', str(tensor), devices=tensor) as (process, address):
+  with serve(checkpoint, '--tensor', str(tensor), '--alpha', 'white', devices=tensor) as (
+      process, address):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
       exec(code.replace('http://127.0.0.1:8000/v1', address), {})
-    expected = Answerer.load(checkpoint).answer(
-      [(['photo.png'], 'What does the red sign say?')], max_new_tokens=16)[0]
+    answerer = Answerer.load(checkpoint, alpha='white')
+    expected, other = answerer.answer([
+      ([one], 'What does the red sign say?') for one in ('photo.png', photo.convert('RGB'))],
+      max_new_tokens=16)
+    assert expected != other
     assert out.getvalue().startswith(expected) and expected
     client = openai.OpenAI(base_url=address, api_key='none', max_retries=0)
     stream = iter(client.chat.completions.create(
