@@ -93,7 +93,8 @@ def admit(fn: Functional, params, slots: Slots, batch: Mapping[str, Any], chosen
   new, drawn = _first(fn, params, slots, batch, chosen, ex=ex, usual=usual)
 
   def write(store, new):
-    return jax.lax.dynamic_update_slice(store, new, (row, *(0,) * (store.ndim - 1)))
+    return jax.lax.dynamic_update_slice(
+      store, new.astype(store.dtype), (row, *(0,) * (store.ndim - 1)))
 
   filled = dataclasses.replace(_filled(new, slots), cache=new.cache)
   return jax.tree.map(write, slots, filled), drawn
