@@ -3,9 +3,11 @@
     python scripts/serving_speed.py --size 100m --out serving_cpu.json
 
 32 requests that all arrive at once, 8 slots, images prepared beforehand, new tokens per request
-round(2**u) with u uniform in 1..7. Both sides take them in the order of arrival; fixed batches of 8
-run until their longest answer ends. Programs are compiled before. Beside the seconds of the clock
-stand those of the processor, which other work on the machine does not touch.
+round(2**u) with u uniform in 1..7. Fixed batches of 8, in the order of arrival, run until their
+longest answer ends. Slots take the requests in that order (`arrival`, as the server does), or those
+that may grow longest first (`known`, as `Engine.run` does with a list). Programs are compiled
+before. Beside the seconds of the clock stand those of the processor, which other work on the machine
+touches less. `prompts` is what both sides spend on reading the prompts, which no schedule changes.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from hrvlm_jax.core import machine
 from hrvlm_jax.evaluation.provenance import git_commit
 from hrvlm_jax.language.generate import Sampling
 from hrvlm_jax.language.prompt import tokenizer_of
-from hrvlm_jax.serving.engine import Engine
+from hrvlm_jax.serving.engine import Engine, again
 from hrvlm_jax.serving.requests import Prepared, Request
 from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
@@ -43,7 +45,7 @@ def lengths() -> list[int]:
 
 
 def continuous(engine: Engine, prepared: list[Prepared]) -> dict[str, Any]:
-  """All requests, first come, first served: steps, seconds until each one's first token."""
+  """All requests in their order: steps, seconds until each one's first token."""
   state, waiting, begin, first = engine.start(), list(prepared), time.perf_counter(), []
   while waiting or state.busy:
     if waiting and state.free is not None:
@@ -104,15 +106,20 @@ def main() -> int:
   batches = [answerer.batch([([image], QUESTION) for image in images[start:start + SLOTS]])
              for start in range(0, len(images), SLOTS)]
   fixed(answerer, batches, budgets)  # every budget is a program of its own
+  longest = sorted(prepared, key=lambda one: -one.request.max_new_tokens)
+  only = [again(one, max_new_tokens=1) for one in prepared]
   result = {
     'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'machine': machine.here().title,
     'system': arguments.system, 'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
     'seed': SEED, 'tokens': sum(budgets), 'device': str(jax.devices()[0]),
-    'continuous': timed(lambda: continuous(engine, prepared), sum(budgets)),
+    'arrival': timed(lambda: continuous(engine, prepared), sum(budgets)),
+    'known': timed(lambda: continuous(engine, longest), sum(budgets)),
     'fixed': timed(lambda: fixed(answerer, batches, budgets), sum(budgets)),
+    'prompts': timed(lambda: continuous(engine, only), len(budgets)),
     'compiled_meanwhile': engine.compilations() - compiled}
-  for key in ('steps', 'tokens_per_second', 'tokens_per_processor_second'):
-    result[f'{key}_ratio'] = result['continuous'][key] / result['fixed'][key]
+  for order in ('arrival', 'known'):
+    for key in ('steps', 'tokens_per_second', 'tokens_per_processor_second'):
+      result[order][f'{key}_ratio'] = result[order][key] / result['fixed'][key]
   text = json.dumps(result, indent=2)
   print(text)
   if arguments.out:
