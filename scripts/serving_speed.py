@@ -6,8 +6,8 @@
 round(2**u) with u uniform in 1..7. Fixed batches of 8, in the order of arrival, run until their
 longest answer ends. Slots take the requests in that order (`arrival`, as the server does), or those
 that may grow longest first (`known`, as `Engine.run` does with a list). Programs are compiled
-before. Beside the seconds of the clock stand those of the processor, which other work on the machine
-touches less. `prompts` is what both sides spend on reading the prompts, which no schedule changes.
+before. Beside the seconds of the clock stand those of the processor, which other work on the
+machine touches less. `prompts` is what reading the prompts takes, on both sides alike.
 """
 
 from __future__ import annotations
