@@ -62,5 +62,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 .venv/bin/python -m scripts.originals.ours "$name" "$work"
-HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 "$python" scripts/originals/theirs.py "$name" "$checkout" "$work"
+# timm asks for torchvision, whose wheel does not load beside a PyTorch for CPUs: a stand-in.
+HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 PYTHONPATH=$([[ $name != llava_hr ]] || echo benchmarks/shield) \
+  "$python" scripts/originals/theirs.py "$name" "$checkout" "$work"
 .venv/bin/python -m scripts.originals.keep "$name" "$checkout" "$work" "${HRVLM_ORIGINALS_PAGE:-docs/originals.md}"

@@ -87,17 +87,20 @@ class Account:
                     for reason, keys in reasons.items()]
 
 
-def account(values: Mapping[str, Any], keys: Keys, *, prefix: str = '') -> Account:
+def account(values: Mapping[str, Any], keys: Keys, *, prefix: str = '', unset: str = '') -> Account:
   """Lays a table beside a file.
 
   Args:
     keys: key -> what becomes of it; a mapping is a table for the keys of a nested mapping.
     prefix: in front of the keys in sentences.
+    unset: why a null changes nothing under any key, known or not; '': it may.
   """
   found = Account()
   for key, value in values.items():
     rule, name = keys.get(key), f'{prefix}{key}'
-    if rule is None:
+    if rule is None and value is None and unset:
+      found.harmless[name] = unset
+    elif rule is None:
       found.problems.append(f'{name}: is {shown(value)}, a key that is not known here (nearest '
                             f'known: {nearest(key, keys)}); {ADVICE}')
     elif isinstance(rule, Mapping):

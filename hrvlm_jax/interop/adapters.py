@@ -159,7 +159,8 @@ def read_adapter_config(folder: pathlib.Path, told: Told | None = None) -> LoRA:
     UserError: no `adapter_config.json`, or a kind of adapter that is not plain LoRA (all reasons).
   """
   values = read_json(folder / CONFIG)
-  found = account(values, ADAPTER)
+  # Every version of peft has more options; it writes them all, those that are off as null.
+  found = account(values, ADAPTER, unset='null: an option that is off')
   problems = list(found.problems)
   if values.get('peft_type') != 'LORA':
     problems.append(f"peft_type is {values.get('peft_type')!r}, expected 'LORA'")

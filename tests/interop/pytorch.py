@@ -127,6 +127,16 @@ class Pair:
     length = max(len(row['tokens']) for row in rows)
     return pad_batch(rows, length, 'left') | {'views': system.batch(views, encoder)}
 
+  def logits(self, items):
+    """Ours of (images, question)s at real places [n v], as one program."""
+    batch, fn = self.batch(items), vlm.build(self.config)
+
+    def run(params, batch):
+      module = fn.bind(params)
+      return module.logits(module(batch))
+
+    return np.asarray(jax.jit(run)(self.params, jax.tree.map(jnp.asarray, batch)))[batch['valid']]
+
   def both_losses(self, n):
     """(loss, logits at real places, gradients by their names) of ours and of theirs; labels are
     the last six tokens of every row."""

@@ -286,7 +286,8 @@ def test_a_lora_folder_of_llava_keeps_its_projector(tmp_path):
   lora = tmp_path / 'lora'
   lora.mkdir()
   settings = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'r': 4, 'lora_alpha': 8,
-              'bias': 'none', 'target_modules': ['q_proj', 'k_proj', 'v_proj']}
+              'bias': 'none', 'target_modules': ['q_proj', 'k_proj', 'v_proj'],
+              'option_of_a_later_peft': None}
   (lora / 'adapter_config.json').write_text(json.dumps(settings))
   beside = {f'base_model.model.{n}': torch.full(tensors.shapes[n], 7.0)
             for n in tensors if 'mm_projector' in n}
@@ -296,6 +297,7 @@ def test_a_lora_folder_of_llava_keeps_its_projector(tmp_path):
   said = []
   convert(base, tmp_path / 'to', adapter=lora, say=said.append)
   assert any('non_lora_trainables.bin: takes the place of' in line for line in said)
+  assert any('an option that is off): option_of_a_later_peft' in line for line in said)
   kernel = store.load_leaf(tmp_path / 'to', 'projector/fc1/kernel')
   assert (kernel == 7.0).all()
   files = json.loads((tmp_path / 'to' / 'source.json').read_text())['files']
@@ -314,9 +316,10 @@ def test_a_lora_folder_of_llava_keeps_its_projector(tmp_path):
   with pytest.raises(UserError, match=r'has no tensors of model.layers.1.self_attn.q_proj'):
     convert(base, tmp_path / 'x', adapter=lora)
   write(adapter)
-  (lora / 'adapter_config.json').write_text(json.dumps(settings | {'use_something': True}))
-  with pytest.raises(UserError, match='use_something'):
-    convert(base, tmp_path / 'x', adapter=lora)
+  for value in (True, {}, False):
+    (lora / 'adapter_config.json').write_text(json.dumps(settings | {'use_something': value}))
+    with pytest.raises(UserError, match='use_something'):
+      convert(base, tmp_path / 'x', adapter=lora)
   (lora / 'adapter_config.json').write_text(json.dumps(settings))
   values = json.loads((base / 'config.json').read_text())
   values['rope_theta'] = 5e5

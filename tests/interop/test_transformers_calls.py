@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 
-from hrvlm_jax.vlm import model as vlm
 from tests import levels
 from tests.interop.pytorch import LIMIT, Pair, near, picture
-from tests.interop.tiny_models import MODELS
+from tests.interop.tiny_models import SYSTEMS
 
 
 def lengths(model, call):
@@ -66,12 +64,10 @@ def test_looks_of_a_call(name, options, pair):
   else:
     encoder = dataclasses.replace(encoder, **{'tokens': None} | options)
   other = Pair(dataclasses.replace(pair.config, encoder=encoder), pair.checkpoint, pair.folder)
-  batch, inputs = other.batch(pair.items(2)), pair.inputs(pair.items(2), **options)
-  module = vlm.build(other.config).bind(other.params)
-  valid = batch['valid']
-  ours = np.asarray(module.logits(module(batch)))[valid]
+  ours, inputs = other.logits(pair.items(2)), pair.inputs(pair.items(2), **options)
+  valid = inputs['attention_mask'].bool()
   with torch.no_grad():
-    assert near(pair.model(**inputs).logits.numpy()[valid], ours) <= LIMIT
+    assert near(pair.model(**inputs).logits[valid], ours) <= LIMIT
   ids = pair.model.generate(**inputs, max_new_tokens=2)
   assert ids.shape[1] == inputs['input_ids'].shape[1] + 2
 
@@ -117,11 +113,10 @@ class Heard:
     self.ended = True
 
 
-@pytest.mark.parametrize('name', levels.rows('interop', [
-  name for name in MODELS if '/' not in name], first=['mc_llava', 'vila_hd']))
+@pytest.mark.parametrize('name', levels.rows('interop', SYSTEMS, first=['mc_llava', 'vila_hd']))
 def test_streams_and_further_turns(name, pair):
   """A stream says what is answered; a second turn on the cache of the first says what the whole
-  conversation does, with a picture in the second turn too where pictures stand in the prompt."""
+  conversation does (`test_transformers_systems` has one with a picture)."""
   model, processor = pair.model, pair.processor
   turn = lambda text, *images: {'role': 'user', 'content': [
     *({'type': 'image', 'image': image} for image in images), {'type': 'text', 'text': text}]}
@@ -150,9 +145,12 @@ def test_streams_and_further_turns(name, pair):
   assert torch.equal(found, whole)
 
 
-@pytest.mark.parametrize('backend', levels.rows('interop', ['eager', 'inductor'], first=['eager']))
-@pytest.mark.parametrize('name', levels.rows(
-  'interop', ['mc_llava', 'llava_hr', 'pheye', 'vila_hd'], first=['mc_llava']))
+COMPILED = [(name, 'eager') for name in SYSTEMS] + [
+  (name, 'inductor') for name in ('mc_llava', 'llava_hr', 'pheye', 'vila_hd')]
+
+
+@pytest.mark.parametrize('name, backend', levels.rows(
+  'interop', COMPILED, first=[('mc_llava', 'eager')]))
 def test_compiled_towers(name, backend, pair):
   """torch.compile of the layers of the towers, without breaks of the graph."""
   inputs = pair.inputs(pair.items(2))

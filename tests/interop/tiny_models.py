@@ -145,3 +145,8 @@ MODELS |= {
     fusion=CrossAttentionFusion(width=SIGLIP.width, interval=2)),
 }
 FIRST = ('mc_llava', 'llava_hr', 'pheye', 'vila_hd')  # those of the first level
+# One of every system, of the forms that run other code, and all kinds of fusion: for what depends
+# on how a model is called and not on its settings.
+SYSTEMS = [name for name in MODELS if '/' not in name] + [
+  'llava_hr/concat', 'llava_hr/low_to_high', 'pheye/3', 'vila_hd/no_context', 'reduced/pool',
+  'reduced/perceiver', 'reduced/tome', 'mc_llava/cross_attention']

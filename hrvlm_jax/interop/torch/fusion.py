@@ -10,6 +10,12 @@ HEAD_WIDTH = 64
 NAME = 'hrvlm_media'  # of a cache: keys and values of the visual tokens
 
 
+def counts_of(media):
+  """Visual tokens of each row; see `CrossAttention.media`."""
+  keys, _, mask = media[0]
+  return [keys.shape[2]] * len(keys) if mask is None else mask.flatten(1).sum(1).tolist()
+
+
 class CrossBlock(nn.Module):
   """x += attn(norm1(x), media); x += mlp(norm2(x))."""
 

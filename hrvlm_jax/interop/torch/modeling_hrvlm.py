@@ -26,7 +26,7 @@ from .configuration_hrvlm import (
   TilingConfig,
   VilaHdConfig,
 )
-from .fusion import NAME, CrossAttention
+from .fusion import NAME, CrossAttention, counts_of
 from .modeling_base import HrvlmPreTrainedModel
 from .ps3 import PS3
 from .two_pass import NAME as VALID, look
@@ -52,7 +52,7 @@ VISION = {'anyres': TiledVision, 'llava_hr': LlavaHrVision, 'mc_llava': McLlavaV
 # What a processor gives beside `pixel_values`.
 ARRAYS = ('coords', 'first_scales', 'grids', 'inner_counts', 'look', 'visual_counts',
           'visual_index')
-IMAGES = ('pixel_values', 'image_features', 'image_repeats', *ARRAYS)
+IMAGES = ('pixel_values', 'image_features', 'image_repeats', 'image_skip', *ARRAYS)
 
 
 def encoder_of(model, config):
@@ -75,6 +75,9 @@ def visual_tokens(vision, pixel_values, visual_index, inner_counts=None, **array
 
 _ACTIVATIONS = {'gelu': nn.functional.gelu, 'silu': nn.functional.silu,
                 'gelu_tanh': lambda x: nn.functional.gelu(x, approximate='tanh')}
+
+_MORE = ('a further turn brings images, but {}: give the whole conversation to generate without '
+         'past_key_values')
 
 
 def begins(input_ids, cache):
@@ -176,12 +179,13 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     found = visual_tokens(self.vision, pixel_values, visual_index, inner_counts, **arrays)
     return found if self.projector is None else self.projector(found)
 
-  def embed(self, input_ids, features, repeats=1, cache=None):
+  def embed(self, input_ids, features, repeats=1, cache=None, skip=None):
     """Embeddings of the ids with the visual tokens in their places.
 
     Args:
       repeats: rows that follow each other and read the same images (beams, samples).
       cache: of the tokens before these; a single id behind them was generated, whatever it is.
+      skip: [b] visual tokens of each row whose places are in the cache.
     """
     if features is None and not begins(input_ids, cache):
       return self.get_input_embeddings()(input_ids)
@@ -193,7 +197,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
         raise ValueError(f'{int(places.sum())} places for visual tokens in input_ids, but no '
                          'pixel_values')
       return embeds
-    features = self._per_row(features, places, repeats).to(embeds.device, embeds.dtype)
+    features = self._per_row(features, places, repeats, skip).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places[..., None], features)
 
   def _look(self, input_ids, mask, pixel_values, first, asked, repeats, keep):
@@ -220,7 +224,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       mask[:, :before.shape[1]] *= before.to(mask.dtype)
     if valid is not None:
       places = input_ids == self.config.image_token_id
-      real = self._per_row(valid[:, None].to(mask.dtype), places, repeats)[:, 0]
+      real = self._per_row(valid[:, None].to(mask.device, mask.dtype), places, repeats)[:, 0]
       own = mask[:, -input_ids.shape[1]:]
       mask[:, -input_ids.shape[1]:] = own.masked_scatter(places, own[places] * real)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -235,25 +239,28 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       return media
     return self.fusion.media(features, counts.tolist())
 
-  def _per_row(self, features, places, repeats):
-    """The tokens in the order of the rows.
+  def _per_row(self, features, places, repeats, skip=None):
+    """The tokens in the order of the rows, without those that each row skips.
 
     Raises:
       ValueError: another number of places in the rows than of tokens.
     """
     counts = places[::repeats].sum(1).tolist()
+    before = [0] * len(counts) if skip is None else skip[::repeats].tolist()
+    counts = [own + early for own, early in zip(counts, before)]
     if sum(counts) != len(features):
       raise ValueError(f'{sum(counts)} places for visual tokens in input_ids, but the images have '
                        f'{len(features)}; use the processor of this folder for both')
-    if repeats == 1:
+    if repeats == 1 and not any(before):
       return features
-    return torch.cat([part for row in features.split(counts) for part in [row] * repeats])
+    return torch.cat([part for row, early in zip(features.split(counts), before)
+                      for part in [row[early:]] * repeats])
 
   def forward(self, input_ids=None, pixel_values=None, attention_mask=None, position_ids=None,
               past_key_values=None, inputs_embeds=None, labels=None, logits_to_keep=0,
               visual_index=None, visual_counts=None, coords=None, grids=None,
               first_scales=None, inner_counts=None, look=None, image_features=None,
-              image_repeats=1, **kwargs):
+              image_repeats=1, image_skip=None, **kwargs):
     """Logits of every position, and the loss of the labels.
 
     Args:
@@ -264,16 +271,19 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       labels: [b t], -100 where nothing is trained; unshifted.
       image_features: what `get_image_features` gave, in place of `pixel_values`.
       image_repeats: rows that follow each other and read the same images (beams, samples).
+      image_skip: [b] visual tokens of each row whose places are in the cache already.
     """
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError('give exactly one of input_ids and inputs_embeds')
     valid = shared = None
     if self.two_pass:
       # Generation asks for the last logits alone, so the places of both passes need not run twice.
-      keep = (type(past_key_values) is DynamicCache and not past_key_values.get_seq_length()
-              and isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
+      keep = (isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
               and not torch.is_grad_enabled() and not kwargs.get('output_attentions')
               and not kwargs.get('output_hidden_states'))
+      if keep and past_key_values is None and kwargs.get('use_cache'):  # 5.0 leaves it to the model
+        past_key_values = DynamicCache(config=self.config.text_config)
+      keep = keep and type(past_key_values) is DynamicCache and not past_key_values.get_seq_length()
       image_features, valid, shared = self._look(
         input_ids, attention_mask, pixel_values, first_scales, look, image_repeats, keep)
       attention_mask, position_ids = self._readable(
@@ -289,7 +299,8 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       inputs_embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else (
         inputs_embeds)
     elif inputs_embeds is None:
-      inputs_embeds = self.embed(input_ids, image_features, image_repeats, past_key_values)
+      inputs_embeds = self.embed(input_ids, image_features, image_repeats, past_key_values,
+                                 image_skip)
     if shared is not None:
       start = shared.fill(past_key_values, logits_to_keep, image_repeats)
       inputs_embeds, position_ids = inputs_embeds[:, start:], position_ids[:, start:]
@@ -313,14 +324,28 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       image_hidden_states=image_features)
 
   def prepare_inputs_for_generation(self, input_ids, **kwargs):
-    """Images go with the step that reads their places, the first one."""
+    """Images go with the step that reads their places: the first one, and that of a further turn
+    which brings more. Of a whole conversation's images, those with places in the cache are skipped.
+
+    Raises:
+      ValueError: more images in a further turn of a model for which they change what is in the
+        cache.
+    """
     inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-    ids = inputs.get('input_ids')
+    ids, cache = inputs.get('input_ids'), inputs.get('past_key_values')
+    begun = cache is not None and cache.get_seq_length() > 0
     if self.fusion is not None:
-      read = not hasattr(inputs.get('past_key_values'), NAME)
+      read = not hasattr(cache, NAME)
+      counts = inputs.get('visual_counts')
+      if not read and counts is not None and counts.tolist() != counts_of(getattr(cache, NAME)):
+        raise ValueError(_MORE.format('every token reads all images'))
     else:
-      read = begins(ids, inputs.get('past_key_values')) and (
-        ids is not None and (ids == self.config.image_token_id).any())
+      read = begins(ids, cache) and ids is not None and bool(
+        (ids == self.config.image_token_id).any())
+      if read and begun and self.two_pass:
+        raise ValueError(_MORE.format('the first question decides where all images are looked at'))
+      if read and begun:
+        inputs['image_skip'] = (input_ids[:, :-ids.shape[1]] == self.config.image_token_id).sum(1)
     if not read:
       for name in IMAGES:
         inputs.pop(name, None)

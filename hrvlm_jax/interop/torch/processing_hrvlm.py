@@ -196,6 +196,10 @@ class HrvlmProcessor(ProcessorMixin):
                                 pad_to_multiple_of=to, return_attention_mask=True, **options)
     return BatchFeature(dict(padded) | data, tensor_type=return_tensors)
 
+  def apply_chat_template(self, conversation, *args, **kwargs):
+    """As in transformers, of which 5.0 takes no message that is a text alone."""
+    return super().apply_chat_template(in_parts(conversation), *args, **kwargs)
+
   def _nested(self, images, texts):
     """Pictures of each text."""
     one = self.image_processor.system == 'pheye'
@@ -245,3 +249,15 @@ def flat(images):
   if not isinstance(images, (list, tuple)):
     return [images]
   return [one for part in images for one in (flat(part) if part is not None else [])]
+
+
+def in_parts(conversation):
+  """Messages of a conversation, or of several, with texts as parts of a message."""
+  if not isinstance(conversation, (list, tuple)):
+    return conversation
+  if conversation and isinstance(conversation[0], (list, tuple)):
+    return [in_parts(one) for one in conversation]
+  alone = lambda one: (isinstance(one, dict) and isinstance(one.get('content'), str)
+                       and IMAGE not in one['content'])
+  return [one | {'content': [{'type': 'text', 'text': one['content']}]} if alone(one) else one
+          for one in conversation]

@@ -74,7 +74,7 @@ def first_states(model, input_ids, mask, places, low, counts, keep=False):
     pictures = int(places[row].sum()) // counts.each
     own = low[start:start + pictures].flatten(0, 1)
     start += pictures
-    embeds = text[row].masked_scatter(is_low[row][:, None], own.to(text.dtype))
+    embeds = text[row].masked_scatter(is_low[row][:, None], own.to(text.device, text.dtype))
     rows.append(embeds[taken[row]])
   embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
   lengths = torch.tensor([len(row) for row in rows], device=embeds.device)
@@ -101,7 +101,8 @@ def look(model, input_ids, mask, pixel_values, first=None, asked=None, keep=Fals
   vision = model.vision
   counts = vision.counts_of(asked)
   places = input_ids == model.config.image_token_id
-  images = pixel_values.float()
+  where = vision.ps3.selection.prior_prompt.device  # the encoder may lie on another one
+  images = pixel_values.to(where).float()
   seen, low = vision.low(images, counts)
   prompt = shared = None
   if vision.steers(counts):
@@ -109,7 +110,9 @@ def look(model, input_ids, mask, pixel_values, first=None, asked=None, keep=Fals
       state, shared = first_states(model, input_ids, mask, places, low, counts, keep)
       pictures = places.sum(1) // counts.each
       in_float32(vision.prompt_head)
-      prompt = vision.prompt_head(state.float()).repeat_interleave(pictures, 0)
+      prompt = vision.prompt_head(state.to(where).float()).repeat_interleave(
+        pictures.to(where), 0)
+  first = None if first is None else first.to(where)
   high, valid, maps = vision.high(seen, low, images, counts, prompt, first)
   tokens = torch.cat([low, high.to(low.dtype)], dim=1).flatten(0, 1)
   real = torch.cat([valid.new_ones(low.shape[:2]), valid], dim=1).flatten()
