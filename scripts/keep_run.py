@@ -13,8 +13,8 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
-PACKAGES = ('jax', 'flax', 'orbax-checkpoint', 'grain', 'numpy', 'pillow', 'gradio',
-            'mkdocs-material')
+PACKAGES = ('jax', 'flax', 'orbax-checkpoint', 'grain', 'numpy', 'torch', 'transformers', 'pillow',
+            'gradio', 'mkdocs-material')
 
 
 def row(name: str, report: str) -> str:
