@@ -45,10 +45,10 @@ class _AsyncOptions(ocp.options.AsyncOptions):
 
 def context() -> ocp.Context:
   """A context of Orbax: folders made at once, checkpoints committed with a manifest."""
+  # Orbax warns of options that are handed over whole, but has no other place for a class of ours.
+  made = ocp.Context() if jax.process_count() == 1 else ocp.Context(async_options=_AsyncOptions())
   # Otherwise a folder that cannot be made is noticed only after minutes of waiting for it.
-  options = {'create_directories_asynchronously': False}
-  kind = ocp.options.AsyncOptions if jax.process_count() == 1 else _AsyncOptions
-  made = ocp.Context(async_options=kind(**options))
+  made.asynchronous.create_directories_asynchronously = False
   atomicity_defaults._ATOMICITY_MODE_TO_PATH_CLASS.setdefault(_MODE, committing())
   made.atomicity.mode = _MODE
   return made
