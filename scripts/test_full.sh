@@ -11,7 +11,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-PARTS=(systems training parallel interop recipes tables plans parity notebooks browser site faults pages)
+PARTS=(systems training parallel interop recipes tables plans parity notebooks browser captions site faults
+  pages)
 # In environments of their own; their rows are in docs/matrix.md.
 APART=(transformers)
 
@@ -53,6 +54,15 @@ case $part in
     ensure_beside browser requirements.page.lock -e '.[page]' playwright pytest pytest-xdist hypothesis
     python=.matrix/browser/bin/python
     set -- tests/front "$@" ;;
+  captions)
+    if ! command -v java >/dev/null; then
+      printf 'test_full.sh: METEOR is a Java program, and no Java is here; apt-get install %s\n' \
+        default-jre-headless >&2
+      exit 2
+    fi
+    ensure_beside captions requirements.lock -e '.[caption]' pytest pytest-xdist hypothesis
+    python=.matrix/captions/bin/python
+    set -- tests/evaluation/test_meteor.py "$@" ;;
   *) ensure_env test "${needed[@]}" ;;
 esac
 if [[ $part == pages ]]; then # other programs, whose packages must not meet ours
