@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hrvlm_jax.core import cpu, cudnn, splash
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import ATTENTION, HERE, Execution
 from hrvlm_jax.core.layers import MASKED, wide_dtype
 
@@ -107,9 +108,10 @@ def visible(
 def _check(form: str, q: jax.Array, ex: Execution) -> None:
   wanted = {'cudnn': ('gpu', 'an NVIDIA GPU'), 'splash': ('tpu', 'a TPU')}.get(form)
   if wanted and ex.on != wanted[0]:
-    raise ValueError(f"attention: {form!r} needs {wanted[1]}; use 'xla' or 'auto' here")
+    raise UserError(f"attention: {form!r} needs {wanted[1]}; use 'xla' or 'auto' here")
   if form == 'cudnn' and q.dtype not in cudnn.DTYPES:
-    raise ValueError(f"attention: 'cudnn' takes bfloat16 or float16, got {q.dtype}")
+    raise UserError(f"attention: 'cudnn' takes bfloat16 or float16, got {q.dtype}; set "
+                    'training.dtype=bfloat16')
 
 
 def _choose(form: str, q, k, causal, slot, ex: Execution) -> str:

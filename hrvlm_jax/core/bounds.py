@@ -7,13 +7,13 @@
 
 `core.config.from_dict` looks at the same table where other keys are wrong, so that one message
 names all. Bounds are written as intervals; none holds infinity or NaN unless it ends with `inf]`.
-None is not looked at; of a list every item is, and the list must not be empty (write `[1, inf) ...`
-for one that may be).
+None is not looked at; of a list, of lists in it and of the values of a mapping every number is, and
+none of them may be empty (write `[1, inf) ...` for one that may be).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import math
 import re
 from typing import Any
@@ -21,6 +21,14 @@ from typing import Any
 from hrvlm_jax.core.errors import UserError
 
 MAY_BE_EMPTY = ' ...'
+
+SIZE = '[1, inf)'
+COUNT = '[0, inf)'
+ABOVE_ZERO = '(0, inf)'
+SHARE = '[0, 1]'
+DROPOUT = '[0, 1)'
+FINITE = '(-inf, inf)'
+FROM_END = '(-inf, -1]'  # a layer counted from the last one
 
 
 def check(config: Any, more: Iterable[str] = ()) -> None:
@@ -41,14 +49,25 @@ def outside(cls: type, values: Mapping[str, Any]) -> list[tuple[str, str]]:
   for name, interval in getattr(cls, 'BOUNDS', {}).items():
     if name not in values or (value := values[name]) is None:
       continue
-    several = isinstance(value, (list, tuple))
-    if several and not value and not interval.endswith(MAY_BE_EMPTY):
+    items = list(_numbers(value))
+    if not items and not interval.endswith(MAY_BE_EMPTY):
       found.append((name, 'must name at least one, got none'))
     interval = interval.removesuffix(MAY_BE_EMPTY)
-    wrong = [item for item in (value if several else [value]) if not _inside(item, interval)]
+    wrong = [item for item in items if not _inside(item, interval)]
     if wrong:
-      found.append((name, f'{_words(interval, wrong[0])}, got {value if several else wrong[0]}'))
+      found.append((name, f'{_words(interval, wrong[0])}, got {value}'))
   return found
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+  """The values that a value is made of."""
+  if isinstance(value, Mapping):
+    value = list(value.values())
+  if isinstance(value, (list, tuple)):
+    for item in value:
+      yield from _numbers(item)
+  else:
+    yield value
 
 
 def _parts(interval: str) -> tuple[str, float, float, str]:
@@ -67,6 +86,8 @@ def _inside(value: Any, interval: str) -> bool:
 
 def _words(interval: str, value: Any) -> str:
   left, low, high, _ = _parts(interval)
+  if low == -float('inf'):
+    return 'must be a finite number' if high == float('inf') else f'must be at most {high:g}'
   if high < float('inf'):
     return f'must lie in {interval}'
   finite = '' if math.isfinite(value) else 'a finite number '

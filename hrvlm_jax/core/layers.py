@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Param, Rngs
 
@@ -156,9 +158,10 @@ class LoRA:
   dropout: float = 0.0
   frozen: bool = False
 
+  BOUNDS: ClassVar = {'rank': bounds.SIZE, 'alpha': bounds.ABOVE_ZERO, 'dropout': bounds.DROPOUT}
+
   def __post_init__(self):
-    if self.rank < 1:
-      raise ValueError(f'LoRA: rank must be at least 1, got {self.rank}')
+    bounds.check(self)
 
   @property
   def scale(self) -> float:

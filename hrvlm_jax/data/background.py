@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import resize_exact, to_rgb
 
@@ -41,13 +42,13 @@ class PasteOnBackground(grain.transforms.RandomMap):
   largest_share: float = 0.5
   kinds: tuple[str, ...] = BACKGROUNDS
 
+  BOUNDS: ClassVar = {'side': bounds.SIZE, 'share': bounds.SHARE, 'largest_share': '(0, 1]'}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if not 1 <= self.side[0] <= self.side[1]:
       problems.append(f'side must be a rising pair from 1, got {self.side}')
-    if not 0 <= self.share <= 1 or not 0 < self.largest_share <= 1:
-      problems.append(f'share must lie in [0, 1] and largest_share in (0, 1], got {self.share} and '
-                      f'{self.largest_share}')
     if not self.kinds or set(self.kinds) - set(BACKGROUNDS):
       problems.append(f'kinds must be some of {BACKGROUNDS}, got {self.kinds}')
     if problems:

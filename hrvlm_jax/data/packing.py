@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import heapq
+from typing import ClassVar
 
 import numpy as np
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError, raise_all
 
 # Crop slots grow by 6 % from one default size to the next: 3 % are empty on average, and a wide
@@ -39,14 +41,14 @@ class Packing:
   window: int = 1
   slots: tuple[int, ...] = ()
 
+  BOUNDS: ClassVar = {
+    'rows': bounds.SIZE, 'window': bounds.SIZE, 'slots': bounds.SIZE + bounds.MAY_BE_EMPTY}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
-    if self.rows is not None and self.rows < 1:
-      problems.append(f'rows must be at least 1 or None, got {self.rows}')
-    if self.window < 1:
-      problems.append(f'window must be at least 1, got {self.window}')
-    if list(self.slots) != sorted(set(self.slots)) or any(n < 1 for n in self.slots):
-      problems.append(f'slots must be ascending positive numbers, got {self.slots}')
+    if list(self.slots) != sorted(set(self.slots)):
+      problems.append(f'slots must be ascending numbers, got {self.slots}')
     if problems:
       raise ValueError('Packing: ' + '; '.join(problems))
 

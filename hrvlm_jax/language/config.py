@@ -7,11 +7,12 @@ in `gpt2.py`.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from hrvlm_jax.checkpoint.formats import GENERIC, same, used
 from hrvlm_jax.checkpoint.rows import Row, Table, filled, identity, linear, norm, transpose
 from hrvlm_jax.checkpoint.settings import Harmless, Keys, Only, Reader, shown
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.layers import LoRA, activation, activation_name
 
 _BUFFERS = {'*rotary_emb.inv_freq': 'buffer, recomputed from the config'}
@@ -63,7 +64,15 @@ class DecoderConfig:
   pad_vocab_to: int = 1
   lora: tuple[LoRA, ...] = ()
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('vocab_size', 'width', 'depth', 'heads', 'kv_heads', 'head_dim', 'mlp_width',
+                     'max_positions', 'pad_vocab_to'), bounds.SIZE),
+    'rotary_dim': bounds.COUNT, 'init_std': bounds.COUNT,
+    **dict.fromkeys(('norm_eps', 'rope_theta', 'rope_linear_factor'), bounds.ABOVE_ZERO),
+    'residual_dropout': bounds.DROPOUT}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if self.family not in ('phi', 'llama', 'qwen2', 'gpt2'):
       problems.append(f"family must be 'phi', 'llama', 'qwen2' or 'gpt2', got {self.family!r}")

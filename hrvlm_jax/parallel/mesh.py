@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import numpy as np
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.execution import AXES, BATCH_AXES
@@ -45,7 +46,11 @@ class MeshConfig:
   tensor: int = 1
   dcn_data: int = 1
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('data', 'fsdp', 'sequence', 'tensor'), '[-1, inf)'), 'dcn_data': bounds.SIZE}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = [
       f'{field.name} must be positive{" or -1" if field.name in AXES else ""}, got {value}'
       for field in dataclasses.fields(self)

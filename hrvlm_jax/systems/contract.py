@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from hrvlm_jax.checkpoint.rows import Table
 from hrvlm_jax.checkpoint.settings import USED, Keys
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.images import to_rgb
@@ -80,7 +81,10 @@ class ProjectorConfig:
   depth: int = 2
   activation: str = 'gelu'
 
+  BOUNDS: ClassVar = dict.fromkeys(('n_in', 'n_out', 'depth'), bounds.SIZE)
+
   def __post_init__(self):
+    bounds.check(self)
     if self.kind not in ('mlp', 'linear'):
       raise ValueError(f"ProjectorConfig: kind must be 'mlp' or 'linear', got {self.kind!r}")
     activation(self.activation)
@@ -216,10 +220,11 @@ class System(Packed):
     None: all. What a step needs is counted with it (`training.fitting`)."""
     return None
 
-  def width(self, config: Any) -> int:
-    """Width of the visual tokens; default: the `width` of the config, else of its `vision`."""
+  def width(self, config: Any) -> int | None:
+    """Width of the visual tokens; default: the `width` of the config, else of its `vision`; None
+    where it has neither: then nothing holds it against the projector."""
     found = getattr(config, 'width', None)
-    return config.vision.width if found is None else found
+    return getattr(getattr(config, 'vision', None), 'width', None) if found is None else found
 
   def grid(self, config: Any) -> Grid | None:
     """How the tokens lie on the image; None: not known, so that nothing that needs it can run."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, ClassVar
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.registry import Registry
 
 FUSIONS = Registry('fusion', {
@@ -51,6 +52,12 @@ class Fusion:
     """Positions of the prompt that so many visual tokens take."""
     return tokens if self.in_prompt else 0
 
+  def reads(self, model: Any) -> tuple[str, int]:
+    """The width that visual tokens must have: the key of a `ModelConfig` that says it, and it."""
+    if model.projector is not None:
+      return 'projector.n_in', model.projector.n_in
+    return 'text.width', model.text.width
+
   def check(self, model: Any) -> list[str]:
     """What of a `ModelConfig` does not fit this fusion, in sentences.
 
@@ -89,6 +96,11 @@ class TwoPassFusion(Fusion):
   kind: str = 'two_pass'
   selection_weight: float = 0.0
 
+  BOUNDS: ClassVar = {'selection_weight': bounds.COUNT}
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CrossAttentionFusion(Fusion):
@@ -115,14 +127,19 @@ class CrossAttentionFusion(Fusion):
   reduce: int = 1
   inside: bool = False
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('width', 'interval', 'reduce'), bounds.SIZE), 'from_layer': bounds.COUNT}
+
   def __post_init__(self):
-    if self.interval < 1 or self.from_layer < 0 or self.reduce < 1:
-      raise ValueError('CrossAttentionFusion: interval and reduce must be at least 1, from_layer '
-                       f'at least 0, got {self.interval}, {self.reduce}, {self.from_layer}')
+    bounds.check(self)
 
   def layers(self, depth: int) -> tuple[int, ...]:
     """The decoder layers, of `depth`, with a block in front."""
     return tuple(i for i in range(self.from_layer, depth) if (i + 1) % self.interval == 0)
+
+  def reads(self, model: Any) -> tuple[str, int]:
+    """See `Fusion.reads`; without a projector, the width of the blocks."""
+    return super().reads(model) if model.projector is not None else ('fusion.width', self.width)
 
   def check(self, model: Any) -> list[str]:
     """See `Fusion.check`; the visual tokens keep a width of their own."""

@@ -266,7 +266,8 @@ class DataConfig:
 
   BOUNDS: ClassVar = {
     **dict.fromkeys(('lengths', 'max_length', 'slots', 'group', 'inexact_decode', 'shards',
-                     'max_pixels'), '[1, inf)'), 'workers': '[0, inf)'}
+                     'max_pixels'), '[1, inf)'), 'workers': '[0, inf)',
+    'draw': '[0, inf) ...'}
 
   def __post_init__(self):
     problems = []

@@ -7,11 +7,13 @@ Source: `luogen1996/LLaVA-HR: llava_hr/model/multimodal_encoder/convnext.py` (a 
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from hrvlm_jax.checkpoint.rows import Row, Table, conv_kernel, identity, linear, norm
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.conv import DEPTHWISE, DepthwiseConv, PatchConv
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import LayerNorm, Linear, Mlp, normal
@@ -43,13 +45,16 @@ class ConvNeXtConfig:
   head_width: int | None = None
   depthwise: str = 'auto'
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('depths', 'widths', 'head_width'), bounds.SIZE),
+    'channels': '[3, 3]', 'classes': bounds.COUNT, 'norm_eps': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
-    if len(self.depths) != len(self.widths) or not self.depths:
+    if len(self.depths) != len(self.widths):
       problems.append(f'depths and widths must have one value per stage, got {self.depths} and '
                       f'{self.widths}')
-    if min(self.depths + self.widths, default=1) < 1:
-      problems.append(f'depths and widths must be at least 1, got {self.depths}, {self.widths}')
     if self.depthwise not in DEPTHWISE:
       problems.append(f'depthwise must be one of {DEPTHWISE}, got {self.depthwise!r}')
     if problems:

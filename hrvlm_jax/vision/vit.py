@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from hrvlm_jax.checkpoint.rows import (
   transpose,
 )
 from hrvlm_jax.checkpoint.settings import Reader
-from hrvlm_jax.core import resample
+from hrvlm_jax.core import bounds, resample
 from hrvlm_jax.core.attention import attention
 from hrvlm_jax.core.cpu import few_at_a_time
 from hrvlm_jax.core.execution import HERE, Execution
@@ -83,7 +84,13 @@ class ViTConfig:
   position_grid: int | None = None
   lora: tuple[LoRA, ...] = ()
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('image_size', 'patch_size', 'width', 'depth', 'heads', 'mlp_width',
+                     'pool_width', 'pool_mlp_width', 'position_grid'), bounds.SIZE),
+    'channels': '[3, 3]', 'norm_eps': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if self.width % self.heads:
       problems.append(f'width {self.width} is not divisible by heads {self.heads}')

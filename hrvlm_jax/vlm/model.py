@@ -166,7 +166,8 @@ def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float3
   Without a language model it is the system's own (`System.alone`).
 
   Raises:
-    UserError: no language model, and a system that has no model without one.
+    UserError: no language model, and a system that has no model without one; visual tokens of
+      another width than what reads them.
   """
   if config.text is None:
     alone = registry.get(config.system).alone
@@ -174,8 +175,15 @@ def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float3
       raise UserError(f'model.text is none, but {config.system} needs a language model')
     return Functional(lambda rngs: alone(config.encoder, param_dtype=param_dtype, rngs=rngs))
   kind = load_object(config.fusion.model, f'fusion {config.fusion.kind}')
-  return Functional(lambda rngs: kind(config, unrolled=unrolled, param_dtype=param_dtype,
-                                      rngs=rngs))
+  fn = Functional(lambda rngs: kind(config, unrolled=unrolled, param_dtype=param_dtype,
+                                    rngs=rngs))
+  # Last: what cannot be joined at all says so itself.
+  key, wanted = config.fusion.reads(config)
+  width = registry.get(config.system).width(config.encoder)
+  if width not in (wanted, None):
+    raise UserError(f'model.{key} is {wanted}, but the visual tokens of {config.system} with these '
+                    f'settings have width {width}; set the one or the other')
+  return fn
 
 
 def unroll(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class TwoPassVLM(VLM):
     missing = [name for name in ('low', 'high', 'arrange', 'prompts')
                if not hasattr(self.vision, name)]
     if missing or self.projector is not None:
-      raise ValueError(
+      raise UserError(
         f'two-pass fusion needs an encoder that looks twice (methods {missing} are missing) and '
         f'projects by itself; system {config.system!r} cannot be joined this way, use '
         'PrefixFusion')

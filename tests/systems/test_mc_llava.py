@@ -83,7 +83,7 @@ def test_a_view_gives_at_most_all_of_its_tokens():
 
 
 @pytest.mark.parametrize('options, message', [
-  ({'max_crops': -1}, 'max_crops must not be negative'),
+  ({'max_crops': -1}, 'max_crops must be at least 0'),
   ({'window': 383}, 'window and growth must be even'),
   ({'quirks': 'none'}, "quirks must be 'refuse' or 'reference'"),
   ({'view_buckets': (5, 1)}, 'view_buckets must rise')])

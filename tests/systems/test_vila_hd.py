@@ -70,8 +70,9 @@ def test_slots_are_exact_where_blocks_fit():
 @pytest.mark.parametrize('options, message', [
   ({'projector': 'mlp_downsampel'}, 'unknown projector mlp_downsampel'),
   ({'prompt_head': None}, "mode 'after_prompt' needs a prompt_head"),
-  ({'select_layer': 0}, 'select_layer must lie in'),
-  ({'looks': -1}, 'looks must be'), ({'tokens': -1}, 'tokens must not be negative'),
+  ({'select_layer': 0}, 'select_layer must be at most -1'),
+  ({'select_layer': -9}, 'select_layer must lie in'),
+  ({'looks': -1}, 'looks must be'), ({'tokens': -1}, 'tokens must be at least 0'),
   ({'budgets': (1,)}, 'budgets needs one number per high scale')])
 def test_settings_that_make_no_sense(options, message):
   with pytest.raises(ValueError, match=message):

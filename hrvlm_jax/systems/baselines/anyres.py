@@ -8,13 +8,14 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from hrvlm_jax.checkpoint.formats import used
 from hrvlm_jax.checkpoint.settings import Reader
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout, tiled, tiles
@@ -52,13 +53,16 @@ class AnyResConfig:
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
+  BOUNDS: ClassVar = {
+    'layer': bounds.FROM_END, 'pinpoints': bounds.SIZE, 'width': bounds.SIZE,
+    'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = tiled.common_problems(self)
-    if not self.pinpoints:
-      problems.append('pinpoints must name at least one resolution')
     size = self.vision.image_size
     for width, height in self.pinpoints:
-      if width < 1 or height < 1 or width % size or height % size:
+      if width % size or height % size:
         problems.append(f'pinpoint {width}x{height}: both sides must be multiples of '
                         f'vision.image_size {size}')
     if problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from hrvlm_jax.checkpoint.rows import Row, Table, identity, joined, linear, norm
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs, layer_at
@@ -32,6 +33,11 @@ class Pool:
   kind: str = 'pool'
   factor: int = 2
 
+  BOUNDS: ClassVar = {'factor': bounds.SIZE}
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Perceiver:
@@ -45,6 +51,12 @@ class Perceiver:
   mlp_ratio: int = 4
   activation: str = 'gelu'
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('queries', 'depth', 'heads', 'head_dim', 'mlp_ratio'), bounds.SIZE)}
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SingleLayer:
@@ -55,6 +67,11 @@ class SingleLayer:
   width: int | None = None
   heads: int | None = None
 
+  BOUNDS: ClassVar = dict.fromkeys(('queries', 'width', 'heads'), bounds.SIZE)
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToMe:
@@ -62,6 +79,11 @@ class ToMe:
 
   kind: str = 'tome'
   keep: int
+
+  BOUNDS: ClassVar = {'keep': bounds.SIZE}
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +93,11 @@ class VisionZip:
   kind: str = 'visionzip'
   dominant: int
   contextual: int
+
+  BOUNDS: ClassVar = {'dominant': bounds.SIZE, 'contextual': bounds.COUNT}
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 Step = Pool | Perceiver | SingleLayer | ToMe | VisionZip
@@ -115,10 +142,6 @@ class ReducedConfig:
         isinstance(step, SingleLayer) and tokens is not None and self.key_maps is None):
       problems.append(f'step {step.kind} needs to know how the tokens lie on the image; the '
                       f'{tokens} of {self.inner} with these settings form no map')
-    if isinstance(step, Pool) and step.factor < 1:
-      problems.append(f'pool: factor must be at least 1, got {step.factor}')
-    if isinstance(step, (Perceiver, SingleLayer)) and step.queries < 1:
-      problems.append(f'{step.kind}: queries must be at least 1, got {step.queries}')
     if isinstance(step, SingleLayer):
       width = step.width or self.inner_width
       if width % 4:
@@ -133,7 +156,7 @@ class ReducedConfig:
                         'single_view without last_tokens')
       elif tokens is not None:
         total = tokens + int(self.encoder.vision.class_token)
-        if step.contextual < 0 or not 1 <= step.dominant <= total - step.contextual:
+        if not 1 <= step.dominant <= total - step.contextual:
           problems.append(f'visionzip: dominant + contextual must lie in 1..{total}, got '
                           f'{step.dominant} + {step.contextual}')
     return problems

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from PIL import Image
 
 from hrvlm_jax.checkpoint.formats import used
 from hrvlm_jax.checkpoint.settings import Reader
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import check_size
@@ -65,13 +66,16 @@ class S2Config:
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
+  BOUNDS: ClassVar = {
+    'layer': bounds.FROM_END, 'sizes': bounds.SIZE, 'width': bounds.SIZE, 'output': bounds.FINITE,
+    'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if not -self.vision.depth <= self.layer <= -1:
       problems.append(f'layer must lie in {-self.vision.depth}..-1, got {self.layer}')
-    if not self.sizes:
-      problems.append('sizes must name at least one scale')
-    elif not -len(self.sizes) <= self.output < len(self.sizes):
+    if not -len(self.sizes) <= self.output < len(self.sizes):
       problems.append(f'output {self.output} is no index of {len(self.sizes)} sizes')
     for size in self.sizes:
       try:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.module import Module, Rngs
 from hrvlm_jax.core.resample import normalise
@@ -50,7 +51,12 @@ class DynamicS2Config:
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+  BOUNDS: ClassVar = {
+    'layer': bounds.FROM_END, **dict.fromkeys(('scales', 'max_tiles', 'width'), bounds.SIZE),
+    'output': bounds.FINITE, 'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems, size = [], self.vision.image_size
     if not -self.vision.depth <= self.layer <= -1:
       problems.append(f'layer must lie in {-self.vision.depth}..-1, got {self.layer}')

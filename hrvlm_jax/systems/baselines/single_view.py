@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from PIL import Image
 
 from hrvlm_jax.checkpoint.settings import Reader
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
@@ -59,7 +60,12 @@ class SingleViewConfig:
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
+  BOUNDS: ClassVar = {
+    'layer': bounds.FROM_END, 'last_tokens': bounds.SIZE, 'mean': bounds.FINITE,
+    'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if not -self.vision.depth <= self.layer <= -1:
       problems.append(f'layer must lie in {-self.vision.depth}..-1, got {self.layer}')

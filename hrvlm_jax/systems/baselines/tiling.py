@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines import layout, tiled, tiles
 from hrvlm_jax.systems.contract import Count, ModelConfig, System
@@ -43,10 +44,15 @@ class TilingConfig:
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+  BOUNDS: ClassVar = {
+    'layer': bounds.FROM_END, **dict.fromkeys(('min_tiles', 'max_tiles', 'width'), bounds.SIZE),
+    'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = tiled.common_problems(self)
-    if not 1 <= self.min_tiles <= self.max_tiles:
-      problems.append(f'expected 1 <= min_tiles <= max_tiles, got {self.min_tiles} and '
+    if self.min_tiles > self.max_tiles:
+      problems.append(f'expected min_tiles <= max_tiles, got {self.min_tiles} and '
                       f'{self.max_tiles}')
     if problems:
       raise ValueError('TilingConfig: ' + '; '.join(problems))

@@ -6,7 +6,9 @@ Source: `luogen1996/LLaVA-HR: llava_hr/model/multimodal_encoder/`, arXiv 2403.03
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
@@ -96,7 +98,12 @@ class LlavaHRConfig:
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('image_size', 'fast_size', 'reduce_factor', 'queries'), bounds.SIZE),
+    'select_layer': bounds.FROM_END, 'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = _bad_choices(self)
     if self.fast is None and self.slow is None:
       problems.append('fast and slow are both None; at least one backbone is needed')
@@ -104,8 +111,20 @@ class LlavaHRConfig:
       problems += self._dual_problems()
     else:
       problems += self._single_problems()
+    problems += self._unread()
     if problems:
       raise ValueError('LlavaHRConfig: ' + '; '.join(problems))
+
+  def _unread(self) -> list[str]:
+    """Settings that say something and that nothing reads."""
+    alone = self.fast is not None and self.slow is None
+    read = {'reduce_factor': self.reduce == 'average', 'queries': self.reduce == 'queries',
+            'select_layer': alone}
+    where = {'reduce_factor': "with reduce='average'", 'queries': "with reduce='queries'",
+             'select_layer': 'of the ViT alone (slow=None)'}
+    default = {field.name: field.default for field in dataclasses.fields(self)}
+    return [f'{key} {getattr(self, key)} is read only {where[key]}; leave it at {default[key]}'
+            for key in read if not read[key] and getattr(self, key) != default[key]]
 
   def _dual_problems(self) -> list[str]:
     problems = []
@@ -141,9 +160,6 @@ class LlavaHRConfig:
       problems.append(f'image_size {self.image_size} leaves no token')
     if self.fast is not None and not -self.fast.depth <= self.select_layer <= -1:
       problems.append(f'select_layer must be in -{self.fast.depth}..-1, got {self.select_layer}')
-    if self.queries < 1 or self.reduce_factor < 1:
-      problems.append(f'queries and reduce_factor must be at least 1, got {self.queries} and '
-                      f'{self.reduce_factor}')
     return problems
 
   @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.images import check_size, resize_exact, to_rgb
@@ -37,8 +39,8 @@ class MCLlavaConfig:
   """The multi-crop encoder.
 
   Attributes:
-    max_crops: K; 0 keeps the whole image only. Elongated images may exceed it (3.1 of the
-      specification); `crop_cap` is a hard limit.
+    max_crops: K; 0 keeps the whole image only (the original takes a negative value for 0).
+      Elongated images may exceed it (3.1 of the specification); `crop_cap` is a hard limit.
     num_tokens: N, visual tokens of one image.
     window, growth: first crop window and its step, in pixels of the image.
     crop_cap: refuse images with more crops than this; None follows the released code.
@@ -59,19 +61,19 @@ class MCLlavaConfig:
   mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
+  BOUNDS: ClassVar = {
+    'max_crops': bounds.COUNT,
+    **dict.fromkeys(('num_tokens', 'window', 'growth', 'crop_cap', 'view_buckets'), bounds.SIZE),
+    'mean': bounds.FINITE, 'std': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
-    if self.max_crops < 0:
-      problems.append(f'max_crops must not be negative, got {self.max_crops} (the original takes '
-                      'a negative value for its default, 0)')
-    if self.num_tokens < 1:
-      problems.append(f'num_tokens must be at least 1, got {self.num_tokens}')
-    if self.window < 2 or self.window % 2 or self.growth < 2 or self.growth % 2:
-      problems.append(f'window and growth must be even and at least 2, got {self.window} and '
-                      f'{self.growth}')
+    if self.window % 2 or self.growth % 2:
+      problems.append(f'window and growth must be even, got {self.window} and {self.growth}')
     if self.quirks not in ('refuse', 'reference'):
       problems.append(f"quirks must be 'refuse' or 'reference', got {self.quirks!r}")
-    if list(self.view_buckets) != sorted(set(self.view_buckets)) or not self.view_buckets:
+    if list(self.view_buckets) != sorted(set(self.view_buckets)):
       problems.append(f'view_buckets must rise, got {self.view_buckets}')
     if problems:
       raise ValueError('MCLlavaConfig: ' + '; '.join(problems))

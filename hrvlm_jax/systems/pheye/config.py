@@ -7,7 +7,9 @@ pheye_builder/encoder.py, factory.py`.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.language import config as language
@@ -45,10 +47,13 @@ class PheyeConfig:
   mean: tuple[float, float, float] = CLIP_MEAN
   std: tuple[float, float, float] = CLIP_STD
 
+  BOUNDS: ClassVar = {
+    'level': '[2, inf)', 'norm_eps': bounds.ABOVE_ZERO, 'std': bounds.ABOVE_ZERO,
+    'sub_image_rows': bounds.SIZE, 'mean': bounds.FINITE}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
-    if self.level < 2:
-      problems.append(f'level must be at least 2, got {self.level}')
     if self.sub_images > self.sub_image_rows:
       problems.append(f'level {self.level} needs {self.sub_images} rows of positions, '
                       f'sub_image_rows is {self.sub_image_rows}')

@@ -7,8 +7,9 @@ model_configs/PS3-*.json`). Scale 0 is the thumbnail; scales 1.. are "high".
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.layers import activation
 from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.systems.contract import ModelConfig
@@ -25,6 +26,11 @@ class PoolConfig:
   heads: int = 16
   mlp_width: int = 4304
 
+  BOUNDS: ClassVar = dict.fromkeys(('width', 'heads', 'mlp_width'), bounds.SIZE)
+
+  def __post_init__(self):
+    bounds.check(self)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
@@ -34,6 +40,11 @@ class AdapterConfig:
   hidden: int = 1520
   out: int = 1152
   depth: int = 3
+
+  BOUNDS: ClassVar = dict.fromkeys(('hidden', 'out', 'depth'), bounds.SIZE)
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,11 @@ class SaliencyConfig:
   depth: int = 3
   kernel: int = 28
   input_size: int = 1512
+
+  BOUNDS: ClassVar = dict.fromkeys(('width', 'out', 'depth', 'kernel', 'input_size'), bounds.SIZE)
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +92,13 @@ class TextConfig:
   norm_eps: float = 1e-6
   pad: int = 1
 
+  BOUNDS: ClassVar = {
+    **dict.fromkeys(('vocab_size', 'context', 'width', 'depth', 'heads', 'mlp_width', 'out',
+                     'prompt_width'), bounds.SIZE),
+    'pad': bounds.COUNT, 'norm_eps': bounds.ABOVE_ZERO}
+
   def __post_init__(self):
+    bounds.check(self)
     activation(self.activation)
     if self.width % self.heads:
       raise ValueError(f'TextConfig: width {self.width} is not divisible by heads {self.heads}')
@@ -97,6 +119,11 @@ class LookConfig:
   tokens: int | None = None
   first_scales: int | None = None
   smooth: bool = False
+
+  BOUNDS: ClassVar = {'looks': bounds.COUNT, 'tokens': bounds.COUNT, 'first_scales': bounds.SIZE}
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,7 +166,13 @@ class PS3Config:
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   text: TextConfig | None = None
 
+  BOUNDS: ClassVar = {
+    'scales': bounds.SIZE, 'max_select': bounds.SIZE, 'select_layers': bounds.COUNT,
+    'budgets': bounds.COUNT, 'cosine_scale': bounds.ABOVE_ZERO, 'std': bounds.ABOVE_ZERO,
+    'mean': bounds.FINITE}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     patch, depth = self.vision.patch_size, self.vision.depth
     if len(self.scales) < 2 or list(self.scales) != sorted(set(self.scales)):
@@ -148,14 +181,12 @@ class PS3Config:
       problems.append(f'every scale must hold a patch of {patch}, got {self.scales}')
     if wrong := [layer for layer in self.select_layers if not 0 <= layer < depth]:
       problems.append(f'select_layers {wrong} are no blocks of a trunk of depth {depth}')
-    if self.max_select < 1:
-      problems.append(f'max_select must be at least 1, got {self.max_select}')
     if self.budgets is not None:
       if len(self.budgets) != len(self.scales) - 1:
         problems.append(f'budgets needs one number per high scale ({len(self.scales) - 1}), got '
                         f'{self.budgets}')
-      if min(self.budgets, default=0) < 0 or sum(self.budgets) < 1:
-        problems.append(f'budgets must not be negative and sum to at least 1, got {self.budgets}')
+      if sum(self.budgets) < 1:
+        problems.append(f'budgets must sum to at least 1, got {self.budgets}')
     inside = self.vision.width if self.adapter is None else self.adapter.out
     if inside != self.pool.width:
       problems.append(f'pool.width {self.pool.width} is not the width of its input, {inside}')

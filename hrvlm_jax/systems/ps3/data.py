@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.images import crop as cut, resize_exact, to_rgb
 from hrvlm_jax.systems.ps3.records import Regions
 
@@ -160,6 +161,13 @@ class SampleConfig:
   crop_area: tuple[float, float] = (0.9, 1.0)
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   clean: bool = True
+
+  BOUNDS: ClassVar = {
+    'global_share': bounds.SHARE, 'boxes_per_sample': bounds.SIZE, 'rows_per_image': bounds.SIZE,
+    'crop_area': '(0, 1]', 'crop_ratio': bounds.ABOVE_ZERO}
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 def sample(image: Image.Image, regions: Regions, config: SampleConfig, rng: np.random.Generator, *,

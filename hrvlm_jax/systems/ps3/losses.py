@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.execution import HERE, Execution
 from hrvlm_jax.core.layers import wide
 from hrvlm_jax.core.module import Functional
@@ -43,6 +44,12 @@ class ContrastiveConfig:
   pool_target: bool = True
   intra_image: bool = False
   chunk: int | None = 1024
+
+  BOUNDS: ClassVar = {
+    'prior_weight': bounds.COUNT, 'posterior_weight': bounds.COUNT, 'chunk': bounds.SIZE}
+
+  def __post_init__(self):
+    bounds.check(self)
 
 
 def sigmoid_loss(

@@ -7,8 +7,9 @@ Source: `NVlabs/VILA: llava/model/language_model/llava_topdown_llama.py`, `llava
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
+from hrvlm_jax.core import bounds
 from hrvlm_jax.core.errors import unknown
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.config import DecoderConfig
@@ -56,7 +57,12 @@ class VilaHDConfig:
   dynamic_aspect: Literal['off', 'stored', 'on'] = 'off'
   select_target: bool = False
 
+  BOUNDS: ClassVar = {
+    'width': bounds.SIZE, 'select_layer': bounds.FROM_END,
+    **dict.fromkeys(('looks', 'tokens', 'budgets'), bounds.COUNT)}
+
   def __post_init__(self):
+    bounds.check(self)
     problems = []
     if not is_projector(self.projector):
       problems.append(unknown(self.projector, (*PROJECTORS, 'mlp2x_gelu'), what='projector'))
@@ -69,10 +75,6 @@ class VilaHDConfig:
       problems.append("mode 'random' follows no boxes: select_target must be False")
     if self.tower.look != LookConfig():
       problems.append('tower.look is not read; set looks, tokens and smooth beside tower')
-    if isinstance(self.looks, int) and self.looks < 0:
-      problems.append(f"looks must be 'all' or a number from 0, got {self.looks}")
-    if self.tokens is not None and self.tokens < 0:
-      problems.append(f'tokens must not be negative, got {self.tokens}')
     side, scales = self.tower.scales[-1], self.tower.high_scales
     if any(h != w for h, w in scale_sizes(side, side, self.tower)):
       problems.append(f'a square of {side} pixels does not give square grids with scales '
