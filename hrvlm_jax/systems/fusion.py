@@ -52,11 +52,12 @@ class Fusion:
     """Positions of the prompt that so many visual tokens take."""
     return tokens if self.in_prompt else 0
 
-  def reads(self, model: Any) -> tuple[str, int]:
-    """The width that visual tokens must have: the key of a `ModelConfig` that says it, and it."""
-    if model.projector is not None:
-      return 'projector.n_in', model.projector.n_in
-    return 'text.width', model.text.width
+  def reads(self, model: Any) -> tuple[str, int] | None:
+    """The width that visual tokens must have: the key of a `ModelConfig` that says it, and it.
+
+    Default: the projector's; without one None, what the fusion's own model takes is not known.
+    """
+    return None if model.projector is None else ('projector.n_in', model.projector.n_in)
 
   def check(self, model: Any) -> list[str]:
     """What of a `ModelConfig` does not fit this fusion, in sentences.
@@ -79,6 +80,10 @@ class PrefixFusion(Fusion):
   model: ClassVar[str] = 'hrvlm_jax.vlm.model:VLM'
   kind: str = 'prefix'
 
+  def reads(self, model: Any) -> tuple[str, int]:
+    """See `Fusion.reads`; without a projector, the language model itself."""
+    return super().reads(model) or ('text.width', model.text.width)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TwoPassFusion(Fusion):
@@ -97,6 +102,10 @@ class TwoPassFusion(Fusion):
   selection_weight: float = 0.0
 
   BOUNDS: ClassVar = {'selection_weight': bounds.COUNT}
+
+  def reads(self, model: Any) -> tuple[str, int]:
+    """See `Fusion.reads`; the encoder projects by itself."""
+    return 'text.width', model.text.width
 
   def __post_init__(self):
     bounds.check(self)
@@ -139,7 +148,7 @@ class CrossAttentionFusion(Fusion):
 
   def reads(self, model: Any) -> tuple[str, int]:
     """See `Fusion.reads`; without a projector, the width of the blocks."""
-    return super().reads(model) if model.projector is not None else ('fusion.width', self.width)
+    return super().reads(model) or ('fusion.width', self.width)
 
   def check(self, model: Any) -> list[str]:
     """See `Fusion.check`; the visual tokens keep a width of their own."""

@@ -178,11 +178,10 @@ def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float3
   fn = Functional(lambda rngs: kind(config, unrolled=unrolled, param_dtype=param_dtype,
                                     rngs=rngs))
   # Last: what cannot be joined at all says so itself.
-  key, wanted = config.fusion.reads(config)
-  width = registry.get(config.system).width(config.encoder)
-  if width not in (wanted, None):
-    raise UserError(f'model.{key} is {wanted}, but the visual tokens of {config.system} with these '
-                    f'settings have width {width}; set the one or the other')
+  read, width = config.fusion.reads(config), registry.get(config.system).width(config.encoder)
+  if None not in (read, width) and width != read[1]:
+    raise UserError(f'model.{read[0]} is {read[1]}, but the visual tokens of {config.system} with '
+                    f'these settings have width {width}; set the one or the other')
   return fn
 
 
