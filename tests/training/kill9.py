@@ -352,8 +352,10 @@ def page(rows):
   for r in rows:
     if r.get('workers') or r.get('signal') == 'SIGTERM':
       continue
-    costs.setdefault(r['system'], {})[r['deterministic']] = r['cpu_seconds_per_step']
-  ratios = [f'{system} {cost[True] / cost[False]:.2f}' for system, cost in costs.items()
+    # Only what one machine gave on one day can be compared.
+    cost = costs.setdefault((r['system'], r['machine'], r['date']), {})
+    cost[r['deterministic']] = r['cpu_seconds_per_step']
+  ratios = [f'{system} {cost[True] / cost[False]:.2f}' for (system, *_), cost in costs.items()
             if len(cost) == 2]
   if ratios:
     lines += ['', 'What `training.deterministic=True` costs here: CPU seconds of a step with it '
