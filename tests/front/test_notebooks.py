@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -28,8 +29,9 @@ def cells(name, kind='code'):
 def here(world, tmp_path, monkeypatch):
   """A folder with the quickstart's checkpoint and a few questions, where the test runs."""
   (tmp_path / 'runs').mkdir()
-  for name in ('runs/quickstart', 'photo.png', 'other.png', 'own.jsonl'):
-    (tmp_path / name).symlink_to(world / name)
+  (tmp_path / 'runs/quickstart').symlink_to(world / 'runs/quickstart')
+  for name in ('photo.png', 'other.png', 'own.jsonl'):  # a row's picture must lie in its folder
+    shutil.copy(world / name, tmp_path / name)
   monkeypatch.chdir(tmp_path)
   return tmp_path
 
