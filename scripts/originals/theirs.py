@@ -113,6 +113,7 @@ def pheye(checkout, folder, asked):
 def llava_hr(checkout, folder, asked):
   """The same of luogen1996/LLaVA-HR; its ConvNeXt, whose sizes are fixed in code, is made small by
   the class that it is made of."""
+  from llava_hr.constants import IMAGE_TOKEN_INDEX
   from llava_hr.mm_utils import process_images
   from llava_hr.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
   from llava_hr.model.multimodal_encoder import convnext, convnext_encoder
@@ -138,6 +139,7 @@ def llava_hr(checkout, folder, asked):
 
   def answer(picture, ids):
     images = process_images([picture], processor, model.config).float()
+    ids = torch.where(ids == asked['image_id'], IMAGE_TOKEN_INDEX, ids)  # outside its vocabulary
     out = model.generate(ids, images=images, max_new_tokens=asked['new'], do_sample=False,
                          use_cache=True, eos_token_id=asked['stop'], pad_token_id=asked['stop'][0])
     return out[0, ids.shape[1]:]
