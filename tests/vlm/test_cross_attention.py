@@ -188,7 +188,7 @@ def test_refusals():
   with pytest.raises(ValueError, match='gives 0 heads of 64'):
     Functional(lambda rngs: CrossBlock(
       small(1), CrossAttentionFusion(width=48, interval=1), rngs=rngs))
-  with pytest.raises(ValueError, match='interval and reduce must be at least 1'):
+  with pytest.raises(ValueError, match='interval must be at least 1'):
     CrossAttentionFusion(width=64, interval=0)
   config = registry.get('pheye').tiny()
   fn = vlm.build(config)
