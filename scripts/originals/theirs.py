@@ -155,8 +155,9 @@ def fill(model, tensors):
   """
   missing, unexpected = model.load_state_dict(tensors, strict=False)
   known = dict(model.named_parameters())
-  wrong = [f'missing {name}' for name in missing if name in known]
-  if wrong := wrong + [f'unexpected {name}' for name in unexpected]:
+  # safetensors gives its tensors in no order of their own.
+  wrong = [f'missing {name}' for name in sorted(missing) if name in known]
+  if wrong := wrong + [f'unexpected {name}' for name in sorted(unexpected)]:
     raise SystemExit(f'theirs.py: names differ: {", ".join(wrong[:20])}')
 
 
