@@ -213,7 +213,8 @@ class Batches:
     """
     stored = {key: value.replace(' lanes', ' shards') if isinstance(value, str) else value
               for key, value in state.get('order', {}).items()}  # as it was called until 0.2
-    raise_all('the saved position belongs to another order of the data', [
+    raise_all('the saved position belongs to another order of the data (set these back, or start '
+              'from its weights: training.init_from=WORKDIR with another --workdir)', [
       f'{key} was {stored.get(key, _ORDER.get(key))}, is {value}'
       for key, value in self._order.items() if stored.get(key, _ORDER.get(key)) != value])
     _end(self._batches, self._take, int(state['step']))

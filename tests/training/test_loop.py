@@ -330,6 +330,19 @@ def test_settings_that_change_the_optimizers_state(data, finished, changed, word
   assert contents(pathlib.Path(finished)) == before  # nothing is written
 
 
+@pytest.mark.full('training')
+def test_the_advice_about_changed_settings_works(data, finished, tmp_path):
+  """What the messages of a refused resume say: another number, another work directory."""
+  shutil.copytree(finished, tmp_path / 'same')
+  same = OptimizerConfig(learning_rate=1e-3, clip_norm=1e9)
+  assert loop.train(config(data, optimizer=same, steps=7), tmp_path / 'same',
+                    progress=False).step == 7
+  other = config(data, optimizer=OptimizerConfig(learning_rate=1e-3, name='muon', ema=0.9),
+                 steps=1, init_from=str(finished))
+  other = dataclasses.replace(other, seed=9)
+  assert loop.train(other, tmp_path / 'other', progress=False).step == 1
+
+
 def contents(folder):
   """Every file below a folder: its bytes and when it was written."""
   return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes())
