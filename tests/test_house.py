@@ -20,14 +20,16 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # (checkpoint, training), answers over meshes (vlm, parallel), faults of images and benchmarks; then
 # references in PyTorch for certificates (interop), the papers' tables and GPT-2 (systems, vlm, lab,
 # language, evaluation), region records and splits (data), strangers at a start (parallel),
-# speed of the CPU (core, cli), the quickstart's photographs (lab), the page to try a model (front).
-TOTAL = (63_100, 399)
+# speed of the CPU (core, cli), the quickstart's photographs (lab), the page to try a model (front);
+# then the queue that answers benchmarks by the server's slots (serving, evaluation), bounds of all
+# numbers of a model (systems, core), turns with pictures and devices of exports (interop).
+TOTAL = (63_900, 399)
 ROOMS = {
-  '': (270, 3), 'core': (3_400, 21), 'checkpoint': (3_300, 17), 'parallel': (2_240, 15),
-  'vision': (810, 5), 'language': (3_330, 15), 'data': (3_930, 20), 'systems': (10_280, 66),
-  'vlm': (2_410, 15), 'serving': (2_080, 14), 'training': (4_510, 31), 'interop': (6_790, 39),
-  'planning': (2_990, 19), 'evaluation': (6_750, 45), 'lab': (5_140, 37), 'front': (1_970, 10),
-  'cli': (3_080, 26),
+  '': (270, 3), 'core': (3_420, 21), 'checkpoint': (3_300, 17), 'parallel': (2_240, 15),
+  'vision': (815, 5), 'language': (3_330, 15), 'data': (3_935, 20), 'systems': (10_420, 66),
+  'vlm': (2_410, 15), 'serving': (2_495, 15), 'training': (4_510, 31), 'interop': (6_840, 39),
+  'planning': (2_990, 19), 'evaluation': (6_820, 45), 'lab': (5_140, 37), 'front': (1_970, 10),
+  'cli': (3_090, 26),
 }
 LONGEST = 500
 
