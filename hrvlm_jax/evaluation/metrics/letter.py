@@ -134,6 +134,7 @@ _CUES = re.compile(
   r"|\bi(?:'d| would|'ll| will| must| have to)?(?: therefore| thus| also)? "
   r"(?:choose|chose|pick|picked|select|selected|go(?: with| for)|went with|say|vote for|answer|"
   r"settle on)\b"
+  r"|\bi (?:think|believe|guess|suppose)\b(?: that)?(?!\s*not\b)"
   r"|\b(?:it|this|that|which)(?:'s| is| was| must be| should be| would be| has to be)(?!\s*not\b)"
   r"|\b(?:must|has to|should) be\b"
   r"|\b(?:so|therefore|thus|hence|finally|consequently)\b,?"
@@ -279,7 +280,13 @@ class _Answer:
       return True
     rest = self.text[f.end:]
     rest = re.sub(rf'^[\"\')\]]*(?:{separator}{letter})*', '', rest)
-    return bool(re.match(rf"[\"')\]]*\s*(?:{_WRONG}|\?\s*(?:no|nope|not)\b)", rest, re.IGNORECASE))
+    wrong = rf"[\"')\]]*\s*{self._own(f)}(?:{_WRONG}|\?\s*(?:no|nope|not)\b)"
+    return bool(re.match(wrong, rest, re.IGNORECASE))
+
+  def _own(self, f: _Found) -> str:
+    """The choice of a letter, which may stand between it and a verdict: "(A) cat is wrong"."""
+    own = self.choices[self.known.index(f.letter)]
+    return rf"(?:[.:,-]?\s*(?:an? |the )?{re.escape(own)}[\"')\]]*\s+)?" if own else ''
 
   def _out_after(self, f: _Found) -> set[str]:
     """Letters ruled out behind a commitment ("The answer is A. No, A is wrong")."""
@@ -348,7 +355,7 @@ class _Answer:
   def _right(self) -> Iterator[_Found]:
     """ "C is correct", "option C is the answer"."""
     for f in self.letters:
-      if re.match(rf"[\"')\]]*\s*{_RIGHT}", self.text[f.end:], re.IGNORECASE):
+      if re.match(rf"[\"')\]]*\s*{self._own(f)}{_RIGHT}", self.text[f.end:], re.IGNORECASE):
         yield f
 
   def _counted(self) -> Iterator[_Found]:
