@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import functools
 import itertools
-import json
 import os
 from typing import Any
 
@@ -18,6 +17,7 @@ from etils import epath
 import tensorstore as ts
 
 from hrvlm_jax.checkpoint import layout, manifest
+from hrvlm_jax.core import json_text
 
 
 def check(folder: epath.Path, part: str, places: Mapping[str, Any] | None) -> None:
@@ -100,7 +100,7 @@ def _grid(keys: Mapping[bytes, Any], name: bytes, node: Callable[[str], Any]) ->
   """The shape of a chunk."""
   entry = keys[name + b'/zarr.json']
   text = entry['inline_value'] if 'inline_value' in entry else node(entry['indirect_value'])
-  return json.loads(text)['chunk_grid']['configuration']['chunk_shape']
+  return json_text.loads(text)['chunk_grid']['configuration']['chunk_shape']
 
 
 def _index(key: bytes, name: bytes) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hrvlm_jax.checkpoint import files
 from hrvlm_jax.checkpoint.safetensors import SafetensorsFile, Spool
-from hrvlm_jax.core import installed
+from hrvlm_jax.core import installed, json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 
 MAX_SHARD_BYTES = 4_990_000_000  # of tensors: with its header a file stays below 5 GB
@@ -248,7 +248,7 @@ def read_json(path: str | os.PathLike, *, limit: int = 50_000_000) -> dict[str, 
   try:
     if path.stat().st_size > limit:
       raise UserError(f'{path}: {path.stat().st_size} bytes, at most {limit} are read')
-    data = json.loads(path.read_text(encoding='utf-8'))
+    data = json_text.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror})') from error
   except (ValueError, RecursionError) as error:

@@ -25,6 +25,7 @@ from etils import epath
 import jax
 
 from hrvlm_jax import __version__
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 FORMAT = 'hrvlm_jax'
@@ -98,6 +99,8 @@ def resolve(directory: PathLike) -> epath.Path:
     raise UserError(f'{directory}: the checkpoint is not whole, writing it was interrupted; '
                     f'remove the folder and use another checkpoint')
   marker = read_json(beside(directory) / MARKER)
+  if not isinstance(marker, dict):
+    raise UserError(f'{beside(directory) / MARKER}: found {str(marker)[:80]}, expected a mapping')
   if marker.get('format') != FORMAT:
     raise UserError(f'{beside(directory) / MARKER}: format {marker.get("format")!r}, expected '
                     f'{FORMAT!r}')
@@ -112,7 +115,7 @@ def resolve(directory: PathLike) -> epath.Path:
 def read_json(path: epath.Path) -> Any:
   """A JSON file; `UserError` when it cannot be read."""
   try:
-    return json.loads(path.read_text())
+    return json_text.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f'{path}: cannot be read as JSON ({error})') from error
 

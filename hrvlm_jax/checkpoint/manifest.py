@@ -23,6 +23,7 @@ import zlib
 from etils import epath
 
 from hrvlm_jax.checkpoint import files, layout
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 
 NAME = 'manifest.json'
@@ -79,7 +80,7 @@ class Manifest:
                         f'{advice(folder)}')
       return
     try:
-      content = json.loads(path.read_text())
+      content = json_text.loads(path.read_text())
       self.files = {name: (int(size), total) for name, (size, total) in content['files'].items()}
       good = content['own'] == _own(content['files']) and content['checksum'] == 'crc32'
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

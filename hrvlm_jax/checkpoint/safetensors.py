@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 
 # The limit of the reference implementation; a larger header is damage or an attack.
@@ -114,7 +115,7 @@ def _read_header(path: pathlib.Path) -> tuple[int, int, dict[str, Any]]:
   except OSError as error:
     raise UserError(f'{path}: cannot be read ({error.strerror})') from error
   try:
-    header = json.loads(text, object_pairs_hook=_no_duplicates)
+    header = json_text.loads(text, object_pairs_hook=_no_duplicates)
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: the header is no valid JSON ({error})') from error
   if not isinstance(header, dict) or not isinstance(header.get('__metadata__', {}), dict):

@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
     raise UserError('--config belongs to --part; a whole release is recognised by its config.json')
   if arguments.check and not os.path.isdir(arguments.check):
     raise UserError(f'--check {arguments.check}: no such folder')
+  if arguments.check and not os.path.isfile(os.path.join(arguments.check, 'config.json')):
+    raise UserError(f'--check {arguments.check}: no config.json; expected the folder of a released '
+                    'model')
 
   import jax.numpy as jnp
 

@@ -5,6 +5,7 @@ import pathlib
 
 from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 
 
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
   config = curate.CurateConfig()
   if arguments.config is not None:
     try:
-      values = json.loads(pathlib.Path(arguments.config).read_text('utf-8'))
+      values = json_text.loads(pathlib.Path(arguments.config).read_text('utf-8'))
     except (OSError, ValueError) as error:
       raise UserError(f'--config {arguments.config}: expected a JSON file ({error})') from error
     config = from_dict(curate.CurateConfig, values, title=arguments.config)
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     open_source(arguments.images), config=config, kind=arguments.kind, **functions)
   manifest = build_records(source, arguments.out, name=arguments.name, check=RegionCheck(),
                            shard_rows=arguments.shard_rows, progress=not arguments.quiet)
-  shards = json.loads(manifest.read_text())['shards']
+  shards = json_text.loads(manifest.read_text())['shards']
   bad = [fault for shard in shards for fault in shard['bad']]
   rows = sum(shard['rows'] for shard in shards)
   if not rows:
@@ -101,7 +102,7 @@ def _claim(folder: pathlib.Path, path: pathlib.Path, settings: dict) -> None:
   """
   settings = json.loads(json.dumps(settings))
   if path.exists():
-    found = json.loads(path.read_text('utf-8'))
+    found = json_text.loads(path.read_text('utf-8'))
     raise_all(f'{path}: other records are there under this name; choose another --out or --name', [
       f'{key} was {found.get(key)!r}, is {value!r}' for key, value in settings.items()
       if found.get(key) != value])

@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 from hrvlm_jax.cli.arguments import Parser
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, unknown
 
 ACTIONS = {
@@ -188,7 +189,7 @@ def _build(argv: list[str]) -> int:
                            check=RowCheck(**_limit(arguments)),
                            progress=not arguments.quiet)
   verify_records(manifest)
-  shards = json.loads(manifest.read_text())['shards']
+  shards = json_text.loads(manifest.read_text())['shards']
   rows, bad = sum(s['rows'] for s in shards), sum(len(s['bad']) for s in shards)
   print(f'{rows} rows in {len(shards)} files, checksums verified; {bad} bad rows left out')
   print(f'written: {manifest}')

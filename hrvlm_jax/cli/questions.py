@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 from hrvlm_jax.cli.arguments import reading_of, say_weights
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 
@@ -94,7 +95,7 @@ def main(arguments, knobs: dict[str, dict[str, Any]], settings: dict[str, Any]) 
     counts['wrong'] += 'error' in record
     counts['empty'] += record.get('answer') == ''
     if arguments.questions is None:
-      record = {'image': json.loads(text)['image']} | record
+      record = {'image': json_text.loads(text)['image']} | record
     if kept is not None:
       kept.append(record | {'key': kept.key(record['line'], text)})
     _show(record, as_json=arguments.json)

@@ -12,12 +12,15 @@ class UserError(ValueError):
   """Bad input: a file, a config key, a checkpoint, a question. Never a fault of the library."""
 
 
+MOST = 50  # problems that one message lists
+
+
 def raise_all(title: str, problems: Iterable[str]) -> None:
   """Raises one `UserError` naming every problem; does nothing when there is none.
 
   Example: `raise_all('run.py', ['a: unknown key', 'b: missing'])` raises
-  `run.py: 2 problems` followed by one indented line per problem; a single problem
-  stays on one line.
+  `run.py: 2 problems` followed by one indented line per problem (at most `MOST`); a single
+  problem stays on one line.
 
   Args:
     title: what was being done and to which file or object.
@@ -31,7 +34,9 @@ def raise_all(title: str, problems: Iterable[str]) -> None:
     return
   if len(problems) == 1:
     raise UserError(f'{title}: {problems[0]}')
-  lines = '\n'.join(f'  {problem}' for problem in problems)
+  lines = '\n'.join(f'  {problem}' for problem in problems[:MOST])
+  if len(problems) > MOST:
+    lines += f'\n  and {len(problems) - MOST} more'
   raise UserError(f'{title}: {len(problems)} problems\n{lines}')
 
 

@@ -5,12 +5,12 @@ the advice is always the checkout or the wheel that this installation came from.
 """
 
 import importlib.metadata
-import json
 import pathlib
 import urllib.parse
 import urllib.request
 
 from hrvlm_jax import __version__
+from hrvlm_jax.core import json_text
 
 NAME = 'hrvlm-jax'
 PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def _source() -> pathlib.Path | None:
     text = importlib.metadata.distribution(NAME).read_text('direct_url.json')
   except importlib.metadata.PackageNotFoundError:
     return None
-  url = urllib.parse.urlparse(json.loads(text)['url']) if text else None
+  url = urllib.parse.urlparse(json_text.loads(text)['url']) if text else None
   if url is None or url.scheme != 'file':
     return None
   path = pathlib.Path(urllib.request.url2pathname(url.path))

@@ -52,6 +52,8 @@ class Registry:
       UserError: unknown (with the nearest and all known), or it cannot be imported.
     """
     known = self._all()
+    if not isinstance(name, str):
+      raise UserError(f'{self.what}: found {name!r}, expected one of {", ".join(sorted(known))}')
     if name not in known:
       raise UserError(f'{unknown(name, known, what=self.what)}; all: {", ".join(sorted(known))}; '
                       f'yours: {self.variable}={name}=module:attribute')

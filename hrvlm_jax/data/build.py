@@ -19,6 +19,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from hrvlm_jax.checkpoint.files import whole_file
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.checks import RowCheck
 from hrvlm_jax.data.rows import BadRow, Source, encode_record
@@ -63,7 +64,7 @@ def build_records(
       note = path.with_name(path.name + '.json')
       if not (path.exists() and note.exists()):
         _write_shard(source, span, path, note, check, bad_rows)
-      entries.append(json.loads(note.read_text()))
+      entries.append(json_text.loads(note.read_text()))
       bar.update(len(span))
   _replace(manifest, plan | {'shards': entries})
   for shard in entries:
@@ -81,7 +82,7 @@ def verify_records(manifest: str | os.PathLike) -> None:
   if not manifest.is_file():
     raise UserError(f'{manifest}: no such file; expected the manifest of a finished build')
   problems = []
-  for shard in json.loads(manifest.read_text())['shards']:
+  for shard in json_text.loads(manifest.read_text())['shards']:
     path = manifest.parent / shard['file']
     if not path.is_file():
       problems.append(f'{shard["file"]}: is missing')
@@ -112,7 +113,7 @@ def _claim(path: pathlib.Path, plan: dict) -> None:
   if not path.exists():
     _replace(path, plan)
     return
-  found = json.loads(path.read_text())
+  found = json_text.loads(path.read_text())
   raise_all(f'{path}: another data set is being built here under this name', [
     f'{key} was {found.get(key)}, is {value}' for key, value in plan.items()
     if found.get(key) != value])

@@ -18,7 +18,7 @@ import zlib
 
 from PIL import Image
 
-from hrvlm_jax.core import images
+from hrvlm_jax.core import images, json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.text import has_half
 from hrvlm_jax.language.chat import ASSISTANT, IMAGE, USER, Message
@@ -209,7 +209,7 @@ def decode_record(record: bytes, where: str) -> Row:
   if zlib.crc32(record[8:]) != struct.unpack('<I', record[4:8])[0]:
     raise BadRow('checksum', where, 'the checksum does not fit the record: it is damaged')
   length = struct.unpack('<I', record[8:12])[0]
-  header = json.loads(record[12:12 + length])
+  header = json_text.loads(record[12:12 + length])
   refs, place = [], 12 + length
   for name, size in header['images']:
     refs.append(ImageRef(name, data=record[place:place + size]))

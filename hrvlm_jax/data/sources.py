@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data import arrow, mixture, tables
@@ -121,7 +122,7 @@ def llava_row(data: bytes, where: str, images: str) -> Row:
     BadRow: of kind 'encoding', 'json', 'form' or 'path'.
   """
   try:
-    value = json.loads(data.decode('utf-8'))
+    value = json_text.loads(data.decode('utf-8'))
   except UnicodeDecodeError as error:
     raise BadRow('encoding', where, f'is not UTF-8 text ({error.reason})') from error
   except (ValueError, RecursionError) as error:
@@ -351,7 +352,7 @@ def open_mixture(path: str | os.PathLike, *, images: str | os.PathLike | None = 
   """
   path = pathlib.Path(path)
   try:
-    values = json.loads(path.read_text('utf-8'))
+    values = json_text.loads(path.read_text('utf-8'))
   except OSError as error:
     raise UserError(f'{path}: no such file') from error
   except ValueError as error:

@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.text import whole
 from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample
@@ -78,7 +79,7 @@ def read(path: str | Path) -> dict[str, dict]:
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = json_text.loads(line)
     except ValueError:
       problems.append(f'line {number}: is not a JSON object')
       continue
@@ -177,7 +178,7 @@ def _cut_torn_line(path: Path) -> None:
   last = data[data.rfind(b'\n', 0, max(end - 1, 0)) + 1:end]
   try:
     if last.strip():
-      json.loads(last)
+      json_text.loads(last)
   except ValueError:
     end -= len(last)
   if end != len(data):

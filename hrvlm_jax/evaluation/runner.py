@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.evaluation import benchmarks, prompts, provenance, records, report
@@ -307,7 +308,7 @@ def _claim(out: Path, identity: dict, *, write: bool) -> None:
   path = out / 'run.json'
   if path.exists():
     try:
-      found = json.loads(path.read_text('utf-8'))
+      found = json_text.loads(path.read_text('utf-8'))
     except ValueError as error:
       raise UserError(f'{path}: is not JSON ({error}); choose another result folder') from error
     differing = [key for key in sorted({*found, *identity}) if found.get(key) != identity.get(key)]

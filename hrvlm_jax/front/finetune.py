@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint import layout, store
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import image_size
 from hrvlm_jax.core.layers import LoRA
@@ -185,7 +185,7 @@ def _same(out: pathlib.Path, asked: Mapping[str, Any]) -> None:
     return
   if not (out / ASKED).is_file():
     raise UserError(f'{out}: is not empty and holds no run of hrvlm finetune; choose another --out')
-  before = json.loads((out / ASKED).read_text())
+  before = json_text.loads((out / ASKED).read_text())
   changed = [f'{key} was {before.get(key)!r}, is {value!r}' for key, value in asked.items()
              if before.get(key) != value]
   if changed:
@@ -355,7 +355,7 @@ def _before(start, encoder, reading, rows: Sequence[Row], score, out: pathlib.Pa
   path = out / 'before.json'
   if not rows:
     return None
-  if path.exists() and (kept := json.loads(path.read_text())).get('metric') == metric:
+  if path.exists() and (kept := json_text.loads(path.read_text())).get('metric') == metric:
     return kept['value']
   model = load(start, encoder=encoder, **reading)
   ask = lambda row: row.messages[0].text.replace(IMAGE, '').strip()
@@ -375,7 +375,7 @@ def _example(row: Row, data: pathlib.Path, folder: str) -> tuple[str | None, str
     return None, question
   for part in ('eval', 'train'):
     for line in (data / f'{part}.jsonl').read_text('utf-8').splitlines():
-      value = json.loads(line)
+      value = json_text.loads(line)
       if value['id'] == row.id and value['conversations'][0]['value'] == row.messages[0].text:
         return os.path.relpath(os.path.join(folder, value['image'][0])), question
   return None, question

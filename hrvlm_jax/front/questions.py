@@ -11,6 +11,7 @@ import os
 import pathlib
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.text import whole
 from hrvlm_jax.front.images import is_address
@@ -27,7 +28,7 @@ def read_line(text: str) -> Mapping[str, Any]:
     UserError: not JSON, or nothing of these.
   """
   try:
-    value = json.loads(text)
+    value = json_text.loads(text)
   except (ValueError, RecursionError) as error:
     raise UserError(f'is not JSON ({error})') from error
   if not isinstance(value, dict):
@@ -129,7 +130,7 @@ class Answered:
       whole = data[:data.rfind(b'\n') + 1]
       for number, line in enumerate(whole.splitlines(), 1):
         try:
-          record = json.loads(line)
+          record = json_text.loads(line)
           self.done[record['key']] = record
         except (ValueError, KeyError, TypeError) as error:
           raise UserError(f'{path}, line {number}: is no record of hrvlm ask; choose another file'
@@ -142,7 +143,9 @@ class Answered:
 
   def key(self, number: int, text: str) -> str:
     """The key of a line."""
-    return hashlib.sha256(f'{number}\n{text}\n{self._about}'.encode()).hexdigest()[:16]
+    # Half a character is refused as a question; here it only needs a name.
+    content = f'{number}\n{text}\n{self._about}'.encode(errors='surrogatepass')
+    return hashlib.sha256(content).hexdigest()[:16]
 
   def check(self, keys: Iterable[str]) -> None:
     """Refuses a file with records of other lines, another model or other settings.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import json
 import math
 import pathlib
 from typing import Any
@@ -17,7 +16,7 @@ from hrvlm_jax.checkpoint import rows
 from hrvlm_jax.checkpoint.formats import GENERIC, VISION, same, used
 from hrvlm_jax.checkpoint.rows import Row, Table
 from hrvlm_jax.checkpoint.settings import Keys
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.interop import adapters
@@ -314,7 +313,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, Any]:
     found['tokenizer.json'] = tokenizer._native.to_str().encode()
   elif isinstance(tokenizer, SentencePieceTokenizer):
     found['tokenizer.json'] = tokenizer_json(tokenizer)
-  values = json.loads(found.get('tokenizer_config.json') or b'{}')
+  values = json_text.loads(found.get('tokenizer_config.json') or b'{}')
   kept = {key: values[key] for key in ('model_max_length',) if key in values}
   roles = {f'{role}_token': tokenizer.roles[role] for role in ROLES if role in tokenizer.roles}
   found['tokenizer_config.json'] = {

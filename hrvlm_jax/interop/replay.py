@@ -7,7 +7,6 @@ by rules of this file, not by the operations of the weight tables, which only pa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-import json
 import math
 import pathlib
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors import safe_open
 
 from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.checkpoint.rows import Entry, Table, entries
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.module import Functional
 
 LIMIT = 1e-4  # of a difference, relative to the largest value of the reference but at least 1
@@ -85,7 +84,7 @@ def _files(place: pathlib.Path) -> list[pathlib.Path]:
   for kinds in (('.safetensors',), ('.bin', '.pt', '.pth')):
     index = [path for kind in kinds for path in place.glob(f'*{kind}.index.json')]
     if len(index) == 1:
-      named = json.loads(index[0].read_text())['weight_map'].values()
+      named = json_text.loads(index[0].read_text())['weight_map'].values()
       return [place / name for name in sorted(set(named))]
     found = sorted(path for path in place.iterdir() if path.suffix in kinds)
     preferred = [path for path in found if path.stem in ('model', 'pytorch_model')]

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.lab import claims, report
 
 # Title and form of the columns behind the accuracies.
@@ -114,7 +115,7 @@ def section(kept: pathlib.Path) -> str:
   """
   if not kept.exists():
     return NOT_RUN
-  return markdown(json.loads(kept.read_text()))
+  return markdown(json_text.loads(kept.read_text()))
 
 
 def keep(results: dict[str, Any], folder: pathlib.Path, config_file: str | os.PathLike

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hrvlm_jax.checkpoint import store
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle import read_records
 from hrvlm_jax.lab.pretrain import Flat, Pretraining, pretrain
@@ -79,7 +80,7 @@ class Experiment:
   def read(self, name: str, default: Any = None) -> Any:
     """A JSON file of the folder."""
     path = self.folder / name
-    return json.loads(path.read_text()) if path.exists() else default
+    return json_text.loads(path.read_text()) if path.exists() else default
 
   def write(self, name: str, value: Any) -> None:
     """Writes a JSON file so that it is either old or complete."""

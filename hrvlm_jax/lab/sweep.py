@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from hrvlm_jax.checkpoint.files import whole_file
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.lab import tables
 from hrvlm_jax.lab.experiment import Experiment, Interrupted, say
@@ -216,7 +217,7 @@ def summary(entry: Entry, folder: pathlib.Path) -> dict[str, Any]:
   if (workdir / _FAILED).exists():
     return row | {'failed': (workdir / _FAILED).read_text()}
   if (workdir / _SCORES).exists():
-    row['scores'] = json.loads((workdir / _SCORES).read_text())
+    row['scores'] = json_text.loads((workdir / _SCORES).read_text())
   if not entry.trains:
     return row | {'note': entry.table.left_out.get(
       entry.row, f'the model of {entry.table.of(entry.row).model}')}

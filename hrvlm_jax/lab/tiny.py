@@ -27,7 +27,7 @@ import ml_collections
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation import provenance
@@ -246,7 +246,7 @@ def headers(configs: Iterable[str | os.PathLike]) -> list[str]:
     line = _RESULT.search(path.read_text(encoding='utf-8'))
     if not kept.exists():
       problems.append(f'{kept}: missing; run hrvlm tiny --config {path} --keep')
-    elif line is None or line.group() != result_line(json.loads(kept.read_text())):
+    elif line is None or line.group() != result_line(json_text.loads(kept.read_text())):
       problems.append(f'{path}: header says {line and line.group()!r}, the kept result says '
-                      f'{result_line(json.loads(kept.read_text()))!r}')
+                      f'{result_line(json_text.loads(kept.read_text()))!r}')
   return problems

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
-import json
 from typing import Any
 
 from hrvlm_jax.checkpoint.settings import Reader
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 FILE = 'generation_config.json'
@@ -58,7 +58,7 @@ def generation_of(files: Mapping[str, bytes]) -> Generation:
   if FILE not in files:
     return Generation()
   try:
-    values = json.loads(files[FILE])
+    values = json_text.loads(files[FILE])
   except (ValueError, RecursionError) as error:
     raise UserError(f'{FILE}: not valid JSON ({error})') from error
   return read_generation(values)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import json
 import os
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 ROLES = ('bos', 'eos', 'pad', 'unk')
@@ -59,7 +59,7 @@ def json_file(files: Mapping[str, bytes], name: str) -> dict:
   if name not in files:
     return {}
   try:
-    values = json.loads(files[name])
+    values = json_text.loads(files[name])
   except (ValueError, RecursionError) as error:
     raise UserError(f'{name}: not valid JSON ({error})') from error
   if not isinstance(values, dict):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
-import json
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.parallel.topology import chips
 
 
@@ -28,4 +28,4 @@ def compiler_options(chip: str) -> dict[str, Any]:
 @functools.cache
 def _file() -> dict[str, dict[str, dict[str, Any]]]:
   text = importlib.resources.files(__package__).joinpath('compiler.json').read_text()
-  return json.loads(text)['options']
+  return json_text.loads(text)['options']

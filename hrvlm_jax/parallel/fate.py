@@ -21,6 +21,7 @@ from typing import NoReturn
 
 import jax
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 MISTAKE, FAILED = 2, 5  # exit status: a mistake of the user, anything else
@@ -89,7 +90,7 @@ class _Watch:
     deadline = time.monotonic() + seconds
     while True:
       with contextlib.suppress(Exception):  # nothing is there, or the service has gone
-        return json.loads(self._client.key_value_try_get(_KEY))
+        return json_text.loads(self._client.key_value_try_get(_KEY))
       if time.monotonic() >= deadline:
         return None
       time.sleep(0.1)

@@ -25,6 +25,7 @@ import socket
 import time
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.addresses import own_addresses, split_address
 from hrvlm_jax.parallel.secret import VARIABLE, run_secret
@@ -134,7 +135,7 @@ class _Line:
       if not hmac.compare_digest(mac, right):
         return None
       self._read += 1
-      message = json.loads(body)
+      message = json_text.loads(body)
     except (ValueError, RecursionError):
       return None
     return message if isinstance(message, dict) else None

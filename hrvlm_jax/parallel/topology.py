@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.resources
-import json
 import math
 import re
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, unknown
 
 GIB = 1 << 30
@@ -120,7 +120,7 @@ class Topology:
 @functools.cache
 def _table() -> tuple[dict[str, Chip], dict[str, str]]:
   text = (importlib.resources.files(__package__) / 'topologies.json').read_text()
-  data = json.loads(text)
+  data = json_text.loads(text)
   chips = {
     name: Chip(name=name, **(row | {'device_kinds': tuple(row['device_kinds'])}))
     for name, row in data['chips'].items()

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.compiler import compiler_options
 from hrvlm_jax.parallel.mesh import make_mesh
@@ -122,7 +123,7 @@ def _write(path: pathlib.Path, values: Mapping[str, Any]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
   """The child: request as JSON, folder of the answer."""
-  request, folder = json.loads(arguments[0]), pathlib.Path(arguments[1])
+  request, folder = json_text.loads(arguments[0]), pathlib.Path(arguments[1])
   # JAX notes ten calls of every operation, all of them its own where a kernel is called.
   jax.config.update('jax_traceback_in_locations_limit', 40)
   # The compiler spawns no tool that could help here; its chatter goes to stderr, which the parent

@@ -7,11 +7,11 @@ import copy
 import dataclasses
 import functools
 import importlib.resources
-import json
 import math
 import pathlib
 from typing import Any
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all, unknown
 from hrvlm_jax.parallel.topology import Chip, chips
 
@@ -85,7 +85,7 @@ class Costs:
 
 @functools.cache
 def _file() -> dict:
-  return json.loads(importlib.resources.files(__package__).joinpath('costs.json').read_text())
+  return json_text.loads(importlib.resources.files(__package__).joinpath('costs.json').read_text())
 
 
 def costs(chip: str, path: pathlib.Path | None = None) -> Costs:
@@ -126,7 +126,7 @@ def _by_data_sheet(chip: Chip) -> dict[str, Any]:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
   try:
-    found = json.loads(path.read_text())
+    found = json_text.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise UserError(f'{path}: cannot be read as constants (JSON): {error}') from error
   if not isinstance(found, dict):

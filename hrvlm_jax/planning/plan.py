@@ -21,7 +21,7 @@ import tempfile
 import time
 from typing import Any
 
-from hrvlm_jax.core import installed
+from hrvlm_jax.core import installed, json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel.topology import Topology, parse
 from hrvlm_jax.planning import explain, memory, report, schedule
@@ -108,7 +108,7 @@ class _Child:
                          + '\n'.join(words.splitlines()[-15:]))
     if answer and 'error' in answer:
       raise UserError(answer['error'])
-    known = json.loads((self.folder / TRACED).read_text())
+    known = json_text.loads((self.folder / TRACED).read_text())
     used, text = self._result(known, answer, text, words)
     if text is not None and keep is not None:
       explain.store(keep, text)
@@ -151,7 +151,7 @@ class _Child:
 
   def _answer(self) -> dict[str, Any] | None:
     path = self.folder / ANSWER
-    return json.loads(path.read_text()) if path.exists() else None
+    return json_text.loads(path.read_text()) if path.exists() else None
 
 
 def check_compiler(topology: Topology) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jaxlib
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 RECORD = 'determinism.json'
@@ -70,4 +71,4 @@ def compiler_options() -> dict[str, Any]:
 
 def _read(workdir: str | os.PathLike) -> dict[str, Any]:
   path = pathlib.Path(workdir) / RECORD
-  return json.loads(path.read_text()) if path.exists() else {}
+  return json_text.loads(path.read_text()) if path.exists() else {}

@@ -24,6 +24,7 @@ import uuid
 import tensorstore as ts
 
 from hrvlm_jax.checkpoint import files
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 
 NAME = 'running.json'
@@ -154,7 +155,7 @@ _UNKNOWN = b''
 def _parse(content: bytes) -> dict[str, Any] | None:
   """None for what no trainer wrote, or wrote half."""
   try:
-    value = json.loads(content)
+    value = json_text.loads(content)
   except ValueError:
     return None
   return value if isinstance(value, dict) and isinstance(value.get('sign'), (int, float)) else None

@@ -20,7 +20,7 @@ import uuid
 import numpy as np
 from tqdm import tqdm
 
-from hrvlm_jax.core import installed
+from hrvlm_jax.core import installed, json_text
 from hrvlm_jax.core.errors import UserError
 
 
@@ -170,7 +170,7 @@ class _Board:
 def _row(line: str) -> dict[str, Any] | None:
   """A line of metrics; None for a torn or foreign one."""
   try:
-    row = json.loads(line)
+    row = json_text.loads(line)
   except (ValueError, RecursionError):
     return None
   good = isinstance(row, dict) and isinstance(row.get('step', 0), (int, float))

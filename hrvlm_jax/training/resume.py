@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from hrvlm_jax.checkpoint import manifest, store
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.parallel import distributed
 
@@ -76,7 +77,7 @@ def _choose(checkpoints: store.TrainStore, workdir: pathlib.Path, wanted: int | 
     return steps[-1] if steps else None
   done = {}
   with contextlib.suppress(OSError, ValueError):
-    done = json.loads(note.read_text())
+    done = json_text.loads(note.read_text())
   if wanted == LAST_WHOLE:
     if not steps:
       return None

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.checkpoint import store
-from hrvlm_jax.core import paths, resample
+from hrvlm_jax.core import json_text, paths, resample
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, shortened
 from hrvlm_jax.parallel.layout import Layout
@@ -151,7 +151,7 @@ def check_same_model(workdir: pathlib.Path, resolved: Mapping[str, Any], *,
   if not path.exists() or not store.steps(workdir if checkpoints is None else checkpoints):
     return
   try:
-    before = json.loads(path.read_text())
+    before = json_text.loads(path.read_text())
   except ValueError as error:
     raise UserError(f'{path}: is no JSON ({error}); it says which model the checkpoints beside it '
                     'are of: copy it from run/config.json of one of them') from error

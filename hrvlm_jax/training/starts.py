@@ -19,7 +19,7 @@ import numpy as np
 
 from hrvlm_jax import __version__
 from hrvlm_jax.checkpoint import files
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.errors import UserError, shortened
 from hrvlm_jax.language.tokenizer import Tokenizer
 from hrvlm_jax.parallel import distributed
@@ -58,7 +58,7 @@ def changed(place: Workdir, resolved: Mapping[str, Any]) -> dict[str, list[Any]]
   path = place.local / 'config.json'
   if not path.exists():
     return {}
-  before = paths.flatten(json.loads(path.read_text()))
+  before = paths.flatten(json_text.loads(path.read_text()))
   now = paths.flatten(json.loads(json.dumps(resolved)))
   return {key.replace('/', '.'): [before.get(key), now.get(key)]
           for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)}
@@ -76,7 +76,7 @@ def record(place: Workdir, resolved: Mapping[str, Any], tokenizer: Tokenizer, *,
   folder = place.local
   (folder / STARTS).mkdir(parents=True, exist_ok=True)
   for path in sorted((folder / STARTS).glob('*.json')):
-    earlier = json.loads(path.read_text())
+    earlier = json_text.loads(path.read_text())
     if earlier['from_step'] > step:  # its steps are made again
       place.remove(f'{STARTS}/{path.name}')
     elif earlier['to_step'] is None or earlier['to_step'] > step:
@@ -96,7 +96,7 @@ def end(place: Workdir, start: int, step: int) -> None:
   """Notes the last step of the start that went on from `start`; called by the first process."""
   path = _path(place, start)
   if path.exists():
-    _write(path, json.loads(path.read_text()) | {'to_step': step})
+    _write(path, json_text.loads(path.read_text()) | {'to_step': step})
 
 
 def _path(place: Workdir, step: int) -> pathlib.Path:

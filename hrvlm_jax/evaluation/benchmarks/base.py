@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from hrvlm_jax.core import images
+from hrvlm_jax.core import images, json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.core.text import has_half
 from hrvlm_jax.evaluation.metrics.letter import LETTERS
@@ -352,7 +352,7 @@ def read_json(path: Path) -> Any:
   """
   text = read_text(path)
   try:
-    return json.loads(text)
+    return json_text.loads(text)
   except json.JSONDecodeError as error:
     raise UserError(
         f'{path}: is not JSON: {error.msg} at line {error.lineno} column {error.colno}') from error
@@ -384,7 +384,7 @@ def read_json_lines(path: Path, problems: list[str]) -> Iterator[tuple[str, dict
       continue
     where = f'{path.name}:{number}'
     try:
-      value = json.loads(line)
+      value = json_text.loads(line)
     except (ValueError, RecursionError) as error:
       problems.append(f'{where}: is not JSON ({getattr(error, "msg", error)})')
       continue

@@ -11,14 +11,13 @@ the extra `fonts` names.
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 import re
 
 from jaxtyping import UInt8
 import numpy as np
 
-from hrvlm_jax.core import installed
+from hrvlm_jax.core import installed, json_text
 from hrvlm_jax.core.errors import UserError, nearest
 
 SAMPLES = 8  # sub-pixel rows and columns of a pixel
@@ -67,7 +66,7 @@ def path(name: str) -> Path:
 @functools.cache
 def _outlines() -> dict[str, dict[str, list]]:
   """Font -> character -> [advance, path data], of the fonts that are stored."""
-  return json.loads(Path(__file__).with_name('outlines.json').read_text())
+  return json_text.loads(Path(__file__).with_name('outlines.json').read_text())
 
 
 def stored(name: str, characters: str) -> dict[str, list]:

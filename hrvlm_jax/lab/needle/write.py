@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from hrvlm_jax.checkpoint.files import whole_file
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle.config import NeedleConfig
@@ -79,7 +80,7 @@ def read_records(folder: str | os.PathLike) -> list[dict]:
   path = Path(folder) / RECORDS
   if not path.is_file():
     raise UserError(f'needle: {path} is missing, expected a folder that `write` has finished')
-  return json.loads(path.read_text())
+  return json_text.loads(path.read_text())
 
 
 def _claim(folder, task):
@@ -89,7 +90,7 @@ def _claim(folder, task):
     _replace(path, json.dumps(task, indent=2).encode())
     return
   try:
-    found = json.loads(path.read_text())
+    found = json_text.loads(path.read_text())
   except ValueError as error:
     raise UserError(f'{path}: is not JSON ({error}); remove it and write again') from error
   keys = [key for key in task if key != 'config' and found.get(key) != task[key]]

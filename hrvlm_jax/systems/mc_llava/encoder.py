@@ -229,7 +229,7 @@ def overlay(image: Image.Image, config: MCLlavaConfig, info: Mapping[str, object
   for number, (x0, y0, x1, y1) in enumerate(boxes):
     hue = int(255 * number / max(len(boxes), 1))
     colour = Image.new('HSV', (1, 1), (hue, 220, 255)).convert('RGB').getpixel((0, 0))
-    inset = number % 3 * width
+    inset = min(number % 3 * width, (min(x1 - x0, y1 - y0) - 1) // 2)  # windows of a few pixels
     draw.rectangle((x0 + inset, y0 + inset, x1 - 1 - inset, y1 - 1 - inset), outline=colour,
                    width=width)
   return picture

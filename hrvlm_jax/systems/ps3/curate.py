@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import pathlib
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from jaxtyping import Float
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.images import to_rgb
 from hrvlm_jax.data.rows import BadRow, Row, Source, open_images
@@ -235,7 +235,7 @@ def sidecar_lines(image: Image.Image, row: Row) -> list[tuple[Sequence[float], s
                  'module:function')
   path = (pathlib.Path(ref.folder) / ref.path).with_suffix('.json')
   try:
-    values = json.loads(path.read_text('utf-8'))
+    values = json_text.loads(path.read_text('utf-8'))
     scale = [image.width, image.height] * 2 if values.get('relative') else [1] * 4
     return [([v * s for v, s in zip(line['box'], scale, strict=True)], line['text'])
             for line in values['lines']]

@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 import glob
 import itertools
-import json
 import os
 import re
 import tarfile
 
 from hrvlm_jax.checkpoint.files import whole_file
+from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, raise_all
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
 from hrvlm_jax.data.sources import IMAGE_SUFFIXES
@@ -153,7 +153,7 @@ class RegionShards:
     key, image, text = self._rows[index]
     where = f'{self.paths[image[0]]}, sample {key}'
     try:
-      values = json.loads(self._read(text).decode('utf-8'))
+      values = json_text.loads(self._read(text).decode('utf-8'))
     except UnicodeDecodeError as error:
       raise BadRow('encoding', where, f'its JSON is not UTF-8 text ({error.reason})') from error
     except (ValueError, RecursionError) as error:
