@@ -251,6 +251,23 @@ class Fields:
       raise UserError(f'{where}: has no {what} {missing}; found {list(found)}')
 
 
+def box_of(row: Row) -> Sequence[float] | None:
+  """The region of a row, (x0, y0, x1, y1) in pixels of its image; None: it names none.
+
+  Raises:
+    BadRow: what it names is no region.
+  """
+  box = row.extra.get('box')
+  if box is None:
+    return None
+  numbers = isinstance(box, list | tuple) and len(box) == 4 and all(
+    isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in box)
+  if not numbers or box[0] > box[2] or box[1] > box[3]:
+    raise BadRow('form', row.where, f'box {str(box)[:80]}: expected [x0, y0, x1, y1] in pixels of '
+                                    'the image, x0 <= x1 and y0 <= y1')
+  return box
+
+
 def question_answers(questions: Any, answers: Any) -> list[tuple[str, str]]:
   """Pairs of one or several questions and their answers.
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from hrvlm_jax.core.images import MAX_PIXELS
 from hrvlm_jax.data.packing import Size
-from hrvlm_jax.data.rows import BadRow, Row, image_sizes, open_images
+from hrvlm_jax.data.rows import BadRow, Row, box_of, image_sizes, open_images
 from hrvlm_jax.language.chat import IGNORE, Encoded
 from hrvlm_jax.language.prompt import Text, choose_bucket, join_texts, pad_batch
 
@@ -106,10 +106,10 @@ class ToExample:
     images = open_images(row, exif=self.exif, alpha=self.alpha, max_pixels=self.max_pixels,
                          inexact=self.inexact)[:self.images_of(row, encoded)]
     boxes = [None] * len(images)
-    if self.boxes and row.extra.get('box') is not None:
+    if self.boxes and (box := box_of(row)) is not None:
       if len(images) != 1:
         raise BadRow('form', row.where, f'has a box and {len(images)} images, expected one image')
-      boxes = [row.extra['box']]
+      boxes = [box]
     if self.augment is not None:
       changed = self.augment.random_map({'images': images, 'boxes': boxes}, rng)
       images, boxes = changed['images'], changed['boxes']

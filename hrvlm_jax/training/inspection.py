@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -11,6 +12,7 @@ from PIL import Image
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data import show
 from hrvlm_jax.data.faults import Fault
+from hrvlm_jax.data.rows import BadRow, box_of
 from hrvlm_jax.data.transforms import Opened, ToExample
 from hrvlm_jax.systems import registry
 from hrvlm_jax.training.batches import make_batches
@@ -82,7 +84,9 @@ def _panels(config: RunConfig, opened: Opened, example: ToExample, place: int) -
   system = registry.get(config.model.system)
   out = []
   for number, (image, box) in enumerate(zip(opened.images, opened.boxes, strict=True)):
-    box = opened.row.extra.get('box') if box is None and len(opened.images) == 1 else box
+    if box is None and len(opened.images) == 1:
+      with contextlib.suppress(BadRow):  # nothing reads it here
+        box = box_of(opened.row)
     options = {'boxes': [opened.boxes[number]]} if example.boxes else {}
     encoder = config.model.encoder if opened.configs is None else opened.configs[number]
     crops = system.views([image], encoder, **options)['pixels']

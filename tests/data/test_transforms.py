@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 
 import numpy as np
@@ -5,7 +6,7 @@ from PIL import Image
 import pytest
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.data.rows import BadRow, ImageRef, Row
+from hrvlm_jax.data.rows import BadRow, ImageRef, Row, box_of
 from hrvlm_jax.data.transforms import TextLimit, ToBatch, ToExample
 from hrvlm_jax.language.chat import ASSISTANT, USER, Message
 from hrvlm_jax.language.prompt import Text, tokenizer_of
@@ -128,3 +129,15 @@ def test_prompts(image):
   assert text.stop_ids() == (256,)
   with pytest.raises(UserError, match='question is empty'):
     text.prompt('  ', [3])
+
+
+@pytest.mark.parametrize('box', [
+  'abc', [1, 2, 3], [1, [2], 3, 4], [9, 0, 1, 5], [0, float('nan'), 5, 5], [0, 0, 5, 1e30],
+  [True, False, 5, 5], {'x': 1}, [None] * 4])
+def test_a_box_that_is_none_is_a_bad_row(box):
+  row = Row('0', (), (), 'rows.json, row 0', {'box': box})
+  with pytest.raises(BadRow, match=r'rows.json, row 0: box .*: expected \[x0, y0, x1, y1\]') as bad:
+    box_of(row)
+  assert bad.value.kind == 'form'
+  assert box_of(dataclasses.replace(row, extra={'box': [1, 2, 3, 4.5]})) == [1, 2, 3, 4.5]
+  assert box_of(dataclasses.replace(row, extra={})) is None
