@@ -244,6 +244,17 @@ def test_damaged_parquet_files(copy):
   assert 'is damaged' in message('mmmu_pro', folder, 'standard')
 
 
+@pytest.mark.parametrize('image, kind', [([1], 'list'), ({'path': 'a'}, 'dict'), (7, 'int')])
+def test_an_image_that_is_no_name(copy, image, kind):
+  folder = copy('mathvista')
+  path = folder / 'testmini.json'
+  rows = json.loads(path.read_text())
+  rows['2']['image'] = image
+  path.write_text(json.dumps(rows))
+  said = message('mathvista', folder)
+  assert f'the image of 2 is {kind}' in said and 'expected the name of a file' in said, said
+
+
 def test_json_that_python_cannot_read(copy):
   folder = copy('gqa')
   for text in ('[' * 100_000, '{"a": ' + '9' * 5000 + '}'):

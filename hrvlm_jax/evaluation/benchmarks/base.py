@@ -317,7 +317,10 @@ class Collector:
     if sample.answers is not None and not any(a.strip() for a in sample.answers):
       self.problems.append(f'{where}: {sample.id} has no reference answer (empty)')
     for image in sample.images:
-      if image.path is not None and not image.path.is_file():
+      if not isinstance(image, ImageSource):
+        self.problems.append(f'{where}: the image of {sample.id} is {_kind(image)}, expected the '
+                             'name of a file')
+      elif image.path is not None and not image.path.is_file():
         self.problems.append(f'{where}: image of {sample.id} is missing: {image.path}')
     self.samples.append(sample)
 
