@@ -10,8 +10,8 @@ import walks
 # 40. An image passes the settings of an answer, how they are drawn, what a text may hold as well,
 # and whether the answer has room in the context and on the device (vlm/room, parallel/fitting);
 # a parameter the checksums of its checkpoint, the account and the layouts of its release, the loss
-# over a mesh and the objectives' files.
-ASK, PARAMETER = 22, 52
+# over a mesh and the objectives' files, the bounds of its model's numbers and the reader of JSON.
+ASK, PARAMETER = 22, 54
 
 
 def test_an_image_passes_few_files():
