@@ -58,7 +58,7 @@ MUTANTS = (
   Mutant('drawn_crops', 'hrvlm_jax/data/transforms.py', 'rng.integers(low, high + 1',
          'rng.integers(low, high', 'tests/cli/test_data.py -k drawn'),
   Mutant('bad_image_in_a_run', 'hrvlm_jax/evaluation/runner.py',
-         "bad[number] = {'text': ''", "bad[number] = {'text': 'yes'",
+         "return {'text': ''", "return {'text': 'yes'",
          'tests/evaluation/test_runner.py -k bad_image'),
   Mutant('quotation_mark', 'hrvlm_jax/evaluation/benchmarks/tables.py',
          "delimiter='\\t', strict=True", "delimiter='\\t', strict=False",
