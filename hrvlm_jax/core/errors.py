@@ -15,11 +15,11 @@ class UserError(ValueError):
 MOST = 50  # problems that one message lists
 
 
-def raise_all(title: str, problems: Iterable[str]) -> None:
+def raise_all(title: str, problems: Iterable[str], *, most: int = MOST) -> None:
   """Raises one `UserError` naming every problem; does nothing when there is none.
 
   Example: `raise_all('run.py', ['a: unknown key', 'b: missing'])` raises
-  `run.py: 2 problems` followed by one indented line per problem (at most `MOST`); a single
+  `run.py: 2 problems` followed by one indented line per problem (at most `most`); a single
   problem stays on one line.
 
   Args:
@@ -34,9 +34,9 @@ def raise_all(title: str, problems: Iterable[str]) -> None:
     return
   if len(problems) == 1:
     raise UserError(f'{title}: {problems[0]}')
-  lines = '\n'.join(f'  {problem}' for problem in problems[:MOST])
-  if len(problems) > MOST:
-    lines += f'\n  and {len(problems) - MOST} more'
+  lines = '\n'.join(f'  {problem}' for problem in problems[:most])
+  if len(problems) > most:
+    lines += f'\n  and {len(problems) - most} more'
   raise UserError(f'{title}: {len(problems)} problems\n{lines}')
 
 

@@ -12,7 +12,7 @@ from hrvlm_jax.evaluation.benchmarks.base import Benchmark, Sample, Scores
 from hrvlm_jax.evaluation.metrics.bootstrap import interval
 
 # Raise it when a scorer changes any number.
-SCORER_VERSION = 1
+SCORER_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,7 @@ def text_areas(samples: Sequence[Sample], ocr_file: str | Path) -> dict[str, flo
     except (KeyError, TypeError, ValueError) as error:
       problems.append(f'data[{i}]: expected image_id and ocr_info with word and bounding_box '
                       f'({type(error).__name__}: {error})')
-  raise_all(str(ocr_file), problems[:MAX_LISTED])
+  raise_all(str(ocr_file), problems, most=MAX_LISTED)
   areas = {}
   for sample in samples:
     if found := words.get(sample.meta['image_id']):

@@ -330,10 +330,7 @@ class Collector:
     Raises:
       UserError: all problems (the first 20 in full).
     """
-    problems = self.problems[:MAX_LISTED]
-    if len(self.problems) > MAX_LISTED:
-      problems.append(f'and {len(self.problems) - MAX_LISTED} more')
-    raise_all(f'{self.benchmark}: {self.folder}', problems)
+    raise_all(f'{self.benchmark}: {self.folder}', self.problems, most=MAX_LISTED)
     return Samples(self.samples, self.sources)
 
 

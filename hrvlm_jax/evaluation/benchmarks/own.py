@@ -123,9 +123,7 @@ def read(path: Path, images: str | Path | None, *, choices: bool) -> Samples:
         number, tuple(map(_source, row.images)), question, answers, tuple(options),
         category=str(row.extra.get('category') or ''),
         prompt=_prompt(question, options, row.system)))
-  if len(problems) > MAX_LISTED:
-    problems = [*problems[:MAX_LISTED], f'and {len(problems) - MAX_LISTED} more']
-  raise_all(f'{NAME}: {path}', problems)
+  raise_all(f'{NAME}: {path}', problems, most=MAX_LISTED)
   if not samples:
     raise UserError(f'{NAME}: {path} has no questions')
   return Samples(samples, [Path(path)] if Path(path).is_file() else [])
