@@ -242,7 +242,7 @@ def find_problems(
   Args:
     unreadable: names that are known to be in a damaged file: neither missing nor checked.
   """
-  problems, used, present = [], set(), []
+  missing, problems, used, present = [], [], set(), []
   rows: dict[int, list[tuple[Entry, bool]]] = {}
   for entry in entries(table, abstract):
     names = [name for name in entry.names if name in shapes]
@@ -251,7 +251,7 @@ def find_problems(
     rows.setdefault(id(entry.row), []).append((entry, bool(names) or lost))
     if not names:
       if not entry.row.optional and not lost:
-        problems.append(f'missing tensor {entry.names[0]} (for {_where(entry)})')
+        missing.append(f'missing tensor {entry.names[0]} (for {_where(entry)})')
       continue
     bad = [f'{name}: shape {tuple(shapes[name])} in the file, {entry.shape} expected'
            for name in names if tuple(shapes[name]) != entry.shape]
@@ -261,16 +261,16 @@ def find_problems(
   for group in rows.values():
     found = [there for _, there in group]
     if group[0][0].row.optional and any(found) and not all(found):
-      problems += [f'missing tensor {entry.names[0]} (for {_where(entry)}; other layers have it)'
-                   for entry, there in group if not there]
+      missing += [f'missing tensor {entry.names[0]} (for {_where(entry)}; other layers have it)'
+                  for entry, there in group if not there]
   for name, other in table.tied.items():
     if name in shapes and other in shapes and tuple(shapes[name]) != tuple(shapes[other]):
       problems.append(f'{name}: shape {tuple(shapes[name])}, but it is tied to {other} of shape '
                       f'{tuple(shapes[other])}')
-  problems += [
+  unexpected = [
     f'unexpected tensor {name} {tuple(shapes[name])}'
     for name in shapes if name not in used and not table.is_ignored(name)]
-  return present, problems
+  return present, errors.rarest_first(missing, problems, unexpected)
 
 
 def common_dtype(dtypes: Collection[np.dtype]) -> np.dtype:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import errors, paths
 from hrvlm_jax.core.errors import raise_all
 
 PARAMS = 'params'
@@ -56,15 +56,14 @@ def stored_shape(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def mismatches(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
   """A sentence per parameter on which a checkpoint and a model (both by path) differ."""
-  problems = [f'missing in the checkpoint: {p} {tuple(stored_shape(leaf).shape)}'
-              for p, leaf in wanted.items() if p not in stored]
-  problems += [f'not in the model: {p} {tuple(stored[p].shape)}'
-               for p in stored if p not in wanted]
-  for path, leaf in wanted.items():
-    if path in stored and tuple(stored[path].shape) != tuple(stored_shape(leaf).shape):
-      problems.append(f'shape: {path} is {tuple(stored_shape(leaf).shape)} in the model, '
-                      f'{tuple(stored[path].shape)} in the checkpoint')
-  return problems
+  missing = [f'missing in the checkpoint: {p} {tuple(stored_shape(leaf).shape)}'
+             for p, leaf in wanted.items() if p not in stored]
+  other = [f'not in the model: {p} {tuple(stored[p].shape)}' for p in stored if p not in wanted]
+  shapes = [f'shape: {path} is {tuple(stored_shape(leaf).shape)} in the model, '
+            f'{tuple(stored[path].shape)} in the checkpoint'
+            for path, leaf in wanted.items()
+            if path in stored and tuple(stored[path].shape) != tuple(stored_shape(leaf).shape)]
+  return errors.rarest_first(missing, other, shapes)
 
 
 def places_of(wanted: Mapping[str, Any], shardings: Any) -> dict[str, Any]:

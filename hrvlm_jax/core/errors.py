@@ -13,14 +13,15 @@ class UserError(ValueError):
 
 
 MOST = 50  # problems that one message lists
+_TAIL = 5  # of them from the end of a longer list, where advice on all of them stands
 
 
 def raise_all(title: str, problems: Iterable[str], *, most: int = MOST) -> None:
   """Raises one `UserError` naming every problem; does nothing when there is none.
 
   Example: `raise_all('run.py', ['a: unknown key', 'b: missing'])` raises
-  `run.py: 2 problems` followed by one indented line per problem (at most `most`); a single
-  problem stays on one line.
+  `run.py: 2 problems` followed by one indented line per problem; a single problem stays on one
+  line. Of a list longer than `most` its first and its last ones are shown.
 
   Args:
     title: what was being done and to which file or object.
@@ -34,10 +35,17 @@ def raise_all(title: str, problems: Iterable[str], *, most: int = MOST) -> None:
     return
   if len(problems) == 1:
     raise UserError(f'{title}: {problems[0]}')
-  lines = '\n'.join(f'  {problem}' for problem in problems[:most])
-  if len(problems) > most:
-    lines += f'\n  and {len(problems) - most} more'
-  raise UserError(f'{title}: {len(problems)} problems\n{lines}')
+  count = len(problems)
+  if count > most:
+    problems[most - _TAIL:-_TAIL] = [f'and {count - most} more']
+  lines = '\n'.join(f'  {problem}' for problem in problems)
+  raise UserError(f'{title}: {count} problems\n{lines}')
+
+
+def rarest_first(*kinds: Sequence[str]) -> list[str]:
+  """One list of the problems of several kinds: a long kind must not push a short one out of a
+  message, such as a hundred missing tensors the one unexpected tensor that explains them."""
+  return [problem for kind in sorted(kinds, key=len) for problem in kind]
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
