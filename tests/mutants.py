@@ -76,6 +76,18 @@ MUTANTS = (
   Mutant('chat_of_an_export', 'hrvlm_jax/interop/layouts.py',
          'or theirs[key] != value]', 'and theirs[key] != value]',
          'tests/interop/test_layouts.py -k "qwen2 or prefix"'),
+  Mutant('end_of_a_long_list', 'hrvlm_jax/core/errors.py',
+         'problems[most - _TAIL:-_TAIL] = [', 'problems[most:] = [',
+         'tests/core/test_errors.py -k first_and_its_last'),
+  Mutant('rare_problem', 'hrvlm_jax/core/errors.py',
+         'in sorted(kinds, key=len) for', 'in kinds for',
+         'tests/core/test_errors.py -k rare_kind'),
+  Mutant('verdict_on_a_choice', 'hrvlm_jax/evaluation/metrics/letter.py',
+         '{self._own(f)}(?:{_WRONG}', '(?:{_WRONG}',
+         'tests/evaluation/metrics/test_letter.py -k person_reads'),
+  Mutant('row_out_of_memory', 'hrvlm_jax/lab/planned.py',
+         'out = choice.need.total > choice.limit', 'out = choice.need.total > 2 * choice.limit',
+         'tests/configs/test_ablations.py -k out_of_memory'),
 )
 
 

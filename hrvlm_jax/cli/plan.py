@@ -123,19 +123,15 @@ def _answering(config, arguments) -> int:
 
 def _chosen(config, topology, arguments):
   """The mesh of a config on a topology, by arithmetic."""
-  from hrvlm_jax.parallel.fitting import USABLE
-  from hrvlm_jax.training import batches, fitting, program
+  from hrvlm_jax.planning import training
 
-  shapes = batches.batch_shapes(config, program.micro_rows(config), length=arguments.length,
-                                image=arguments.image, images=arguments.images)
-  return fitting.chosen_mesh(
-    config, program.outline_of(config), topology.devices, int(topology.chip.hbm_bytes * USABLE),
-    slices=topology.slices, shapes=shapes)
+  return training.trains_on(config, topology, length=arguments.length, image=arguments.image,
+                            images=arguments.images)
 
 
 def _arithmetic(config, topology, arguments) -> int:
   """What a train step needs, without a compiler: status 1 where it does not fit."""
-  from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.planning import training
   from hrvlm_jax.training import fitting
 
   if arguments.step != 'train' or arguments.search:
@@ -148,9 +144,7 @@ def _arithmetic(config, topology, arguments) -> int:
   print(fitting.batch_words(config, choice.mesh.shape))
   print(choice.verdict)
   if arguments.json is not None:
-    report = {'effort': 'arithmetic', 'topology': topology.name, 'slices': topology.slices,
-              'mesh': to_dict(choice.mesh), 'bytes_per_device': dict(choice.need.parts),
-              'usable_bytes': choice.limit, 'fits': choice.fits}
+    report = training.report(topology, choice)
     _write(arguments.json, json.dumps(report, indent=2))
     print(f'written: {arguments.json}')
   return 0 if choice.need.total <= choice.limit else 1

@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int:
         print(f'  {stage or "train"}, from {config.training.init_from}')
       if entry.trains and entry.start_command:
         print(f'  {entry.start_command}')
+      if entry.asked is not None:
+        print(f'  {entry.asked.command}')
     return 0
   if arguments.out is None:
     raise UserError('--out: missing; name the folder of the runs (or --list what would run)')

@@ -22,7 +22,7 @@ import numpy as np
 from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError, unknown
-from hrvlm_jax.lab import tables
+from hrvlm_jax.lab import planned, tables
 from hrvlm_jax.lab.experiment import Experiment, Interrupted, say
 from hrvlm_jax.lab.report import figure, text_table
 from hrvlm_jax.lab.tables import Table, is_finished
@@ -34,6 +34,7 @@ from hrvlm_jax.training.recipe import find
 RESULTS, TABLE, PLOT = 'results.json', 'table.txt', 'plot.png'
 _FAILED = 'FAILED'  # in the folder of a run that failed: why
 _SCORES = 'scores.json'  # in the folder of a row: what it answered
+_PLANNED = 'planned.json'  # in the folder of a row: what the planner said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Entry:
     row: its name in `ROWS`, '' for a grid.
     stages: (name, config) of every stage, the last one's among them; () for one without a name.
     table: of its file, or None. path: of its file.
+    asked: of the planner, where its table does; in full size, in a smoke run too.
   """
 
   name: str
@@ -58,6 +60,7 @@ class Entry:
   stages: Sequence[tuple[str, RunConfig]] = ()
   table: Table | None = None
   path: str = ''
+  asked: planned.Question | None = None
 
   @property
   def all_stages(self) -> list[tuple[str, RunConfig]]:
@@ -107,11 +110,21 @@ def entries_of(spec: str, overrides: run_config.Overrides, *, only: str | None =
       stages = [] if own == (None,) else [
         (stage, grid[number][1]) for stage, grid in zip(own, grids, strict=True)]
       found.append(Entry('_'.join(parts) or 'run', config, dict(values),
-                         None if row is None else rows[row], row or '', stages, table, path))
+                         None if row is None else rows[row], row or '', stages, table, path,
+                         _asked(table, row, specs[-1], config, dict(overrides) | dict(values))))
   if len(found) == 1 and not rows:
     raise UserError(f'{spec} with these options is one run: use `hrvlm train`, or give a key '
                     'several values (--config.seed=0,1,2)')
   return found
+
+
+def _asked(table: Table | None, row: str | None, spec: str, config: RunConfig,
+           changed: Mapping[str, str]) -> planned.Question | None:
+  """What the planner is asked about a row, where its table asks."""
+  if table is None or row not in table.planned:
+    return None
+  return planned.Question(table.planned[row], spec, config, changed,
+                          table.of(row).knobs.get('encoder', {}))
 
 
 def _rows(path: str) -> tuple[dict, Table | None]:
@@ -156,6 +169,10 @@ def run(entries: Sequence[Entry], folder: str | os.PathLike, *, data: str | None
       (workdir / _FAILED).unlink(missing_ok=True)
       if entry.trains:
         _train(experiment, entry, workdir)
+      if entry.asked is not None:
+        say(f'[{entry.name}/plan]')
+        with whole_file(workdir / _PLANNED) as part:
+          part.write_text(json.dumps(entry.asked.answer(), indent=1) + '\n')
       if data is not None and entry.table is not None and entry.table.benchmarks:
         _answer(experiment, entry, data, limit)
     except Interrupted:
@@ -216,6 +233,8 @@ def summary(entry: Entry, folder: pathlib.Path) -> dict[str, Any]:
     row['published'] = list(entry.published)
   if (workdir / _FAILED).exists():
     return row | {'failed': (workdir / _FAILED).read_text()}
+  if (workdir / _PLANNED).exists():
+    row['planned'] = json_text.loads((workdir / _PLANNED).read_text())
   if (workdir / _SCORES).exists():
     row['scores'] = json_text.loads((workdir / _SCORES).read_text())
   if not entry.trains:

@@ -26,6 +26,7 @@ from hrvlm_jax.evaluation import benchmarks, provenance
 from hrvlm_jax.evaluation.model import EvaluatedModel
 from hrvlm_jax.evaluation.result import Result
 from hrvlm_jax.evaluation.runner import Options, evaluate
+from hrvlm_jax.lab.planned import Planned
 from hrvlm_jax.lab.report import text_table
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.start import stored_params
@@ -58,6 +59,7 @@ class Table:
     further: names of the numbers behind those -> the command that measures each here.
     tested: row -> `Tested`.
     left_out: row -> why it is not trained (the paper's own ran out of memory, ...).
+    planned: row -> the devices for which the planner says what it needs.
     parts: what `hrvlm convert` gives the start of a row, 'PATH=RELEASE' each, see `start_command`;
       () for rows that start from nothing, or from what their `init_from` says.
     own_parts: row -> its parts, where they are others.
@@ -71,6 +73,7 @@ class Table:
   further: Mapping[str, str] = dataclasses.field(default_factory=dict)
   tested: Mapping[str, Tested] = dataclasses.field(default_factory=dict)
   left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  planned: Mapping[str, Planned] = dataclasses.field(default_factory=dict)
   parts: tuple[str, ...] = ()
   own_parts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   joins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
@@ -79,7 +82,7 @@ class Table:
     """Raises:
       UserError: rows or benchmarks it names that do not exist.
     """
-    named = {*self.tested, *self.left_out, *self.own_parts, *self.own_stages,
+    named = {*self.tested, *self.left_out, *self.planned, *self.own_parts, *self.own_stages,
              *(t.model for t in self.tested.values() if t.model)}
     problems = [f'row {name!r} of TABLE is not in ROWS' for name in sorted(named - set(rows))]
     if problems:
@@ -212,7 +215,8 @@ def text(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     if 'average' in table.further and (mean := average(scores, table.benchmarks)) is not None:
       scores['average'] = {'value': mean}
     cells = [f'{_cell(scores.get(name))} / {_number(paper[i])}' for i, name in enumerate(columns)]
-    state = row['failed'].splitlines()[0] if 'failed' in row else row.get('note', '')
+    state = row['failed'].splitlines()[0] if 'failed' in row else '; '.join(
+      filter(None, (row.get('note'), row.get('planned', {}).get('words'))))
     loss = [f'{row["loss"]:.4f}' if 'loss' in row else ''] if trained else []
     lines.append([row['name'], *(str(v) for v in row['values'].values()), *loss, *cells, state])
   keys = list(rows[0]['values']) if rows else []

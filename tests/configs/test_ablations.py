@@ -7,6 +7,7 @@ tests/evaluation, the table (`hrvlm sweep --smoke`).
 import json
 import pathlib
 import runpy
+import shlex
 import sys
 
 import jax
@@ -18,6 +19,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.lab import tables
 from hrvlm_jax.lab.sweep import entries_of
+from hrvlm_jax.parallel.topology import GIB
 from hrvlm_jax.training import start
 from hrvlm_jax.training.objectives import objective_of
 from hrvlm_jax.training.optimizer import groups_of
@@ -151,6 +153,8 @@ def smoke(name, rows, folder):
   for row, one in results.items():
     numbers = found['ROWS'][row][1]
     assert all(f' / {value:g}' in text for value in numbers or () if value is not None)
+    if row in table.planned:
+      assert one['planned']['words'] in text
     if row in table.left_out:
       assert one['note'] == table.left_out[row]
       continue
@@ -173,6 +177,52 @@ def test_a_whole_table_runs_with_tiny_models(name, tmp_path):
   smoke(name, list(names_of(name)['ROWS']), tmp_path / 'out')
 
 
+PLANNED = [(name, row) for name in FILES for row in names_of(name)['TABLE'].planned]
+
+
+def planned(name, row, folder, *changes):
+  """What the table of a row that ran out of memory says, and that its command says the same."""
+  assert main(['sweep', '--config', path_of(name), '--only', row, '--smoke', '--quiet', '--out',
+               str(folder / 'out'), *changes]) == 0
+  results = json.loads((folder / 'out' / 'results.json').read_text())
+  for one in results:
+    found = one['planned']
+    verb, *words = shlex.split(found['command'].removeprefix('hrvlm '))
+    status = main([verb, *words, *(('--json', str(folder / 'plan.json'))
+                                   if found['step'] == 'train' else ())])
+    assert status == int(found['out_of_memory']) == int(found['need_bytes'] > found['usable_bytes'])
+    assert found['need_bytes'] == sum(found['bytes_per_device'].values())
+    if found['step'] == 'train':
+      asked = json.loads((folder / 'plan.json').read_text())
+      assert {key: found[key] for key in asked} == asked
+      assert found['out_of_memory'] == (found['rows'] > found['most_rows'])
+    verdict = 'OUT OF MEMORY' if found['out_of_memory'] else found['words'].split(': ')[-1]
+    assert 'by arithmetic' in found['words'] and verdict in found['words']
+  return results, (folder / 'out' / 'table.txt').read_text()
+
+
+def test_rows_out_of_memory_are_planned(tmp_path):
+  """In full size, in a smoke run too: the number of the planner beside the limit of a device."""
+  results, text = planned('vila_hd_table1', 'anyres_3780', tmp_path,
+                          '--config.training.accumulate=16,1')
+  few, many = (one['planned'] for one in results)
+  assert (few['topology'], few['mesh']['fsdp'], few['length']) == ('a100:64', 16, 23892)
+  assert (few['rows'], many['rows']) == (1, 16) and few['most_rows'] == many['most_rows'] < 16
+  limit = few['usable_bytes']
+  assert limit == int(80 * GIB * 0.97) < many['need_bytes'] and many['out_of_memory']
+  for one in (few, many):
+    said = f'needs {one["need_bytes"] / GIB:.2f} GiB of {limit / GIB:.2f} GiB'
+    assert said in one['words'] and f"the paper's ran out of memory; {one['words']}" in text
+  assert 'OUT OF MEMORY; a device has room for' in many['words']
+  assert not list((tmp_path / 'out').glob('*/sft'))  # not trained
+
+
+@pytest.mark.full('tables')
+@pytest.mark.parametrize('name, row', PLANNED)
+def test_every_planned_row_says_what_the_planner_says(name, row, tmp_path):
+  planned(name, row, tmp_path)
+
+
 def test_a_start_that_is_not_there_is_said_with_its_command(tmp_path, capsys):
   assert main(['sweep', '--config', path_of('pheye_table4'), '--only', 'cls', '--out',
                str(tmp_path / 'out'), '--quiet']) == 2
@@ -183,6 +233,7 @@ def test_a_start_that_is_not_there_is_said_with_its_command(tmp_path, capsys):
                '--list']) == 0
   listed = capsys.readouterr().out
   assert 'ps3_1512_44_100' in listed and 'align, from weights/vila_hd_table1_s2_756_start' in listed
+  assert 'hrvlm plan --config' in listed and 's2_3780,sft --topology a100:64' in listed
 
 
 def test_an_average_of_the_seven():
