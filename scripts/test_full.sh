@@ -78,13 +78,17 @@ if [[ $part == pages ]]; then # other programs, whose packages must not meet our
   fi
 fi
 
+spread=loadfile # what a module makes is made once
+if [[ $part == tables ]]; then # every table is a test of its own, all in one file
+  spread=load
+fi
 report=$(mktemp)
 trap 'rm -f "$report"' EXIT
 status=0
 if [[ $part == browser ]]; then # what makes pixels, with this Pillow; .venv has the newest
   "$python" -m pytest tests/core/test_images.py tests/data/test_transforms.py || status=$?
 fi
-timeout 3600 "$python" -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist loadfile \
+timeout 3600 "$python" -m pytest -n "${HRVLM_TEST_WORKERS:-2}" --dist "$spread" \
   --full "$part" --junitxml "$report" "$@" || status=$?
 if [[ $whole == 1 && -s $report ]]; then
   "$python" scripts/keep_run.py docs/test_full/README.md "$part" "$report"

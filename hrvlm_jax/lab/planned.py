@@ -99,9 +99,10 @@ class Question:
 def _most_rows(config: RunConfig, choice: fitting.Choice) -> int:
   """The most rows, of the parts of the batch by powers of two, that a device of the mesh holds."""
   shards, outline, most, rows = batch_shards(choice.mesh.shape), outline_of(config), 0, 1
-  while config.training.batch_size % (rows * shards) == 0:
+  total = config.data.packing.rows or config.training.batch_size
+  while total % (rows * shards) == 0:
     tried = dataclasses.replace(config, training=dataclasses.replace(
-      config.training, accumulate=config.training.batch_size // (rows * shards)))
+      config.training, accumulate=total // (rows * shards)))
     need = needs.step_need(tried, outline, choice.mesh, batch_shapes(tried, micro_rows(tried)))
     if need.total > choice.limit:
       break

@@ -34,6 +34,8 @@ CASES = (
   ('(A) cat is wrong, (B) dog is right', 'B', ANIMALS),
   ('A. cat is not right. B. dog fits best.', 'B', ANIMALS),
   ('(B) dog is wrong. (D) bird is the answer.', 'D', ANIMALS),
+  ('A. cat is wrong.', None, ANIMALS),
+  ('A. cat is wrong.', 'B', ('cat', 'dog')),
   ('dog', 'B', ANIMALS),
   ('The animal is a dog, not a cat.', 'B', ANIMALS),
   ('The answer is A dog', 'B', ANIMALS),
