@@ -29,7 +29,7 @@ for end in "${ends[@]}"; do
       python=${PYTHON_OLDEST:-python3.11}
       pins=(transformers==5.0.0)
       tests=(tests/interop/test_transformers.py tests/interop/test_transformers_calls.py
-        tests/interop/test_transformers_folder.py) ;;
+        tests/interop/test_transformers_folder.py tests/interop/test_native.py) ;;
     *)
       printf 'test_matrix.sh: expected oldest, newest or transformers, found %s\n' "$end" >&2
       exit 2 ;;

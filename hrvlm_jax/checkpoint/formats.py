@@ -151,7 +151,8 @@ PREPROCESSOR: Keys = {  # preprocessor_config.json
          'image_processor_type', 'feature_extractor_type', 'processor_class', 'data_format',
          'input_data_format', '_valid_processor_keys', 'auto_map', 'device', 'disable_grouping',
          'return_tensors', 'pad_size', 'fill_color', 'image_seq_length', 'patch_size',
-         'num_channels', 'max_crops', 'num_tokens', 'system', 'encoder', 'token_maps'),
+         'num_channels', 'max_crops', 'num_tokens', 'system', 'encoder', 'token_maps',
+         'model_class'),
 }
 
 PROCESSOR: Keys = {  # processor_config.json

@@ -27,7 +27,7 @@ from hrvlm_jax.checkpoint.leaves import StoredParams
 from hrvlm_jax.core import installed, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.interop import adapters, hub, reference, replay, side_by_side
+from hrvlm_jax.interop import adapters, hub, native, reference, replay, side_by_side
 from hrvlm_jax.interop.convert import Release
 from hrvlm_jax.interop.export import TEXT_FOLDER, read_source
 from hrvlm_jax.interop.replay import Outputs
@@ -128,7 +128,7 @@ def _compare(config: ModelConfig, checkpoint: Any, release: Release,
   if adapter.is_dir():
     places[f'{adapters.FOLDER}/'] = adapter
     values['adapter'] = side_by_side.read_json(adapter / adapters.CONFIG)
-  plain = replay.PlainTensors(places)
+  plain = replay.PlainTensors(places, rename=native.canonical if release.native else str)
   compared = [Compared('config', 'config.json', _same_config(config, release.config))]
   fresh = read_source(stored.directory).get('fresh', [])
   found = replay.tensors(release.table, vlm.build(release.config).abstract, stored, plain, fresh)

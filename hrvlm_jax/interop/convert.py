@@ -21,7 +21,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all, shortened
 from hrvlm_jax.core.module import Functional
-from hrvlm_jax.interop import account, adapters, folder as transformers_folder, hub, layouts
+from hrvlm_jax.interop import account, adapters, folder as transformers_folder, hub, layouts, native
 from hrvlm_jax.interop.account import Told, config_keys
 from hrvlm_jax.interop.export import TEXT_FOLDER
 from hrvlm_jax.language.config import config_from_hf
@@ -86,6 +86,7 @@ class Release:
     config, table: of the whole model, the LoRA set of an adapter included.
     tensors: name -> array, read when asked for; sub-folders are part of the names.
     files: weight files and config.json.
+    native: the folder is of a class of transformers (see `interop.native`).
     told: what became of every key and every file.
 
   Raises:
@@ -104,8 +105,12 @@ class Release:
     self.tensors: Mapping[str, np.ndarray] = (
       folders.open_folders(self.folder, parts) if parts
       else hf.TensorFolder(self.folder, strict=False))
-    self.table = (transformers_folder.table(self.config) if ours else
-                  layouts.table(self.config, own=own))
+    self.native = ours and native.is_native(values)
+    if self.native:
+      self.tensors, self.table = native.renamed(self.tensors), native.table(self.config)
+    else:
+      self.table = (transformers_folder.table(self.config) if ours else
+                    layouts.table(self.config, own=own))
     self.files = [self.folder / 'config.json', *self.tensors.files]
     text = self.folder / TEXT_FOLDER if TEXT_FOLDER in parts else self.folder
     self.tokenizer = {name: text / name for name in TOKENIZER_FILES if (text / name).is_file()}
@@ -145,9 +150,10 @@ class Release:
     self.config = adapters.with_set(plain, adapters.read_adapter_config(adapter, self.told))
     part = adapters.open_adapter(adapter)
     prefix = f'{adapters.FOLDER}/'
-    rows = adapters.adapter_table(self.table, vlm.build(self.config).abstract, theirs=prefix,
+    base = native.modules(self.table) if self.native else self.table
+    rows = adapters.adapter_table(base, vlm.build(self.config).abstract, theirs=prefix,
                                   dotted=bool(parts))
-    problems = adapters.halves(adapter, part, self.table, plain.text.depth, dotted=bool(parts))
+    problems = adapters.halves(adapter, part, base, plain.text.depth, dotted=bool(parts))
     beside = adapters.open_beside(adapter, self.tensors, problems)
     if beside is not None:
       self.told.lines.append(f'{name}/{adapters.BESIDE}: takes the place of '

@@ -21,7 +21,7 @@ from hrvlm_jax.checkpoint.rows import Table, entries, stream_tensors
 from hrvlm_jax.checkpoint.safetensors import dtype_name
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.interop import adapters, folder, layouts
+from hrvlm_jax.interop import adapters, folder, layouts, native
 from hrvlm_jax.interop.card import model_card, processor_files
 from hrvlm_jax.interop.hub import SOURCE
 from hrvlm_jax.systems import registry
@@ -49,8 +49,9 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
     dtype: of the written floating-point tensors; default: as stored, and for a converted
       checkpoint tensor by tensor that of its source.
     merge_lora: add the sets to the kernels they act on, in float32.
-    layout: 'original', or 'transformers' with model code of ours (see `interop.folder`). A model
-      that the original's cannot hold is written in the house's own (`interop.layouts`).
+    layout: 'original', or 'transformers': with the class there is (`interop.native`), else with
+      model code of ours (`interop.folder`). A model that the original's cannot hold is written in
+      the house's own (`interop.layouts`).
     say: told about that, and about `weights`.
     weights: 'raw' or 'ema', see `checkpoint.averages.which`.
 
@@ -89,14 +90,16 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   fields = [] if ours else layouts.lost(plain)
   if fields:
     say(layouts.said(plain, fields))
-  table = folder.table(plain) if ours else layouts.table(plain, own=bool(fields))
+  tokenizer = None
+  with contextlib.suppress(UserError) if config.text is None else contextlib.nullcontext():
+    tokenizer = find_tokenizer(checkpoint)
+  theirs = ours and native.fits(plain, tokenizer)  # transformers has the class
+  table = (native.table(plain) if theirs else folder.table(plain) if ours else
+           layouts.table(plain, own=bool(fields)))
   folders = () if ours or fields else system.folders
   source = read_source(stored.directory)
   skipped = frozenset(source.get('missing', ()))
   abstract = _check(stored, config, checkpoint)
-  tokenizer = None
-  with contextlib.suppress(UserError) if config.text is None else contextlib.nullcontext():
-    tokenizer = find_tokenizer(checkpoint)
 
   counts: collections.Counter = collections.Counter()
   casts = {name: np.dtype(_named(kind)) for name, kind in source.get('widened', {}).items()}
@@ -108,14 +111,15 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   extra = folder.files(plain, tokenizer) if ours else _beside(plain, tokenizer, folders, fields)
   extra['README.md'] = model_card(plain, table, origin=source.get('origin'),
                                   fresh=source.get('fresh'),
-                                  usage=folder.usage(plain) if ours else None)
+                                  usage=folder.usage(plain, tokenizer) if ours else None)
   facts = _facts(config, table, stored, source, merged)
   with store_files.staged_folder(target) as stage:
     _write(stage, tensors, folders)
     if system.pickled and not ours and not fields:
       _write_pickled(stage, system.pickled, table, abstract)
     for group in loose.values():
-      _write_adapter(stage, group[0], table, stored, dtype, folders)
+      _write_adapter(stage, group[0], native.modules(table) if theirs else table, stored,
+                     dtype, folders)
     hf.write_extra(stage, extra)
     facts['dtype'] = dict(counts)
     hf.write_manifest(stage, facts)

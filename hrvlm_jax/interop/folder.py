@@ -1,7 +1,9 @@
 """Folders that transformers opens: config, tensor names, tokenizer, processor, and the model code.
 
-The code is that of `interop/torch`, copied as it is. Tensor names are our paths with dots, except
-where transformers' own classes stand: the language model and the layers of vision transformers.
+The code is that of `interop/torch`, copied as it is; a model for which transformers has the class
+(`interop.native`) comes with the processor's files alone. Tensor names of our model code are our
+paths with dots, except where transformers' own classes stand: the language model and the layers of
+vision transformers.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Any
 
 from hrvlm_jax.checkpoint import rows
@@ -19,7 +22,7 @@ from hrvlm_jax.checkpoint.settings import Keys
 from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
-from hrvlm_jax.interop import adapters
+from hrvlm_jax.interop import adapters, native
 from hrvlm_jax.interop.card import towers
 from hrvlm_jax.interop.jinja import chat_template
 from hrvlm_jax.interop.sentencepieces import tokenizer_json
@@ -46,7 +49,7 @@ FUSIONS = ('cross_attention', 'prefix', 'two_pass')
 _ORIGINAL = 'export with --for original'
 _STACKS = ('blocks', 'layers')  # their leaves carry a layer axis
 _ADAPTED = ('blocks/attn/', 'blocks/mlp/', 'patch_embed/')  # of a vision transformer with LoRA
-_ACTIVATIONS = {'gelu_tanh': 'gelu_pytorch_tanh'}
+_PROCESSOR = 'processing_hrvlm'
 
 
 def check(config: ModelConfig, *, what: str) -> None:
@@ -109,7 +112,7 @@ def text_problems(text: language.DecoderConfig) -> list[str]:
 
 
 def table(config: ModelConfig) -> Table:
-  """Tensor names of the whole model."""
+  """Tensor names of the whole model in the model code of `interop/torch`."""
   parts = [] if config.text is None else [
     rows.prefixed(language.table(config.text), ours='language/', theirs='language_model.')]
   found = registry.get(config.system).backbones(config.encoder)
@@ -199,24 +202,26 @@ def recognise(values: Mapping[str, Any]) -> ModelConfig | None:
 
 # Keys of config.json; see `checkpoint.settings`.
 KEYS: Keys = {
-  **GENERIC, 'text_config': language.KEYS, 'vision_config': VISION,
-  **used('format', 'layout', 'model'),
+  **GENERIC, 'text_config': language.KEYS, 'vision_config': {**VISION, **native.VISION_KEYS},
+  **used('format', 'layout', 'model'), **native.KEYS,
   **same('the model says it', 'token_maps', 'inner_width', 'image_token_id', 'prompt_marker',
          'tie_word_embeddings', 'system'),
 }
 
 
 def contradictions(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
-  """Settings of the language model under `text_config`, which transformers runs, that are not
-  those under `model`."""
+  """Settings that transformers runs and that are not those under `model`: the language model's
+  under `text_config`, and all of a class of transformers."""
   if config.text is None:
     return []
+  problems = native.contradictions(values, config) if native.is_native(values) else []
   theirs = language.config_from_hf(values.get('text_config', {}), where='config.json',
                                    prefix='text_config.')
   ours = language.config_from_hf(language.config_to_hf(config.text))
-  return [f'text_config says {f.name} {getattr(theirs, f.name)!r}, model.text says '
-          f'{getattr(ours, f.name)!r}; change them together' for f in dataclasses.fields(ours)
-          if getattr(theirs, f.name) != getattr(ours, f.name)]
+  return problems + [f'text_config says {f.name} {getattr(theirs, f.name)!r}, model.text says '
+                     f'{getattr(ours, f.name)!r}; change them together'
+                     for f in dataclasses.fields(ours)
+                     if getattr(theirs, f.name) != getattr(ours, f.name)]
 
 
 def model_values(config: ModelConfig) -> dict[str, Any]:
@@ -245,11 +250,12 @@ def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
     'image_processor_type': 'HrvlmImageProcessor',
     'auto_map': {'AutoImageProcessor': 'processing_hrvlm.HrvlmImageProcessor'},
     'system': config.system, 'encoder': to_dict(config.encoder)}
-  values = model_values(config)
+  values, native_class = model_values(config), native.fits(config, tokenizer)
   if config.system == 'reduced':
     images |= {'token_maps': values['token_maps']}
-  code = {path.name: path.read_bytes() for path in sorted(CODE.glob('*.py'))
-          if path.name != '__init__.py'}
+  code = {f'{part}.py': (CODE / f'{part}.py').read_bytes() for part in (
+    _needed(_PROCESSOR) if native_class else
+    sorted(path.stem for path in CODE.glob('*.py') if path.stem != '__init__'))}
   if config.text is None:
     kind = f'{name}Model'
     return code | {'preprocessor_config.json': images, 'config.json': values | {
@@ -260,25 +266,43 @@ def files(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
   place = None
   if config.fusion.in_prompt:
     place = text.image_id if own else max(tokenizer.vocab_size, config.text.vocab_size)
+  if native_class:
+    place = native.placeholder(config, tokenizer)
   template = get_template(config.chat)
   marker = None
   if config.fusion.kind == 'two_pass' and template.steers:
     marker = prompt_end_marker(template, tokenizer)[1]
-  kind = f'{name}ForConditionalGeneration'
-  return code | _tokenizer_files(tokenizer) | {
-    'config.json': values | {
+  # transformers 5.0 asks for `pad_token_id`, which its PhiConfig does not have by itself.
+  values['text_config'] = language.config_to_hf(config.text) | {'pad_token_id': None}
+  if native_class:
+    values |= native.values(config) | {'image_token_index': place}
+    images |= {'model_class': values['architectures'][0]}
+  else:
+    kind = f'{name}ForConditionalGeneration'
+    values |= {
       'architectures': [kind],
       'auto_map': {'AutoConfig': f'configuration_hrvlm.{name}Config',
                    'AutoModelForImageTextToText': f'modeling_hrvlm.{kind}'},
-      'image_token_id': place, 'prompt_marker': marker,
-      # transformers 5.0 asks for `pad_token_id`, which its PhiConfig does not have by itself.
-      'text_config': language.config_to_hf(config.text) | {'pad_token_id': None}},
+      'image_token_id': place, 'prompt_marker': marker}
+  return code | _tokenizer_files(tokenizer) | {
+    'config.json': values,
     'processor_config.json': {
       'processor_class': 'HrvlmProcessor',
       'auto_map': {'AutoProcessor': 'processing_hrvlm.HrvlmProcessor'},
       'image_token_id': place, 'split': not own, 'after_image': config.after_image},
     'preprocessor_config.json': images | {'processor_class': 'HrvlmProcessor'},
     'chat_template.jinja': chat_template(template), 'generation_config.json': _generation(text)}
+
+
+def _needed(name: str) -> list[str]:
+  """The file of a name in `interop/torch` and those that it imports, at any depth."""
+  found, left = set(), [name]
+  while left:
+    part = left.pop()
+    found.add(part)
+    named = re.findall(r'^ *from \.(\w+) import', (CODE / f'{part}.py').read_text(), re.M)
+    left += [other for other in named if other not in found]
+  return sorted(found)
 
 
 def _vision_config(config: ModelConfig) -> dict[str, Any] | None:
@@ -288,14 +312,8 @@ def _vision_config(config: ModelConfig) -> dict[str, Any] | None:
 
 
 def vit_config(found: ViTConfig) -> dict[str, Any]:
-  """A vision transformer for transformers' SigLIP layers."""
-  return {
-    'model_type': 'siglip_vision_model', 'hidden_size': found.width,
-    'intermediate_size': found.mlp_width, 'num_hidden_layers': found.depth,
-    'num_attention_heads': found.heads, 'image_size': found.image_size,
-    'patch_size': found.patch_size, 'num_channels': found.channels,
-    'hidden_act': _ACTIVATIONS.get(found.activation, found.activation),
-    'layer_norm_eps': found.norm_eps, 'attention_dropout': 0.0}
+  """A vision transformer, CLIP's too, for transformers' SigLIP layers."""
+  return vit.config_to_hf(found) | {'model_type': 'siglip_vision_model'}
 
 
 def _generation(text: Any) -> dict[str, Any]:
@@ -322,7 +340,7 @@ def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, Any]:
   return found
 
 
-def usage(config: ModelConfig) -> list[str]:
+def usage(config: ModelConfig, tokenizer: Tokenizer | None = None) -> list[str]:
   """Lines of the model card: how transformers opens the folder, and what that runs."""
   if config.text is None:
     use = [
@@ -338,7 +356,12 @@ def usage(config: ModelConfig) -> list[str]:
       "message = {'role': 'user', 'content': [{'type': 'image', 'path': 'photo.jpg'},",
       "                                       {'type': 'text', 'text': 'What is on the sign?'}]}",
       "print(ask(text=[message], max_new_tokens=64)[0]['generated_text'][-1]['content'])"]
+  runs = 'they are those of hrvlm_jax'
+  if native.fits(config, tokenizer):
+    kind = native.CLASSES[native.model_type(config)]
+    runs = (f"they are hrvlm_jax's processor of pictures and text. The model is `{kind}` of "
+            'transformers, which opens without it')
   return [
     '## Use', '', '```python', *use, '```', '',
     f'Needs PyTorch and `{VERSIONS}`. `trust_remote_code` runs the Python files of this folder, '
-    'and nothing else; they are those of hrvlm_jax, and `manifest.json` holds their sha256.', '']
+    f'and nothing else; {runs}. `manifest.json` holds their sha256.', '']

@@ -32,12 +32,14 @@ class PlainTensors(Mapping[str, np.ndarray]):
 
   Args:
     parts: prefix of the names -> folder or file.
+    rename: name in a file -> name in the weight table, of parts without a prefix.
 
   Raises:
     ImportError: pickled files, and torch is not installed.
   """
 
-  def __init__(self, parts: Mapping[str, pathlib.Path]):
+  def __init__(self, parts: Mapping[str, pathlib.Path], *, rename: Callable[[str], str] = str):
+    self._rename = rename
     self._read: dict[str, Callable[[], np.ndarray]] = {}
     self.shapes: dict[str, tuple[int, ...]] = {}
     for prefix, place in parts.items():
@@ -50,8 +52,9 @@ class PlainTensors(Mapping[str, np.ndarray]):
   def _open(self, prefix: str, path: pathlib.Path) -> None:
     file = safe_open(path, framework='numpy')
     for name in file.keys():  # noqa: SIM118 - no mapping
-      self._read[prefix + name] = lambda name=name: file.get_tensor(name)
-      self.shapes[prefix + name] = tuple(file.get_slice(name).get_shape())
+      new = prefix + (name if prefix else self._rename(name))
+      self._read[new] = lambda name=name: file.get_tensor(name)
+      self.shapes[new] = tuple(file.get_slice(name).get_shape())
 
   def _unpickle(self, prefix: str, path: pathlib.Path) -> None:
     import torch
@@ -61,8 +64,9 @@ class PlainTensors(Mapping[str, np.ndarray]):
     for name, tensor in state.items():
       # NumPy has no bfloat16, float32 holds its values exactly.
       plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-      self._read[prefix + name] = lambda plain=plain: plain.detach().numpy()
-      self.shapes[prefix + name] = tuple(tensor.shape)
+      new = prefix + (name if prefix else self._rename(name))
+      self._read[new] = lambda plain=plain: plain.detach().numpy()
+      self.shapes[new] = tuple(tensor.shape)
 
   def __getitem__(self, name: str) -> np.ndarray:
     return self._read[name]()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +153,22 @@ def config_from_hf(read: Reader, *, clip: bool) -> ViTConfig:
     channels=size('num_channels', 3))
   own = dict(class_token=True, patch_bias=False, pre_norm=True) if clip else dict(pool='map')
   return read.build(lambda: ViTConfig(**sizes, **own))
+
+
+def hf_activation(name: str) -> str:
+  """Transformers' name of an activation."""
+  return {'gelu_tanh': 'gelu_pytorch_tanh'}.get(activation_name(name), activation_name(name))
+
+
+def config_to_hf(config: ViTConfig) -> dict[str, Any]:
+  """`vision_config` of CLIP or SigLIP, by what the tower has."""
+  return {
+    'model_type': 'clip_vision_model' if config.class_token else 'siglip_vision_model',
+    'hidden_size': config.width, 'intermediate_size': config.mlp_width,
+    'num_hidden_layers': config.depth, 'num_attention_heads': config.heads,
+    'image_size': config.image_size, 'patch_size': config.patch_size,
+    'num_channels': config.channels, 'hidden_act': hf_activation(config.activation),
+    'layer_norm_eps': config.norm_eps, 'attention_dropout': 0.0}
 
 
 @jax.tree_util.register_dataclass

@@ -16,7 +16,7 @@ from hrvlm_jax.checkpoint.rows import export_tensors
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.resample import normalise_host
-from hrvlm_jax.interop import folder
+from hrvlm_jax.interop import folder, native
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.interop.torch import processing_hrvlm
 from hrvlm_jax.language.prompt import pad_batch, tokenizer_of
@@ -93,6 +93,26 @@ class Pair:
     return store.load_params(self.checkpoint, vlm.build(self.config).abstract)
 
   @functools.cached_property
+  def native(self):
+    """Whether the model's class is transformers' own."""
+    return native.is_native(hf.read_json(self.folder / 'config.json'))
+
+  @functools.cached_property
+  def table(self):
+    """Names of the folder's tensors."""
+    return (native if self.native else folder).table(self.config)
+
+  @property
+  def language(self):
+    """Their language model without its output layer."""
+    return self.model.model.language_model if self.native else self.model.language_model.model
+
+  def pictures_of(self, inputs):
+    """The arrays of pictures among a processor's."""
+    return {key: value for key, value in inputs.items()
+            if key not in ('input_ids', 'attention_mask')}
+
+  @functools.cached_property
   def processor(self):
     """Of the folder."""
     return AutoProcessor.from_pretrained(self.folder, trust_remote_code=True)
@@ -157,11 +177,12 @@ class Pair:
       return total / count, logits
 
     (ours, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(self.params)
-    gradients = dict(export_tensors(jax.device_get(gradients), folder.table(self.config)))
+    gradients = dict(export_tensors(jax.device_get(gradients), self.table))
     self.model.zero_grad()
     out = self.model(**inputs, labels=torch.tensor(labels))
     out.loss.backward()
-    theirs = {name: p.grad.numpy() for name, p in self.model.named_parameters()
+    named = native.canonical if self.native else str
+    theirs = {named(name): p.grad.numpy() for name, p in self.model.named_parameters()
               if p.grad is not None}
     return ((float(ours), np.asarray(logits)[mask], gradients),
             (float(out.loss.detach()), out.logits.detach().numpy()[mask], theirs))

@@ -94,6 +94,10 @@ def test_beams_samples_and_settings_at_call_time(name, pair):
   if pair.config.system == 'mc_llava':
     few = pair.inputs(pair.items(1), max_crops=0, num_tokens=9)
     assert len(few['pixel_values']) == 1 and few['visual_index'].numel() == 9
+  if pair.native:
+    with pytest.raises(ValueError, match='do not match'):
+      model(**{**inputs, 'input_ids': inputs['input_ids'][:, :-1] * 0 + model.config.image_token_id,
+               'attention_mask': inputs['attention_mask'][:, :-1]})
   two = pair.inputs(pair.items(1) * 2)
   if 'visual_index' in two and pair.config.fusion.kind == 'prefix':  # one picture for two rows
     half = len(two['visual_index']) // 2

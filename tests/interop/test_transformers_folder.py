@@ -2,18 +2,21 @@
 
 import ast
 import dataclasses
+import json
 import pathlib
 import re
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from hrvlm_jax.checkpoint import hf, store
 from hrvlm_jax.checkpoint.rows import entries
+from hrvlm_jax.checkpoint.settings import account as settings_account
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.front import loading
-from hrvlm_jax.interop import folder
+from hrvlm_jax.interop import folder, native
 from hrvlm_jax.interop.convert import convert
 from hrvlm_jax.interop.export import export
 from hrvlm_jax.interop.jinja import chat_template
@@ -76,18 +79,28 @@ def test_released_sizes_have_the_same_tensors(system, release):
   if system == 'vila_hd':
     config = dataclasses.replace(config, encoder=dataclasses.replace(config.encoder, looks=1))
   files = folder.files(config, tokenizer_of('byte'))
-  name = folder.CLASSES[system]
-  values = {k: v for k, v in files['config.json'].items()
-            if k not in ('architectures', 'auto_map', 'model_type')}
-  place, kind = (modeling_hrvlm, f'{name}ForConditionalGeneration') if config.text else (
-    modeling_ps3, f'{name}Model')
+  said, name = files['config.json'], folder.CLASSES[system]
+  values = {k: v for k, v in said.items() if k not in ('architectures', 'auto_map', 'model_type')}
+  kind, = said['architectures']
+  whole = native.is_native(said)
+  assert whole == (system in ('single_view', 'anyres'))
+  if whole:
+    make, settings = getattr(transformers, kind), getattr(transformers, kind).config_class
+    table, named = native.table(config), native.canonical
+  else:
+    make = getattr(modeling_hrvlm if config.text else modeling_ps3, kind)
+    settings = getattr(configuration_hrvlm, f'{name}Config')
+    table, named = folder.table(config), str
   with torch.device('meta'):
-    model = getattr(place, kind)(
-      getattr(configuration_hrvlm, f'{name}Config')(**values))
-  table = folder.table(config)
+    model = make(settings(**values))
   ours = {entry.names[0]: entry.shape for entry in entries(table, vlm.build(config).abstract)}
-  theirs = {key: tuple(x.shape) for key, x in model.state_dict().items() if key not in table.tied}
-  assert ours == theirs
+  theirs = {named(key): tuple(x.shape) for key, x in model.state_dict().items()}
+  assert ours == {key: shape for key, shape in theirs.items() if key not in table.tied}
+  if whole:  # what transformers writes of it comes back
+    written = json.loads(model.config.to_json_string())
+    assert folder.recognise(written) == config
+    assert not folder.contradictions(written, config)
+    assert not settings_account(written, folder.KEYS).problems
 
 
 @pytest.mark.parametrize('system, release', levels.rows(
@@ -121,7 +134,7 @@ def test_the_code_stands_alone():
 
 
 def test_the_folder_names_and_hashes_its_code(tmp_path):
-  pair = Pair.make(MODELS['single_view'], tmp_path)
+  pair = Pair.make(MODELS['single_view/squash'], tmp_path)
   names = {path.name for path in folder.CODE.glob('*.py')} - {'__init__.py'}
   facts = hf.read_json(pair.folder / 'manifest.json')
   assert names <= facts['files'].keys()

@@ -113,11 +113,20 @@ MODELS = {
   'vila_hd/low': _hd(looks=0),
   'single_view': _model('single_view', SingleViewConfig(vision=CLIP), LLAMA, CLIP.width,
                         chat='vicuna_v1'),
+  'single_view/siglip': _model('single_view', SingleViewConfig(
+    vision=SIGLIP, layer=-1, fit='crop'), QWEN2, SIGLIP.width, chat='vila_qwen2',
+    after_image='\n'),
   'single_view/squash': _model('single_view', SingleViewConfig(
     vision=SIGLIP, layer=-1, fit='squash', last_tokens=11), PHI, SIGLIP.width),
   'anyres': _model('anyres', AnyResConfig(
     vision=CLIP, pinpoints=((47, 94), (94, 47), (94, 94), (141, 47)), width=72), LLAMA,
     chat='vicuna_v1'),
+  'anyres/siglip': _model('anyres', AnyResConfig(
+    vision=dataclasses.replace(SIGLIP, pool=None), layer=-3, width=72,
+    pinpoints=((76, 38), (38, 76), (76, 76), (38, 114))), QWEN2, chat='vila_qwen2',
+    after_image='\n'),
+  'anyres/phi': _model('anyres', AnyResConfig(
+    vision=SIGLIP, layer=-1, pinpoints=((38, 76), (76, 38)), width=72), PHI),
   'anyres/spatial': _model('anyres', AnyResConfig(
     vision=SIGLIP, layer=-1, pinpoints=((38, 76), (76, 38)), width=72, merge='spatial',
     projector='mlp_downsample'), PHI),
@@ -144,9 +153,14 @@ MODELS |= {
     MODELS['mc_llava'], projector=None, image_token=None, chat='pheye',
     fusion=CrossAttentionFusion(width=SIGLIP.width, interval=2)),
 }
+# For which transformers has the class.
+NATIVE = {'single_view': 'LlavaForConditionalGeneration',
+          'single_view/siglip': 'LlavaForConditionalGeneration',
+          'anyres': 'LlavaNextForConditionalGeneration',
+          'anyres/siglip': 'LlavaNextForConditionalGeneration'}
 FIRST = ('mc_llava', 'llava_hr', 'pheye', 'vila_hd')  # those of the first level
 # One of every system, of the forms that run other code, and all kinds of fusion: for what depends
 # on how a model is called and not on its settings.
 SYSTEMS = [name for name in MODELS if '/' not in name] + [
-  'llava_hr/concat', 'llava_hr/low_to_high', 'pheye/3', 'vila_hd/no_context', 'reduced/pool',
-  'reduced/perceiver', 'reduced/tome', 'mc_llava/cross_attention']
+  'anyres/phi', 'llava_hr/concat', 'llava_hr/low_to_high', 'pheye/3', 'vila_hd/no_context',
+  'reduced/pool', 'reduced/perceiver', 'reduced/tome', 'mc_llava/cross_attention']

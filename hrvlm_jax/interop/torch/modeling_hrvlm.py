@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationMixin
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -73,9 +74,6 @@ def visual_tokens(vision, pixel_values, visual_index, inner_counts=None, **array
   return found if inner_counts is None else vision.reduce(found, inner_counts)
 
 
-_ACTIVATIONS = {'gelu': nn.functional.gelu, 'silu': nn.functional.silu,
-                'gelu_tanh': lambda x: nn.functional.gelu(x, approximate='tanh')}
-
 _MORE = ('a further turn brings images, but {}: give the whole conversation to generate without '
          'past_key_values')
 
@@ -112,7 +110,8 @@ class Projector(nn.Module):
   def __init__(self, settings):
     super().__init__()
     self.depth = 1 if settings.kind == 'linear' else settings.depth
-    self.activation = _ACTIVATIONS[settings.activation]
+    name = settings.activation
+    self.activation = ACT2FN[{'gelu_tanh': 'gelu_pytorch_tanh'}.get(name, name)]
     for number in range(self.depth):
       n_in = settings.n_out if number else settings.n_in
       setattr(self, f'fc{number + 1}', nn.Linear(n_in, settings.n_out))

@@ -12,6 +12,7 @@ from .ps3_plan import packed
 from .views_baselines import (
   anyres,
   llava_hr,
+  llava_next_size,
   pheye,
   ps3,
   reduced_tokens,
@@ -26,6 +27,7 @@ from .views_mc_llava import view as mc_llava
 # Transformers 5.0 copies, of a local folder, only the files that this one names itself.
 if TYPE_CHECKING:
   from .blocks import described as described
+  from .sizes_llava_next import told_size as told_size
 
 # A picture and settings of the encoder -> `pixels` uint8 [v h w 3], `index` [t] of the tokens that
 # stand in the prompt, `size`, the number of tokens they are taken from, `fixed`, how many learned
@@ -41,6 +43,9 @@ CALL = {'anyres': ('pinpoints',), 'llava_hr': ('aspect',),
         's2_dynamic': ('max_tiles',), 'single_view': ('fit', 'last_tokens'),
         'tiling': ('min_tiles', 'max_tiles', 'thumbnail'),
         'vila_hd': ('looks', 'tokens', 'budgets', 'smooth')}
+# Classes of transformers that read the pictures, and what a call can change for them.
+NEXT = 'LlavaNextForConditionalGeneration'
+CLASSES = {'LlavaForConditionalGeneration': ('fit',), NEXT: ()}
 IMAGE = '<image>'
 
 
@@ -62,20 +67,27 @@ class HrvlmImageProcessor(BaseImageProcessor):
   Args:
     system: its name.
     token_maps: see `ReducedConfig`.
+    model_class: of transformers, which reads the pictures; None: a model of this folder.
     encoder: its settings, as in config.json. Those of `CALL` can be given to a call, too
       (`max_crops`, `num_tokens`, ...).
   """
 
-  model_input_names = ['pixel_values', 'visual_index']
-
-  def __init__(self, system=None, encoder=None, token_maps=None, **kwargs):
+  def __init__(self, system=None, encoder=None, token_maps=None, model_class=None, **kwargs):
     super().__init__(**kwargs)
     self.system, self.encoder, self.token_maps = system, encoder, token_maps
+    self.model_class = model_class
+
+  @property
+  def model_input_names(self):
+    """What the model reads of pictures, at least."""
+    return {None: ['pixel_values', 'visual_index'], NEXT: ['pixel_values', 'image_sizes']}.get(
+      self.model_class, ['pixel_values'])
 
   def preprocess(self, images, return_tensors=None, **options):
     """pixel_values float32 [v 3 h w] of all pictures, visual_index int64 [n] (which tokens of the
     views stand in the prompt), `tokens` (visual tokens of each picture), and what the system
-    has beside.
+    has beside. For a class of transformers what it reads: pixel_values, of LlavaNext
+    [n v 3 h w] with image_sizes int64 [n 2] (see `sizes_llava_next`), and `tokens`.
 
     Args:
       images: pictures, or their paths or addresses; a list, or a list of lists.
@@ -84,7 +96,7 @@ class HrvlmImageProcessor(BaseImageProcessor):
     Raises:
       ValueError: an option that a call cannot change.
     """
-    known = CALL[self.system]
+    known = CLASSES.get(self.model_class, CALL[self.system])
     if unknown := sorted(set(options) - set(known)):
       raise ValueError(f'{self.system}: no settings of its encoder that a call can change: '
                        f'{", ".join(unknown)}; these are {", ".join(known) or "none"}, the others '
@@ -102,13 +114,31 @@ class HrvlmImageProcessor(BaseImageProcessor):
     while not hasattr(colours, 'mean'):
       colours = colours.tower if hasattr(colours, 'tower') else colours.encoder
     data = {'pixel_values': normalise(pixels.pop('pixels'), colours.mean, colours.std), **pixels}
+    if self.model_class is not None:
+      data = self._for_class(data)
     return BatchFeature(data, tensor_type=return_tensors)
+
+  def _for_class(self, data):
+    """What a class of transformers reads; tiles of LlavaNext filled up with zeros, as generation
+    repeats arrays along their first axis for beams."""
+    found = {name: data[name] for name in ('pixel_values', 'image_sizes', 'tokens') if name in data}
+    if self.model_class == NEXT:
+      counts, tiles = data['views'], data['pixel_values']
+      whole = np.zeros((len(counts), max(counts), *tiles.shape[1:]), tiles.dtype)
+      for row, part in zip(whole, np.split(tiles, np.cumsum(counts)[:-1])):
+        row[:len(part)] = part
+      found['pixel_values'] = whole
+    return found
 
   def pixels(self, images, encoder=None):
     """What `preprocess` gives, with `pixels` uint8 [v h w 3] in place of normalised ones."""
     encoder = encoder or settings(self.encoder)
-    found = [view_of(self.system, encoder, self.token_maps,
-                     load_image(image) if isinstance(image, str) else image) for image in images]
+    images = [load_image(image) if isinstance(image, str) else image for image in images]
+    found = [view_of(self.system, encoder, self.token_maps, image) for image in images]
+    if self.model_class == NEXT:
+      for one, image in zip(found, images):
+        one['views'] = [len(one['pixels'])]
+        one['image_sizes'] = [llava_next_size(image, encoder)]
     arrays, start = {'visual_index': []}, 0
     for one in found:
       fixed, index = one.get('fixed', 0), one['index']
@@ -157,7 +187,8 @@ class HrvlmProcessor(ProcessorMixin):
         must be off: a prompt cut inside its visual tokens cannot be read.
 
     Raises:
-      ValueError: another number of pictures than of `<image>` in the texts.
+      ValueError: another number of pictures than of `<image>` in the texts; a text with the
+        character whose token stands for visual tokens.
     """
     # Chat templates of transformers 5.0 hand `processor_kwargs` on as it is.
     options |= (text_kwargs or {}) | (images_kwargs or {}) | (processor_kwargs or {})
@@ -222,6 +253,9 @@ class HrvlmProcessor(ProcessorMixin):
       mark, pieces = self.tokenizer.convert_tokens_to_ids(IMAGE), [[]]
       for one in encode(text):
         pieces.append([]) if one == mark else pieces[-1].append(one)
+    if any(self.image_token_id in piece for piece in pieces):
+      raise ValueError(f'the text holds {self.tokenizer.decode([self.image_token_id])!r}, whose '
+                       'token stands for visual tokens in this folder; take it out')
     ids += pieces[0]
     for piece, n in zip(pieces[1:], counts):
       ids += [self.image_token_id] * n + after + piece

@@ -9,6 +9,7 @@ from .blocks import described
 from .configuration_hrvlm import low_resolution
 from .pixels import centre, check, on_square, one, resize_any, squash, to_rgb
 from .ps3_plan import HighDef, Plan
+from .sizes_llava_next import told_size
 
 
 def _whole(pixels, tokens, taken=None):
@@ -40,19 +41,21 @@ def llava_hr_tokens(c):
 def single_view(image, c):
   """One square view, all of its patches or the last ones."""
   side = c.vision.image_size
-  fitted = on_square(image, side, c.mean) if c.fit == 'pad' else squash(image, (side, side))
+  fitted = _fitted(image, side, c)
   return _whole(one(fitted), (side // c.vision.patch_size) ** 2, c.last_tokens)
+
+
+def _fitted(image, side, c):
+  """One square: padded, its centre, or squashed."""
+  if c.fit == 'pad':
+    return on_square(image, side, c.mean)
+  return centre(image, side) if c.fit == 'crop' else squash(image, (side, side))
 
 
 def s2(image, c):
   """One square of the largest scale."""
   side, split = max(c.sizes), c.vision.image_size
-  if c.fit == 'pad':
-    fitted = on_square(image, side, c.mean)
-  elif c.fit == 'crop':
-    fitted = centre(image, side)
-  else:
-    fitted = squash(image, (side, side))
+  fitted = _fitted(image, side, c)
   size = c.sizes[c.output]
   k = math.ceil(size / split)
   cells = k * (size // k // c.vision.patch_size)
@@ -117,6 +120,15 @@ def anyres(image, c):
       cells = np.concatenate([cells, np.zeros((len(cells), 1), cells.dtype)], axis=1)
     index = np.concatenate([1 + np.arange(each), cells.reshape(-1)])
   return {'pixels': pixels, 'index': index, 'size': len(pixels) * each, 'fixed': 1}
+
+
+def llava_next_size(image, c):
+  """(height, width) that the LlavaNext of transformers is told of a picture."""
+  (width, height), tile, side = image.size, c.vision.image_size, _side(c)
+  canvas = _best(width, height, c.pinpoints)
+  rows, columns = (n // tile * side for n in reversed(canvas))
+  cells = _content(width, height, rows, columns)
+  return told_size(width, height, canvas, cells, c.pinpoints, tile, side)
 
 
 def _closest(width, height, tile, least, most):
