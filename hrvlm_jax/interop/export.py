@@ -90,6 +90,7 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   fields = [] if ours else layouts.lost(plain)
   if fields:
     say(layouts.said(plain, fields))
+  abstract = _check(stored, config, checkpoint)
   tokenizer = None
   with contextlib.suppress(UserError) if config.text is None else contextlib.nullcontext():
     tokenizer = find_tokenizer(checkpoint)
@@ -99,7 +100,6 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   folders = () if ours or fields else system.folders
   source = read_source(stored.directory)
   skipped = frozenset(source.get('missing', ()))
-  abstract = _check(stored, config, checkpoint)
 
   counts: collections.Counter = collections.Counter()
   casts = {name: np.dtype(_named(kind)) for name, kind in source.get('widened', {}).items()}
