@@ -227,7 +227,8 @@ def test_the_layout_of_the_house_is_compared_too(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, layout', levels.rows('interop', [
   ('llava_hr', 'transformers'), ('mc_llava', 'transformers'), ('vila_hd', 'transformers'),
-  ('pheye', 'transformers'), ('mc_llava/qwen2', 'original')], first=[('mc_llava', 'transformers')]))
+  ('pheye', 'transformers'), ('single_view/siglip', 'transformers'), ('anyres', 'transformers'),
+  ('mc_llava/qwen2', 'original')], first=[('mc_llava', 'transformers')]))
 def test_our_own_layouts_have_certificates(name, layout, tmp_path, capsys):
   """Folders that transformers opens, and the layout hrvlm-1: every part has a reference."""
   config = MODELS[name]

@@ -14,6 +14,7 @@ import transformers
 
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.front import loading
 from hrvlm_jax.interop import folder, native
 from hrvlm_jax.interop.convert import convert, recognise
 from hrvlm_jax.interop.torch import processing_hrvlm, sizes_llava_next
@@ -125,9 +126,14 @@ def model_and_encoder(pinpoints):
   return model, config.encoder
 
 
+# Of those up to 400 pixels: the map's edge falls on a cell's, and the two round apart.
+TOLD = [(55, 176), (88, 55), (88, 99), (110, 352), (176, 110), (176, 198), (328, 205), (352, 110)]
+
+
 def sizes(n):
-  """Sizes of all kinds: exact fits (w / h of the map), one off, elongated, tiny, large."""
+  """Sizes of all kinds: edges on cells of the map, elongated, tiny, large."""
   rng = np.random.default_rng(5)
+  yield from TOLD
   yield from ((1, 1), (2, 97), (900, 3), (3, 900), (38, 38), (576, 577), (336, 336), (672, 672))
   for w, h in rng.integers(1, 40, (n, 2)):
     yield int(w), int(h)
@@ -154,7 +160,25 @@ def test_llava_next_takes_the_tokens_that_we_take(pinpoints, n):
       [cells], torch.tensor([size]), 'default', torch.zeros(1, dtype=cells.dtype))
     np.testing.assert_array_equal(
       found[:, 0].numpy(), anyres.gather_index(width, height, c), err_msg=f'{width} {height}')
-  assert n < 1000 or pinpoints != anyres.PINPOINTS or told
+  assert told >= (len(TOLD) if pinpoints == anyres.PINPOINTS else 0)
+
+
+def test_the_processor_tells_the_size(tmp_path):
+  """Beside the tiles, filled up to the most of a picture; as many places as tokens."""
+  tower = dataclasses.replace(CLIP, image_size=336, patch_size=14)
+  config = encoder(ANYRES, vision=tower, pinpoints=anyres.PINPOINTS)
+  pair = Pair.light(config, tmp_path)
+  images = [picture(TOLD[0]), picture((1400, 300))]
+  inputs = pair.inputs([([image], 'What?') for image in images])
+  told = tuple(inputs['image_sizes'][0].tolist())
+  assert told == processing_hrvlm.llava_next_size(images[0], config.encoder) != TOLD[0][::-1]
+  assert inputs['image_sizes'][1].tolist() == [300, 1400]
+  views = [anyres.count(*image.size, config.encoder).views for image in images]
+  assert views == [3, 4] and inputs['pixel_values'].shape == (2, 4, 3, 336, 336)
+  assert not inputs['pixel_values'][0, 3:].any() and inputs['pixel_values'][0, 2].any()
+  places = (inputs['input_ids'] == hf.read_json(tmp_path / 'config.json')['image_token_index'])
+  assert places.sum(1).tolist() == [
+    anyres.count(*image.size, config.encoder).tokens for image in images]
 
 
 @dataclasses.dataclass
@@ -192,6 +216,7 @@ def test_the_model_is_of_transformers(name, pair, tmp_path):
   with torch.no_grad():
     found = model(**inputs).logits[inputs['attention_mask'].bool()].numpy()
   assert near(found, pair.logits(items)) <= LIMIT
+  assert loading.load(pair.folder).config == pair.config
   with pytest.raises(Exception, match='.'):  # never other pixels without a word
     AutoProcessor.from_pretrained(pair.folder)(images=[picture((61, 47))], text='<image>',
                                                return_tensors='pt')
