@@ -108,6 +108,7 @@ OTHERS = {
 REFUSED = {
   r'.*\.channels': 'channels must lie in',
   r'.*\.(first|second)\.name': 'must be named',
+  r'.*\.first\.frozen': 'train_first_adapter',
   r'model\.encoder\.width': 'width',  # of the language model; they change together
   r'model\.projector': 'project',
   r'model\.projector\.n_in': 'have width',

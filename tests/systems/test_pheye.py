@@ -188,6 +188,8 @@ def test_config_of_a_release_and_back():
   (dict(level=1), 'level must be at least 2'),
   (dict(level=5), 'level 5 needs 26 rows of positions, sub_image_rows is 21'),
   (dict(second=LoRA(rank=4, alpha=8.0)), "named 'first' and 'second'"),
+  (dict(first=LoRA(rank=4, alpha=8.0, name='first', frozen=True)),
+   'first.frozen: set train_first_adapter=False'),
 ])
 def test_config_refuses(options, message):
   with pytest.raises(ValueError, match=message):

@@ -61,6 +61,8 @@ class PheyeConfig:
       problems.append('vision.lora must be empty: the sets are first and second')
     if self.second.name != 'second' or (self.first and self.first.name != 'first'):
       problems.append("the LoRA sets must be named 'first' and 'second'")
+    if self.first and self.first.frozen and self.train_first_adapter:
+      problems.append('first.frozen: set train_first_adapter=False, which says it')
     if problems:
       raise ValueError('PheyeConfig: ' + '; '.join(problems))
 
