@@ -1,10 +1,9 @@
-"""What the tables of docs/ name is there: tests by file and function, places, published numbers."""
+"""What the tables of docs/ name is there: tests by file and function, and places."""
 
 import re
 
 import pytest
 
-from tests.mutants import MUTANTS
 from tests.pages import ROOT, pages
 
 HOMES = (ROOT, ROOT / 'hrvlm_jax', ROOT / 'tests', ROOT / 'configs', ROOT / 'docs')
@@ -58,8 +57,3 @@ def test_what_is_not_there_is_found():
   assert not problems_of('`core/test_errors.py`, `::test_a_rare_kind_is_not_cut_away`')
   assert problems_of('`core/test_nothing.py`') and problems_of('`core/test_errors.py::test_none`')
   assert problems_of('`::test_none`')
-
-
-def test_the_number_of_mutants_is_said():
-  text = (ROOT / 'docs/coverage.md').read_text()
-  assert f'{len(MUTANTS)} mutants, all killed' in text
