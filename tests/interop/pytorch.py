@@ -157,6 +157,19 @@ class Pair:
 
     return np.asarray(jax.jit(run)(self.params, jax.tree.map(jnp.asarray, batch)))[batch['valid']]
 
+  def read(self, inputs):
+    """[b t] places that later ones read: not the padding, and of VILA-HD not those for blocks that
+    it did not choose, which hold nothing."""
+    mask = inputs['attention_mask'].bool().clone()
+    if self.config.fusion.kind == 'two_pass':
+      with torch.no_grad():
+        _, valid, _ = self.model._look(
+          inputs['input_ids'], inputs['attention_mask'], inputs['pixel_values'],
+          inputs.get('first_scales'), None, 1, False)
+      if valid is not None:
+        mask[inputs['input_ids'] == self.model.config.image_token_id] = valid.flatten().bool()
+    return mask.numpy()
+
   def both_losses(self, n):
     """(loss, logits at real places, gradients by their names) of ours and of theirs; labels are
     the last six tokens of every row."""
@@ -184,8 +197,9 @@ class Pair:
     named = native.canonical if self.native else str
     theirs = {named(name): p.grad.numpy() for name, p in self.model.named_parameters()
               if p.grad is not None}
-    return ((float(ours), np.asarray(logits)[mask], gradients),
-            (float(out.loss.detach()), out.logits.detach().numpy()[mask], theirs))
+    read = self.read(inputs)
+    return ((float(ours), np.asarray(logits)[read], gradients),
+            (float(out.loss.detach()), out.logits.detach().numpy()[read], theirs))
 
 
 def views_of(images, config):
