@@ -7,7 +7,9 @@ round(2**u) with u uniform in 1..7. Fixed batches of 8, in the order of arrival,
 longest answer ends. Slots take the requests in that order (`arrival`, as the server does), or those
 that may grow longest first (`known`, as `Engine.run` does with a list). Programs are compiled
 before. Beside the seconds of the clock stand those of the processor, which other work on the
-machine touches less. `prompts` is what reading the prompts takes, on both sides alike.
+machine touches less. The three take turns, `--rounds` of each; kept are the medians, and the ratio
+to the fixed batches of the same round. `prompts` is what reading the prompts takes, on both sides
+alike.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 from collections.abc import Callable
 import json
 import pathlib
+import statistics
 import sys
 import time
 from typing import Any
@@ -83,11 +86,17 @@ def timed(run: Callable[[], dict[str, Any]], tokens: int) -> dict[str, Any]:
           'tokens_per_second': tokens / clock, 'tokens_per_processor_second': tokens / processor}
 
 
+def middle(found: list[dict[str, Any]]) -> dict[str, Any]:
+  """The median of every number."""
+  return {key: statistics.median(one[key] for one in found) for key in found[0]}
+
+
 def main() -> int:
   """See the head of this file."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--size', choices=('tiny', '100m'), default='100m')
   parser.add_argument('--system', choices=('mc_llava', 'pheye', 'llava_hr'), default='mc_llava')
+  parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--out', type=pathlib.Path)
   arguments = parser.parse_args()
   config = model_config(arguments.system, arguments.size)
@@ -108,18 +117,25 @@ def main() -> int:
   fixed(answerer, batches, budgets)  # every budget is a program of its own
   longest = sorted(prepared, key=lambda one: -one.request.max_new_tokens)
   only = [again(one, max_new_tokens=1) for one in prepared]
+  tokens, rounds = sum(budgets), []
+  for _ in range(arguments.rounds):
+    rounds.append({
+      'arrival': timed(lambda: continuous(engine, prepared), tokens),
+      'known': timed(lambda: continuous(engine, longest), tokens),
+      'fixed': timed(lambda: fixed(answerer, batches, budgets), tokens)})
   result = {
     'date': time.strftime('%Y-%m-%d'), 'commit': git_commit(), 'machine': machine.here().title,
     'system': arguments.system, 'size': arguments.size, 'slots': SLOTS, 'requests': REQUESTS,
-    'seed': SEED, 'tokens': sum(budgets), 'device': str(jax.devices()[0]),
-    'arrival': timed(lambda: continuous(engine, prepared), sum(budgets)),
-    'known': timed(lambda: continuous(engine, longest), sum(budgets)),
-    'fixed': timed(lambda: fixed(answerer, batches, budgets), sum(budgets)),
+    'seed': SEED, 'tokens': tokens, 'device': str(jax.devices()[0]),
+    **{side: middle([one[side] for one in rounds]) for side in rounds[0]},
     'prompts': timed(lambda: continuous(engine, only), len(budgets)),
     'compiled_meanwhile': engine.compilations() - compiled}
   for order in ('arrival', 'known'):
     for key in ('steps', 'tokens_per_second', 'tokens_per_processor_second'):
-      result[order][f'{key}_ratio'] = result[order][key] / result['fixed'][key]
+      ratios = [one[order][key] / one['fixed'][key] for one in rounds]
+      result[order] |= {f'{key}_ratio': statistics.median(ratios)}
+      if key == 'tokens_per_second':
+        result[order]['of_each_round'] = ratios
   text = json.dumps(result, indent=2)
   print(text)
   if arguments.out:

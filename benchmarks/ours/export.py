@@ -1,29 +1,42 @@
 """The model code of `hrvlm export --for transformers` as a side: PyTorch, eager, sdpa.
 
-Weights and inputs are those of the same case of ours; the tensors get the names of an export.
+Weights and inputs are those of the same case of ours, written once more under the names of an
+export. The process that is measured reads them as a user's does: PyTorch and transformers, no JAX.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import json
+import pathlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.case import Options
 from benchmarks.harness.program import Program, read_inputs
-from benchmarks.ours import vision
-from hrvlm_jax.checkpoint import hf
-from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
-from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.interop import folder
-from hrvlm_jax.vision.vit import ViTConfig
+
+EXPORT = 'export'  # folder of the tensors under an export's names
 
 
 class Exported:
-  """What these sides share; stands in front of one of `ours.vision`."""
+  """What these sides share.
 
-  def towers(self) -> dict[str, ViTConfig]:
-    """Vision transformers by path (see `folder.part_table`)."""
+  Attributes:
+    side: the class of `ours.vision` whose weights and inputs these are.
+    tower: path of the vision transformer among the parameters, '' for all of them.
+  """
+
+  side = ''
+  tower = ''
+
+  def __init__(self, settings: Mapping[str, Any], folder: pathlib.Path, options: Options):
+    self.settings, self.folder, self.options = settings, pathlib.Path(folder), options
+
+  def vit(self, config: Any) -> Any:
+    """The vision transformer of a configuration of ours."""
     raise NotImplementedError
 
   def module(self, c: Any, config: Any) -> Any:
@@ -39,24 +52,40 @@ class Exported:
     """Named outputs of pixels [n 3 h w]."""
     return {'tokens': module(pixels)}
 
+  def prepare(self) -> dict[str, int]:
+    """Writes the folder of our side, and the export's beside it; this process has JAX."""
+    from benchmarks.ours import vision
+    from hrvlm_jax.checkpoint import hf
+    from hrvlm_jax.checkpoint.rows import export_tensors, import_tensors
+    from hrvlm_jax.core.config import to_dict
+    from hrvlm_jax.interop import folder
+
+    ours = getattr(vision, self.side)(self.settings, self.folder, self.options)
+    found, (fn, table), config = ours.prepare(), ours.model(), ours.config()
+    params = import_tensors(hf.TensorFolder(self.folder), table, fn.abstract, what='benchmark')
+    vit, target = self.vit(config), self.folder / EXPORT
+    target.mkdir(exist_ok=True)
+    hf.write_weights(target, export_tensors(
+      params, folder.part_table(fn.abstract, {self.tower: vit})))
+    (target / 'config.json').write_text(json.dumps(
+      {'model': to_dict(config), 'vision_config': folder.vit_config(vit)}))
+    return found
+
   def load(self) -> Program:
-    """Reads the weights through both tables, and builds the program."""
+    """Reads the export, and builds the program."""
     import torch
     from transformers import SiglipVisionConfig
 
+    from benchmarks.peers.common import tensors
     from hrvlm_jax.interop.torch.configuration_hrvlm import settings
 
-    fn, table = self.model()
-    params = import_tensors(hf.TensorFolder(self.folder), table, fn.abstract, what='benchmark')
-    tower = next(iter(self.towers().values()))
-    config = SiglipVisionConfig(**folder.vit_config(tower))
+    values = json.loads((self.folder / EXPORT / 'config.json').read_text())
+    config = SiglipVisionConfig(**values['vision_config'])
     config._attn_implementation = 'sdpa'
-    module = self.module(settings(to_dict(self.config())), SimpleNamespace(
+    module = self.module(settings(values['model']), SimpleNamespace(
       vision_config=config, _attn_implementation='sdpa'))
-    state = {name: torch.from_numpy(np.array(x)) for name, x in export_tensors(
-      params, folder.part_table(fn.abstract, self.towers()))}
-    del params
-    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    missing, unexpected = module.load_state_dict(tensors(self.folder / EXPORT), strict=False,
+                                                 assign=True)
     if missing or unexpected:
       raise ValueError(f'missing {missing[:9]}, unexpected {unexpected[:9]}')
     kind = getattr(torch, self.options.dtype)
@@ -71,14 +100,17 @@ class Exported:
         torch.cuda.synchronize()
       return out
 
-    return Program(run, lambda out: {name: x.float().cpu().numpy() for name, x in out.items()})
+    return Program(run, lambda out: {name: x.float().cpu().numpy() for name, x in out.items()},
+                   after=lambda: {'jax_loaded': 'jax' in sys.modules})
 
 
-class PS3(Exported, vision.PS3):
+class PS3(Exported):
   """See `ours.vision.PS3`."""
 
-  def towers(self):
-    return {'tower': self.config().vision}
+  side, tower = 'PS3', 'tower'
+
+  def vit(self, config):
+    return config.vision
 
   def module(self, c, config):
     from hrvlm_jax.interop.torch.ps3 import PS3
@@ -91,11 +123,13 @@ class PS3(Exported, vision.PS3):
             **{f'map{number}': one for number, one in enumerate(out.maps)}}
 
 
-class Siglip(Exported, vision.Siglip):
+class Siglip(Exported):
   """See `ours.vision.Siglip`."""
 
-  def towers(self):
-    return {'': self.config()}
+  side = 'Siglip'
+
+  def vit(self, config):
+    return config
 
   def module(self, c, config):
     from hrvlm_jax.interop.torch.towers import Tower
@@ -103,11 +137,13 @@ class Siglip(Exported, vision.Siglip):
     return Tower(c, config.vision_config)
 
 
-class Pheye(Exported, vision.Pheye):
+class Pheye(Exported):
   """See `ours.vision.Pheye`; the sets merged, as `merge_adapters` does."""
 
-  def towers(self):
-    return {'': self.config().tower}
+  side = 'Pheye'
+
+  def vit(self, config):
+    return config.tower
 
   def module(self, c, config):
     from hrvlm_jax.interop.torch.vision_pheye import PheyeVision
@@ -122,11 +158,13 @@ class Pheye(Exported, vision.Pheye):
     return {'tokens': module(pixels)}
 
 
-class LlavaHR(Exported, vision.LlavaHR):
+class LlavaHR(Exported):
   """See `ours.vision.LlavaHR`."""
 
-  def towers(self):
-    return {'fast': self.config().fast}
+  side, tower = 'LlavaHR', 'fast'
+
+  def vit(self, config):
+    return config.fast
 
   def module(self, c, config):
     from hrvlm_jax.interop.torch.vision_llava_hr import LlavaHrVision

@@ -148,7 +148,10 @@ def _at_once(q, k, v, mask, causal, scale):
   weights = attention_weights(q, k, mask=mask, causal=causal, scale=scale).astype(v.dtype)
   groups = q.shape[2] // k.shape[2]
   weights = weights.reshape(weights.shape[0], k.shape[2], groups, *weights.shape[2:])
-  out = jnp.einsum('bkgts,bskd->btkgd', weights, v)
+  if q.shape[1] == 1:  # see `attention_weights`
+    out = jnp.einsum('bkgs,bksd->bkgd', weights[:, :, :, 0], jnp.swapaxes(v, 1, 2))
+  else:
+    out = jnp.einsum('bkgts,bskd->btkgd', weights, v)
   return out.reshape(*q.shape[:3], v.shape[-1])
 
 
@@ -184,8 +187,11 @@ def attention_weights(
   s, kv_heads = k.shape[1], k.shape[2]
   scale = width**-0.5 if scale is None else scale
   grouped = q.reshape(b, t, kv_heads, heads // kv_heads, width)
-  scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k,
-                      preferred_element_type=wide_dtype(q.dtype))
+  wide = dict(preferred_element_type=wide_dtype(q.dtype))
+  if t == 1:  # a token and its cache: a product that takes a head's keys as they lie there
+    scores = jnp.einsum('bkgd,bksd->bkgs', grouped[:, 0], jnp.swapaxes(k, 1, 2), **wide)
+  else:
+    scores = jnp.einsum('btkgd,bskd->bkgts', grouped, k, **wide)
   scores = scores.reshape(b, heads, t, s) * scale
   allowed = mask
   if causal:

@@ -136,7 +136,7 @@ class Execution:
         over sequence); 'logits' ([b t v]: the same, and the vocabulary over tensor, where the
         head's columns lie); 'small' (low-rank matrices and position tables, whole: left in parts,
         a small matrix draws the partitioner into moving the activations beside it, hundreds of
-        times its own size); 'cache' ([b s k p]: keys and values of generation, cut over examples
+        times its own size); 'cache' ([b k s p]: keys and values of generation, cut over examples
         and heads).
 
     Raises:
@@ -157,8 +157,8 @@ class Execution:
     shards = sizes['data'] * sizes['fsdp']
     spec = [BATCH_AXES if x.shape[0] % shards == 0 else None, *(None,) * (x.ndim - 1)]
     if place == 'cache':
-      if sizes['tensor'] > 1 and x.shape[2] % sizes['tensor'] == 0:
-        spec[2] = 'tensor'
+      if sizes['tensor'] > 1 and x.shape[1] % sizes['tensor'] == 0:
+        spec[1] = 'tensor'
     elif x.ndim == 3 and sizes['sequence'] > 1 and x.shape[1] % sizes['sequence'] == 0:
       spec[1] = 'sequence'
     if place == 'logits' and sizes['tensor'] > 1 and x.shape[-1] % sizes['tensor'] == 0:

@@ -26,9 +26,10 @@ from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.language.sampling import Sampling, choose, penalise
 from hrvlm_jax.parallel.distributed import to_host
 
-# Steps of a third to a half: prompts above 64 are padded to at most 1.5 times their length, and a
-# run meets few lengths, each compiled once.
-BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4608, 6144, 8192)
+# A run meets few lengths, each compiled once; four to an octave from 256 on, so that at most a
+# fifth of a long prompt that is read is padding.
+BUCKETS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792,
+           2048, 2560, 3072, 3840, 4608, 5376, 6144, 7168, 8192)
 _BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled
 
 

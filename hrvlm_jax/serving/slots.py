@@ -33,7 +33,7 @@ class Slots:
   """The device's side of all requests in progress.
 
   Attributes:
-    cache: keys and values, leaves [s l ...].
+    cache: keys and values, leaves [s k l p].
     held: what else a step reads of a request, leaves [s ...].
     valid: bool [s l], places with a real token.
     place: int32 [s], where the next token goes.
@@ -192,8 +192,8 @@ def shardings(slots: Slots, ex: Execution) -> Any:
 
   def place(leaf) -> NamedSharding:
     spec: list[Any] = [BATCH_AXES if leaf.shape[0] % shards == 0 else None]
-    if leaf.ndim == 4:  # [s l k p] of the cache, [s m h p] of visual keys
-      spec += [None, 'tensor' if leaf.shape[2] % tensor == 0 else None]
+    if leaf.ndim == 4:  # [s k l p] of the cache, [s h m p] of visual keys
+      spec += ['tensor' if leaf.shape[1] % tensor == 0 else None]
     return NamedSharding(ex.mesh, P(*spec))
 
   return jax.tree.map(place, slots)

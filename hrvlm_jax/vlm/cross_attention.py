@@ -32,7 +32,7 @@ from hrvlm_jax.core.module import (
   stacked,
 )
 from hrvlm_jax.language.config import DecoderConfig
-from hrvlm_jax.language.decoder import Cache, Context, Decoder
+from hrvlm_jax.language.decoder import Cache, Context, Decoder, by_head
 from hrvlm_jax.systems.contract import ModelConfig, VisualTokens
 from hrvlm_jax.systems.fusion import CrossAttentionFusion
 from hrvlm_jax.vlm.model import VLM, Batch
@@ -47,7 +47,7 @@ class Media:
   """Keys and values of the visual tokens, computed once and read at every generated token.
 
   Attributes:
-    keys, values: [b m h p] of every block (a list).
+    keys, values: [b h m p] of every block (a list), as the cache of the language model lies.
     valid: bool [b m], tokens that may be read.
   """
 
@@ -78,19 +78,20 @@ class MediaAttention(Module):
     self.out = make(inner, width, _out_std(depth))
 
   def keys_values(self, media: Float[Array, 'b m e']):
-    """(keys, values), each [b m h p]."""
-    return self._split(self.k(media)), self._split(self.v(media))
+    """(keys, values), each [b h m p]."""
+    return by_head(self._split(self.k(media))), by_head(self._split(self.v(media)))
 
-  def __call__(self, x: Float[Array, 'n t d'], keys: Float[Array, 'b m h p'],
-               values: Float[Array, 'b m h p'], valid: Bool[Array, 'b m'], *,
+  def __call__(self, x: Float[Array, 'n t d'], keys: Float[Array, 'b h m p'],
+               values: Float[Array, 'b h m p'], valid: Bool[Array, 'b m'], *,
                ex: Execution = HERE) -> Float[Array, 'n t d']:
-    y = attention(self._queries(x, keys), keys, values, valid=valid, scale=HEAD_WIDTH**-0.5, ex=ex)
+    y = attention(self._queries(x, keys), by_head(keys), by_head(values), valid=valid,
+                  scale=HEAD_WIDTH**-0.5, ex=ex)
     return self.out(y.reshape(*x.shape[:2], -1))
 
   def weights(self, x, keys, valid) -> Float[Array, 'n h t m']:
     """The float32 attention probabilities."""
     n, t = x.shape[:2]
-    probs = attention_weights(self._queries(x, keys), keys, mask=valid[:, None, None],
+    probs = attention_weights(self._queries(x, keys), by_head(keys), mask=valid[:, None, None],
                               scale=HEAD_WIDTH**-0.5)
     b, h, _, m = probs.shape
     return jnp.swapaxes(probs.reshape(b, h, -1, t, m), 1, 2).reshape(n, h, t, m)

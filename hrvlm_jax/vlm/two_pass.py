@@ -204,7 +204,7 @@ class TwoPassVLM(VLM):
     start = total - embeds.shape[1]
     cache = empty_cache(self.config.text, batch, slots, dtype=embeds.dtype,
                         unrolled=isinstance(self.language.blocks, List))
-    axis = 1 if isinstance(self.language.blocks, List) else 2
+    axis = 2 if isinstance(self.language.blocks, List) else 3
     cache = jax.tree.map(lambda store, old: jax.lax.dynamic_update_slice_in_dim(
       store, old.astype(store.dtype), 0, axis=axis), cache, seen)
     hidden, cache = self.language.extend(

@@ -148,7 +148,7 @@ def test_keys_are_made_once_and_never_repeated_for_beams(answering):
   _, generator, views, tokens, valid = answering
   embeds, ok, extras = generator.prompt(prompt(views[:2], tokens[:2], valid[:2]))
   media = extras['media']
-  assert [k.shape for k in media.keys] == [(2, 130, 2, 64)] * 2
+  assert [k.shape for k in media.keys] == [(2, 2, 130, 64)] * 2
   out = generator.generate(embeds, ok, Sampling(max_new_tokens=4, beams=3), extras=extras)
   assert out.tokens.shape == (2, 4) and (out.scores < 0).all()
   greedy = generator.generate(embeds, ok, Sampling(max_new_tokens=4), extras=extras,

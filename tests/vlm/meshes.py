@@ -116,7 +116,7 @@ def answers(checkpoint: str, mesh: str, *, beams: int = 2) -> dict[str, list[lis
       local = leaf.sharding.shard_shape(leaf.shape)
       assert local[0] == leaf.shape[0] // shards, (leaf.shape, local)
       tensor = layout.mesh.shape['tensor']
-      assert leaf.shape[2] % tensor or local[2] == leaf.shape[2] // tensor, (leaf.shape, local)
+      assert leaf.shape[1] % tensor or local[1] == leaf.shape[1] // tensor, (leaf.shape, local)
   return found
 
 

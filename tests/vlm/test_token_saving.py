@@ -103,7 +103,7 @@ def test_fastv_shortens_the_later_caches(answerer):
     lambda p: pruned.fn.apply(p, embeds, valid, slots=length + 16, method='prefill', **extras),
     pruned.params)
   assert logits.shape[0] == 2
-  assert cache['head'][0]['k'].shape[1] - cache['tail'][0]['k'].shape[1] == 32
+  assert cache['head'][0]['k'].shape[2] - cache['tail'][0]['k'].shape[2] == 32
 
 
 def test_fastv_refuses_what_cannot_work(answerer):

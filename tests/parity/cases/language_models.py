@@ -112,5 +112,4 @@ def _cache(case, module):
   _, _, cache = module.prefill(module.embed(prompt), jnp.asarray(mask), slots=prompt.shape[1])
   for key in case.keys:
     if found := re.fullmatch(r'cache\.prompt\.([kv])(\d+)', key):
-      value = jnp.where(mask[..., None, None], cache[found[1]][int(found[2])], 0)
-      case.expect(key, jnp.swapaxes(value, 1, 2))
+      case.expect(key, jnp.where(mask[:, None, :, None], cache[found[1]][int(found[2])], 0))

@@ -17,6 +17,7 @@ from hrvlm_jax.core.module import Functional, depth_of
 from hrvlm_jax.core.resample import normalise, normalise_host
 from hrvlm_jax.evaluation.analysis.attention import global_share
 from hrvlm_jax.language import config as language
+from hrvlm_jax.language.decoder import by_head
 from hrvlm_jax.language.generate import Generator, Sampling
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion
@@ -204,8 +205,8 @@ def xattn_block(case: Case) -> None:
   valid = jnp.ones(media.shape[:2], bool)
   case.expect('norm_x', normed, tol=OPERATOR)
   case.expect('q', q, tol=OPERATOR)
-  case.expect('k', keys.reshape(*media.shape[:2], -1), tol=OPERATOR)
-  case.expect('v', values.reshape(*media.shape[:2], -1), tol=OPERATOR)
+  for name, held in (('k', keys), ('v', values)):
+    case.expect(name, by_head(held).reshape(*media.shape[:2], -1), tol=OPERATOR)
   case.expect('probs', block.attn.weights(normed, keys, valid), tol=OPERATOR)
   y = block.attn(normed, keys, values, valid)
   case.expect('attn_out', y, tol=OPERATOR)
