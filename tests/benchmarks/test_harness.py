@@ -150,4 +150,4 @@ def test_exports_agree_with_ours(name, tmp_path, monkeypatch):
   case = find_cases()[f'tiny_torch_export_{name}_jax']
   found = runner.run_case(case, runner.Settings(rounds=1, ceiling=False), say=lambda _: None)
   assert max(found['differences'].values()) < 1e-4 and found['ratio']['median'] > 0
-  assert 'torch' in found['versions']
+  assert 'torch' in found['versions'] and found['ours']['jax_loaded'] is False
