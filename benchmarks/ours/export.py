@@ -6,6 +6,7 @@ export. The process that is measured reads them as a user's does: PyTorch and tr
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 import json
 import pathlib
@@ -21,7 +22,7 @@ from benchmarks.harness.program import Program, read_inputs
 EXPORT = 'export'  # folder of the tensors under an export's names
 
 
-class Exported:
+class Exported(abc.ABC):
   """What these sides share.
 
   Attributes:
@@ -35,10 +36,11 @@ class Exported:
   def __init__(self, settings: Mapping[str, Any], folder: pathlib.Path, options: Options):
     self.settings, self.folder, self.options = settings, pathlib.Path(folder), options
 
+  @abc.abstractmethod
   def vit(self, config: Any) -> Any:
     """The vision transformer of a configuration of ours."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def module(self, c: Any, config: Any) -> Any:
     """The module of interop/torch.
 
@@ -46,7 +48,6 @@ class Exported:
       c: the case's settings with attributes.
       config: what a config of transformers says of the vision transformer.
     """
-    raise NotImplementedError
 
   def call(self, module: Any, pixels: Any) -> dict[str, Any]:
     """Named outputs of pixels [n 3 h w]."""

@@ -37,7 +37,8 @@ def raise_all(title: str, problems: Iterable[str], *, most: int = MOST) -> None:
     raise UserError(f'{title}: {problems[0]}')
   count = len(problems)
   if count > most:
-    problems[most - _TAIL:-_TAIL] = [f'and {count - most} more']
+    last = min(_TAIL, most // 2)
+    problems[most - last:count - last] = [f'and {count - most} more']
   lines = '\n'.join(f'  {problem}' for problem in problems)
   raise UserError(f'{title}: {count} problems\n{lines}')
 

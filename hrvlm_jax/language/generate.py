@@ -26,8 +26,8 @@ from hrvlm_jax.language.decoder import Decoder
 from hrvlm_jax.language.sampling import Sampling, choose, penalise
 from hrvlm_jax.parallel.distributed import to_host
 
-# A run meets few lengths, each compiled once; four to an octave from 256 on, so that at most a
-# fifth of a long prompt that is read is padding.
+# A run meets few lengths, each compiled once; about four to an octave from 256 to 8192, so that at
+# most a fifth of what is read there is padding.
 BUCKETS = (32, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792,
            2048, 2560, 3072, 3840, 4608, 5376, 6144, 7168, 8192)
 _BUDGET_STEP = 16  # the budget of new tokens is rounded up to it, so that few sizes are compiled

@@ -204,9 +204,8 @@ class TwoPassVLM(VLM):
     start = total - embeds.shape[1]
     cache = empty_cache(self.config.text, batch, slots, dtype=embeds.dtype,
                         unrolled=isinstance(self.language.blocks, List))
-    axis = 2 if isinstance(self.language.blocks, List) else 3
     cache = jax.tree.map(lambda store, old: jax.lax.dynamic_update_slice_in_dim(
-      store, old.astype(store.dtype), 0, axis=axis), cache, seen)
+      store, old.astype(store.dtype), 0, axis=-2), cache, seen)  # places, stacked or not
     hidden, cache = self.language.extend(
       embeds, jnp.pad(valid, ((0, 0), (0, slots - total))), cache, start, ex=ex)
     last = last_true(valid[:, start:])[:, None, None]

@@ -18,6 +18,7 @@ def test_a_long_list_keeps_its_first_and_its_last_problems():
   assert shown[1] == '  problem 0' and shown[-1] == '  all of them: read the page'
   assert '  and 81 more' in shown
   assert len(message(listed[:20], most=20)) == 21
+  assert message(listed, most=1)[1:] == ['  problem 0', '  and 99 more']
 
 
 def test_a_rare_kind_is_not_cut_away():
