@@ -84,7 +84,7 @@ MUTANTS = (
          'or theirs[key] != value]', 'and theirs[key] != value]',
          'tests/interop/test_layouts.py -k "qwen2 or prefix"'),
   Mutant('end_of_a_long_list', 'hrvlm_jax/core/errors.py',
-         'problems[most - _TAIL:-_TAIL] = [', 'problems[most:] = [',
+         'problems[most - last:count - last] = [', 'problems[most:] = [',
          'tests/core/test_errors.py -k first_and_its_last'),
   Mutant('rare_problem', 'hrvlm_jax/core/errors.py',
          'in sorted(kinds, key=len) for', 'in kinds for',
