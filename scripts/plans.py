@@ -93,6 +93,9 @@ which takes 1.2 times as long. Memory is the compiler's own for what lies there 
 file and line; `--explain FILE --chip v5e` does so for a program that is stored as text.
 `--costs FILE` takes constants that `hrvlm bench tpu_calibrate` measured on a machine with chips.
 
+On which smallest slice of v5e, v5p and v6e each release answers: [answering.md](answering.md), by
+`hrvlm plan --step answer`.
+
 `hrvlm plan --search` goes in stages: every mesh with recomputation of whole layers, the best two
 with the other policies, the best of all with half and twice the micro-batches. What cannot be cut
 or cannot fit by arithmetic (state, gradients, what layers keep) is not compiled.

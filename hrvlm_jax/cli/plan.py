@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 from hrvlm_jax.cli.arguments import Parser
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, unknown
 
 
 def main(argv: list[str]) -> int:
@@ -18,15 +18,19 @@ def main(argv: list[str]) -> int:
   --explain FILE it reads a scheduled program that is stored in a file instead.
   """
   stored = _names_a_file(argv)
-  parser = Parser('plan', main.__doc__, config=True, config_required=not stored)
+  released = any(word.partition('=')[0] == '--release' for word in argv)
+  parser = Parser('plan', main.__doc__, config=True, config_required=not (stored or released))
+  parser.add_argument('--release', metavar='NAME', help='instead of --config, for all steps but '
+                      'train: a released model, as docs/answering.md lists them')
   parser.add_argument('--explain', type=pathlib.Path, nargs='?', const=True, metavar='FILE',
                       help='also time by source function and the ten dearest places; with FILE, a '
                       'scheduled program as text (.gz, .xz, .bz2 too), of that program alone')
   parser.add_argument('--chip', default='v5e', help='with --explain FILE: v5e, v5p, v6e, ...')
-  asks = any(word == 'answer' or word == '--step=answer' for word in argv)
+  asks = any(word.removeprefix('--step=') in ('answer', 'prefill', 'decode') for word in argv)
   parser.add_argument('--topology', required=not (stored or asks),
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
-                      'or cpu:8, which stands for no chip')
+                      'or cpu:8, which stands for no chip; without one, all steps but train say on '
+                      'which smallest slices of v5e, v5p and v6e the model answers')
   parser.add_argument('--slices', type=int, default=1, help='equal slices joined by the network')
   parser.add_mesh()
   parser.add_argument('--step', choices=('train', 'prefill', 'decode', 'answer'), default='train',
@@ -60,17 +64,21 @@ def main(argv: list[str]) -> int:
     return _explain(arguments)
 
   from hrvlm_jax.core.config import to_dict
+  from hrvlm_jax.parallel import fitting as parallel_fitting
   from hrvlm_jax.parallel.mesh import MeshConfig, mesh_config
   from hrvlm_jax.parallel.topology import parse
-  from hrvlm_jax.planning import plan, report as reports
+  from hrvlm_jax.planning import answering, plan, report as reports
   from hrvlm_jax.training import fitting, run_config
   from hrvlm_jax.training.config import RunConfig
 
   mesh_config(arguments.mesh)  # a wrong axis is a sentence before anything is compiled
-  config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  if arguments.release is None:
+    config = run_config.load(RunConfig, arguments.config, arguments.overrides)
+  else:
+    config = _release(arguments)
   if arguments.mesh is not None:
     config = dataclasses.replace(config, mesh=mesh_config(arguments.mesh))
-  if arguments.step == 'answer':
+  if arguments.step == 'answer' or arguments.topology is None:
     return _answering(config, arguments)
   topology = parse(arguments.topology, slices=arguments.slices)
   effort = arguments.effort
@@ -95,6 +103,10 @@ def main(argv: list[str]) -> int:
       choice = _chosen(config, topology, arguments)
       print('\n'.join(fitting.told(config, choice)))
       mesh = to_dict(choice.mesh)
+    elif config.mesh == MeshConfig():
+      choice = answering.answers_on(config.model, topology, dtype=config.training.dtype)
+      print(f'mesh {parallel_fitting.axes_of(choice.mesh)}: {choice.words}')
+      mesh = to_dict(choice.mesh)
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
                        keep=arguments.program, **how)
   print(reports.describe(report, dearest=arguments.explain is not None))
@@ -104,6 +116,29 @@ def main(argv: list[str]) -> int:
   return 0 if report['memory']['fits'] else 1
 
 
+def _release(arguments):
+  """A run config of a released model, of which serving reads model, length and dtype."""
+  from hrvlm_jax.planning import answering
+  from hrvlm_jax.systems import registry
+  from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+
+  if arguments.config is not None:
+    raise UserError('--release and --config both name a model; give one of them')
+  if arguments.step == 'train':
+    raise UserError('--release names a model that answers: expected --step answer, prefill or '
+                    'decode; a train step is of a recipe, --config')
+  known = dict(answering.releases())
+  if arguments.release not in known:
+    raise UserError(unknown(arguments.release, known, what='release'))
+  model = known[arguments.release]
+  # As `vlm.where` counts: the visual tokens of one image and 512 places of text.
+  length = (registry.get(model.system).tokens(model.encoder) or 2048) + 512
+  return RunConfig(
+    model=model, data=DataConfig(train='none', lengths=(length,)),
+    training=TrainingConfig(steps=1, batch_size=1, dtype='bfloat16',
+                            optimizer=OptimizerConfig(learning_rate=1e-5)))
+
+
 def _answering(config, arguments) -> int:
   """Where the model of a config answers."""
   from hrvlm_jax.parallel.mesh import mesh_config
@@ -111,13 +146,24 @@ def _answering(config, arguments) -> int:
 
   if config.model.text is None:
     raise UserError(f'model.text is none: {config.model.system} alone answers no questions')
+  step = f'--step {arguments.step}'
   if arguments.mesh is not None and arguments.topology is None:
-    raise UserError('--mesh needs --topology with --step answer; without both the smallest slices '
-                    'are looked for')
+    raise UserError(f'--mesh needs --topology with {step}; without both the smallest slices are '
+                    'looked for')
+  unread = [name for name in ('search', 'batches', 'effort', 'compiler', 'program', 'json', 'costs',
+                              'explain', 'length') if getattr(arguments, name)]
+  if arguments.topology is None and arguments.slices != 1:
+    unread.append('slices')
+  if unread:
+    without = '' if arguments.step == 'answer' else ' without --topology'
+    raise UserError(f'{step}{without} is arithmetic and compiles nothing; leave out '
+                    f'{", ".join(f"--{name}" for name in unread)}')
   lines, fits = answering.describe(
     config.model, () if arguments.topology is None else (arguments.topology,),
-    mesh=None if arguments.mesh is None else mesh_config(arguments.mesh))
+    slices=arguments.slices, mesh=None if arguments.mesh is None else mesh_config(arguments.mesh))
   print('\n'.join(lines))
+  if arguments.step != 'answer':
+    print(f'{step} --topology SLICE compiles the step itself')
   return 0 if fits else 1
 
 

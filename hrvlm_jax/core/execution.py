@@ -94,6 +94,11 @@ class Execution:
     return 1 if self.mesh is None else self.mesh.size
 
   @property
+  def gathers(self) -> bool:
+    """Whether weights are spread over devices (fsdp) and gathered where they are used."""
+    return self.mesh is not None and self.mesh.shape['fsdp'] > 1
+
+  @property
   def one_cpu(self) -> bool:
     """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
     return self.devices == 1 and self.on == 'cpu'

@@ -73,12 +73,15 @@ class Generator:
 
   def __init__(self, fn: Functional, params, *, ex: Execution = HERE):
     self.fn, self.params, self.ex = fn, params, ex
-    self._prefill = jax.jit(self._prefill_fn, static_argnames=('slots', 'ex'))
-    self._loop = jax.jit(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'))
-    self._step = jax.jit(self._step_fn, static_argnames=('ex',))
+    compiled = functools.partial(jax.jit, compiler_options=_options(ex))
+    # A cache is given away by whoever goes on from it, and comes back: it is never there twice.
+    self._prefill = compiled(self._prefill_fn, static_argnames=('slots', 'ex'))
+    self._loop = compiled(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'),
+                          donate_argnames=('cache',))
+    self._step = compiled(self._step_fn, static_argnames=('ex',), donate_argnames=('cache',))
     self._choose = jax.jit(lambda logits, key, i, *, sampling: choose(
       logits, sampling, jax.random.fold_in(key, i)), static_argnames=('sampling',))
-    self._apply = jax.jit(fn.apply, static_argnames=('method', 'ex'))
+    self._apply = compiled(fn.apply, static_argnames=('method', 'ex'))
 
   def prompt(self, batch):
     """(embeddings, valid, extras) of a batch, for modules with a `prompt` method."""
@@ -137,13 +140,17 @@ class Generator:
 
     def body(carry):
       i, token, finished, valid, cache, state = carry
-      logits, valid, cache = self._step_fn(params, token, valid, cache, start + i - 1, extras,
+      held = params
+      if ex.gathers:  # else the compiler gathers all weights in front of the loop, and keeps them
+        token, held = jax.lax.optimization_barrier((token, params))
+      logits, valid, cache = self._step_fn(held, token, valid, cache, start + i - 1, extras,
                                            ex=ex)
       token, now = select(logits, i, finished, state['tokens'])
       return i + 1, token, now, valid, cache, record(dict(state), i, token, finished, logits)
 
     carry = (jnp.int32(1), token, finished, valid, cache, state)
-    return jax.lax.while_loop(more, body, carry)[-1]
+    *_, cache, state = jax.lax.while_loop(more, body, carry)
+    return state, cache
 
   def generate(self, embeds, valid, sampling: Sampling, *, key=None, keep_logits: bool = False,
                extras: dict[str, Any] | None = None) -> Generated:
@@ -170,9 +177,9 @@ class Generator:
                                             ex=self.ex)
       return Generated(tokens, lengths, scores=scores)
     key = jax.random.key(0) if key is None else key
-    state = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
-                       extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),
-                       keep_logits=keep_logits, ex=self.ex)
+    state, _ = self._loop(self.params, logits, valid, cache, length, sampling.max_new_tokens, key,
+                          extras, sampling=dataclasses.replace(sampling, max_new_tokens=budget),
+                          keep_logits=keep_logits, ex=self.ex)
     state = to_host(state)
     n = sampling.max_new_tokens
     kept = state['logits'][:, :n] if keep_logits else None
@@ -204,6 +211,17 @@ class Generator:
         return
       logits, valid, cache = self._step(self.params, token, valid, cache, length + i, extras,
                                         ex=self.ex)
+
+
+def _options(ex: Execution) -> dict[str, Any] | None:
+  """Options of the compiler for programs that are spread over devices.
+
+  XLA for CPUs otherwise begins as much as it can at once, the gathers of all layers' weights too,
+  and a device that holds a part of the model then fills with all of it (tests/vlm/peaks.py).
+  """
+  if ex.devices == 1 or ex.on != 'cpu':
+    return None
+  return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 
 class TextGenerator:
@@ -251,9 +269,19 @@ def _candidates(logits, scores, tokens, count, *, sampling, keep):
 
 
 @functools.partial(jax.jit, static_argnames=('ex',))
-def _reorder(tree, rows, *, ex: Execution):
-  """Rows of logits, masks and cache in another order."""
-  return ex.constrain('cache', jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), tree))
+def _reorder(tree, parents, *, ex: Execution):
+  """Rows of logits, masks and cache in another order.
+
+  Args:
+    parents: int32 [b beams], which of the rows of its prompt each beam goes on from. A prompt's
+      beams lie on one device, so that no row ever leaves it.
+  """
+  def pick(leaf):
+    of_prompt = leaf.reshape(len(parents), -1, *leaf.shape[1:])
+    taken = jax.vmap(lambda rows, order: jnp.take(rows, order, axis=0))(of_prompt, parents)
+    return taken.reshape(-1, *leaf.shape[1:])
+
+  return ex.constrain('cache', jax.tree.map(pick, tree))
 
 
 class _Finished:
@@ -282,9 +310,10 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   hypotheses are kept on the host.
 
   Args:
-    step: (tokens [b*beams], valid, cache, slot, extras) -> (logits, valid, cache). The module sees
-      rows in the order row * beams + beam; extras stay per row (index them by row // beams).
-    cache: layers unrolled, leaves with the batch axis first.
+    step: (tokens [b*beams], valid, cache, slot, extras) -> (logits, valid, cache); it may take the
+      cache's memory. The module sees rows in the order row * beams + beam; extras stay per row
+      (index them by row // beams).
+    cache: layers unrolled, leaves with the batch axis first; its memory is given back.
     ex: of `step`; what the host decides is the same on all its processes.
 
   Returns:
@@ -294,8 +323,10 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   """
   batch, beams, budget = logits.shape[0], sampling.beams, sampling.max_new_tokens
   stops = set(sampling.stop_ids)
-  rows = np.repeat(np.arange(batch), beams)
-  logits, cache, valid = _reorder((logits, cache, valid), rows, ex=ex)
+  prompt, parents = cache, np.zeros((batch, beams), np.int32)
+  logits, cache, valid = _reorder((logits, cache, valid), parents, ex=ex)
+  for leaf in jax.tree.leaves(prompt):
+    leaf.delete()  # the caller still has its name
   scores = np.full((batch, beams), -1e9, np.float32)
   scores[:, 0] = 0
   live: list[list[list[int]]] = [[[] for _ in range(beams)] for _ in range(batch)]
@@ -307,7 +338,7 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
   for length in range(1, budget + 1):
     best, origin, token = to_host(_candidates(
       logits, scores, written, length - 1, sampling=sampling, keep=keep))
-    parents = np.repeat(np.arange(batch) * beams, beams).reshape(batch, beams)
+    parents = np.zeros((batch, beams), np.int32)
     tokens = np.full((batch, beams), sampling.pad_id, np.int32)
     for row in range(batch):
       if done[row]:
@@ -326,15 +357,15 @@ def beam_search(step: Callable, logits, valid, cache, start: int, sampling: Samp
       kept += [(-1e9, 0, sampling.pad_id)] * (beams - len(kept))
       live[row] = [live[row][beam] + [tok] for _, beam, tok in kept]
       scores[row] = [score for score, _, _ in kept]
-      parents[row] = [row * beams + beam for _, beam, _ in kept]
+      parents[row] = [beam for _, beam, _ in kept]
       tokens[row] = [tok for _, _, tok in kept]
       done[row] = finished[row].done(float(best[row].max()), length)
     if all(done) or length == budget:
       break
     if sampling.counts:
-      written = written[parents.reshape(-1)]
+      written = written[(np.arange(batch)[:, None] * beams + parents).reshape(-1)]
       written[:, length - 1] = tokens.reshape(-1)
-    valid, cache = _reorder((valid, cache), parents.reshape(-1), ex=ex)
+    valid, cache = _reorder((valid, cache), parents, ex=ex)
     logits, valid, cache = step(tokens.reshape(-1), valid, cache, start + length - 1, extras)
   out = np.full((batch, budget), sampling.pad_id, np.int32)
   lengths, values = np.zeros(batch, np.int32), np.zeros(batch, np.float32)

@@ -57,13 +57,14 @@ def smallest_slice(config: ModelConfig, chip: str, **options) -> tuple[Topology,
   return None
 
 
-def describe(config: ModelConfig, topologies: tuple[str, ...] = (), *, mesh=None,
+def describe(config: ModelConfig, topologies: tuple[str, ...] = (), *, slices: int = 1, mesh=None,
              **options) -> tuple[list[str], bool]:
-  """Lines for people, and whether it fits: on the topologies, or on the smallest slices."""
+  """Lines for people, and whether it fits: on the topologies (so many equal slices of each), or on
+  the smallest slices."""
   lines = ['BY ARITHMETIC, nothing was compiled: parameters are exact, the rest is estimated']
   fits = True
   for text in topologies:
-    topology = parse(text)
+    topology = parse(text, slices=slices)
     choice = answers_on(config, topology, mesh=mesh, **options)
     lines.append(f'{topology.name}: mesh {fitting.axes_of(choice.mesh)}, {choice.verdict}: '
                  f'{choice.words}')
@@ -104,8 +105,9 @@ def page() -> str:
 Written by `python -m hrvlm_jax.planning.answering`; do not edit. The smallest slice on which a
 release answers one question about one image (bfloat16, 128 new tokens), the mesh, and what a device
 then holds. BY ARITHMETIC: parameters are exact; cache, prompt and one layer at work are estimated,
-and a quarter of a device stays free. `hrvlm plan --config RECIPE --step answer` prints the same for
-any recipe; `hrvlm ask --mesh` and `hrvlm eval --mesh` take the mesh.
+and a quarter of a device stays free. `hrvlm plan --release NAME --step answer` prints the same for
+a release, with `--config RECIPE` for any recipe; `--step prefill` or `decode` with `--topology`
+compiles the step itself. `hrvlm ask --mesh` and `hrvlm eval --mesh` take the mesh.
 
 | release | system | {" | ".join(SLICES)} |
 | --- | --- | {" | ".join("---" for _ in SLICES)} |

@@ -49,8 +49,30 @@ def test_the_verb(capsys):
   assert 'DOES NOT FIT' in capsys.readouterr().out
   assert cli.run([*command, '--topology', 'v5e:2x2', '--mesh', 'fsdp=4']) == 0
   assert 'mesh fsdp=4' in capsys.readouterr().out
-  with pytest.raises(UserError, match='--mesh needs --topology'):
-    cli.run([*command, '--mesh', 'fsdp=4'])
+  for wrong, sentence in ((['--mesh', 'fsdp=4'], '--mesh needs --topology'),
+                          (['--json', 'x', '--search'], 'leave out --search, --json'),
+                          (['--slices', '2'], 'leave out --slices')):
+    with pytest.raises(UserError, match=sentence):
+      cli.run([*command, *wrong])
+
+
+@pytest.mark.parametrize('step', ['answer', 'prefill', 'decode'])
+def test_every_step_says_where_a_release_answers(step, capsys):
+  assert cli.run(['plan', '--release', 'llava_1_5_7b', '--step', step]) == 0
+  printed = capsys.readouterr().out
+  for chip, shape in (('v5e', '2x2'), ('v5p', '2x2x1'), ('v6e', '1x1')):
+    assert f'{chip}: {chip}:{shape} (' in printed, printed
+  assert ('--topology SLICE' in printed) == (step != 'answer')
+
+
+def test_what_a_release_cannot_be(capsys):
+  for wrong, sentence in ((['--step', 'train', '--topology', 'v5e:2x2'], 'expected --step answer'),
+                          (['--step', 'answer', '--config', 'pheye:x2_448,stage1'], 'both name'),
+                          (['--step', 'answer', '--topology', 'v5e'], 'expected CHIP')):
+    with pytest.raises(UserError, match=sentence):
+      cli.run(['plan', '--release', 'llava_1_5_7b', *wrong])
+  with pytest.raises(UserError, match='nearest known: llava_hr_7b'):
+    cli.run(['plan', '--release', 'llava_hr_7c', '--step', 'answer'])
 
 
 def test_a_model_answers_on_one_device_where_it_fits():

@@ -4,13 +4,15 @@
     python -m tests.vlm.laying orbax|tensors FOLDER [--processes HOST:PORT,N,I]
 
 LAYERS of 201 MB each. Prints one JSON object: bytes of the parameters, bytes that this process
-read, bytes that its arrays take, and the most anonymous memory beyond what it had before and those
-arrays. The export has the original's layout, matrices transposed.
+read, bytes that came from the disk for it (nothing of the folder is in memory before), bytes that
+its arrays take, and the most anonymous memory beyond what it had before and those arrays. The
+export has the original's layout, matrices transposed.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import threading
@@ -58,6 +60,23 @@ def anonymous() -> int:
   raise RuntimeError('no RssAnon')
 
 
+def from_disk() -> int:
+  """Bytes that the system fetched from the disk for this process."""
+  for line in pathlib.Path('/proc/self/io').read_text().splitlines():
+    if line.startswith('read_bytes'):
+      return int(line.split()[1])
+  raise RuntimeError('no read_bytes')
+
+
+def forget(folder: pathlib.Path) -> None:
+  """Leaves nothing of a folder in memory."""
+  for path in folder.rglob('*'):
+    if path.is_file():
+      with path.open('rb') as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def measure(kind: str, folder: pathlib.Path) -> dict[str, int]:
   import jax
   import tensorstore
@@ -83,7 +102,8 @@ def measure(kind: str, folder: pathlib.Path) -> dict[str, int]:
     return is_finite(array)
 
   jax.make_array_from_callback, laid.is_finite = counted, looked
-  before, worst, done = anonymous(), 0, threading.Event()
+  forget(folder if kind == 'orbax' else pathlib.Path(f'{folder}_export'))
+  before, worst, done, disk = anonymous(), 0, threading.Event(), from_disk()
 
   def watch():
     nonlocal worst
@@ -104,7 +124,7 @@ def measure(kind: str, folder: pathlib.Path) -> dict[str, int]:
   done.set()
   watching.join()
   return {'bytes': sum(leaf.nbytes for leaf in jax.tree.leaves(params)), 'read': read,
-          'placed': placed, 'beyond': worst}
+          'placed': placed, 'beyond': worst, 'disk': from_disk() - disk}
 
 
 def main() -> int:

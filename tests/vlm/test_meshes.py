@@ -46,6 +46,28 @@ def test_a_cut_model_answers_like_one_device(tmp_path):
 
 
 @pytest.mark.full('parallel')
+@pytest.mark.parametrize('release, devices, meshes', [
+  ('llava_hr_x_13b', 8, ['tensor=2', 'tensor=4', 'fsdp=4', 'data=2,tensor=2', 'fsdp=2,tensor=4']),
+  ('vila_hd_8b_4k_siglip', 4, ['tensor=2', 'tensor=4', 'fsdp=4', 'data=2,tensor=2'])])
+def test_a_device_holds_its_share(release, devices, meshes):
+  """Of the widths of the release: parameters, cache and what a layer needs, and a fifth beyond."""
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(devices),
+                     PYTHONPATH=str(REPO), TF_CPP_MIN_LOG_LEVEL='2')  # fmt: skip
+  meshes = [mesh if 'data' in mesh else f'data=1,{mesh}' for mesh in meshes]
+  done = subprocess.run([sys.executable, '-m', 'tests.vlm.peaks', release, '8', *meshes], cwd=REPO,
+                        env=environment, capture_output=True, text=True, timeout=1200)
+  assert done.returncode == 0, done.stderr[-3000:]
+  found = json.loads(done.stdout)
+  assert list(found) == meshes
+  for mesh, programs in found.items():
+    assert set(programs) == {'prefill', 'loop', 'step', 'beams'}
+    for name, program in programs.items():
+      assert program['peak'] <= 1.2 * sum(program['parts'].values()), (mesh, name, program)
+      # The arithmetic itself does not count what nobody needs.
+      assert program['peak'] >= 0.6 * sum(program['parts'].values()), (mesh, name, program)
+
+
+@pytest.mark.full('parallel')
 @pytest.mark.parametrize('system', ['llava_hr', 'vila_hd', 'pheye'])
 def test_every_cut_of_every_kind(system, tmp_path):
   """Prefix, two passes and cross-attention; also by two processes of two devices each."""
