@@ -142,7 +142,7 @@ TOKENIZER: Keys = {  # tokenizer_config.json and special_tokens_map.json
 
 _PICTURE = 'the views are made here; their size, mean and colours are compared'
 PREPROCESSOR: Keys = {  # preprocessor_config.json
-  **used('image_mean', 'image_std', 'size', 'crop_size', 'image_size'),
+  **used('image_mean', 'image_std', 'mean', 'std', 'size', 'crop_size', 'image_size'),
   **_only(True, 'do_resize', 'do_rescale', 'do_normalize'),
   'resample': Only((3, 'bicubic')), 'interpolation': Only(('bicubic',)),
   'resize_mode': Only(('squash',)),

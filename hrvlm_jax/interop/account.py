@@ -219,7 +219,8 @@ def constants(encoder: Any, name: str) -> tuple[float, ...] | None:
 def preprocessor(values: Mapping[str, Any], config: ModelConfig) -> list[str]:
   """Colours and sizes of a picture processor that are not those of the model."""
   problems = []
-  for key, name in (('image_mean', 'mean'), ('image_std', 'std')):
+  for key in ('image_mean', 'image_std', 'mean', 'std'):  # the last two: PS3
+    name = key.removeprefix('image_')
     given, ours = values.get(key), constants(config.encoder, name)
     if given is None or ours is None:
       continue

@@ -9,6 +9,8 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+
 HEAD = """# The originals' own code beside ours
 
 `./scripts/originals.sh DIR` takes a checkout of an original, writes a tiny model of random weights
@@ -32,6 +34,21 @@ def commit(checkout: str) -> str:
   return head.stdout.strip() + ('+changes' if git('status', '--porcelain').stdout.strip() else '')
 
 
+def features_agree(place: pathlib.Path, number: int) -> bool:
+  """Whether both sides' features of a picture, if they wrote any, are equal within 1e-4 of the
+  largest magnitude (PS3)."""
+  ours, theirs = (place / f'{number}.{side}.npy' for side in ('ours', 'theirs'))
+  if not ours.exists():
+    return True
+  a, b = np.load(ours), np.load(theirs)
+  if a.shape != b.shape:
+    print(f'features {number}: ours {a.shape}, theirs {b.shape}')
+    return False
+  most = float(np.abs(a - b).max() / np.abs(b).max())
+  print(f'features {number}: {a.shape}, largest difference {most:.1e} of the largest magnitude')
+  return most <= 1e-4
+
+
 def main(name: str, checkout: str, work: str, page: str) -> int:
   """Prints every question, replaces or adds the row; 1 where tokens differ."""
   place = pathlib.Path(work)
@@ -41,7 +58,7 @@ def main(name: str, checkout: str, work: str, page: str) -> int:
   for number, (mine, theirs) in enumerate(zip(ours, found['tokens'], strict=True)):
     equal = sum(a == b for a, b in zip(mine, theirs, strict=False))
     same, total = same + equal, total + max(len(mine), len(theirs))
-    answers += mine == theirs
+    answers += mine == theirs and features_agree(place, number)
     print(f'question {number}: ours {mine}, theirs {theirs}')
   versions = ', '.join(f'{key} {value}' for key, value in found['versions'].items())
   row = (f'| {name} | {commit(checkout)} | {datetime.datetime.now(datetime.UTC).date()} | '

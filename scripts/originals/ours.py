@@ -14,11 +14,15 @@ from PIL import Image
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.resample import CLIP_MEAN, CLIP_STD
 from hrvlm_jax.interop.export import export
+from hrvlm_jax.language import config as language
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
 from hrvlm_jax.vlm import model as vlm
+from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm.answer import Answerer, text_of
+from hrvlm_jax.vlm.encode import ImageEncoder
 
 SIZES = ((610, 470), (300, 900), (97, 61))
 QUESTIONS = ('What is written on the sign?', 'Describe this photo.', 'Who?')
@@ -27,7 +31,9 @@ NEW = 12
 
 def tiny(name):
   """A tiny model as the original's code can be: MC-LLaVA's first window is fixed there, LLaVA-HR's
-  ViT sees at least 336 pixels, and its ConvNeXt ends in 1536 channels."""
+  ViT sees at least 336 pixels, its ConvNeXt ends in 1536 channels, and PS3 looks for places in a
+  picture of 1512 pixels. Its looks end with a whole place (4 and 16 patches): which of equal ones
+  `torch.topk` takes is left open there."""
   config, encoder = registry.get(name).tiny(), registry.get(name).tiny().encoder
   if name == 'mc_llava':
     encoder = dataclasses.replace(encoder, window=384, growth=10)
@@ -37,7 +43,32 @@ def tiny(name):
       fast=dataclasses.replace(encoder.fast, image_size=336, patch_size=14),
       slow=dataclasses.replace(encoder.slow, widths=(16, 32, 64, 1536)))
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, max_positions=1024))
+  elif name == 'ps3':
+    encoder = dataclasses.replace(
+      encoder, max_select=40, budgets=(8, 32), saliency=dataclasses.replace(
+        encoder.saliency, input_size=1512, kernel=28))
+  elif name in ('single_view', 'anyres', 's2'):
+    return llava(config)
   return dataclasses.replace(config, encoder=encoder)
+
+
+def llava(config):
+  """A baseline with a CLIP tower and LLaMA, as haotian-liu/LLaVA has them."""
+  vision = ViTConfig(
+    image_size=40, patch_size=8, width=64, depth=3, heads=4, mlp_width=96, activation='quick_gelu',
+    norm_eps=1e-5, class_token=True, patch_bias=False, pre_norm=True)
+  text = language.llama(vocab_size=config.text.vocab_size, width=128, depth=2, heads=4,
+                        mlp_width=192, max_positions=1024)
+  encoder = dataclasses.replace(config.encoder, vision=vision, layer=-2, mean=CLIP_MEAN,
+                                std=CLIP_STD)
+  projector = config.projector
+  if projector is not None:
+    wide = vision.width * (len(encoder.sizes) if config.system == 's2' else 1)
+    projector = dataclasses.replace(projector, n_in=wide, n_out=text.width)
+  if config.system == 'single_view':
+    encoder = dataclasses.replace(encoder, fit='pad')
+  return dataclasses.replace(config, encoder=encoder, text=text, projector=projector,
+                             chat='vicuna_v1')
 
 
 def weights(config, seed=0):
@@ -58,6 +89,35 @@ def picture(size, seed):
                           + noise).astype(np.uint8))
 
 
+def answers(place, config, tokenizer):
+  """The greedy tokens of every question, and the ids of its prompt."""
+  answerer, text = Answerer.load(place / 'checkpoint'), text_of(config, tokenizer)
+  asked = []
+  for number, question in enumerate(QUESTIONS):
+    image = Image.open(place / f'{number}.png')
+    embeds, valid, extras = answerer.generator.prompt(answerer.batch([([image], question)]))
+    sampling = answerer.sampling(max_new_tokens=NEW)
+    tokens = answerer.generator.generate(embeds, valid, sampling, extras=extras).rows()[0]
+    row = text.prompt(question, [1])  # one place for the picture
+    ids = np.where(row['visual_index'] >= 0, text.image_id or 0, row['tokens'])
+    asked.append({'picture': f'{number}.png', 'question': question, 'ids': ids.tolist(),
+                  'tokens': [int(token) for token in tokens]})
+  return asked, {'image_id': text.image_id, 'stop': list(text.stop_ids())}
+
+
+def looks(place):
+  """The places of the chosen patches, counted over all scales, and the features of every picture
+  (PS3, which gives no tokens)."""
+  encoder, asked = ImageEncoder.load(place / 'checkpoint'), []
+  for number in range(len(SIZES)):
+    found = encoder(Image.open(place / f'{number}.png'))
+    maps = np.concatenate([np.asarray(one)[0].reshape(-1) for one in found.info['maps']])
+    np.save(place / f'{number}.ours.npy', np.asarray(found.values[0])[np.asarray(found.valid[0])])
+    asked.append({'picture': f'{number}.png', 'ids': [],
+                  'tokens': np.flatnonzero(maps).tolist()})
+  return asked, {}
+
+
 def main(name: str, work: str) -> None:
   """Writes `original/` (weights in the original's layout), pictures and `asked.json`."""
   place = pathlib.Path(work)
@@ -65,21 +125,11 @@ def main(name: str, work: str) -> None:
   store.save_params(place / 'checkpoint', weights(config), {'model': to_dict(config)},
                     extra_files={f'tokenizer/{n}': data for n, data in tokenizer.files.items()})
   export(place / 'checkpoint', place / 'original')
-  answerer, text = Answerer.load(place / 'checkpoint'), text_of(config, tokenizer)
-  asked = []
-  for number, (size, question) in enumerate(zip(SIZES, QUESTIONS, strict=True)):
-    image = picture(size, number)
-    image.save(place / f'{number}.png')
-    embeds, valid, extras = answerer.generator.prompt(answerer.batch([([image], question)]))
-    sampling = answerer.sampling(max_new_tokens=NEW)
-    tokens = answerer.generator.generate(embeds, valid, sampling, extras=extras).rows()[0]
-    row = text.prompt(question, [1])  # one place for the picture
-    ids = np.where(row['visual_index'] >= 0, text.image_id or 0, row['tokens'])
-    asked.append({'picture': f'{number}.png', 'ids': ids.tolist(),
-                  'tokens': [int(token) for token in tokens]})
+  for number, size in enumerate(SIZES):
+    picture(size, number).save(place / f'{number}.png')
+  asked, more = looks(place) if config.text is None else answers(place, config, tokenizer)
   (place / 'asked.json').write_text(json.dumps({
-    'asked': asked, 'new': NEW, 'image_id': text.image_id, 'stop': list(text.stop_ids()),
-    'model': to_dict(config)}))
+    'asked': asked, 'new': NEW, 'model': to_dict(config), **more}))
 
 
 if __name__ == '__main__':

@@ -42,15 +42,19 @@ def mc_llava(checkout, folder, asked):
   return answer
 
 
-def transforms():
-  """The three parts of torchvision that Pheye uses: its wheels do not load beside a PyTorch for
-  CPUs."""
-  to_tensor = lambda image: torch.from_numpy(
-    np.array(image).transpose(2, 0, 1).copy()).float().div(255)
+def to_tensor(image):
+  """torchvision's: its wheels do not load beside a PyTorch for CPUs."""
+  return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy()).float().div(255)
 
-  def normalize(mean, std):
-    mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
-    return lambda x: (x - mean) / std
+
+def normalize(mean, std):
+  """torchvision's."""
+  mean, std = (torch.tensor(x)[:, None, None] for x in (mean, std))
+  return lambda x: (x - mean) / std
+
+
+def transforms():
+  """The three parts of torchvision that Pheye uses."""
 
   def compose(parts):
     def run(x):
@@ -118,16 +122,10 @@ def llava_hr(checkout, folder, asked):
   from llava_hr.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
   from llava_hr.model.multimodal_encoder import convnext, convnext_encoder
   from safetensors.torch import load_file
-  from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
   encoder, tower = asked['model']['encoder'], folder.parent / 'tower'
-  fast, slow = encoder['fast'], encoder['slow']
-  CLIPVisionModel(CLIPVisionConfig(
-    hidden_size=fast['width'], num_hidden_layers=fast['depth'], num_attention_heads=fast['heads'],
-    image_size=fast['image_size'], intermediate_size=fast['mlp_width'],
-    patch_size=fast['patch_size'], hidden_act=fast['activation'],
-    layer_norm_eps=fast['norm_eps'])).save_pretrained(tower)
-  CLIPImageProcessor().save_pretrained(tower)
+  slow = encoder['slow']
+  clip(encoder['fast'], tower)
   convnext_encoder.convnext_large_mlp = lambda name: convnext.ConvNeXt(
     depths=slow['depths'], dims=slow['widths'], num_classes=slow['classes'],
     head_hidden_size=slow['head_width'])
@@ -145,6 +143,119 @@ def llava_hr(checkout, folder, asked):
     return out[0, ids.shape[1]:]
 
   return answer
+
+
+TRUNK = 'hrvlm_trunk'
+
+
+def trunk(vision):
+  """Makes a SigLIP trunk of these sizes known to timm under `TRUNK`: PS3 names its trunk."""
+  from timm.models import register_model
+  from timm.models.vision_transformer import VisionTransformer
+
+  def hrvlm_trunk(pretrained=False, **options):
+    for name in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'features_only'):
+      options.pop(name, None)
+    sizes = dict(patch_size=vision['patch_size'], embed_dim=vision['width'], depth=vision['depth'],
+                 num_heads=vision['heads'], class_token=False, global_pool='map', num_classes=0,
+                 mlp_ratio=(vision['mlp_width'] + 0.5) / vision['width'])
+    return VisionTransformer(**(sizes | options))
+
+  register_model(hrvlm_trunk)
+
+
+def named_trunk(config):
+  """PS3's settings with the trunk's name in them."""
+  return config | {'model_name': TRUNK, 'pretrained': False}
+
+
+def squash(size):
+  """torchvision's `Resize` of PS3's processor, as Pillow does it."""
+  class Resize:
+    def __init__(self, size, interpolation):
+      self.size = size[::-1]
+
+    def __call__(self, image):
+      return image.resize(self.size, Image.Resampling.BICUBIC)
+
+  return Resize
+
+
+def ps3_pixels(folder):
+  """PS3's processor with three stand-ins for torchvision."""
+  import ps3.image_processing_ps3 as module
+
+  module.Resize, module.ToTensor, module.Normalize = squash(None), lambda: to_tensor, normalize
+  return module.PS3ImageProcessor(**json.loads((folder / 'preprocessor_config.json').read_text()))
+
+
+def ps3(checkout, folder, asked):
+  """A function (picture, ids) -> places of the chosen patches, of NVlabs/PS3; it writes the
+  features of every picture."""
+  trunk(asked['model']['encoder']['vision'])
+  from ps3 import PS3Model
+
+  path = folder / 'config.json'
+  values = json.loads(path.read_text())
+  values['vision_config'] = named_trunk(values['vision_config'])
+  path.write_text(json.dumps(values))
+  model, said = PS3Model.from_pretrained(str(folder), output_loading_info=True)
+  known = dict(model.named_parameters()).keys() | {'logit_scale', 'logit_bias'}  # of its training
+  if wrong := [name for name in said['missing_keys'] if name in known] + [
+      name for name in said['unexpected_keys'] if name not in known]:
+    raise SystemExit(f'theirs.py: names differ: {", ".join(wrong[:20])}')
+  model, pixels, done = model.eval(), ps3_pixels(folder), []
+
+  def answer(picture, ids):
+    given = pixels(picture, return_tensors='pt')['pixel_values']
+    out = model.vision_model(torch.stack(list(given)), output_hidden_states=True,
+                             num_look_close=asked['model']['encoder']['look']['looks'])
+    np.save(folder.parent / f'{len(done)}.theirs.npy', out.last_hidden_state[0].numpy())
+    done.append(picture)
+    return torch.cat([one[0].flatten() for one in out.selection_maps]).nonzero()[:, 0]
+
+  return answer
+
+
+def llava(checkout, folder, asked):
+  """The same of haotian-liu/LLaVA: one view, AnyRes, S2."""
+  from llava.constants import IMAGE_TOKEN_INDEX
+  from llava.mm_utils import process_images
+  from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+  from safetensors.torch import load_file
+
+  tower, vision = folder.parent / 'tower', asked['model']['encoder']['vision']
+  clip(vision, tower, vision['image_size'])
+  values = json.loads((folder / 'config.json').read_text())
+  values |= {'mm_vision_tower': str(tower)}
+  model = LlavaLlamaForCausalLM(LlavaConfig(**values)).eval().float()
+  model.get_vision_tower().load_model()
+  fill(model, load_file(folder / 'model.safetensors'))
+  processor = model.get_vision_tower().image_processor
+
+  def answer(picture, ids):
+    images = process_images([picture], processor, model.config).float()
+    ids = torch.where(ids == asked['image_id'], IMAGE_TOKEN_INDEX, ids)  # outside its vocabulary
+    out = model.generate(ids, images=images, image_sizes=[picture.size],
+                         max_new_tokens=asked['new'], do_sample=False, use_cache=True,
+                         eos_token_id=asked['stop'], pad_token_id=asked['stop'][0])
+    return out[0, 1:]  # made from embeddings: a start token, not the prompt
+
+  return answer
+
+
+def clip(vision, folder, size=None):
+  """A CLIP tower of these sizes and its processor, as a folder of transformers."""
+  from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+  CLIPVisionModel(CLIPVisionConfig(
+    hidden_size=vision['width'], num_hidden_layers=vision['depth'],
+    num_attention_heads=vision['heads'], image_size=vision['image_size'],
+    intermediate_size=vision['mlp_width'], patch_size=vision['patch_size'],
+    hidden_act=vision['activation'], layer_norm_eps=vision['norm_eps'])).save_pretrained(folder)
+  sizes = {} if size is None else {'size': {'shortest_edge': size},
+                                   'crop_size': {'height': size, 'width': size}}
+  CLIPImageProcessor(**sizes).save_pretrained(folder)
 
 
 def fill(model, tensors):
@@ -167,7 +278,7 @@ def main(name, checkout, work):
   place = pathlib.Path(work)
   asked = json.loads((place / 'asked.json').read_text())
   with torch.no_grad():
-    make = {'mc_llava': mc_llava, 'pheye': pheye, 'llava_hr': llava_hr}[name]
+    make = {'mc_llava': mc_llava, 'pheye': pheye, 'llava_hr': llava_hr, 'ps3': ps3}.get(name, llava)
     answer = make(checkout, place / 'original', asked)
     found = [answer(Image.open(place / one['picture']).convert('RGB'), torch.tensor([one['ids']]))
              for one in asked['asked']]

@@ -12,6 +12,7 @@ from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import Count, ModelConfig, System
+from hrvlm_jax.vision.vit import CLIP_L_336
 from hrvlm_jax.vlm import model as vlm
 
 
@@ -48,6 +49,18 @@ def test_release_configs_round_trip(system):
            for name in registry.names()}
   assert found.pop(system.name) == config
   assert all(other is None for other in found.values()), 'another system takes it for its own'
+
+
+@pytest.mark.parametrize('name', ['single_view', 'anyres', 's2'])
+def test_a_baseline_names_the_tower_that_llavas_code_builds(name):
+  """Without `mm_vision_tower` that code makes a model that sees nothing."""
+  system = registry.get(name)
+  release = next(config for config in system.released.values()
+                 if config.encoder.vision == CLIP_L_336)
+  found = system.to_release(release)['config.json']
+  assert found['mm_vision_tower'] == 'openai/clip-vit-large-patch14-336'
+  assert found['unfreeze_mm_vision_tower'] is (name != 's2')
+  assert 'mm_vision_tower' not in system.to_release(system.tiny())['config.json']
 
 
 def test_unknown_systems_are_refused_with_the_nearest_name():

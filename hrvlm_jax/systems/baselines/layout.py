@@ -78,7 +78,7 @@ def release(config: ModelConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
       **text, 'text_type': text['model_type'], 'model_type': 'llava',
       'architectures': ['LlavaLlamaForCausalLM'], 'mm_hidden_size': encoder.vision.width,
       'mm_vision_select_layer': encoder.layer, 'mm_vision_select_feature': 'patch',
-      'mm_projector_type': encoder.projector or 'mlp2x_gelu', **keys,
+      'mm_projector_type': encoder.projector or 'mlp2x_gelu', **tower_keys(encoder.vision), **keys,
       'hrvlm': {'system': config.system, 'model': to_dict(config)},
     },
     'preprocessor_config.json': {
@@ -87,6 +87,14 @@ def release(config: ModelConfig, keys: Mapping[str, Any]) -> dict[str, Any]:
       'image_mean': list(encoder.mean), 'image_std': list(encoder.std),
     },
   }
+
+
+def tower_keys(vision: ViTConfig) -> dict[str, Any]:
+  """What LLaVA's code needs to build a tower whose sizes it can look up, and to take its weights
+  from the folder; no keys for other towers, which that code cannot build."""
+  bare = dataclasses.replace(vision, lora=())
+  return next(({'mm_vision_tower': f'openai/{name}', 'unfreeze_mm_vision_tower': True}
+               for name, known in TOWERS.items() if known == bare), {})
 
 
 def own_config(values: Mapping[str, Any], system: str) -> ModelConfig | None:

@@ -260,8 +260,10 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
 def to_release(config: ModelConfig) -> dict[str, Any]:
   """config.json and processor of the released layout."""
   encoder = config.encoder
+  # With the tower's weights in the folder LLaVA's code for S2 does not start: it takes the named
+  # tower's own.
   return layout.release(config, {
-    **layout.projector_keys(config), 's2': True, 's2_scales': ','.join(map(str, encoder.sizes)),
+    'unfreeze_mm_vision_tower': False, **layout.projector_keys(config), 's2': True, 's2_scales': ','.join(map(str, encoder.sizes)),
     'mm_hidden_size': encoder.channels,
     'image_aspect_ratio': 'pad' if encoder.fit == 'pad' else 'square'})
 

@@ -398,6 +398,16 @@ def from_release(values: Mapping[str, Any]) -> ModelConfig | None:
   return ModelConfig(system='ps3', encoder=encoder, text=None, image_token=None)
 
 
+def processor_to_hf(config: PS3Config) -> dict[str, Any]:
+  """preprocessor_config.json. The original's class reads `mean` and `std` (without them it takes
+  CLIP's), other readers `image_mean` and `image_std`."""
+  side, mean, std = config.scales[-1], list(config.mean), list(config.std)
+  return {
+    'image_processor_type': 'PS3ImageProcessor', 'image_size': [side, side], 'mean': mean,
+    'std': std, 'image_mean': mean, 'image_std': std, 'interpolation': 'bicubic',
+    'resize_mode': 'squash'}
+
+
 def to_release(config: ModelConfig) -> dict[str, Any]:
   """Files of the released layout: config.json and preprocessor_config.json.
 
@@ -408,14 +418,10 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
     raise UserError('PS3 as released is an encoder alone; this model has a language model '
                     '(export VILA-HD models with their own system)')
   encoder: PS3Config = config.encoder
-  side = encoder.scales[-1]
   files = {
     'config.json': {
       'model_type': 'ps3', 'architectures': ['PS3Model'], 'vision_config': vision_to_hf(encoder)},
-    'preprocessor_config.json': {
-      'image_processor_type': 'PS3ImageProcessor', 'image_size': [side, side],
-      'image_mean': list(encoder.mean), 'image_std': list(encoder.std),
-      'interpolation': 'bicubic', 'resize_mode': 'squash'},
+    'preprocessor_config.json': processor_to_hf(encoder),
   }
   if encoder.text is not None:
     files['config.json']['text_config'] = text_to_hf(encoder.text)

@@ -160,7 +160,6 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
   vision = _tower_to_hf(tower)
   projector = {'architectures': ['MultimodalProjector'], 'model_type': 'v2l_projector',
                'mm_projector_type': encoder.projector}
-  side = encoder.side
   looks = encoder.looks if encoder.looks != 'all' else encoder.plan().looks
   return {
     'config.json': {
@@ -179,10 +178,7 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
     },
     'llm/config.json': text,
     'vision_tower/config.json': {'architectures': ['PS3VisionModel'], **vision},
-    'vision_tower/preprocessor_config.json': {
-      'image_processor_type': 'PS3ImageProcessor', 'image_size': [side, side],
-      'image_mean': list(tower.mean), 'image_std': list(tower.std), 'interpolation': 'bicubic',
-      'resize_mode': 'squash'},
+    'vision_tower/preprocessor_config.json': ps3_weights.processor_to_hf(tower),
     'mm_projector/config.json': projector,
   }
 
