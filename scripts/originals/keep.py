@@ -15,9 +15,18 @@ HEAD = """# The originals' own code beside ours
 
 `./scripts/originals.sh DIR` takes a checkout of an original, writes a tiny model of random weights
 in its layout (`hrvlm export --for original`), and compares the greedy tokens of its code and ours
-for three pictures (one view, several, elongated). Pheye's three transforms of torchvision are
-written anew in `scripts/originals/theirs.py`: its wheels do not load beside a PyTorch for CPUs.
-LLaVA-HR, PS3, VILA-HD and LLaVA have no runner yet. What it gave last:
+for three pictures (one view, several, elongated). PS3 gives no tokens: there the chosen patches
+stand for them, and an answer is equal where the features are, too, within 1e-4 of their largest
+magnitude. NVlabs/VILA imports `ps3` (a checkout of NVlabs/PS3), haotian-liu/LLaVA for S2
+`s2wrapper` (bfshi/scaling_on_scales): put both on PYTHONPATH.
+
+What is not the originals' own there (`scripts/originals/theirs.py`): transforms of torchvision,
+whose wheels do not load beside a PyTorch for CPUs (Pheye, PS3, VILA-HD); a stand-in for it where
+timm asks for it (`benchmarks/shield`); stand-ins for packages that VILA imports for training and
+other models; the name `s3_scales`, which VILA still has for PS3's `ps3_scales`; a trunk of tiny
+sizes under a name that timm knows. The placeholder of an image is -200 in LLaVA and LLaVA-HR.
+Which of equal patches `torch.topk` takes is left open there: looks of these models end with a
+whole place. What it gave last:
 
 | original | commit | date | versions | answers equal | tokens equal |
 |---|---|---|---|---|---|
@@ -25,13 +34,13 @@ LLaVA-HR, PS3, VILA-HD and LLaVA have no runner yet. What it gave last:
 
 
 def commit(checkout: str) -> str:
-  """Of the checkout; with a mark where its files were changed."""
+  """Of the checkout; with a mark where its code was changed."""
   git = lambda *args: subprocess.run(['git', '-C', checkout, *args], capture_output=True,
                                      text=True)
   head = git('rev-parse', '--short', 'HEAD')
   if head.returncode:
     return 'no repository'
-  return head.stdout.strip() + ('+changes' if git('status', '--porcelain').stdout.strip() else '')
+  return head.stdout.strip() + ('+changes' if git('status', '--porcelain', '*.py').stdout.strip() else '')
 
 
 def features_agree(place: pathlib.Path, number: int) -> bool:

@@ -44,12 +44,19 @@ def tiny(name):
       slow=dataclasses.replace(encoder.slow, widths=(16, 32, 64, 1536)))
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, max_positions=1024))
   elif name == 'ps3':
-    encoder = dataclasses.replace(
-      encoder, max_select=40, budgets=(8, 32), saliency=dataclasses.replace(
-        encoder.saliency, input_size=1512, kernel=28))
+    encoder = whole_places(encoder)
+  elif name == 'vila_hd':
+    encoder = dataclasses.replace(encoder, tower=whole_places(encoder.tower))
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, max_positions=1024))
   elif name in ('single_view', 'anyres', 's2'):
     return llava(config)
   return dataclasses.replace(config, encoder=encoder)
+
+
+def whole_places(tower):
+  """PS3 as its code can be, in which ties at the end of a look do not matter."""
+  return dataclasses.replace(tower, max_select=40, budgets=(8, 32), saliency=dataclasses.replace(
+    tower.saliency, input_size=1512, kernel=28))
 
 
 def llava(config):

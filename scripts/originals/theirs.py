@@ -5,6 +5,8 @@
 Runs in the original's environment and imports nothing of ours.
 """
 
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
 import json
 import pathlib
@@ -145,6 +147,37 @@ def llava_hr(checkout, folder, asked):
   return answer
 
 
+class StandIn(types.ModuleType):
+  """A module in which every name exists, for packages that are imported and not used here."""
+
+  __path__, __version__ = (), '0'
+
+  def __getattr__(self, name):
+    if name.startswith('__'):
+      raise AttributeError(name)
+    value = type(name, (), {'__init__': lambda self, *args, **options: None})  # a decorator too
+    setattr(self, name, value)
+    return value
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+  """Finds every module of these packages."""
+
+  def __init__(self, *packages):
+    self.packages = packages
+
+  def find_spec(self, fullname, path=None, target=None):
+    if f'{fullname}.'.startswith(tuple(f'{name}.' for name in self.packages)):
+      return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+    return None
+
+  def create_module(self, spec):
+    return StandIn(spec.name)
+
+  def exec_module(self, module):
+    pass
+
+
 TRUNK = 'hrvlm_trunk'
 
 
@@ -217,6 +250,52 @@ def ps3(checkout, folder, asked):
   return answer
 
 
+# What NVlabs/VILA imports for training and other models; the last three are its own.
+UNUSED = ('deepspeed', 'flash_attn', 'triton', 'bitsandbytes', 'datasets', 'cv2', 's2wrapper',
+          'decord', 'pytorchvideo', 'llava.model.liger',
+          'llava.model.language_model.fp8linearqwen2', 'llava.model.language_model.qllava_qllama')
+
+
+def vila_hd(checkout, folder, asked):
+  """A function (picture, ids) -> generated ids, of NVlabs/VILA with NVlabs/PS3."""
+  import timm  # noqa: F401  before the stand-ins, as transformers: both look for packages
+  import transformers  # noqa: F401
+  sys.meta_path.insert(0, Finder(*UNUSED))
+  from llava.mm_utils import process_images
+  from llava.model.configuration_llava import LlavaConfig  # noqa: F401
+  from llava.model.language_model.llava_topdown_llama import (
+    LlavaTopDownLlamaConfig, LlavaTopDownLlamaModel)
+
+  from ps3.modeling_ps3 import PS3VisionEncoder
+
+  PS3VisionEncoder.s3_scales = property(lambda self: self.ps3_scales)  # renamed since in PS3
+  trunk(asked['model']['encoder']['tower']['vision'])
+  path = folder / 'vision_tower/config.json'
+  path.write_text(json.dumps(named_trunk(json.loads(path.read_text()))))
+  ps3_pixels(folder / 'vision_tower')
+  values = json.loads((folder / 'config.json').read_text())
+  config = LlavaTopDownLlamaConfig(**values)
+  config._name_or_path = config.resume_path = str(folder)  # as `llava.load` sets it
+  config.model_dtype = 'torch.float32'
+  config.chat_template = 'qwen2'  # of a tokenizer that has none
+  model = LlavaTopDownLlamaModel(config).eval().float()
+
+  def answer(picture, ids):
+    images = process_images([picture], model.vision_tower.image_processor, model.config).float()
+    place, = (ids[0] == asked['image_id']).nonzero()[0].tolist()
+    ids[0, place] = model.tokenizer.media_token_ids['image']
+    after = model.tokenizer('\n').input_ids  # which its encoder puts behind a picture itself
+    assert ids[0, place + 1:place + 1 + len(after)].tolist() == after
+    ids = torch.cat([ids[:, :place + 1], ids[:, place + 1 + len(after):]], dim=1)
+    out = model.generate(
+      input_ids=ids, media={'image': [images[0]]}, media_config={'image': {}},
+      max_new_tokens=asked['new'], do_sample=False, eos_token_id=asked['stop'],
+      pad_token_id=asked['stop'][0])
+    return out[0]
+
+  return answer
+
+
 def llava(checkout, folder, asked):
   """The same of haotian-liu/LLaVA: one view, AnyRes, S2."""
   from llava.constants import IMAGE_TOKEN_INDEX
@@ -278,7 +357,8 @@ def main(name, checkout, work):
   place = pathlib.Path(work)
   asked = json.loads((place / 'asked.json').read_text())
   with torch.no_grad():
-    make = {'mc_llava': mc_llava, 'pheye': pheye, 'llava_hr': llava_hr, 'ps3': ps3}.get(name, llava)
+    make = {'mc_llava': mc_llava, 'pheye': pheye, 'llava_hr': llava_hr, 'ps3': ps3,
+            'vila_hd': vila_hd}.get(name, llava)
     answer = make(checkout, place / 'original', asked)
     found = [answer(Image.open(place / one['picture']).convert('RGB'), torch.tensor([one['ids']]))
              for one in asked['asked']]

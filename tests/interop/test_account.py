@@ -228,6 +228,7 @@ def test_convert_says_what_it_did_and_keeps_the_ends_of_answers(release, tmp_pat
   ('tokenizer_config.json', {'add_eos_token': True}, 'add_eos_token'),
   ('tokenizer_config.json', {'unheard_of': 1}, 'unheard_of'),
   ('preprocessor_config.json', {'image_mean': [0.48, 0.46, 0.41]}, 'image_mean'),
+  ('preprocessor_config.json', {'std': [0.26, 0.26, 0.27]}, 'std: is'),
   ('preprocessor_config.json', {'resample': 2}, 'resample'),
   ('preprocessor_config.json', {'size': {'height': 7, 'width': 7}}, 'size'),
   ('preprocessor_config.json', {'do_normalize': False}, 'do_normalize'),

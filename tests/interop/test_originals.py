@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from scripts.originals import keep
@@ -24,7 +25,7 @@ def test_folders_and_packages_that_are_not_there(tmp_path):
     out = run(*arguments)
     assert out.returncode == 2 and 'the checkout of an original' in out.stderr
   out = run(tmp_path)
-  assert out.returncode == 2 and 'none of modeling_mc_llava.py' in out.stderr
+  assert out.returncode == 2 and 'expected a checkout of visheratin/mc-llava' in out.stderr
   (tmp_path / 'modeling_mc_llava.py').write_text('raise SystemExit("never run")')
   out = run(tmp_path, HRVLM_WHEELS=str(tmp_path / 'none'), HRVLM_ORIGINAL_PYTHON='',
             HRVLM_ORIGINAL_TORCH='torch==9.9')
@@ -45,10 +46,20 @@ def test_a_run_is_kept_with_its_commit(tmp_path):
   assert page.rstrip().endswith('| torch 9 | 1 of 2 | 3 of 5 |')
   for command in (['init', '-q'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q',
                                    '--allow-empty', '-m', 'x']):
+    (tmp_path / 'code.py').write_text('')  # not in the commit
     subprocess.run(['git', '-C', tmp_path, *command], check=True)
   code, page = kept(tmp_path, [[1, 2], [3, 4, 5]])
   assert code == 0 and page.count('| pheye |') == 1 and '+changes |' in page
   assert page.rstrip().endswith('| 2 of 2 | 5 of 5 |')
+
+
+def test_equal_choices_with_other_features_are_no_equal_answer(tmp_path):
+  """PS3: the places of its patches alone would hide other pixels."""
+  for number, theirs in enumerate((np.ones(3), np.array([1, 1, 1.01]))):
+    np.save(tmp_path / f'{number}.ours.npy', np.ones(3))
+    np.save(tmp_path / f'{number}.theirs.npy', theirs)
+  code, page = kept(tmp_path, [[1, 2], [3, 4, 5]])
+  assert code == 1 and page.rstrip().endswith('| torch 9 | 1 of 2 | 5 of 5 |')
 
 
 @pytest.mark.full('interop')

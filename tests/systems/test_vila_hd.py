@@ -229,6 +229,10 @@ def test_configs_of_the_release_both_ways():
     files = json.loads(json.dumps(system.to_release(config)))
     values = files['config.json']
     assert system.from_release(values) == config
+    pixels = files['vision_tower/preprocessor_config.json']  # names of PS3's own processor
+    assert pixels['mean'] == list(config.encoder.tower.mean) == pixels['image_mean']
+    assert pixels['std'] == list(config.encoder.tower.std) == pixels['image_std']
+    assert values['chat_template'] == 'qwen2'  # VILA's code refuses a tokenizer without one
     own = values.pop('hrvlm')
     again = system.from_release(values)
     assert isinstance(again, ModelConfig) and again == config

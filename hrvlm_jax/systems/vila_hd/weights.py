@@ -133,7 +133,7 @@ KEYS: Keys = {
          'max_tiles', 'video_max_tiles'),
   **same('only in this form of prompt', 'mm_use_im_patch_token', 'image_encoder', 'video_encoder'),
   'mm_use_im_start_end': Only((False,)),
-  'chat_template': Only((), 'null: the template of Qwen2'),
+  'chat_template': Only(('qwen2',), 'qwen2 or null'),
 }
 
 
@@ -167,7 +167,7 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
       'llm_cfg': text, 'vision_tower_cfg': vision, 'mm_projector_cfg': projector,
       'hidden_size': config.text.width, 'mm_hidden_size': encoder.tower.vision.width,
       'mm_vision_select_layer': encoder.select_layer, 'mm_vision_select_feature': 'cls_patch',
-      'image_aspect_ratio': 'resize', 's2': False, 'ps3': True,
+      'image_aspect_ratio': 'resize', 's2': False, 'ps3': True, 'chat_template': 'qwen2',
       'look_close_mode': encoder.mode, 'num_look_close': looks,
       'num_token_look_close': encoder.tokens,
       'top_down_prompt_head_type': encoder.prompt_head or 'linear',
