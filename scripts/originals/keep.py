@@ -40,7 +40,8 @@ def commit(checkout: str) -> str:
   head = git('rev-parse', '--short', 'HEAD')
   if head.returncode:
     return 'no repository'
-  return head.stdout.strip() + ('+changes' if git('status', '--porcelain', '*.py').stdout.strip() else '')
+  changed = git('status', '--porcelain', '*.py').stdout.strip()
+  return head.stdout.strip() + ('+changes' if changed else '')
 
 
 def features_agree(place: pathlib.Path, number: int) -> bool:

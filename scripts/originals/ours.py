@@ -19,8 +19,8 @@ from hrvlm_jax.interop.export import export
 from hrvlm_jax.language import config as language
 from hrvlm_jax.language.prompt import tokenizer_of
 from hrvlm_jax.systems import registry
-from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vision.vit import ViTConfig
+from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer, text_of
 from hrvlm_jax.vlm.encode import ImageEncoder
 

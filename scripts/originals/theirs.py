@@ -264,8 +264,9 @@ def vila_hd(checkout, folder, asked):
   from llava.mm_utils import process_images
   from llava.model.configuration_llava import LlavaConfig  # noqa: F401
   from llava.model.language_model.llava_topdown_llama import (
-    LlavaTopDownLlamaConfig, LlavaTopDownLlamaModel)
-
+    LlavaTopDownLlamaConfig,
+    LlavaTopDownLlamaModel,
+  )
   from ps3.modeling_ps3 import PS3VisionEncoder
 
   PS3VisionEncoder.s3_scales = property(lambda self: self.ps3_scales)  # renamed since in PS3

@@ -263,8 +263,8 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
   # With the tower's weights in the folder LLaVA's code for S2 does not start: it takes the named
   # tower's own.
   return layout.release(config, {
-    'unfreeze_mm_vision_tower': False, **layout.projector_keys(config), 's2': True, 's2_scales': ','.join(map(str, encoder.sizes)),
-    'mm_hidden_size': encoder.channels,
+    'unfreeze_mm_vision_tower': False, **layout.projector_keys(config), 's2': True,
+    's2_scales': ','.join(map(str, encoder.sizes)), 'mm_hidden_size': encoder.channels,
     'image_aspect_ratio': 'pad' if encoder.fit == 'pad' else 'square'})
 
 

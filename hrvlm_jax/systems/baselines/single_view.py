@@ -229,8 +229,8 @@ def to_release(config: ModelConfig) -> dict[str, Any]:
     'config.json': {
       **text, 'text_type': text['model_type'], 'model_type': 'llava',
       'architectures': ['LlavaLlamaForCausalLM'], **layout.projector_keys(config),
-      **layout.tower_keys(encoder.vision), 'mm_hidden_size': encoder.vision.width, 'mm_vision_select_layer': encoder.layer,
-      'mm_vision_select_feature': 'patch',
+      **layout.tower_keys(encoder.vision), 'mm_hidden_size': encoder.vision.width,
+      'mm_vision_select_layer': encoder.layer, 'mm_vision_select_feature': 'patch',
       'image_aspect_ratio': 'pad' if encoder.fit == 'pad' else 'square',
       'chat': config.chat, 'hrvlm': own,
     },
