@@ -6,6 +6,7 @@ its checkpoints are plain zarr arrays, which TensorStore reads in any part.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 import os
 from typing import Any
 
@@ -40,6 +41,12 @@ class StoredParams:
     self._open: dict[str, ts.TensorStore] = {}
     self._whole: dict[str, np.ndarray] = {}
     self._places: dict[str, tuple[str, str]] = {}
+    self._shardings: Mapping[str, Any] = {}
+
+  def lies(self, shardings: Mapping[str, Any]) -> None:
+    """Says where parameters will lie (path -> sharding): only the files of what this process'
+    devices need are checked, which reads them whole."""
+    self._shardings = shardings
 
   def move(self, places: dict[str, tuple[str, str]]) -> None:
     """Reads some parameters elsewhere in the checkpoint: path -> (part, path there)."""
@@ -92,7 +99,7 @@ class StoredParams:
     if path not in self._open:
       leaf = self.flat[path]
       part, name = self._places.get(path, (store.PARAMS, path))
-      chunks.check(self.directory, part, {name: (leaf.shape, None)})
+      chunks.check(self.directory, part, {name: (leaf.shape, self._shardings.get(path))})
       folder = os.fspath(layout.arrays(self.directory) / part)
       # Not as an address: '#', '%' and '?' may stand in the name of a folder.
       base = folder if '://' in folder else {'driver': 'file', 'path': f'{folder}/'}

@@ -164,6 +164,34 @@ def _check_entries(
   return entries, problems
 
 
+def will_read(view: np.ndarray) -> None:
+  """Asks the system for the pages of a view of a mapped file, and for no others of that file.
+
+  Without it a page that is touched brings those around it, so that of a matrix of which a process
+  needs half of every row, all is read. An array that is no such view is left alone.
+  """
+  base: Any = view
+  while isinstance(base, np.ndarray):
+    base = base.base
+  base = base.obj if isinstance(base, memoryview) else base
+  if not isinstance(base, mmap.mmap) or not view.size or min(view.strides, default=0) < 0:
+    return
+  start = np.frombuffer(base, np.uint8, 1).ctypes.data
+  base.madvise(mmap.MADV_RANDOM)
+  axes = sorted((step, count) for step, count in zip(view.strides, view.shape, strict=True)
+                if count > 1)
+  size = view.itemsize
+  while axes and axes[0][0] - size < mmap.PAGESIZE:  # pieces that lie together
+    step, count = axes.pop(0)
+    size += step * (count - 1)
+  offsets = np.array([view.ctypes.data - start])
+  for step, count in reversed(axes):
+    offsets = (offsets[:, None] + step * np.arange(count)).reshape(-1)
+  for offset in offsets.tolist():
+    page = offset - offset % mmap.PAGESIZE
+    base.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
+
+
 def dtype_name(dtype: np.dtype) -> str:
   """The format's name of a NumPy dtype.
 

@@ -4,6 +4,7 @@ They live in an environment of their own, which `test_full.sh pages` makes and n
 $HRVLM_OTHERS.
 """
 
+import gzip
 import json
 import os
 import pathlib
@@ -104,8 +105,13 @@ def test_xprof_opens_a_profile(others, tmp_path, monkeypatch):
   server = subprocess.Popen([others / 'bin' / words[0], *words[1:]], stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, env=os.environ | {'PYTHONPATH': ''})
   try:
-    ask = lambda path: json.loads(urllib.request.urlopen(
-      f'http://localhost:{port}/data/plugin/profile/{path}', timeout=120).read())
+    def ask(path):  # as a browser is told: packed, whatever was asked for
+      address = f'http://localhost:{port}/data/plugin/profile/{path}'
+      said = urllib.request.urlopen(address, timeout=120)
+      body = said.read()
+      return json.loads(gzip.decompress(body) if said.headers['Content-Encoding'] == 'gzip'
+                        else body)
+
     for _ in range(120):
       try:
         found = ask('runs')
@@ -114,7 +120,11 @@ def test_xprof_opens_a_profile(others, tmp_path, monkeypatch):
         assert server.poll() is None, server.stdout.read().decode()
         time.sleep(1)
     assert found == [traced.parent.name]
-    assert {'trace_viewer', 'trace_viewer@'} & set(ask(f'run_tools?run={found[0]}'))
+    tools = set(ask(f'run_tools?run={found[0]}'))
+    assert {'overview_page', 'memory_viewer'} <= tools or tools & {'trace_viewer', 'trace_viewer@'}
+    host = traced.name.removesuffix('.xplane.pb')
+    trace = ask(f'data?run={found[0]}&tag=trace_viewer&host={host}')
+    assert len(trace['traceEvents']) > 100  # what ran, and when
   finally:
     server.terminate()
     server.wait()

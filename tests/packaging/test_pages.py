@@ -269,7 +269,7 @@ def test_an_export_opens_as_the_page_says(journey, monkeypatch):
   messages = [{'role': 'user', 'content': [
     {'type': 'image', 'image': image}, {'type': 'text', 'text': 'What does the red sign say?'}]}]
   text = block.text.replace("{'max_crops': 20, 'num_tokens': 500}",
-                            "{'max_crops': 3, 'num_tokens': 8}").replace('=64', '=2')
+                            "{'max_crops': 3, 'num_tokens': 28}").replace('=64', '=2')
   names = {'FOLDER': str(journey / 'runs/transformers'), 'messages': messages}
   exec(compile(text, block.page, 'exec'), names)
   assert names['ask'] is not None and names['inputs']['input_ids'].shape[0] == 1

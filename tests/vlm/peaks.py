@@ -4,9 +4,10 @@
 
 Nothing is computed and no weight is made: the programs of `language.generate` are compiled for fake
 devices, with the widths of the release and DEPTH layers. Prints one JSON object: mesh -> program ->
-{'peak': bytes, 'parts': {name: bytes}}. The parts are counted by hand: the share of the language
-model's parameters, the cache, what goes in and comes out, and the temporaries that a layer needs:
-its weights where they are spread and gathered, and either its attention or its MLP.
+{'peak': bytes, 'taken': bytes of arguments whose memory the results take, 'parts': {name: bytes}}.
+The parts are counted by hand: the share of the language model's parameters, the cache, what goes in
+and comes out, and the temporaries that a layer needs: its weights where they are spread and
+gathered, and either its attention or its MLP.
 """
 
 import argparse
@@ -18,16 +19,17 @@ import sys
 NEW = 32
 
 
-def peak(lowered, arguments: int) -> int:
-  """Bytes of one device beyond the encoder's parameters, which lie there in any case.
+def peak(lowered, arguments: int) -> dict[str, int]:
+  """Bytes of one device beyond the encoder's parameters, which lie there in any case, and how many
+  of them are arguments whose memory the results take.
 
   Args:
     arguments: bytes of the program's arguments, those parameters left out.
   """
   found = lowered.compile().memory_analysis()
   beside = max(found.argument_size_in_bytes - arguments, 0)
-  return (found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
-          - found.alias_size_in_bytes - beside)
+  total = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+  return {'peak': total - found.alias_size_in_bytes - beside, 'taken': found.alias_size_in_bytes}
 
 
 def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int = 512
@@ -99,7 +101,7 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
   g, found = Generator(fn, params, ex=ex), {}
 
   def keep(name, lowered, *, arguments, **how):
-    found[name] = {'peak': peak(lowered, sum(shares.values()) + arguments), 'parts': parts(**how)}
+    found[name] = peak(lowered, sum(shares.values()) + arguments) | {'parts': parts(**how)}
 
   logits, valid = row(text.vocab_size), row(slots, dtype=bool)
   embeds = 4 * rows * length * text.width
@@ -117,8 +119,8 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
   # The rows of a shard are the beams of one prompt: what was and what becomes of it.
   prompts = jax.ShapeDtypeStruct((shards, rows), jnp.int32)
   lowered = generate._reorder.lower((valid, cache), prompts, ex=ex)
-  found['beams'] = {'peak': peak(lowered, cached + small),
-                    'parts': {'cache': cached, 'cache in its new order': cached}}
+  found['beams'] = peak(lowered, cached + small) | {
+    'parts': {'cache': cached, 'cache in its new order': cached}}
   return found
 
 
