@@ -84,8 +84,9 @@ def chunking(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
   """Shape of the chunks of a leaf.
 
   A large stacked leaf is cut into its layers, the order in which a mapped file is read; another
-  large leaf along its leading axis. Matrices are then quartered along both axes (one that is not
-  stacked along its width), so that a process that holds a part of one does not read all of it.
+  large leaf along its leading axis. Matrices are then quartered along both axes, smaller ones
+  halved (one that is not stacked along its width), so that a process that holds a part of one,
+  whichever axis that is cut along, does not read all of it.
   Orbax itself cuts by divisors only: a vocabulary of 151651 rows, a prime number, ended in as many
   chunks and a quarter of an hour.
   """
@@ -95,9 +96,10 @@ def chunking(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
   row = size // shape[0]
   rows = 1 if row >= CHUNK_BYTES // 64 else CHUNK_BYTES // row
   chunk = [min(rows, shape[0]), *shape[1:]]
-  for axis in (-1, -2)[:max(len(shape) - 1, 0)]:
-    if math.prod(chunk) * itemsize >= 4 * _LEAST_BYTES:
-      chunk[axis] = -(-chunk[axis] // 4)
+  axes, size = (-1, -2)[:len(shape) - 1], math.prod(chunk) * itemsize
+  parts = max((n for n in (1, 2, 4) if size >= n ** len(axes) * _LEAST_BYTES), default=1)
+  for axis in axes:
+    chunk[axis] = -(-chunk[axis] // parts)
   return tuple(chunk)
 
 

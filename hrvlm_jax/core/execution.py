@@ -99,6 +99,17 @@ class Execution:
     return self.mesh is not None and self.mesh.shape['fsdp'] > 1
 
   @property
+  def options(self) -> dict[str, str] | None:
+    """Options of the compiler for programs that answer, for `jax.jit(compiler_options=)`.
+
+    XLA for CPUs otherwise begins as much as it can at once, the gathers of all layers' weights too,
+    and a device that holds a part of the model fills with all of it (tests/vlm/peaks.py).
+    """
+    if self.devices == 1 or self.on != 'cpu':
+      return None
+    return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+
+  @property
   def one_cpu(self) -> bool:
     """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
     return self.devices == 1 and self.on == 'cpu'

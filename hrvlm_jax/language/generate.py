@@ -73,7 +73,7 @@ class Generator:
 
   def __init__(self, fn: Functional, params, *, ex: Execution = HERE):
     self.fn, self.params, self.ex = fn, params, ex
-    compiled = functools.partial(jax.jit, compiler_options=_options(ex))
+    compiled = functools.partial(jax.jit, compiler_options=ex.options)
     # A cache is given away by whoever goes on from it, and comes back: it is never there twice.
     self._prefill = compiled(self._prefill_fn, static_argnames=('slots', 'ex'))
     self._loop = compiled(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'),
@@ -211,17 +211,6 @@ class Generator:
         return
       logits, valid, cache = self._step(self.params, token, valid, cache, length + i, extras,
                                         ex=self.ex)
-
-
-def _options(ex: Execution) -> dict[str, Any] | None:
-  """Options of the compiler for programs that are spread over devices.
-
-  XLA for CPUs otherwise begins as much as it can at once, the gathers of all layers' weights too,
-  and a device that holds a part of the model then fills with all of it (tests/vlm/peaks.py).
-  """
-  if ex.devices == 1 or ex.on != 'cpu':
-    return None
-  return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 
 class TextGenerator:

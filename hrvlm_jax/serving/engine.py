@@ -296,7 +296,7 @@ class Engine:
         leaf.shape, leaf.dtype, sharding=place), shapes, self._layout)
       options['out_shardings'] = (self._layout, jax.sharding.NamedSharding(
         self._ex.mesh, jax.sharding.PartitionSpec()))
-    jitted = jax.jit(function, donate_argnums=1, **options)
+    jitted = jax.jit(function, donate_argnums=1, compiler_options=self._ex.options, **options)
     return jitted.lower(self.params, shapes, *arguments).compile()
 
   def _read_shapes(self, batch: Any) -> Any:

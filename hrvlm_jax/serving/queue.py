@@ -109,8 +109,9 @@ class Queue:
       slots, drawn = device.step(fn, params, slots, ex=ex, usual=usual)
       return device.laid(slots, ex), self._told(drawn.token)
 
-    self._first = jax.jit(first, donate_argnums=1, static_argnames=('usual',))
-    self._step = jax.jit(step, donate_argnums=1, static_argnames=('usual',))
+    compiled = functools.partial(jax.jit, donate_argnums=1, static_argnames=('usual',),
+                                 compiler_options=ex.options)
+    self._first, self._step = compiled(first), compiled(step)
     self._grown: dict[tuple, Any] = {}
 
   def compilations(self) -> int:

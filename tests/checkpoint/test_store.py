@@ -477,6 +477,9 @@ def test_chunks_of_published_shapes():
   assert streaming.chunking((151651, 3584), bf16) == (9362, 896)  # a prime number of rows
   assert streaming.chunking((3584, 151651), bf16) == (221, 37913)
   assert streaming.chunking((1, 4096, 16384), bf16) == (1, 1024, 4096)
+  # Too small for quarters: halves of both axes, not quarters of one, that rows would be read whole.
+  assert streaming.chunking((36, 2048, 2048), 4) == (1, 1024, 1024)
+  assert streaming.chunking((36, 1024, 1024), bf16) == (1, 1024, 1024)
   assert 64 * mb == streaming.CHUNK_BYTES
 
 

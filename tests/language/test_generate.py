@@ -212,3 +212,19 @@ def test_settings_that_make_no_sense(options, message):
 def test_an_empty_row_is_refused(generator):
   with pytest.raises(ValueError, match='at least one real token'):
     generator.generate(np.zeros((1, 4), np.int32), np.zeros((1, 4), bool), Sampling())
+
+
+def test_a_cache_is_never_there_twice(generator):
+  """The results of what goes on from a cache take its memory: one token's, and a loop's."""
+  g = generator.generator
+  shape = lambda *sizes, dtype=jnp.float32: jax.ShapeDtypeStruct(sizes, dtype)
+  cache = [{name: shape(3, 2, 48, 8) for name in 'kv'} for _ in range(2)]
+  size = sum(4 * np.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
+  valid, number = shape(3, 48, dtype=bool), shape(dtype=jnp.int32)
+  step = g._step.lower(g.params, shape(3, dtype=jnp.int32), valid, cache, number, {}, ex=g.ex)
+  loop = g._loop.lower(g.params, shape(3, 40), valid, cache, number, number, jax.random.key(0), {},
+                       sampling=Sampling(max_new_tokens=16), keep_logits=False, ex=g.ex)
+  for lowered in (step, loop):
+    found = lowered.compile().memory_analysis()
+    assert found.alias_size_in_bytes >= size
+    assert found.temp_size_in_bytes < size

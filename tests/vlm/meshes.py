@@ -8,6 +8,7 @@ once and one by one, greedy, with beams and streamed. A checkpoint that is not t
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 
@@ -69,7 +70,9 @@ def answers(checkpoint: str, mesh: str, *, beams: int = 2) -> dict[str, list[lis
   from hrvlm_jax.parallel.layout import Layout
   from hrvlm_jax.vlm.answer import Answerer
 
-  layout = None if mesh == 'one' else Layout(axes(mesh))
+  # Of more devices than the mesh has places the first are taken, as `hrvlm ask` does.
+  layout = None if mesh == 'one' else Layout(
+    axes(mesh), devices=jax.devices()[:math.prod(axes(mesh).values())])
   model = Answerer.load(checkpoint, layout=layout)
   if layout is not None:
     check_tensors(model.generator.params, checkpoint, layout)
