@@ -51,8 +51,9 @@ def test_a_process_reads_its_part(tmp_path):
   folders = [tmp_path / '0' / 'checkpoint', tmp_path / '1' / 'checkpoint']
   run('make', folders[0], layers=[6])
   shutil.copytree(tmp_path / '0', tmp_path / '1')
-  for kind in ('orbax', 'tensors'):
+  # Checksums are of whole files, which hold a chunk or two of others.
+  for kind, disk in (('orbax', 0.7), ('tensors', 0.6)):
     for each in run(kind, *folders):
       assert each['placed'] < 0.52 * each['bytes'] and each['read'] < 0.6 * each['bytes'], each
-      assert each['disk'] < 0.6 * each['bytes'], (kind, each)
+      assert each['disk'] < disk * each['bytes'], (kind, each['disk'], each)
       assert each['beyond'] < 0.3e9, (kind, each)
