@@ -51,8 +51,9 @@ def test_a_process_reads_its_part(tmp_path):
   folders = [tmp_path / '0' / 'checkpoint', tmp_path / '1' / 'checkpoint']
   run('make', folders[0], layers=[6])
   shutil.copytree(tmp_path / '0', tmp_path / '1')
-  # Checksums are of whole files, which hold a chunk or two of others.
-  for kind, disk in (('orbax', 0.7), ('tensors', 0.6)):
+  # Checksums are of whole files, which hold a chunk or two of others; half a row of 8 KB, wherever
+  # it begins, lies in more pages than half of them.
+  for kind, disk in (('orbax', 0.7), ('tensors', 0.85)):
     for each in run(kind, *folders):
       assert each['placed'] < 0.52 * each['bytes'] and each['read'] < 0.6 * each['bytes'], each
       assert each['disk'] < disk * each['bytes'], (kind, each['disk'], each)
