@@ -7,13 +7,17 @@ Hardware: 8 x A800 80 GB (paper).
 Time:     15.6 to 69.4 hours for both stages (paper, the hours of `ROWS`); not run here.
 Expected: `ROWS` (VQAv2, TextVQA, MME, POPE; hours of training, GiB of memory, tokens per second on
           an A800). The paper's LLaVA-1.5 at 1022 pixels ran out of memory with its batch and was
-          trained with smaller micro-batches (None for the memory).
+          trained with smaller micro-batches (None for the memory). Every row is trained here; the
+          table has beside the paper's memory what the planner says of stage 2 on 8 A100 of 80 GB,
+          which have the memory of an A800, and how many rows a device has room for. The recipe has
+          one row a device at a time; what the paper's had is not published.
 
 LLaVA-1.5 rows are the ViT alone, its tower trained, as the paper's own trainings of it.
 """
 
 from rows_llava_hr import STAGES, parts, recipe
 
+from hrvlm_jax.lab.planned import Planned
 from hrvlm_jax.lab.tables import Table
 from hrvlm_jax.systems.llava_hr.config import LlavaHRConfig
 
@@ -38,8 +42,9 @@ TABLE = Table(
   own_parts={row: parts(encoder) for row, (encoder, _) in ROWS.items()},
   further={
     'hours': 'hrvlm plan --config FILE:ROW,stage2 --topology TOPOLOGY (seconds of a step), twice',
-    'GiB': 'hrvlm plan --config FILE:ROW,stage2 --topology TOPOLOGY (memory of a device)',
-    'tokens/s': 'hrvlm bench gpu_latency (protocol of the paper: 10 tokens, batch of 1)'})
+    'GiB': 'hrvlm plan --config FILE:ROW,stage2 --topology a100:8 --effort arithmetic',
+    'tokens/s': 'hrvlm bench gpu_latency (protocol of the paper: 10 tokens, batch of 1)'},
+  planned=dict.fromkeys(ROWS, Planned(topology='a100:8')))
 
 
 def get_config(argument=''):

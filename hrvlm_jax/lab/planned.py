@@ -1,4 +1,5 @@
-"""Rows of a paper's table that ran out of memory there: what the planner says of them here.
+"""Rows of a paper's table that ran out of memory there, or whose memory is a column of it: what the
+planner says of them here.
 
 Of the row's full size, in smoke runs too; by arithmetic, as `hrvlm plan` without a compiler: no
 chip is needed and nothing is compiled.

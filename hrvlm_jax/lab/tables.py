@@ -28,11 +28,13 @@ from hrvlm_jax.evaluation.result import Result
 from hrvlm_jax.evaluation.runner import Options, evaluate
 from hrvlm_jax.lab.planned import Planned
 from hrvlm_jax.lab.report import text_table
+from hrvlm_jax.parallel.topology import GIB
 from hrvlm_jax.training.config import RunConfig
 from hrvlm_jax.training.start import stored_params
 from hrvlm_jax.vlm.answer import Answerer
 
 Knobs = Mapping[str, Mapping[str, Any]]
+MEMORY = 'GiB'  # of a device: the column of `Table.further` that the planner fills
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,8 @@ class Table:
     stages: words of `get_config`, in the order in which they train.
     own_stages: row -> its stages, where they are others.
     benchmarks: names of `hrvlm eval`, of the first numbers of a row, in their order.
-    further: names of the numbers behind those -> the command that measures each here.
+    further: names of the numbers behind those -> the command that measures each here; `MEMORY` is
+      filled in for rows that are planned.
     tested: row -> `Tested`.
     left_out: row -> why it is not trained (the paper's own ran out of memory, ...).
     planned: row -> the devices for which the planner says what it needs.
@@ -214,6 +217,8 @@ def text(table: Table, rows: Sequence[Mapping[str, Any]]) -> str:
     scores = dict(row.get('scores', {}))
     if 'average' in table.further and (mean := average(scores, table.benchmarks)) is not None:
       scores['average'] = {'value': mean}
+    if MEMORY in table.further and 'planned' in row:
+      scores[MEMORY] = {'value': row['planned']['need_bytes'] / GIB}
     cells = [f'{_cell(scores.get(name))} / {_number(paper[i])}' for i, name in enumerate(columns)]
     state = row['failed'].splitlines()[0] if 'failed' in row else '; '.join(
       filter(None, (row.get('note'), row.get('planned', {}).get('words'))))

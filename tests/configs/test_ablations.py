@@ -155,6 +155,8 @@ def smoke(name, rows, folder):
     assert all(f' / {value:g}' in text for value in numbers or () if value is not None)
     if row in table.planned:
       assert one['planned']['words'] in text
+      if tables.MEMORY in table.further:
+        assert f'{one["planned"]["need_bytes"] / GIB:.1f} / ' in text
     if row in table.left_out:
       assert one['note'] == table.left_out[row]
       continue
@@ -190,47 +192,45 @@ def test_a_whole_table_of_ps3_runs_with_tiny_models(name, tmp_path):
 PLANNED = [(name, row) for name in FILES for row in names_of(name)['TABLE'].planned]
 
 
-def planned(name, row, folder, *changes):
-  """What the table of a row that ran out of memory says, and that its command says the same."""
-  assert main(['sweep', '--config', path_of(name), '--only', row, '--smoke', '--quiet', '--out',
-               str(folder / 'out'), *changes]) == 0
-  results = json.loads((folder / 'out' / 'results.json').read_text())
-  for one in results:
-    found = one['planned']
-    verb, *words = shlex.split(found['command'].removeprefix('hrvlm '))
-    status = main([verb, *words, *(('--json', str(folder / 'plan.json'))
-                                   if found['step'] == 'train' else ())])
-    assert status == int(found['out_of_memory']) == int(found['need_bytes'] > found['usable_bytes'])
-    assert found['need_bytes'] == sum(found['bytes_per_device'].values())
-    if found['step'] == 'train':
-      asked = json.loads((folder / 'plan.json').read_text())
-      assert {key: found[key] for key in asked} == asked
-      assert found['out_of_memory'] == (found['rows'] > found['most_rows'])
-    verdict = 'OUT OF MEMORY' if found['out_of_memory'] else found['words'].split(': ')[-1]
-    assert 'by arithmetic' in found['words'] and verdict in found['words']
-  return results, (folder / 'out' / 'table.txt').read_text()
+def is_what_its_command_says(found, folder):
+  """A row's plan, against the command that it names."""
+  verb, *words = shlex.split(found['command'].removeprefix('hrvlm '))
+  status = main([verb, *words, *(('--json', str(folder / 'plan.json'))
+                                 if found['step'] == 'train' else ())])
+  assert status == int(found['out_of_memory']) == int(found['need_bytes'] > found['usable_bytes'])
+  assert found['need_bytes'] == sum(found['bytes_per_device'].values())
+  if found['step'] == 'train':
+    asked = json.loads((folder / 'plan.json').read_text())
+    assert {key: found[key] for key in asked} == asked
+    assert found['out_of_memory'] == (found['rows'] > found['most_rows'])
+  verdict = 'OUT OF MEMORY' if found['out_of_memory'] else found['words'].split(': ')[-1]
+  assert 'by arithmetic' in found['words'] and verdict in found['words']
 
 
 def test_rows_out_of_memory_are_planned(tmp_path):
   """In full size, in a smoke run too: the number of the planner beside the limit of a device."""
-  results, text = planned('vila_hd_table1', 'anyres_3780', tmp_path,
-                          '--config.training.accumulate=16,2')
+  assert main(['sweep', '--config', path_of('vila_hd_table1'), '--only', 'anyres_3780', '--smoke',
+               '--quiet', '--out', str(tmp_path / 'out'), '--config.training.accumulate=16,2']) == 0
+  results = json.loads((tmp_path / 'out' / 'results.json').read_text())
+  text = (tmp_path / 'out' / 'table.txt').read_text()
   few, many = (one['planned'] for one in results)
   assert (few['topology'], few['mesh']['fsdp'], few['length']) == ('a100:64', 16, 23892)
   assert (few['rows'], many['rows']) == (1, 8) and few['most_rows'] == many['most_rows'] == 4
   limit = few['usable_bytes']
   assert limit == int(80 * GIB * 0.97) < many['need_bytes'] and many['out_of_memory']
   for one in (few, many):
+    is_what_its_command_says(one, tmp_path)
     said = f'needs {one["need_bytes"] / GIB:.2f} GiB of {limit / GIB:.2f} GiB'
     assert said in one['words'] and f"the paper's ran out of memory; {one['words']}" in text
   assert 'OUT OF MEMORY; a device has room for' in many['words']
   assert not list((tmp_path / 'out').glob('*/sft'))  # not trained
 
 
-@pytest.mark.full('tables_ps3')
+@pytest.mark.full('tables')
 @pytest.mark.parametrize('name, row', PLANNED)
 def test_every_planned_row_says_what_the_planner_says(name, row, tmp_path):
-  planned(name, row, tmp_path)
+  """As the table of a sweep has it (`smoke`), without training."""
+  is_what_its_command_says(entries_of(path_of(name), [], only=row)[0].asked.answer(), tmp_path)
 
 
 def test_a_start_that_is_not_there_is_said_with_its_command(tmp_path, capsys):
@@ -251,6 +251,17 @@ def test_an_average_of_the_seven():
   scores = {'textvqa': {'value': 60.0}, 'ocrbench': {'value': 500.0}}
   assert tables.average(scores, names) == 55.0
   assert tables.average({'textvqa': {'value': 60.0}}, names) is None
+
+
+def test_memory_is_a_column_that_the_planner_fills():
+  """Of LLaVA-HR, Table 1, whose row at 1022 pixels has no number of the paper: out of memory."""
+  found = names_of('llava_hr_table1')
+  assert set(found['TABLE'].planned) == set(found['ROWS'])
+  row = {'values': {}, 'scores': {}, 'planned': {'need_bytes': 5 * GIB // 2, 'words': 'planned'}}
+  rows = [row | {'name': name, 'published': found['ROWS'][name][1]}
+          for name in ('llava_336', 'llava_1022')]
+  first, second = (line for line in tables.text(found['TABLE'], rows).splitlines() if '2.5' in line)
+  assert ' 2.5 / 28 ' in first and ' 2.5 / - ' in second
 
 
 # What a row of a table differs in, typed off the papers: file, row -> (place, value).

@@ -42,6 +42,26 @@ def test_a_case_that_nothing_checks_fails(tmp_path):
     runner.run_case(tmp_path)
 
 
+@pytest.mark.parametrize('case, each', [
+  ('ps3/a_bottomup_1look', [8, 32]),
+  pytest.param('vila_hd/full', [12, 48], marks=pytest.mark.full('parity'))])
+def test_a_run_may_carry_the_budgets_of_its_scales(case, each, tmp_path):
+  """`select_each` of a run, in a case whose own budgets are others: what was recorded comes out."""
+  shutil.copytree(GOLDENS / case, tmp_path / 'case')
+  path = tmp_path / 'case' / 'config.json'
+  config = json.loads(path.read_text())
+  for settings, key in ((config.get('vision_config', config), 'max_select_num_each_scale'),
+                        (config, 'resolved_max_select_num_each_scale')):
+    if settings is not config or key in config:
+      settings[key] = [sum(each) // 2] * 2
+  for run in config['runs'].values():
+    if run.get('num_look_close') != 0:
+      run['select_each'] = each
+  path.write_text(json.dumps(config))
+  report = runner.run_case(path.parent)
+  assert report.passed, '\n'.join(report.failures())
+
+
 def test_the_report_is_a_table_and_a_file_and_any_layout_is_found(tmp_path):
   """In a process of its own: a case and a list in folders of other names, one of them wrong."""
   shutil.copytree(GOLDENS / 'vila_hd' / 'text', tmp_path / 'a' / 'b')

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 from hypothesis import given, settings, strategies as st
 import jax
@@ -72,6 +73,32 @@ def test_token_budgets_that_cannot_be_met_are_refused_or_follow_the_reference():
     host.kept_tokens(9, low)
   reference = dataclasses.replace(low, quirks='reference')
   assert host.kept_tokens(9, reference) == [728] * 8 + [5]
+
+
+def test_view_buckets_follow_the_knobs():
+  """400 crops of the article's own image: more views than the last bucket that is listed."""
+  config = dataclasses.replace(BASE, max_crops=400, num_tokens=1456)
+  views = len(host.crop_boxes(4240, 2832, config))
+  assert views > BASE.view_buckets[-1] and host.count(4240, 2832, config) == host.Count(views, 1456)
+  assert [host.packing(config).bucket(n) for n in (209, 210, views, 418)] == [209, 417, 417, 833]
+  small = dataclasses.replace(tiny().encoder, max_crops=40, num_tokens=60)
+  views = host.views([image(300, 260)], small)
+  batch = SYSTEM.batch([views], small)
+  assert small.view_buckets[-1] == 17 < len(views['pixels']) <= len(batch['pixels']) == 33
+  assert batch['valid'].sum() == 60
+
+
+@pytest.mark.parametrize('size', [(5000, 7), (7, 5000), (3000, 40)])
+def test_the_advice_for_elongated_images_helps(size):
+  """Either change that the refusal names is enough."""
+  config = dataclasses.replace(BASE, num_tokens=10)
+  with pytest.raises(UserError, match='or set max_crops=0') as refused:
+    host.count(*size, config)
+  needed = int(re.search(r'raise num_tokens to (\d+)', str(refused.value))[1])
+  for change in ({'num_tokens': needed}, {'max_crops': 0}):
+    assert host.count(*size, dataclasses.replace(config, **change)).views in (1, needed)
+  with pytest.raises(UserError, match='below the number of views'):
+    host.count(*size, dataclasses.replace(config, num_tokens=needed - 1))
 
 
 def test_a_view_gives_at_most_all_of_its_tokens():

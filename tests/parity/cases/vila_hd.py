@@ -231,6 +231,8 @@ def _knobs(config: ModelConfig, spec, **options) -> ModelConfig:
     options |= {'looks': spec.get('num_look_close', 1)}
   if 'num_token' in spec:
     options |= {'tokens': spec['num_token']}
+  if 'select_each' in spec:  # SELECT_NUM_EACH_SCALE
+    options |= {'budgets': tuple(spec['select_each'].plain())}
   if 'mode' in spec:
     options |= {'mode': spec['mode']}
   if 'smooth_selection_prob' in spec:

@@ -135,6 +135,8 @@ class Run:
     tokens = self.spec.get('num_token_look_close')
     if looks is None and tokens is None:
       looks = 1  # pooled runs take one full look
+    if 'select_each' in self.spec:  # max_select_num_each_scale, replaced at run time
+      config = dataclasses.replace(config, budgets=tuple(self.spec['select_each'].plain()))
     return make_plan(*self.images.shape[1:3], config, num_looks=looks, num_tokens=tokens,
                      first_scales=first)
 
