@@ -8,9 +8,10 @@ Orbax's experimental v1 interface is used in this file only and bound to orbax-c
 `streaming.py` writes parameters through the older one, which lets a handler be replaced.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import logging
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -201,15 +202,41 @@ def load_leaf(directory: PathLike, path: str) -> np.ndarray:
   Raises:
     UserError: no such parameter (the nearest known path is named).
   """
+  return next(load_leaves(directory, [path]))[1]
+
+
+def load_leaves(directory: PathLike, names: Iterable[str] | None = None, *,
+                at_once: int = 1 << 28) -> Iterator[tuple[str, np.ndarray]]:
+  """(path, NumPy array) of parameters, one after the other; the others are not read.
+
+  Args:
+    names: which, in this order. None: all.
+    at_once: bytes of arrays that are read together; a larger one is read alone.
+
+  Raises:
+    UserError: no such parameter (the nearest known path is named).
+  """
   directory = resolve(directory)
   stored = _stored(directory, PARAMS)
-  if path not in stored:
-    raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
-  flat = {p: ocp.PLACEHOLDER for p in stored}
-  flat[path] = np.empty(stored[path].shape, stored[path].dtype)
-  with _reading(directory, PARAMS, {path: flat[path]}):
-    tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
-  return paths.flatten(tree)[path]
+  groups: list[list[str]] = []
+  room = 0
+  for path in stored if names is None else names:
+    if path not in stored:
+      raise UserError(f'{directory}: has no parameter {path} (nearest: {nearest(path, stored)})')
+    size = math.prod(stored[path].shape) * stored[path].dtype.itemsize
+    if not groups or size > room:
+      groups.append([])
+      room = at_once
+    groups[-1].append(path)
+    room -= size
+  for group in groups:
+    wanted = {path: np.empty(stored[path].shape, stored[path].dtype) for path in group}
+    flat = dict.fromkeys(stored, ocp.PLACEHOLDER) | wanted
+    with _reading(directory, PARAMS, wanted):
+      tree = ocp.load(layout.arrays(directory), _nested(flat), checkpointable_name=PARAMS)
+    found = paths.flatten(tree)
+    for path in group:
+      yield path, found.pop(path)
 
 
 class _Beside:

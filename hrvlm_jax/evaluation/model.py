@@ -1,6 +1,7 @@
 """A model of this library as the functions that `runner.evaluate` asks for."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -63,6 +64,12 @@ class EvaluatedModel:
     self._scored: Any = None
     self._attention: Any = None
     self._queues: dict[int, Queue] = {}
+
+  def with_longest(self, max_new_tokens: int) -> 'EvaluatedModel':
+    """The same model with other longest answers; what is compiled for either is kept for both."""
+    other = copy.copy(self)
+    other.sampling = {**self.sampling, 'max_new_tokens': max_new_tokens}
+    return other
 
   def described(self, *, name: str, checkpoint: str = '', checkpoint_hash: str = '') -> Model:
     """What `runner.evaluate` asks, with the model's side of a result's provenance."""

@@ -140,8 +140,7 @@ def say(text: str) -> None:
 
 def leaves(checkpoint: str | os.PathLike) -> dict[str, np.ndarray]:
   """The parameters of a checkpoint by path."""
-  names = [path.removeprefix('params/') for path in store.describe(checkpoint)]
-  return {name: np.asarray(store.load_leaf(checkpoint, name)) for name in names}
+  return dict(store.load_leaves(checkpoint))
 
 
 def spoken(conversations: Iterable[Sequence[Message]], templates: Sequence[str]) -> list[str]:

@@ -66,6 +66,8 @@ class Table:
     parts: what `hrvlm convert` gives the start of a row, 'PATH=RELEASE' each, see `start_command`;
       () for rows that start from nothing, or from what their `init_from` says.
     own_parts: row -> its parts, where they are others.
+    max_new_tokens: of every answer at most; None: those of the benchmarks.
+    examples: right and wrong answers that the report of a benchmark shows, of each so many.
     joins: stage -> {path in the stage before: path in this one}: it starts from an encoder that the
       stage before trained, and for the rest from its own `init_from`.
   """
@@ -77,6 +79,8 @@ class Table:
   tested: Mapping[str, Tested] = dataclasses.field(default_factory=dict)
   left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
   planned: Mapping[str, Planned] = dataclasses.field(default_factory=dict)
+  max_new_tokens: int | None = None
+  examples: int = 12
   parts: tuple[str, ...] = ()
   own_parts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
   joins: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
@@ -144,12 +148,13 @@ def join(previous: pathlib.Path, moved: Mapping[str, str], rest: str | None, con
   Raises:
     UserError: no such checkpoint, or nothing under the paths.
   """
-  flat = {} if rest is None else {path: store.load_leaf(rest, path) for path in stored_params(rest)}
+  flat = {} if rest is None else dict(store.load_leaves(rest))
   for there, here in moved.items():
     names = [path for path in stored_params(previous) if path.startswith(f'{there}/')]
     if not names:
       raise UserError(f'{previous}: has no parameters below {there}/')
-    flat |= {here + name.removeprefix(there): store.load_leaf(previous, name) for name in names}
+    flat |= {here + name.removeprefix(there): leaf
+             for name, leaf in store.load_leaves(previous, names)}
   if target.exists():
     shutil.rmtree(target)
   store.save_params(target, paths.unflatten(flat), {'model': to_dict(config.model)})
@@ -191,14 +196,17 @@ def answer(table: Table, knobs: Knobs, workdir: pathlib.Path, out: pathlib.Path,
   answerer = Answerer.load(workdir, exif='ignore', encoder_options=knobs.pop('encoder', None),
                            methods=knobs)
   found: dict[str, Any] = {}
+  asked = EvaluatedModel(answerer, max_new_tokens=1)
   for name in table.benchmarks:
     benchmark = benchmarks.get(name)
-    model = EvaluatedModel(answerer, max_new_tokens=benchmark.max_new_tokens).described(
+    longest = min(filter(None, (benchmark.max_new_tokens, table.max_new_tokens)))
+    model = asked.with_longest(longest).described(
       name=workdir.name, checkpoint=os.fspath(workdir),
       checkpoint_hash=provenance.folder_hash(os.fspath(layout.resolve(workdir))))
     try:
       result = evaluate(benchmark, model, data=os.path.join(data, name), out=out / name,
-                        options=Options(batch_size=batch_size, limit=limit, progress=progress))
+                        options=Options(batch_size=batch_size, limit=limit, progress=progress,
+                                        examples=table.examples))
     except UserError as error:
       found[name] = {'error': str(error)}
       continue

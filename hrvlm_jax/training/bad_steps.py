@@ -128,8 +128,8 @@ class Judge:
 
 def not_finite(source: Any) -> list[str]:
   """The parameters of a checkpoint that hold NaN or infinity; all of them are read."""
-  return [name for name in store.describe(source) if not np.isfinite(
-    np.asarray(store.load_leaf(source, name), np.float64)).all()]
+  return [name for name, leaf in store.load_leaves(source)
+          if not np.isfinite(np.asarray(leaf, np.float64)).all()]
 
 
 def _save_batch(workdir: pathlib.Path, step: int, batch: Any) -> pathlib.Path:

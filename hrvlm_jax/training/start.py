@@ -46,28 +46,31 @@ def initial_params(program: TrainProgram, layout: Layout, log: Log) -> Any:
   """
   config, groups = program.config, program.groups
   wanted, places = program.state['params'], program.shardings['params']
-  cast = lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
-  init = lambda: layout.make(lambda key: cast(program.fn.init(key)), places,
-                             jax.random.key(config.seed))
+  model, where = paths.flatten(wanted), paths.flatten(places)
+
+  def init(names):  # what is not among them is not computed
+    def made(key):
+      flat = paths.flatten(program.fn.init(key))
+      return {path: flat[path].astype(model[path].dtype) for path in names}
+
+    return layout.make(made, {path: where[path] for path in names}, jax.random.key(config.seed))
+
   source = config.training.init_from
   if source is None:
-    return init()
-  stored, model = stored_params(source), paths.flatten(wanted)
+    return paths.unflatten(init(model))
+  stored = stored_params(source)
   tables = resampled_tables(stored, model)
   fresh = _check(config, source, stored, model, tables)
   _announce(source, stored, model, fresh, tables, log)
   _announce_trained(source, groups, log)
-  params, where = paths.flatten(init()), paths.flatten(places)
-  for path, leaf in model.items():
-    if path not in stored:
-      continue
-    value = np.asarray(store.load_leaf(source, path))
+  params = init(fresh) if fresh else {}
+  for path, value in store.load_leaves(source, [path for path in model if path in stored]):
     if path in tables:
       _, side, extra = tables[path]
       value = np.asarray(resample.position_table(
         jnp.asarray(value, jnp.float32), (side, side), extra=extra))
-    params[path] = layout.put(np.asarray(value, leaf.dtype), where[path])
-  return paths.unflatten(params)
+    params[path] = layout.put(np.asarray(value, model[path].dtype), where[path])
+  return paths.unflatten({path: params[path] for path in model})
 
 
 def resampled_tables(stored: Mapping[str, Any], wanted: Mapping[str, Any]
