@@ -18,6 +18,7 @@ import optax
 import pytest
 
 from hrvlm_jax.checkpoint import layout, leaves, store, streaming
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 
 PARAMS = {
@@ -75,6 +76,26 @@ def test_one_leaf_alone(saved):
   np.testing.assert_array_equal(leaf, PARAMS['language']['embedding'])
   with pytest.raises(UserError, match='has no parameter lang/embed .nearest: language/embedding'):
     store.load_leaf(saved, 'lang/embed')
+
+
+def test_leaves_one_after_the_other(saved, monkeypatch):
+  """In the order asked for, several at a time; the folder is described once for all of them."""
+  flat, described, loads = paths.flatten(PARAMS), [], []
+  metadata, load = store.ocp.checkpointables_metadata, store.ocp.load
+  monkeypatch.setattr(store.ocp, 'checkpointables_metadata',
+                      lambda *a, **k: described.append(1) or metadata(*a, **k))
+  monkeypatch.setattr(store.ocp, 'load', lambda *a, **k: loads.append(1) or load(*a, **k))
+  for names, at_once, times in ((None, 1 << 20, 1), (sorted(flat, reverse=True), 1, len(flat))):
+    described.clear()
+    loads.clear()
+    found = list(store.load_leaves(saved, names, at_once=at_once))
+    assert [path for path, _ in found] == (list(store.describe(saved)) if names is None else names)
+    for path, leaf in found:
+      assert isinstance(leaf, np.ndarray) and leaf.dtype == flat[path].dtype
+      np.testing.assert_array_equal(leaf, flat[path])
+    assert len(loads) == times and len(described) == (2 if names is None else 1)
+  with pytest.raises(UserError, match='has no parameter lang/embed'):
+    next(store.load_leaves(saved, ['scale', 'lang/embed']))
 
 
 def test_all_mismatches_in_one_message(saved):

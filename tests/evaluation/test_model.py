@@ -45,6 +45,14 @@ def test_benchmark_with_a_real_model(model, tmp_path):
   assert value['preprocessing']['encoder'] and len(value['checkpoint_hash']) == 64
   record = json.loads((tmp_path / 'r/predictions.jsonl').open().readline())
   assert record['num_image_tokens'] > 0 and 1 <= record['num_new_tokens'] <= 4
+  compiled = model._queues[3].compilations()  # with other longest answers nothing is compiled anew
+  evaluate('needle', model.with_longest(2).described(name='tiny'), data=SAMPLES / 'needle',
+           out=tmp_path / 'short', options=Options(batch_size=3, progress=False))
+  assert model._queues[3].compilations() == compiled
+  value = json.loads((tmp_path / 'short/result.json').read_text())
+  assert value['generation'] == {'max_new_tokens': 2}
+  lines = (tmp_path / 'short/predictions.jsonl').read_text().splitlines()
+  assert {json.loads(line)['num_new_tokens'] for line in lines} <= {1, 2}
 
 
 def test_likelihood_is_the_loss_of_each_option(model, tmp_path):

@@ -20,12 +20,15 @@ from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language import config as language
+from hrvlm_jax.parallel.layout import Layout
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
 from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
 from hrvlm_jax.training import determinism, loop, saving
 from hrvlm_jax.training.batches import make_batches, picture_words
 from hrvlm_jax.training.config import DataConfig, Group, OptimizerConfig, RunConfig, TrainingConfig
 from hrvlm_jax.training.metrics import MetricsWriter, read_metrics
+from hrvlm_jax.training.program import assemble
+from hrvlm_jax.training.start import initial_params
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 
@@ -223,6 +226,27 @@ def test_hand_over_is_said_aloud(data, tmp_path, capsys):
   before, after = (store.load_params(tmp_path / x) for x in ('one', 'two'))
   np.testing.assert_array_equal(before['language']['norm']['scale'],
                                 after['language']['norm']['scale'])
+
+
+def test_only_what_a_start_has_not_is_made(data, tmp_path, monkeypatch):
+  """Fresh parameters are those of a run from nothing; of a whole start nothing is made at all."""
+  def start(**training):
+    run = config(data, **training)
+    lay = Layout(run.mesh)
+    return paths.flatten(initial_params(assemble(run, lay.mesh), lay, print))
+
+  random = start()
+  taken = {p: np.asarray(x) + 1 for p, x in random.items() if not p.startswith('projector/')}
+  store.save_params(tmp_path / 'some', paths.unflatten(taken), {})
+  store.save_params(tmp_path / 'all', paths.unflatten(
+    {p: np.asarray(x) + 1 for p, x in random.items()}), {})
+  found = start(init_from=str(tmp_path / 'some'), init_allow=('projector/.*',))
+  assert list(found) == list(random)
+  for path, leaf in found.items():
+    np.testing.assert_array_equal(leaf, taken.get(path, random[path]))
+  monkeypatch.setattr(Layout, 'make', None)
+  whole = start(init_from=str(tmp_path / 'all'))
+  assert all(np.array_equal(whole[path], random[path] + 1) for path in random)
 
 
 @pytest.mark.full('training')
