@@ -87,10 +87,12 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
   system, ours = registry.get(config.system), layout == folder.LAYOUT
   if ours:
     folder.check(plain, what=str(checkpoint))
-  fields = [] if ours else layouts.lost(plain)
+  abstract = _check(stored, config, checkpoint)
+  if plain is not config:
+    abstract = vlm.build(plain).abstract
+  fields = [] if ours else layouts.lost(plain, abstract)
   if fields:
     say(layouts.said(plain, fields))
-  abstract = _check(stored, config, checkpoint)
   tokenizer = None
   with contextlib.suppress(UserError) if config.text is None else contextlib.nullcontext():
     tokenizer = find_tokenizer(checkpoint)
@@ -103,8 +105,6 @@ def export(checkpoint: str | os.PathLike, target: str | os.PathLike, *, dtype=No
 
   counts: collections.Counter = collections.Counter()
   casts = {name: np.dtype(_named(kind)) for name, kind in source.get('widened', {}).items()}
-  if plain is not config:
-    abstract = vlm.build(plain).abstract
   tensors = _counted(_cast(
     ((name, x) for name, x in stream_tensors(abstract, table, read) if name not in skipped),
     dtype, casts), counts)

@@ -11,14 +11,20 @@ from collections.abc import Mapping
 import json
 from typing import Any
 
+from hrvlm_jax.checkpoint.rows import entries
+from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import FORMAT, ModelConfig, System
 
 
-def lost(config: ModelConfig) -> list[str]:
-  """The settings that the original's config.json would not bring back, as `key = value`."""
+def lost(config: ModelConfig, abstract: Mapping[str, Any] | None = None) -> list[str]:
+  """The settings that the original's layout would not bring back, as `key = value`.
+
+  Args:
+    abstract: the model's parameters; with them, tensors that the layout has no names for too.
+  """
   system = registry.get(config.system)
   try:
     values = json.loads(json.dumps(system.to_release(config)['config.json']))
@@ -28,8 +34,22 @@ def lost(config: ModelConfig) -> list[str]:
             else str(error)]
   ours = _flat(to_dict(config))
   theirs = {} if back is None else _flat(to_dict(back))
-  return [f'{key} = {value!r}' for key, value in ours.items()
-          if key not in theirs or theirs[key] != value]
+  fields = [f'{key} = {value!r}' for key, value in ours.items()
+            if key not in theirs or theirs[key] != value]
+  return fields or ([] if abstract is None else _nameless(config, abstract))
+
+
+def _nameless(config: ModelConfig, abstract: Mapping[str, Any]) -> list[str]:
+  """The parts of a model that the original's weight table has no names for, or other ones."""
+  names = registry.get(config.system).table(config)
+  try:
+    list(entries(names, abstract))
+  except UserError as error:
+    known = {path for row in names.rows for path in row.our_paths}
+    parts = sorted({path.partition('/')[0] for path in known ^ set(paths.flatten(abstract))})
+    return [f'fusion.kind = {config.fusion.kind!r}' if part == 'fusion' else
+            f'the tensors of {part}' for part in parts] or [str(error)]
+  return []
 
 
 def _flat(values: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:

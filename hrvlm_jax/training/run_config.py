@@ -151,8 +151,8 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
   def refuse(expected: str) -> NoReturn:
     raise UserError(f'config.{key}: found {text!r}, expected {expected}')
 
+  hint = _hint(schema, template, key)
   if isinstance(current, ml_collections.ConfigDict):
-    hint = _hint(schema, template, key)
     if typing.get_origin(hint) is dict:
       try:
         value = ast.literal_eval(text)
@@ -163,13 +163,17 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
       return text  # its short form
     refuse(f'one of its keys to be set ({", ".join(f"{key}.{k}" for k in list(current)[:5])})')
   if text.lower() in ('none', 'null') and (
-      kind is not str or type(None) in typing.get_args(_hint(schema, template, key))):
+      kind is not str or type(None) in typing.get_args(hint)):
     return None  # where none is not allowed, the schema refuses it
+  words = [word for part in typing.get_args(hint) if typing.get_origin(part) is typing.Literal
+           for word in typing.get_args(part)]
+  if text in words:  # beside numbers: looks are a number or 'all'
+    return text
   if kind is bool:
     if text.lower() not in ('true', 'false', '1', '0'):
       refuse('true or false')
     return text.lower() in ('true', '1')
-  if kind is str:
+  if kind is str and not (words and int in typing.get_args(hint) and text.isdigit()):
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in '"\'' else text
   try:
     value = ast.literal_eval(text)
@@ -177,6 +181,8 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     value = text
   if kind is type(None):
     return value  # the schema knows the type
+  if kind is str:
+    return value
   if kind is float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       refuse('a number')
@@ -188,7 +194,7 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
     if isinstance(value, float) and value.is_integer() and 'e' in text.lower():
       return int(value)  # 1e4 steps
     if isinstance(value, bool) or not isinstance(value, int):
-      refuse('an integer')
+      refuse(' or '.join(['an integer', *map(repr, words)]))
     return value
   if kind in (list, tuple):
     if not isinstance(value, (list, tuple)):
@@ -200,13 +206,16 @@ def _parse(template: ml_collections.ConfigDict, key: str, text: str, schema: typ
 def _hint(schema: type, config: ml_collections.ConfigDict, key: str) -> Any:
   """The type that the schema gives a key; None where that cannot be told."""
   *groups, name = key.split('.')
-  for group in groups:
-    hint = field_types(schema, config).get(group)
-    classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
-    if len(classes) != 1:
-      return None
-    schema, config = classes[0], config[group]
-  return field_types(schema, config).get(name)
+  try:
+    for group in groups:
+      hint = field_types(schema, config).get(group)
+      classes = [c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)]
+      if len(classes) != 1:
+        return None
+      schema, config = classes[0], config[group]
+    return field_types(schema, config).get(name)
+  except UserError:  # of the config itself, which says so when it is built
+    return None
 
 
 def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from typing import Literal
 
 import pytest
 
@@ -25,6 +26,8 @@ class Training:
 class Run:
   training: Training
   seed: int = 0
+  looks: int | Literal['all'] = 6
+  views: int | Literal['all'] = 'all'
 
 
 FILE = textwrap.dedent("""
@@ -53,6 +56,21 @@ def load(file, **overrides):
 def test_file_and_argument(file):
   assert load(file) == Run(Training(steps=10, rate=0.5, warmup=1.0))
   assert run_config.load(Run, f'{file}:large').training.steps == 1000
+
+
+def test_a_number_or_a_word(file):
+  """A key that takes both, from either to the other."""
+  run = load(file, looks='all', views='3')
+  assert (run.looks, run.views) == ('all', 3)
+  run = load(file, looks='2', views='all')
+  assert (run.looks, run.views) == (2, 'all')
+  with pytest.raises(UserError) as error:
+    load(file, looks='al', views='al')
+  assert "config.looks: found 'al', expected an integer or 'all'" in str(error.value)
+  with pytest.raises(UserError, match="config.views: found 'al'"):
+    load(file, views='al')
+  runs = run_config.sweep(Run, file, [('looks', '1,all')])
+  assert [run.looks for run in runs] == [1, 'all']
 
 
 def test_overrides_keep_types_and_reach_defaults(file):
