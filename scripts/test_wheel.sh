@@ -40,6 +40,8 @@ expect 0 'no problem found' "$hrvlm" doctor
 expect 0 'by arithmetic' "$hrvlm" plan --config pheye:x2_448,stage1 --topology h100:8
 expect 2 "libtpu.*pip install '.*whl\[tpu\]'" "$hrvlm" plan --config pheye:x2_448,stage1 \
   --topology v5e:4x4
+expect 2 'pheye_x2_448_start: no such folder' "$hrvlm" train --config pheye:x2_448,stage1 --workdir W
+[[ ! -e W ]] # a refused start leaves nothing
 expect 2 'llava_v1|no such|tokenizer' "$hrvlm" train --config llava_hr:7b,stage2 --workdir W
 expect 2 'clone the repository' "$hrvlm" bench
 expect 0 'everything is in' "$hrvlm" quickstart --smoke
