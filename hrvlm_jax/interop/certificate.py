@@ -121,8 +121,8 @@ def certify(
 def _compare(config: ModelConfig, checkpoint: Any, release: Release,
              adapter: str | os.PathLike | None, not_checked: dict[str, str]) -> list[Compared]:
   """All comparisons, one part in memory at a time; fills `not_checked`."""
-  stored, system = StoredParams(checkpoint), registry.get(config.system)
-  places = {f'{name}/' if name else '': release.folder / name for name in system.folders or ('',)}
+  stored = StoredParams(checkpoint)
+  places = {f'{name}/' if name else '': release.folder / name for name in release.parts or ('',)}
   values = side_by_side.settings(release.folder)
   adapter = pathlib.Path(adapter or release.folder / adapters.FOLDER)
   if adapter.is_dir():
@@ -147,7 +147,7 @@ def _compare(config: ModelConfig, checkpoint: Any, release: Release,
   if config.text is not None:
     run('language', _language, config, values, release, stored, plain)
     run('prompts', _prompts, config, checkpoint, release)
-  for path, tower in system.backbones(config.encoder).items():
+  for path, tower in registry.get(config.system).backbones(config.encoder).items():
     kind = {ViTConfig: side_by_side.tower, ConvNeXtConfig: side_by_side.convnext}.get(type(tower))
     if kind is not None:
       run(path, kind, path, tower, values, stored, plain)
@@ -176,8 +176,7 @@ def _language(config: ModelConfig, values: Any, release: Release, stored: Stored
 
 
 def _prompts(config: ModelConfig, checkpoint: Any, release: Release) -> tuple[str, Outputs]:
-  folders = registry.get(config.system).folders
-  place = release.folder / TEXT_FOLDER if TEXT_FOLDER in folders else release.folder
+  place = release.folder / TEXT_FOLDER if TEXT_FOLDER in release.parts else release.folder
   if not release.tokenizer:
     raise side_by_side.NotChecked('the release holds no tokenizer')
   return side_by_side.prompts(config, text_of(config, find_tokenizer(checkpoint)), place)

@@ -86,6 +86,7 @@ class Release:
     config, table: of the whole model, the LoRA set of an adapter included.
     tensors: name -> array, read when asked for; sub-folders are part of the names.
     files: weight files and config.json.
+    parts: sub-folders with tensors; none in layouts of ours, whatever the system's own layout is.
     native: the folder is of a class of transformers (see `interop.native`).
     told: what became of every key and every file.
 
@@ -101,7 +102,7 @@ class Release:
     system = registry.get(self.config.system)
     values = hf.read_json(self.folder / 'config.json')
     ours, own = values.get('layout') == transformers_folder.LAYOUT, layouts.is_own(values)
-    parts = () if ours or own else system.folders
+    parts = self.parts = () if ours or own else system.folders
     self.tensors: Mapping[str, np.ndarray] = (
       folders.open_folders(self.folder, parts) if parts
       else hf.TensorFolder(self.folder, strict=False))
