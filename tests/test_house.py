@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # transformers' own classes (interop), planned rows of tables (lab, planning), a cache that lies by
 # heads (language); then answers that hold no more than a device's share and large checkpoints laid
 # without a second copy (language, vlm, checkpoint, core), starts that read once (checkpoint,
-# training), where a release answers (cli), what the originals' code wants to read (systems, interop).
+# training), where a release answers (cli), what the originals' code reads (systems, interop).
 TOTAL = (64_800, 404)
 ROOMS = {
   '': (270, 3), 'core': (3_480, 22), 'checkpoint': (3_370, 17), 'parallel': (2_240, 15),
