@@ -27,8 +27,11 @@ def make(system: str, folder: pathlib.Path) -> None:
   from hrvlm_jax.vlm import model as vlm
 
   config = registry.get(system).tiny()
-  # Larger than at the start of a training: what comes next depends on what came before.
+  # Larger than at the start of a training: what comes next depends on what came before. Pheye's
+  # prompts end alike and its picture is seen through gates: its attention must look at few places.
+  sharp = system == 'pheye'
   scale = lambda path: (20 if path.endswith('embed/embedding') else
+                        30 if sharp and path.endswith(('/q/kernel', '/k/kernel')) else
                         4 if path.endswith('kernel') else 1)
   params = paths.map_with_path(lambda path, leaf: scale(path) * np.asarray(leaf),
                                vlm.build(config).init(jax.random.key(0)))
