@@ -81,7 +81,7 @@ needs() {  # MODULE CHECKOUT: what the original imports from another one
   PYTHONPATH=$path "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" ||
     { say "$name needs the module $1: put a checkout of $2 on PYTHONPATH"; exit 2; }
 }
-path=$shield${PYTHONPATH:+:$PYTHONPATH}
+path=${shield:+$shield:}$PWD${PYTHONPATH:+:$PYTHONPATH}
 case $name in
   vila_hd) needs ps3 NVlabs/PS3 ;;
   llava) needs s2wrapper bfshi/scaling_on_scales ;;

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
                       'scheduled program as text (.gz, .xz, .bz2 too), of that program alone')
   parser.add_argument('--chip', default='v5e', help='with --explain FILE: v5e, v5p, v6e, ...')
   asks = any(word.removeprefix('--step=') in ('answer', 'prefill', 'decode') for word in argv)
-  parser.add_argument('--topology', required=not (stored or asks),
+  parser.add_argument('--topology', required=not (stored or asks or released),
                       help='such as v5e:16x16, v5p:4x4x4, v6e:16x16, v4:2x2x4, tpu7x:4x4x4, gpu:8, '
                       'or cpu:8, which stands for no chip; without one, all steps but train say on '
                       'which smallest slices of v5e, v5p and v6e the model answers')
@@ -119,8 +119,8 @@ def main(argv: list[str]) -> int:
 def _release(arguments):
   """A run config of a released model, of which serving reads model, length and dtype."""
   from hrvlm_jax.planning import answering
-  from hrvlm_jax.systems import registry
   from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+  from hrvlm_jax.vlm.where import prompt_places
 
   if arguments.config is not None:
     raise UserError('--release and --config both name a model; give one of them')
@@ -131,10 +131,8 @@ def _release(arguments):
   if arguments.release not in known:
     raise UserError(unknown(arguments.release, known, what='release'))
   model = known[arguments.release]
-  # As `vlm.where` counts: the visual tokens of one image and 512 places of text.
-  length = (registry.get(model.system).tokens(model.encoder) or 2048) + 512
   return RunConfig(
-    model=model, data=DataConfig(train='none', lengths=(length,)),
+    model=model, data=DataConfig(train='none', lengths=(prompt_places(model),)),
     training=TrainingConfig(steps=1, batch_size=1, dtype='bfloat16',
                             optimizer=OptimizerConfig(learning_rate=1e-5)))
 

@@ -20,12 +20,16 @@ from hrvlm_jax.systems.contract import ModelConfig, sharding_rules
 from hrvlm_jax.vlm import laid
 
 
+def prompt_places(config: ModelConfig) -> int:
+  """Places that a prompt is taken to have: the visual tokens of one image and 512 of text."""
+  return (registry.get(config.system).tokens(config.encoder) or 2048) + 512
+
+
 def answer_need(config: ModelConfig, abstract: Any, mesh: MeshConfig, *, rows: int,
                 new_tokens: int, beams: int = 1, dtype: str = 'float32') -> Need:
   """What a device of a mesh (all sizes known) needs to answer `rows` questions at a time.
 
-  Parameters are counted exactly. The prompt is taken to be the visual tokens of one image and 512
-  places of text.
+  Parameters are counted exactly. The prompt has `prompt_places`.
 
   Args:
     abstract: parameters of the model.
@@ -39,7 +43,7 @@ def answer_need(config: ModelConfig, abstract: Any, mesh: MeshConfig, *, rows: i
   held = fitting.local_bytes(jax.tree.leaves(abstract), jax.tree.leaves(places))
   number, tensor = jnp.dtype(dtype).itemsize, sizes['tensor']
   each = math.ceil(rows / (sizes['data'] * sizes['fsdp']))
-  slots = (registry.get(config.system).tokens(config.encoder) or 2048) + 512 + new_tokens
+  slots = prompt_places(config) + new_tokens
   heads = text.kv_heads / (tensor if text.kv_heads % tensor == 0 else 1)
   cache = each * beams * slots * 2 * text.depth * heads * text.head_dim * number
   prompt = each * slots * (6 * text.width + 3 * text.mlp_width / tensor) * number

@@ -74,11 +74,10 @@ def main(name: str, checkout: str, work: str, page: str) -> int:
   row = (f'| {name} | {commit(checkout)} | {datetime.datetime.now(datetime.UTC).date()} | '
          f'{versions} | {answers} of {len(ours)} | {same} of {total} |')
   path = pathlib.Path(page)
-  lines = (path.read_text(encoding='utf-8') if path.exists() else HEAD).splitlines()
-  kept = [line for line in lines if not line.startswith(f'| {name} |')]
-  last = max(i for i, line in enumerate(kept) if line.startswith('|'))
-  kept.insert(last + 1, row)
-  path.write_text('\n'.join(kept) + '\n', encoding='utf-8')
+  old = path.read_text(encoding='utf-8') if path.exists() else HEAD
+  rows = old.partition('|---|')[2].splitlines()[1:]
+  kept = [line for line in rows if not line.startswith(f'| {name} |')]
+  path.write_text(HEAD + '\n'.join([*kept, row]) + '\n', encoding='utf-8')
   print(row)
   return int(answers != len(ours))
 

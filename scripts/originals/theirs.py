@@ -2,7 +2,7 @@
 
     python scripts/originals/theirs.py SYSTEM CHECKOUT FOLDER
 
-Runs in the original's environment and imports nothing of ours.
+Runs in the original's environment and imports nothing of the package.
 """
 
 import importlib.abc
@@ -16,6 +16,8 @@ import types
 import numpy as np
 from PIL import Image
 import torch
+
+from benchmarks.peers.ps3 import TRUNK, register_trunk
 
 
 def mc_llava(checkout, folder, asked):
@@ -178,54 +180,28 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     pass
 
 
-TRUNK = 'hrvlm_trunk'
-
-
-def trunk(vision):
-  """Makes a SigLIP trunk of these sizes known to timm under `TRUNK`: PS3 names its trunk."""
-  from timm.models import register_model
-  from timm.models.vision_transformer import VisionTransformer
-
-  def hrvlm_trunk(pretrained=False, **options):
-    for name in ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir', 'features_only'):
-      options.pop(name, None)
-    sizes = dict(patch_size=vision['patch_size'], embed_dim=vision['width'], depth=vision['depth'],
-                 num_heads=vision['heads'], class_token=False, global_pool='map', num_classes=0,
-                 mlp_ratio=(vision['mlp_width'] + 0.5) / vision['width'])
-    return VisionTransformer(**(sizes | options))
-
-  register_model(hrvlm_trunk)
-
-
 def named_trunk(config):
-  """PS3's settings with the trunk's name in them."""
+  """PS3's settings with the name of our trunk in them: PS3 looks it up in timm."""
   return config | {'model_name': TRUNK, 'pretrained': False}
 
 
-def squash(size):
-  """torchvision's `Resize` of PS3's processor, as Pillow does it."""
-  class Resize:
-    def __init__(self, size, interpolation):
-      self.size = size[::-1]
-
-    def __call__(self, image):
-      return image.resize(self.size, Image.Resampling.BICUBIC)
-
-  return Resize
+def resize(size, interpolation):
+  """torchvision's `Resize`, as PS3's processor calls it."""
+  return lambda image: image.resize(size[::-1], Image.Resampling.BICUBIC)
 
 
 def ps3_pixels(folder):
   """PS3's processor with three stand-ins for torchvision."""
   import ps3.image_processing_ps3 as module
 
-  module.Resize, module.ToTensor, module.Normalize = squash(None), lambda: to_tensor, normalize
+  module.Resize, module.ToTensor, module.Normalize = resize, lambda: to_tensor, normalize
   return module.PS3ImageProcessor(**json.loads((folder / 'preprocessor_config.json').read_text()))
 
 
 def ps3(checkout, folder, asked):
   """A function (picture, ids) -> places of the chosen patches, of NVlabs/PS3; it writes the
   features of every picture."""
-  trunk(asked['model']['encoder']['vision'])
+  register_trunk(asked['model']['encoder']['vision'])
   from ps3 import PS3Model
 
   path = folder / 'config.json'
@@ -270,7 +246,7 @@ def vila_hd(checkout, folder, asked):
   from ps3.modeling_ps3 import PS3VisionEncoder
 
   PS3VisionEncoder.s3_scales = property(lambda self: self.ps3_scales)  # renamed since in PS3
-  trunk(asked['model']['encoder']['tower']['vision'])
+  register_trunk(asked['model']['encoder']['tower']['vision'])
   path = folder / 'vision_tower/config.json'
   path.write_text(json.dumps(named_trunk(json.loads(path.read_text()))))
   ps3_pixels(folder / 'vision_tower')

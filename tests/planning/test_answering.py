@@ -66,7 +66,8 @@ def test_every_step_says_where_a_release_answers(step, capsys):
 
 
 def test_what_a_release_cannot_be(capsys):
-  for wrong, sentence in ((['--step', 'train', '--topology', 'v5e:2x2'], 'expected --step answer'),
+  for wrong, sentence in (([], 'expected --step answer'),
+                          (['--step', 'train', '--topology', 'v5e:2x2'], 'expected --step answer'),
                           (['--step', 'answer', '--config', 'pheye:x2_448,stage1'], 'both name'),
                           (['--step', 'answer', '--topology', 'v5e'], 'expected CHIP')):
     with pytest.raises(UserError, match=sentence):
