@@ -13,21 +13,34 @@ REPO = pathlib.Path(__file__).resolve().parents[2]
 MESHES = ('data=1,tensor=2,fsdp=2', 'data=1,tensor=4', 'data=1,fsdp=4', 'data=2,tensor=2')
 
 
-def start(arguments, *, devices, processes=1):
-  environment = dict(os.environ, JAX_PLATFORMS='cpu', JAX_NUM_CPU_DEVICES=str(devices // processes),
-                     PYTHONPATH=str(REPO), TF_CPP_MIN_LOG_LEVEL='2',
-                     XLA_FLAGS='--xla_backend_optimization_level=0 '
-                               '--xla_cpu_use_fusion_emitters=false')  # fmt: skip
-  command = [sys.executable, '-m', 'tests.vlm.meshes', *map(str, arguments)]
+def together(command, several, *, devices):
+  """What each process of a command printed.
+
+  Args:
+    several: what each process is told beside it, by the port of their meeting.
+    devices: of all processes.
+  """
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
-  several = [['--processes', f'localhost:{port},{processes},{i}'] for i in range(processes)]
-  children = [subprocess.Popen([*command, *(several[i] if processes > 1 else [])], cwd=REPO,
+  several = several(port)
+  environment = dict(os.environ, JAX_PLATFORMS='cpu', PYTHONPATH=str(REPO),
+                     JAX_NUM_CPU_DEVICES=str(devices // len(several)), TF_CPP_MIN_LOG_LEVEL='2',
+                     XLA_FLAGS='--xla_backend_optimization_level=0 '
+                               '--xla_cpu_use_fusion_emitters=false')  # fmt: skip
+  children = [subprocess.Popen([sys.executable, '-m', *map(str, command), *own], cwd=REPO,
                                env=environment, stdout=subprocess.PIPE, text=True)
-              for i in range(processes)]
+              for own in several]
   outputs = [child.communicate(timeout=1500)[0] for child in children]
   assert not any(child.returncode for child in children), outputs
+  return outputs
+
+
+def start(arguments, *, devices, processes=1):
+  outputs = together(
+    ['tests.vlm.meshes', *arguments], lambda port: [[]] if processes == 1 else
+    [['--processes', f'localhost:{port},{processes},{i}'] for i in range(processes)],
+    devices=devices)
   found = [json.loads(output.splitlines()[-1]) for output in outputs]
   assert all(each == found[0] for each in found)
   return found[0]
@@ -78,3 +91,22 @@ def test_every_cut_of_every_kind(system, more, tmp_path):
   found = start([system, checkpoint, 'one', *MESHES, *more], devices=8 if more else 4)
   check(found, found['one'])
   check(start([system, checkpoint, *MESHES[2:]], devices=4, processes=2), found['one'])
+
+
+@pytest.mark.full('parallel')
+@pytest.mark.parametrize('processes, mesh', [(2, 'data=1,fsdp=2,tensor=2'), (4, 'data=1,fsdp=4')])
+def test_what_several_processes_wrote_is_answered_anywhere(processes, mesh, tmp_path):
+  """A training of several processes writes; any mesh of one process or two answers from it."""
+  first, run = tmp_path / 'checkpoint', tmp_path / 'run'
+  start(['mc_llava', first, 'one'], devices=1)
+  together(['hrvlm_jax.cli', 'train', '--quiet', '--config', f'tests/launch/run.py:{tmp_path}/data',
+            f'--config.training.init_from={first}', '--config.training.steps=2',
+            f'--mesh={mesh}', '--workdir', run, '--distributed', 'on'],
+           lambda port: [['--coordinator', f'localhost:{port}', '--num-processes', str(processes),
+                          '--process-id', str(i)] for i in range(processes)], devices=4)
+  together(['hrvlm_jax.cli', 'export', '--checkpoint', run, '--to', f'{run}_export'],
+           lambda port: [[]], devices=1)
+  others = [other for other in MESHES if other != mesh]
+  found = start(['mc_llava', run, 'one', *others], devices=4)
+  check(found, found['one'])
+  check(start(['mc_llava', run, *others[-2:]], devices=4, processes=2), found['one'])
