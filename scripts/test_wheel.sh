@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+checkout=$PWD
 env=$PWD/.matrix/wheel
 if [[ ${1:-} != --keep ]]; then
   rm -rf "$env"
@@ -45,4 +46,10 @@ expect 2 'pheye_x2_448_start: no such folder' "$hrvlm" train --config pheye:x2_4
 expect 2 'llava_v1|no such|tokenizer' "$hrvlm" train --config llava_hr:7b,stage2 --workdir W
 expect 2 'clone the repository' "$hrvlm" bench
 expect 0 'everything is in' "$hrvlm" quickstart --smoke
+
+# The compiler for TPUs is an extra; then the same command plans, though no TPU is here.
+"$env/bin/python" -m pip install --quiet --disable-pip-version-check \
+  --constraint "$checkout/requirements.lock" "$(ls "$env"/dist/*.whl)[tpu]"
+expect 0 'read from the program of the compiler|MFU' "$hrvlm" plan --config pheye:x2_448,stage1 \
+  --topology v5e:4x4
 printf 'the wheel does what the pages say\n'

@@ -165,21 +165,25 @@ class Execution:
     return jax.tree.map(lambda leaf: self._pin(place, leaf), x)
 
   def _pin(self, place: str, x: jax.Array) -> jax.Array:
-    sizes = self.mesh.shape
-    if place == 'small':
-      return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
-    if x.ndim < 3 or (place == 'cache' and x.ndim != 4):
+    if place != 'small' and (x.ndim < 3 or (place == 'cache' and x.ndim != 4)):
       return x
+    return jax.lax.with_sharding_constraint(x, self.laid(place, x.shape))
+
+  def laid(self, place: str, shape: tuple[int, ...]) -> NamedSharding:
+    """How an array of a shape lies on the mesh at a place of `constrain`."""
+    sizes = self.mesh.shape
+    if place == 'small' or not shape:
+      return NamedSharding(self.mesh, P())
     shards = sizes['data'] * sizes['fsdp']
-    spec = [BATCH_AXES if x.shape[0] % shards == 0 else None, *(None,) * (x.ndim - 1)]
+    spec = [BATCH_AXES if shape[0] % shards == 0 else None, *(None,) * (len(shape) - 1)]
     if place == 'cache':
-      if sizes['tensor'] > 1 and x.shape[1] % sizes['tensor'] == 0:
+      if len(shape) == 4 and sizes['tensor'] > 1 and shape[1] % sizes['tensor'] == 0:
         spec[1] = 'tensor'
-    elif x.ndim == 3 and sizes['sequence'] > 1 and x.shape[1] % sizes['sequence'] == 0:
+    elif len(shape) == 3 and sizes['sequence'] > 1 and shape[1] % sizes['sequence'] == 0:
       spec[1] = 'sequence'
-    if place == 'logits' and sizes['tensor'] > 1 and x.shape[-1] % sizes['tensor'] == 0:
+    if place == 'logits' and sizes['tensor'] > 1 and shape[-1] % sizes['tensor'] == 0:
       spec[-1] = 'tensor'
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+    return NamedSharding(self.mesh, P(*spec))
 
 
 HERE = Execution()

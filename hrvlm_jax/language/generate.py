@@ -75,10 +75,10 @@ class Generator:
     self.fn, self.params, self.ex = fn, params, ex
     compiled = functools.partial(jax.jit, compiler_options=ex.options)
     # A cache is given away by whoever goes on from it, and comes back: it is never there twice.
-    self._prefill = compiled(self._prefill_fn, static_argnames=('slots', 'ex'))
+    self._prefill = compiled(self.prefill_fn, static_argnames=('slots', 'ex'))
     self._loop = compiled(self._loop_fn, static_argnames=('sampling', 'keep_logits', 'ex'),
                           donate_argnames=('cache',))
-    self._step = compiled(self._step_fn, static_argnames=('ex',), donate_argnames=('cache',))
+    self._step = compiled(self.step_fn, static_argnames=('ex',), donate_argnames=('cache',))
     self._choose = jax.jit(lambda logits, key, i, *, sampling: choose(
       logits, sampling, jax.random.fold_in(key, i)), static_argnames=('sampling',))
     self._apply = compiled(fn.apply, static_argnames=('method', 'ex'))
@@ -95,12 +95,14 @@ class Generator:
     """How many programs were compiled so far: it must not grow inside a bucket."""
     return sum(fn._cache_size() for fn in (self._prefill, self._loop, self._step, self._apply))
 
-  def _prefill_fn(self, params, embeds, valid, extras, *, slots, ex: Execution):
+  def prefill_fn(self, params, embeds, valid, extras, *, slots, ex: Execution):
+    """(logits of the next token [b v], cache): the program that reads a prompt, not compiled."""
     logits, _, cache = self.fn.apply(params, embeds.astype(ex.dtype), valid, slots=slots,
                                      method='prefill', ex=ex, **extras)
     return logits, ex.constrain('cache', cache)
 
-  def _step_fn(self, params, tokens, valid, cache, slot, extras, *, ex: Execution):
+  def step_fn(self, params, tokens, valid, cache, slot, extras, *, ex: Execution):
+    """(logits [b v], valid, cache): the program of one token, not compiled."""
     valid = valid.at[:, slot].set(True)
     logits, cache = self.fn.apply(params, tokens, valid, cache, slot, ex=ex,
                                   method='step', **extras)
@@ -143,7 +145,7 @@ class Generator:
       held = params
       if ex.gathers:  # else the compiler gathers all weights in front of the loop, and keeps them
         token, held = jax.lax.optimization_barrier((token, params))
-      logits, valid, cache = self._step_fn(held, token, valid, cache, start + i - 1, extras,
+      logits, valid, cache = self.step_fn(held, token, valid, cache, start + i - 1, extras,
                                            ex=ex)
       token, now = select(logits, i, finished, state['tokens'])
       return i + 1, token, now, valid, cache, record(dict(state), i, token, finished, logits)

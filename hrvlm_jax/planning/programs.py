@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from hrvlm_jax.core.config import from_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.execution import Execution
+from hrvlm_jax.language.generate import Generator
 from hrvlm_jax.parallel import rules
 from hrvlm_jax.parallel.flops import count_flops
-from hrvlm_jax.parallel.mesh import BATCH_AXES, batch_sharding, batch_shards, check_batch
+from hrvlm_jax.parallel.mesh import batch_sharding, batch_shards, check_batch
 from hrvlm_jax.planning.program import Program
 from hrvlm_jax.systems.contract import sharding_rules
 from hrvlm_jax.training.batches import batch_shapes
@@ -101,28 +102,28 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
   check_batch(batch, mesh)
   batch = placed(batch, batch_sharding(mesh))
 
+  # The programs of an answer, and where they leave the cache.
+  generator = Generator(fn, params, ex=ex)
+
   def prefill(params, batch):
     embeds, valid, extras = fn.apply(params, batch, method='prompt', ex=ex)
-    logits, _, cache = fn.apply(params, embeds, valid, slots=slots, method='prefill', ex=ex,
-                                **extras)
-    return logits, cache, extras
+    return *generator.prefill_fn(params, embeds, valid, extras, slots=slots, ex=ex), extras
 
   def decode(params, tokens, valid, cache, slot, extras):
-    return fn.apply(params, tokens, valid, cache, slot, method='step', ex=ex, **extras)
+    return generator.step_fn(params, tokens, valid, cache, slot, extras, ex=ex)
 
   _, cache, extras = jax.eval_shape(prefill, params, batch)
   place = lambda tree: jax.tree.map(lambda s: jax.ShapeDtypeStruct(
-    s.shape, s.dtype, sharding=_serving_sharding(s, mesh, rows)), tree)
+    s.shape, s.dtype, sharding=ex.laid('cache', s.shape)), tree)
+  cache = place(cache)
+  laid = jax.tree.map(lambda s: s.sharding, cache)
   if what == 'prefill':
-    step, args, donate = prefill, (params, batch), ()
-    out = (None, jax.tree.map(lambda s: s.sharding, place(cache)), None)
+    step, args, donate, out = prefill, (params, batch), (), (None, laid, None)
   else:
     row = lambda *shape, dtype: place(jax.ShapeDtypeStruct((rows, *shape), dtype))
     slot = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    step, donate = decode, (3,)
-    args = (params, row(dtype=jnp.int32), row(slots, dtype=jnp.bool_), place(cache), slot,
-            place(extras))
-    out = (None, jax.tree.map(lambda s: s.sharding, args[3]))
+    step, donate, out = decode, (3,), (None, None, laid)
+    args = (params, row(dtype=jnp.int32), row(slots, dtype=jnp.bool_), cache, slot, place(extras))
   size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(fn.abstract))
   return Program(
     fn=step, args=args, donate=donate, out_shardings=out,
@@ -132,12 +133,3 @@ def serve_program(mesh: Mesh, *, config: Mapping[str, Any] | RunConfig, what: st
            f'{rows} prompts of {length} places, cache of {slots}, {images} image(s) of '
            f'{image[0]} x {image[1]}'))
 
-
-def _serving_sharding(leaf, mesh: Mesh, rows: int) -> NamedSharding:
-  """Caches [b s heads d] and other values of a row: rows over data and fsdp, heads over tensor."""
-  spec: list[Any] = [None] * len(leaf.shape)
-  if spec and leaf.shape[0] == rows and rows % batch_shards(mesh) == 0:
-    spec[0] = BATCH_AXES
-  if len(spec) == 4 and leaf.shape[2] % mesh.shape['tensor'] == 0:
-    spec[2] = 'tensor'
-  return NamedSharding(mesh, P(*spec))

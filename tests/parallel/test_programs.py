@@ -212,3 +212,22 @@ def test_a_batch_that_does_not_divide_is_named():
     programs.serve_program(
       make_mesh({'data': 1}, devices=jax.devices()[:1]), config=config, what='train'
     )
+
+
+def test_a_planned_answer_cuts_the_cache_by_heads_as_answers_do():
+  """Cut by places, every token's attention would be added up over devices."""
+  model = registry.get('mc_llava').tiny()
+  config = RunConfig(model=model, data=DataConfig(train='x', lengths=(96,)),
+                     training=TrainingConfig(steps=1, batch_size=4, optimizer=OptimizerConfig(
+                       learning_rate=1.0)))
+  mesh = jax.sharding.AbstractMesh((1, 2, 1, 2), ('data', 'fsdp', 'sequence', 'tensor'))
+  plan = {what: programs.serve_program(mesh, config=config, what=what, length=96, new_tokens=32,
+                                       image=(80, 60), platform='tpu')
+          for what in ('prefill', 'decode')}
+  cache = plan['decode'].args[3]
+  heads = model.text.kv_heads
+  assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(2, heads, 128, model.text.head_dim)}
+  for laid in (jax.tree.map(lambda leaf: leaf.sharding, cache), plan['decode'].out_shardings[2],
+               plan['prefill'].out_shardings[1]):
+    assert {place.shard_shape((2, heads, 128, 16)) for place in jax.tree.leaves(laid)} == {
+      (1, heads // 2, 128, 16)}
