@@ -7,7 +7,8 @@ devices, with the widths of the release and DEPTH layers. Prints one JSON object
 {'peak': bytes, 'taken': bytes of arguments whose memory the results take, 'parts': {name: bytes}}.
 The parts are counted by hand: the share of the language model's parameters, the cache, what goes in
 and comes out, and the temporaries that a layer needs: its weights where they are spread and
-gathered, and either its attention or its MLP.
+gathered, and either its attention or its MLP. The program that encodes the views (`prompt`; of two
+passes the first reads the prompt too) needs its pixels, and the dearest layer that it has.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import math
 import sys
 
 NEW = 32
+SCORES = 2**27  # of one attention at a time on one device (`core.attention`)
 
 
 def peak(lowered, arguments: int) -> dict[str, int]:
@@ -30,6 +32,39 @@ def peak(lowered, arguments: int) -> dict[str, int]:
   beside = max(found.argument_size_in_bytes - arguments, 0)
   total = found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
   return {'peak': total - found.alias_size_in_bytes - beside, 'taken': found.alias_size_in_bytes}
+
+
+def seen(config, rows: int, tensor: int) -> dict[str, int]:
+  """What the views of a device's rows take while they are encoded, in bytes."""
+  encoder = config.encoder
+  if config.system == 'vila_hd':  # as floats, scaled, and normalised
+    return {'pixels': 3 * 4 * rows * 3 * encoder.side**2}
+  # A ConvNeXt's first stage has the most places: its stream, and its MLP before and after GELU.
+  places, width = rows * (encoder.image_size // 4)**2, encoder.slow.widths[0]
+  return {'stream of the first stage': 3 * 4 * places * width,
+          'MLP of the first stage': 2 * 4 * places * 4 * width // tensor}
+
+
+def prompt(g, config, layout, params, rows: int) -> tuple:
+  """(the program that encodes views, lowered; bytes of its batch on a device; places)."""
+  import jax
+
+  from hrvlm_jax.parallel import fitting
+  from hrvlm_jax.parallel.mesh import batch_sharding
+  from hrvlm_jax.training.batches import batch_shapes
+  from hrvlm_jax.training.config import DataConfig, OptimizerConfig, RunConfig, TrainingConfig
+  from hrvlm_jax.training.program import placed
+  from hrvlm_jax.vlm.where import prompt_places
+
+  length = -(-(prompt_places(config) + 128) // 256) * 256
+  training = TrainingConfig(steps=1, batch_size=1, optimizer=OptimizerConfig(learning_rate=1.0))
+  run = RunConfig(model=config, data=DataConfig(train='x', lengths=(length,)), training=training)
+  batch = batch_shapes(run, rows * layout.shards, length=length, image=(3840, 2160)).arrays
+  del batch['labels']
+  batch = placed(batch, batch_sharding(layout.mesh))
+  leaves = jax.tree.leaves(batch)
+  held = fitting.local_bytes(leaves, [leaf.sharding for leaf in leaves])
+  return g._apply.lower(params, batch, method='prompt', ex=g.ex), held, length
 
 
 def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int = 512
@@ -65,9 +100,11 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
   fn = vlm.build(config, unrolled=True)
   places = rules.param_shardings(fn.abstract, layout.mesh, rules=sharding_rules(config))
   params = layout.abstract(fn.abstract, places)
+  held = {path: fitting.local_bytes([leaf], [leaf.sharding])
+          for path, leaf in paths.flatten(params).items()}
   spoken = {path: leaf for path, leaf in paths.flatten(params).items()
             if path.startswith('language/')}
-  shares = {path: fitting.local_bytes([leaf], [leaf.sharding]) for path, leaf in spoken.items()}
+  shares = {path: held[path] for path in spoken}
 
   shards, tensor = layout.shards, layout.mesh.shape['tensor']
   batch, slots = rows * shards, length + NEW
@@ -81,7 +118,7 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
   cached = fitting.local_bytes(jax.tree.leaves(cache), [cut] * (2 * depth))
   layer = [path for path in spoken if '/blocks/0/' in path]
   table = max(math.prod(leaf.shape) for path, leaf in spoken.items() if '/blocks/' not in path)
-  gathered = 0
+  gathered = whole = 0
   if layout.mesh.shape['fsdp'] > 1:  # weights of a layer, or the output layer, as heads are cut
     whole = sum(shares[path] for path in layer) * layout.mesh.shape['fsdp']
     gathered = max(whole, 4 * table // tensor)
@@ -90,7 +127,8 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
 
   def parts(queries: int, keys: int, *, inputs: int = 0) -> dict[str, int]:
     states = rows * queries * text.width
-    attended = rows * queries * ((heads + 2 * kv) * text.head_dim + 2 * heads * keys)
+    scores = min(rows * queries * heads * keys, SCORES)
+    attended = rows * queries * (heads + 2 * kv) * text.head_dim + 2 * scores
     attended += 2 * rows * keys * heads * text.head_dim  # keys and values as they are multiplied
     within = 3 * rows * queries * text.mlp_width / tensor
     return {'parameters': sum(shares.values()), 'cache': cached, 'inputs': inputs,
@@ -116,6 +154,19 @@ def programs(release: str, depth: int, mesh: str, *, rows: int = 2, length: int 
        arguments=cached + small, queries=1, keys=slots)
   keep('step', g._step.lower(params, row(dtype=jnp.int32), valid, cache, number(), {}, ex=ex),
        arguments=cached + small, queries=1, keys=slots)
+  lowered, inputs, places = prompt(g, config, layout, params, rows)
+  # Of two passes the first reads the prompt, with all but the output layer; else only the table of
+  # tokens is read. Views are encoded before that.
+  first = config.system == 'vila_hd'
+  used = {path: size for path, size in held.items() if path == 'language/embed/embedding' or
+          path not in spoken or (first and not path.startswith('language/head'))}
+  asked, dearest = parts(places, places), seen(config, rows, tensor)
+  if first:
+    dearest = {'pixels, or attention or MLP': max(*dearest.values(), asked['attention or MLP']),
+               'gathered weights': int(gathered and whole)}
+  found['prompt'] = peak(lowered, sum(used.values()) + inputs) | {
+    'parts': {'parameters': sum(used.values()), 'inputs': inputs, 'states': asked['states'],
+              **dearest}}
   # The rows of a shard are the beams of one prompt: what was and what becomes of it.
   prompts = jax.ShapeDtypeStruct((shards, rows), jnp.int32)
   lowered = generate._reorder.lower((valid, cache), prompts, ex=ex)

@@ -73,11 +73,11 @@ def test_a_device_holds_its_share(release, devices, meshes):
   found = json.loads(done.stdout)
   assert list(found) == meshes
   for mesh, programs in found.items():
-    assert set(programs) == {'prefill', 'loop', 'step', 'beams'}
+    assert set(programs) == {'prefill', 'loop', 'step', 'prompt', 'beams'}
     for name, program in programs.items():
       assert program['peak'] <= 1.2 * sum(program['parts'].values()), (mesh, name, program)
       # A cache is never there twice while tokens are made.
-      assert name in ('prefill', 'beams') or program['taken'] >= program['parts']['cache']
+      assert name in ('prefill', 'prompt', 'beams') or program['taken'] >= program['parts']['cache']
       # The arithmetic itself does not count what nobody needs.
       assert program['peak'] >= 0.6 * sum(program['parts'].values()), (mesh, name, program)
 
