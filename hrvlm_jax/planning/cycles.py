@@ -56,6 +56,7 @@ class Kind(enum.StrEnum):
   MESSAGE_LEFT = 'messages never finished'
   BETWEEN = 'waits for messages between slices'
   DMA_WAIT = 'waits for prefetches'
+  MEMORY = 'memory shared by work and prefetches'
 
   @property
   def group(self) -> str:
@@ -69,7 +70,7 @@ GROUPS = {
   'attention': (Kind.ATTENTION_PRODUCT, Kind.ATTENTION_SCORES, Kind.ATTENTION_KERNEL),
   'kernels': (Kind.KERNEL,),
   'element-wise': (Kind.ELEMENTWISE,),
-  'memory traffic': (Kind.STACK, Kind.DMA_WAIT),
+  'memory traffic': (Kind.STACK, Kind.DMA_WAIT, Kind.MEMORY),
   'gathers': (Kind.GATHER,),
   'copies': (Kind.COPY,),
   'synchronous messages': (Kind.MESSAGE,),
@@ -129,7 +130,8 @@ class Pricing:
       cycles = self._analytic(things, inst, moved)
     else:
       cycles = self._move(computation, inst, moved)
-    return Cost(cycles, kind, flops, moved, estimated, place, uncounted)
+    # What takes no time only names memory.
+    return Cost(cycles, kind, flops, moved if cycles else 0, estimated, place, uncounted)
 
   # --- cycles ------------------------------------------------------------------------------------
 

@@ -67,7 +67,8 @@ def assumptions(reading: Reading) -> list[str]:
     f'{c.latency * 1e6:g} us and {c.hop * 1e6:g} us a hop; between slices '
     f'{c.between / 1e9:.2f} GB/s per device and the same latency',
     f"likely: what is not the compiler's own estimate takes {c.likely:g} times as long",
-    'of a conditional the dearest branch counts; queues do not slow the work beside them',
+    'of a conditional the dearest branch counts; queues do not slow the work beside them, but a '
+    'call takes no less than its memory traffic',
   ]
   if c.source:
     lines.append(c.source)
@@ -114,7 +115,7 @@ def summary(reading: Reading, *, dearest: int = 10) -> dict[str, Any]:
     'chip': reading.costs.chip, 'seconds': reading.seconds,
     'likely_seconds': reading.likely_seconds, 'flops': reading.flops,
     'peak_share': reading.flops / reading.costs.rates.flops_per_cycle / total,
-    'memory_bytes': reading.memory_bytes,
+    'memory_bytes': reading.memory_bytes, 'memory_seconds': reading.memory_bound,
     'synchronous_bytes': sum(row['bytes'] for row in messages.values()
                              if row['how'] == 'synchronous'),
     'groups': rows(lambda charge: charge.cost.kind.group),
@@ -141,7 +142,8 @@ def tables(found: Mapping[str, Any], *, dearest: bool = True) -> list[str]:
   """The tables of a `summary`, line by line; `dearest`: also by source, and the dearest places."""
   lines = [
     f'products: {found["flops"] / 1e12:.3f} TFLOP executed, {found["peak_share"]:.1%} of the peak; '
-    f'memory traffic {found["memory_bytes"] / 1e9:.3f} GB',
+    f'memory traffic {found["memory_bytes"] / 1e9:.3f} GB, which alone takes '
+    f'{_time(found["memory_seconds"])}',
     *_table('by class', found['classes'].items())]
   if dearest:
     lines += _table('by source function', list(found['sources'].items())[:20])

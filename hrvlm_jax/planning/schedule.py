@@ -122,6 +122,11 @@ class Reading:
     """Traffic between memory and device, prefetches included."""
     return self.prefetched + sum(charge.cost.bytes * charge.times for charge in self.charges)
 
+  @property
+  def memory_bound(self) -> float:
+    """Seconds that this traffic alone takes: no call is faster."""
+    return self.costs.memory_cycles(self.memory_bytes) / self.costs.rates.clock
+
 
 def read(text: str, chip: str | Costs) -> Reading:
   """Reads the text of a scheduled program.
@@ -178,6 +183,14 @@ class _Walk:
     self._run(self._module.entry, 1)
     for left, times, (computation, inst) in self._carried.values():
       self._charge(computation, inst, times, left, Kind.MESSAGE_LEFT)
+    found = self._found()
+    # A prefetch and the work beside it share one memory: what all of them move takes its time.
+    last = self._module.computations[self._module.entry][-1]
+    self._charge(self._module.entry, last, 1, found.memory_bound * found.costs.rates.clock
+                 - found.cycles, Kind.MEMORY)
+    return self._found()
+
+  def _found(self) -> Reading:
     return Reading(self._costs, tuple(self._charges), tuple(self._messages), self._prefetched,
                    self._unknown_loops, dict(self._guessed))
 

@@ -304,6 +304,24 @@ def test_a_prefetch_is_waited_for(middle, waits):
   assert (Kind.DMA_WAIT in kinds(reading)) == waits
 
 
+def test_work_and_prefetches_share_the_memory():
+  """Each alone would take its own time; both at once take the time of all that is moved."""
+  kind = f'bf16[4096,2048]{TILED}'
+  near = kind.replace('(2,1)}', '(2,1)S(1)}')
+  copy = lambda: (f'  %a = {kind} parameter(0)\n'
+                  f'  %s = ({near}, {kind}, u32[]{{:S(2)}}) copy-start(%a)\n')
+  size = 4096 * 2048 * 2
+  work = f'  %b = {kind} parameter(1)\n  %w = {kind} negate(%b)\n'  # reads and writes as much
+  reading = read(f'{copy()}{work}  %d = {near} copy-done(%s)')
+  assert reading.memory_bytes == 3 * size
+  assert reading.seconds >= reading.memory_bound == pytest.approx(3 * size / HBM)
+  left = kinds(reading)[Kind.MEMORY]
+  assert left == pytest.approx(reading.cycles - read(work).cycles, rel=1e-6)
+  # Where products take longer than all that is moved nothing is added.
+  long = read(f'{copy()}{product("p", 4096, 1024, 1024)}\n  %d = {near} copy-done(%s)')
+  assert Kind.MEMORY not in kinds(long)
+
+
 def carried(work_turns: int, *, finish: bool = True) -> schedule.Reading:
   """A gather in fusions: started, beside products, finished."""
   body = lambda name, extra='': f"""%{name} (i: bf16[64,1024]) -> bf16[1024,1024] {{
