@@ -12,12 +12,15 @@ import os
 import pathlib
 from typing import Any
 
+from PIL import Image
+
 from hrvlm_jax.core import installed
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.data.rows import BadRow, ImageRef, Row
 from hrvlm_jax.data.unchanged import Unchanged
 
 SUFFIX = '.pdf'
+Box = tuple[int, int, int, int]
 
 
 def are_pdfs(path: str | os.PathLike) -> bool:
@@ -90,6 +93,24 @@ class PdfPages:
     return Row(name, (ImageRef(f'{name}.png', data=buffer.getvalue()),), (), where,
                {'lines': lines})
 
+  def words(self, index: int) -> tuple[Image.Image, list[list[tuple[str, Box]]]]:
+    """(the page, RGB; of every line of its text layer, words and their boxes in its pixels).
+
+    A gap wider than the line is high begins another line: another column, the next cell of a table.
+
+    Raises:
+      BadRow: a page that cannot be rendered.
+    """
+    path, number = self._pages[index]
+    pdfium = _pdfium()
+    try:
+      page = self._document(path)[number]
+      bitmap = page.render(scale=self.side / max(page.get_size()))
+      lines = list(_word_lines(page.get_textpage(), bitmap.get_posconv(page)))
+      return bitmap.to_pil().convert('RGB'), lines
+    except pdfium.PdfiumError as error:
+      raise BadRow('form', f'{path}, page {number + 1}', f'cannot be rendered ({error})') from error
+
   def __getstate__(self):
     return self.__dict__ | {'_open': None}
 
@@ -113,6 +134,36 @@ def _lines(text, place):
     else:
       found.append({'box': box, 'text': words})
   return found
+
+
+def _word_lines(text, place):
+  """Lines of words, each of its characters' common box."""
+  line: list[tuple[str, Box]] = []
+  word, box = '', None
+  for index in range(text.count_chars()):
+    character = text.get_text_range(index, 1)
+    if character.strip():
+      left, bottom, right, top = text.get_charbox(index, loose=True)
+      xs, ys = zip(place.to_bitmap(left, top), place.to_bitmap(right, bottom))
+      here = (min(xs), min(ys), max(xs), max(ys))
+      if box is not None and _same_line(box, here):
+        word += character
+        box = (min(box[0], here[0]), min(box[1], here[1]), max(box[2], here[2]),
+               max(box[3], here[3]))
+        continue
+    if box is not None:
+      line.append((word, box))
+      word, box = '', None
+    if not character.strip():
+      continue
+    if line and not _same_line(line[-1][1], here):
+      yield line
+      line = []
+    word, box = character, here
+  if box is not None:
+    line.append((word, box))
+  if line:
+    yield line
 
 
 def _same_line(before, box) -> bool:

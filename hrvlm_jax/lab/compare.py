@@ -31,7 +31,7 @@ from hrvlm_jax.lab.compare_config import CompareConfig, systems_of, tower_path, 
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.measure import cost
-from hrvlm_jax.lab.needle import read_records, single_turns, write
+from hrvlm_jax.lab.needle import differing, read_records, single_turns, write
 from hrvlm_jax.lab.report import accuracy, accuracy_by_size, machine
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
@@ -109,6 +109,8 @@ class Comparison(Experiment):
     before = self.read('config.json') or dict(now)
     joining = {}
     changed = []
+    if isinstance(before.get('task'), dict) and not differing(before['task'], now['task']):
+      before['task'] = now['task']  # fields that the folder was made without have their defaults
     for key in ('systems', 'adapt', 'claims'):
       old, new = before.pop(key, {}), now.pop(key)
       joining[key] = {**old, **new}

@@ -3,7 +3,8 @@
 Real systems start from a language model that can already read; one drawn at random spends most of a
 short run on learning to look up an answer at all, whatever its encoder shows. Here a decoder learns
 that part once: in the places of the visual tokens stand learned vectors for "a sign of this colour
-with this letter" among vectors for nothing, the text is the task's own. What no pixel-free training
+with this letter" among vectors for nothing, the text is the task's own. Of `relate` and `page` they
+also say where it stands, and there are such for things and for the cue. What no pixel-free training
 can give stays to be learned: what the visual tokens of an encoder mean.
 """
 
@@ -11,15 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import Embedding
-from hrvlm_jax.core.module import Module, Rngs
-from hrvlm_jax.lab.needle import NOTHING, plan, record
+from hrvlm_jax.core.module import List, Module, Rngs
+from hrvlm_jax.lab.needle import NOTHING, NeedleConfig, Plan, plan, record
+from hrvlm_jax.lab.needle.kinds import CUES
 from hrvlm_jax.lab.pretrain import Pretraining
 from hrvlm_jax.language.chat import get_template
 from hrvlm_jax.language.config import DecoderConfig
@@ -29,6 +33,8 @@ from hrvlm_jax.language.prompt import Text, choose_bucket, pad_batch
 from hrvlm_jax.systems.contract import VisualTokens
 from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.vlm.model import merge
+
+PLACES = 16  # parts of a side that the places of symbols are told apart by
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,26 +65,32 @@ class SymbolsConfig(Pretraining):
   def draw(self, step: int) -> dict[str, np.ndarray]:
     """One way of writing, one number of slots."""
     rng = self.rng(step)
+    task = dataclasses.replace(self.needle, documents=None)  # it has no letters
     text, slots = self.writing[step % len(self.writing)], int(rng.choice(self.slots))
     # Where the first question of a row says where to look, rows have one question.
     turns = 1 if get_template(text.chat).steers else self.needle.turns
     colours = np.full((self.batch_size, slots), NOTHING, np.int32)
-    letters = colours.copy()
+    letters, places = colours.copy(), np.zeros((self.batch_size, slots, 2), np.int32)
     examples = []
     for row in range(self.batch_size):
-      made = plan(self.needle, self.seed, step * self.batch_size + row)
+      made = plan(task, self.seed, step * self.batch_size + row)
       messages = messages_from_llava(record(made, '')['conversations'])[:2 * turns]
       examples.append(text.conversation(messages, [slots]))
       free = iter(rng.permutation(slots).tolist())
-      for sign in made.signs:
-        for _ in range(int(rng.integers(1, self.spread + 1))):
-          slot = next(free)
-          colours[row, slot] = self.needle.colours.index(sign.colour)
-          letters[row, slot] = self.needle.alphabet.index(sign.text[0])
+      shown = symbols_of(self.needle, made)
+      spare = slots - len(shown)
+      if spare < 0:
+        raise UserError(f'symbols: an image of the task shows {len(shown)} signs and things, and '
+                        f'there are {slots} slots; raise `slots`, or show fewer (signs)')
+      for mark, letter, where in shown:
+        more = min(spare, int(rng.integers(1, self.spread + 1)) - 1)
+        spare -= more
+        for slot in itertools.islice(free, 1 + more):
+          colours[row, slot], letters[row, slot], places[row, slot] = mark, letter, where
     longest = max(len(example['tokens']) for example in examples)
     batch = pad_batch(examples, choose_bucket(longest, self.lengths))
     return {key: batch[key] for key in ('tokens', 'visual_index', 'valid', 'labels')} | {
-      'colours': colours, 'letters': letters}
+      'colours': colours, 'letters': letters, **({'places': places} if placed(task) else {})}
 
   def loss(self, reader, batch, key):
     """(loss per target, share of right targets)."""
@@ -90,15 +102,51 @@ class SymbolsConfig(Pretraining):
     return total / jnp.maximum(count, 1), right.sum() / jnp.maximum(counted.sum(), 1)
 
 
+def placed(task: NeedleConfig) -> bool:
+  """Whether a task's questions need places, things or a cue, which its symbols then show."""
+  return task.task != 'needle' or bool(task.cues)
+
+
+def marks(task: NeedleConfig) -> list[str]:
+  """What a symbol may show beside its letter: a colour; with `placed` also a thing or a cue."""
+  if not placed(task):
+    return list(task.colours)
+  states = [f'{cue} {state}' for cue in CUES[task.task] for state in (0, 1)]
+  return [*task.colours, 'house', 'circle', 'large circle', 'arrow left', 'arrow right', *states]
+
+
+def symbols_of(task: NeedleConfig, made: Plan) -> list[tuple[int, int, tuple[int, int]]]:
+  """(mark, letter or NOTHING, place of the centre in `PLACES` parts of both sides) of all shown."""
+  if not placed(task):
+    return [(task.colours.index(sign.colour), task.alphabet.index(sign.text[0]), (0, 0))
+            for sign in made.signs]
+  known = marks(task)
+  where = lambda box: (PLACES * (box[0] + box[2]) // (2 * task.width),
+                       PLACES * (box[1] + box[3]) // (2 * task.height))
+  found = [(known.index(sign.colour), task.alphabet.index(sign.text[0]), where(sign.box))
+           for sign in made.signs]
+  size = lambda thing: thing.box[2] - thing.box[0]
+  largest = max((size(thing) for thing in made.things if thing.name == 'circle'), default=0)
+  for thing in made.things:
+    name = f'{thing.name} {thing.note}'.strip()
+    name = 'large circle' if name == 'circle' and size(thing) == largest else name
+    found.append((known.index(name), NOTHING, where(thing.box)))
+  if made.cue is not None:
+    found.append((known.index(f'{made.cue.kind} {made.cue.state}'), NOTHING, (0, 0)))
+  return found
+
+
 class SymbolReader(Module):
   """The decoder, and the vectors that stand for what an encoder would show."""
 
   def __init__(self, config: SymbolsConfig, *, rngs: Rngs):
     self.config, width, std = config, config.text.width, config.text.init_std
     self.language = Decoder(config.text, rngs=rngs)
-    self.colours = Embedding(len(config.needle.colours), width, std=std, rngs=rngs)
+    self.colours = Embedding(len(marks(config.needle)), width, std=std, rngs=rngs)
     self.letters = Embedding(len(config.needle.alphabet), width, std=std, rngs=rngs)
     self.nothing = Embedding(1, width, std=std, rngs=rngs)
+    self.places = List([Embedding(PLACES, width, std=std, rngs=rngs) for _ in range(2)]) if (
+      placed(config.needle)) else None
 
   def __call__(self, batch: Mapping[str, Any], key) -> jax.Array:
     """Final-normed states [b t d].
@@ -107,6 +155,9 @@ class SymbolReader(Module):
     """
     colours, letters = batch['colours'], batch['letters']
     shown = self.colours(jnp.clip(colours, 0)) + self.letters(jnp.clip(letters, 0))
+    if self.places is not None:  # things have no letter
+      shown -= jnp.where(letters[..., None] < 0, self.letters(jnp.clip(letters, 0)), 0)
+      shown += sum(axis(batch['places'][..., i]) for i, axis in enumerate(self.places))
     values = jnp.where(colours[..., None] >= 0, shown, self.nothing(jnp.zeros_like(colours)))
     values += self.config.noise * jax.random.normal(key, values.shape)
     visual = VisualTokens(values, jnp.ones(colours.shape, bool))

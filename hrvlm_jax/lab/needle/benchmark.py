@@ -1,7 +1,8 @@
-"""The built-in high-resolution task: LLaVA JSON written by `hrvlm_jax.lab.needle`.
+"""The built-in high-resolution tasks: LLaVA JSON written by `hrvlm_jax.lab.needle`.
 
 Each turn of a record is one sample. Beside the accuracy stands the accuracy in each third of the
-samples by relative area of the text asked for.
+samples by relative area of the text asked for; of the tasks `relate` and `page` (and `needle` with
+a cue) that of every kind of question.
 """
 
 from collections.abc import Sequence
@@ -39,8 +40,8 @@ def _needle(folder: Path, split: str) -> Samples:
       (place, _, question), (_, _, answer) = said[2 * turn], said[2 * turn + 1]
       if question is None or answer is None:
         continue
-      target, area = _target(row, turn)
-      boxes = c.boxes([] if target is None else [target], f'{place}: box')
+      found, area = _target(row, turn)
+      boxes = c.boxes(found, f'{place}: box')
       if boxes is None:
         continue
       if area is None:
@@ -48,23 +49,40 @@ def _needle(folder: Path, split: str) -> Samples:
         continue
       c.add(Sample(number if turn == 0 else f'{number}#{turn}', (file_image(folder / image),),
                    question.replace('<image>', '').strip(), (answer,),
-                   meta={'relative_area': area, 'boxes': boxes}), place)
+                   meta={'relative_area': area, 'boxes': boxes, **_kind(row, turn)}), place)
   return c.finish()
 
 
-def _target(row: dict, turn: int) -> tuple[list | None, float | None]:
-  """(box, relative area) of what a turn asks for."""
-  details = row.get('needle') or {}
+def _target(row: dict, turn: int) -> tuple[list, float | None]:
+  """(boxes, relative area) of what a turn asks for."""
   finite = lambda value: value if math.isfinite(value) else None
+  details = row.get('needle') or {}
   try:
     sign = details['signs'][details['turns'][turn]]
-    return sign.get('box'), finite(float(sign['relative_area']))
+    box, area = sign.get('box'), finite(float(sign['relative_area']))
+    return [] if box is None else [box], area
   except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError):
-    boxes = row.get('boxes')
-    boxes = boxes if isinstance(boxes, list) else []
-    box = boxes[turn] if turn < len(boxes) else None
-    area = row.get('relative_area') if turn == 0 else None
-    return box, finite(area) if isinstance(area, (int, float)) else None
+    pass
+  # Of the other tasks, and of records that have no more than LLaVA's keys.
+  box, area = _turn_of(row, 'boxes', turn), _turn_of(row, 'relative_areas', turn)
+  evidence = _turn_of(row, 'evidence', turn)
+  if area is None and turn == 0:
+    area = row.get('relative_area')
+  plain = isinstance(area, (int, float)) and not isinstance(area, bool)
+  boxes = evidence if isinstance(evidence, list) else [] if box is None else [box]
+  return boxes, finite(area) if plain else None
+
+
+def _kind(row: dict, turn: int) -> dict[str, str]:
+  """The kind of a turn's question, where the record names it."""
+  task = row.get('task')
+  kind = _turn_of(task, 'kinds', turn) if isinstance(task, dict) else None
+  return {'kind': kind} if isinstance(kind, str) else {}
+
+
+def _turn_of(row: dict, key: str, turn: int):
+  values = row.get(key)
+  return values[turn] if isinstance(values, list) and turn < len(values) else None
 
 
 def _score(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
@@ -72,8 +90,13 @@ def _score(samples: Sequence[Sample], texts: Sequence[str]) -> Scores:
   areas = [s.meta['relative_area'] for s in samples]
   values = {'needle_accuracy': percent(right)}
   tertiles = accuracy_by_tertile(areas, right) if len(samples) >= 3 else {}
+  by_kind: dict[str, list[float]] = {}
+  for score, sample in zip(right, samples):
+    if 'kind' in sample.meta:
+      by_kind.setdefault(sample.meta['kind'], []).append(score)
   return Scores('needle_accuracy', values, per_sample=right, units=right,
-                by_category={f'{name} text': 100 * value for name, value in tertiles.items()})
+                by_category={f'{name} text': 100 * value for name, value in tertiles.items()}
+                | {kind: percent(by_kind[kind]) for kind in sorted(by_kind)})
 
 
 BENCHMARKS = (

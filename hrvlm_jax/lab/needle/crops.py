@@ -4,6 +4,7 @@ A crop is a window of a canvas, resized as a system's views are, with up to two 
 label says, for every colour, what the sign of that colour reads.
 """
 
+from collections.abc import Callable, Sequence
 import dataclasses
 
 from jaxtyping import Float32, Int32, UInt8
@@ -12,7 +13,7 @@ from PIL import Image
 
 from hrvlm_jax.core.images import resize_exact
 from hrvlm_jax.lab.needle.config import NeedleConfig
-from hrvlm_jax.lab.needle.generate import background, generate
+from hrvlm_jax.lab.needle.generate import empty, generate
 from hrvlm_jax.lab.needle.signs import draw, log_uniform, make_sign, overlap
 
 NOTHING, CUT = -1, -2
@@ -31,15 +32,18 @@ class GlyphCrops:
     pixels: RGB.
     letters: for every crop and colour of `config.colours` the indices in `config.alphabet` of the
       text on that colour's sign; -1 (`NOTHING`): no such sign, -2 (`CUT`): its text
-      is partly outside, so that neither answer would be fair.
+      is partly outside, or two signs have the colour, so that neither answer would be fair.
     shapes: index in `config.shapes` of that sign, or -1.
     boxes: box (x0, y0, x1, y1) of that sign's text relative to the crop (0 to 1 inside it), or 0.
+    shown: of every crop all its texts: (index of the first character, -1 or -2; index of the
+      colour; box).
   """
 
   pixels: UInt8[np.ndarray, 'n size size 3']
   letters: Int32[np.ndarray, 'n colours length']
   shapes: Int32[np.ndarray, 'n colours']
   boxes: Float32[np.ndarray, 'n colours 4']
+  shown: Sequence[Sequence[tuple[int, int, np.ndarray]]]
 
   def patch_letters(self, grid: int) -> Int32[np.ndarray, 'n patches']:
     """What each patch of a `grid` x `grid` view shows, in raster order.
@@ -49,23 +53,23 @@ class GlyphCrops:
     every patch teaches an encoder to read in a fraction of the steps that a loss on the
     last patches alone needs.
     """
-    return self._patches(grid, self.letters[:, :, 0])
+    return self._patches(grid, lambda letter, colour: letter)
 
   def patch_colours(self, grid: int) -> Int32[np.ndarray, 'n patches']:
     """The colour of the sign each patch shows a text of: index in `config.colours`, -1, -2."""
-    colours = np.broadcast_to(np.arange(self.letters.shape[1]), self.letters.shape[:2])
-    return self._patches(grid, np.where(self.letters[:, :, 0] == CUT, CUT, colours))
+    return self._patches(grid, lambda letter, colour: CUT if letter == CUT else colour)
 
-  def _patches(self, grid: int, values: Int32[np.ndarray, 'n colours']):
+  def _patches(self, grid: int, value: Callable[[int, int], int]):
     target = np.full((len(self.pixels), grid, grid), NOTHING, np.int32)
     centres = (np.arange(grid) + 0.5) / grid
-    for i, colour in zip(*np.nonzero(self.shapes >= 0)):
-      x0, y0, x1, y1 = self.boxes[i, colour]
+    every = ((i, *one) for i, shown in enumerate(self.shown) for one in shown)
+    for i, letter, colour, box in every:
+      x0, y0, x1, y1 = box
       nearest_x, nearest_y = (int(np.clip((a + b) / 2 * grid, 0, grid - 1))
                               for a, b in ((x0, x1), (y0, y1)))
       columns, rows = (centres >= x0) & (centres < x1), (centres >= y0) & (centres < y1)
       columns[nearest_x] = rows[nearest_y] = True
-      target[i][np.ix_(rows, columns)] = values[i, colour]
+      target[i][np.ix_(rows, columns)] = value(letter, colour)
     return target.reshape(len(target), grid * grid)
 
 
@@ -98,7 +102,8 @@ def glyph_crops(
   shapes = np.full((n, len(config.colours)), -1, np.int32)
   boxes = np.zeros((n, len(config.colours), 4), np.float32)
   is_whole = rng.random(n) < whole
-  canvas = None
+  canvas, shown = None, []
+  config = dataclasses.replace(config, documents=None)  # letters are learned from made texts
   for i in range(n):
     if is_whole[i]:
       example = generate(config, int(rng.integers(2**62)), i)
@@ -106,7 +111,7 @@ def glyph_crops(
       box = (0, 0, config.width, config.height)
     else:
       if i % _CROPS_PER_CANVAS == 0 or canvas is None:
-        canvas = background(config, rng, config.width, config.height)
+        canvas = empty(config, rng)
       x = int(rng.integers(config.width - window + 1))
       y = int(rng.integers(config.height - window + 1))
       part = canvas[y:y + window, x:x + window].copy()
@@ -115,12 +120,17 @@ def glyph_crops(
         draw(part, sign, config.alphabet)
       picture = Image.fromarray(part)
     pixels[i] = np.asarray(resize_exact(picture, (size, size)))
+    mine = []
     for sign in signs:
       colour = config.colours.index(sign.colour)
+      label = _label(config, sign, box)
+      twice = shapes[i, colour] >= 0
       shapes[i, colour] = config.shapes.index(sign.shape)
-      letters[i, colour] = _label(config, sign, box)
+      letters[i, colour] = CUT if twice else label
       boxes[i, colour] = np.array(sign.text_box) / (box[2:] * 2)
-  return GlyphCrops(pixels=pixels, letters=letters, shapes=shapes, boxes=boxes)
+      mine.append((label if isinstance(label, int) else label[0], colour, boxes[i, colour].copy()))
+    shown.append(sorted(mine, key=lambda one: one[1]))
+  return GlyphCrops(pixels=pixels, letters=letters, shapes=shapes, boxes=boxes, shown=shown)
 
 
 def _label(config, sign, box):

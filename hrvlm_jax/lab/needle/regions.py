@@ -1,4 +1,4 @@
-"""The built-in task as region records: a box and a caption per sign, a caption of all of them."""
+"""The built-in tasks as region records: a box and a caption per sign, a caption of all of them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import numpy as np
 
 from hrvlm_jax.data.build import build_records
 from hrvlm_jax.data.rows import ImageRef, Row
-from hrvlm_jax.lab.needle.config import NeedleConfig
-from hrvlm_jax.lab.needle.generate import NeedlePlan, paint, plan
+from hrvlm_jax.lab.needle.config import WORD, NeedleConfig
+from hrvlm_jax.lab.needle.generate import Plan, paint, plan
 from hrvlm_jax.lab.needle.signs import Sign
+from hrvlm_jax.lab.needle.tasks import TaskPlan
 from hrvlm_jax.systems.ps3.config import PS3Config
 from hrvlm_jax.systems.ps3.data import target_map
 from hrvlm_jax.systems.ps3.records import RegionCheck, Regions, region_row
@@ -22,18 +23,23 @@ from hrvlm_jax.systems.ps3.views import squash
 
 
 def describe(sign: Sign, text: str | None = None) -> str:
-  """The caption of a sign: 'red sign K'.
+  """The caption of a sign, 'red sign K', or of a word on a page, 'word K'.
 
   Args:
     text: another reading of the same sign; '' leaves it out.
   """
-  return f'{sign.colour} sign {sign.text if text is None else text}'.strip()
+  what = 'word' if sign.shape == WORD else f'{sign.colour} sign'
+  return f'{what} {sign.text if text is None else text}'.strip()
 
 
-def regions(planned: NeedlePlan) -> Regions:
-  """The annotations of an example."""
-  captions = tuple(map(describe, planned.signs))
-  return Regions(boxes=planned.boxes, captions=captions, kind='needle',
+def regions(planned: Plan) -> Regions:
+  """The annotations of an example: its signs or words, and its things."""
+  captions, boxes = tuple(map(describe, planned.signs)), planned.boxes
+  if isinstance(planned, TaskPlan):
+    boxes += tuple(thing.box for thing in planned.things)
+    captions += tuple(' '.join(filter(None, (thing.name, thing.note))) for thing in planned.things)
+  kind = planned.task if isinstance(planned, TaskPlan) else 'needle'
+  return Regions(boxes=boxes, captions=captions, kind=kind,
                  global_caption=' '.join(sorted(captions)))
 
 
@@ -56,7 +62,7 @@ class NeedleRegions:
     planned = plan(self.config, self.seed, self.start + index)
     buffer = io.BytesIO()
     paint(self.config, planned).save(buffer, 'PNG', compress_level=3)
-    name = f'needle-{self.seed}-{planned.index}'
+    name = f'{self.config.task}-{self.seed}-{planned.index}'
     return region_row(name, ImageRef(f'{name}.png', data=buffer.getvalue()), regions(planned),
                       name)
 

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from hrvlm_jax.lab.needle import font as fonts_lib
-from hrvlm_jax.lab.needle.config import COLOURS, PLACES, SHAPES, NeedleConfig
+from hrvlm_jax.lab.needle.config import COLOURS, PLACES, SHAPES, WORD, NeedleConfig
 
 Box = tuple[int, int, int, int]
 
@@ -86,7 +86,7 @@ def make_sign(
   shade = rng.integers(-12, 13, 3)
   return Sign(
     text=text, colour=colour, shape=shape, font=font,
-    place=_place(config, x + width / 2, y + height / 2),
+    place=place_of(config, x + width / 2, y + height / 2),
     box=(x, y, x + width, y + height),
     text_box=(left, top, left + text_size[0], top + text_size[1]),
     rgb=tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + shade, 0, 255)),
@@ -104,7 +104,7 @@ def draw(canvas: UInt8[np.ndarray, 'h w 3'], sign: Sign, alphabet: str) -> None:
   through, plate = (_layers if small else _layers.__wrapped__)(*key)
   # Rec. 601 luma: dark text on light plates, light text on dark ones.
   luma = (299 * sign.rgb[0] + 587 * sign.rgb[1] + 114 * sign.rgb[2]) // 1000
-  ink = 15 if luma > 140 else 245
+  ink = np.array(sign.rgb if sign.shape == WORD else [15 if luma > 140 else 245], np.uint16)
   rows = slice(max(y, 0), min(y1, canvas.shape[0]))
   columns = slice(max(x, 0), min(x1, canvas.shape[1]))
   if rows.start >= rows.stop or columns.start >= columns.stop:
@@ -114,7 +114,7 @@ def draw(canvas: UInt8[np.ndarray, 'h w 3'], sign: Sign, alphabet: str) -> None:
   target = canvas[rows, columns]
   mixed = target * through  # three weights of sum 255: what is behind, the plate, the ink
   mixed += plate * np.array(sign.rgb, np.uint16)
-  mixed += (255 - through - plate) * np.uint16(ink) + np.uint16(127)
+  mixed += (255 - through - plate) * ink + np.uint16(127)
   mixed //= 255
   target[:] = mixed
 
@@ -125,9 +125,12 @@ def _layers(shape, width, height, left, top, text_w, text_h, text, font, alphabe
 
   The rest is ink: a rim around the plate, and the text in the middle of its box.
   """
-  rim = max(1, min(width, height) // 24)
-  outer = _plate(shape, width, height, 0).astype(np.uint32)
-  inner = _plate(shape, width, height, rim).astype(np.uint32)
+  if shape == WORD:
+    outer = inner = np.zeros((height, width), np.uint32)
+  else:
+    rim = max(1, min(width, height) // 24)
+    outer = _plate(shape, width, height, 0).astype(np.uint32)
+    inner = _plate(shape, width, height, rim).astype(np.uint32)
   mask = fonts_lib.text(font, text, text_h, fonts_lib.line(font, alphabet))
   paper = np.full((height, width), 255, np.uint32)
   start = left + max(0, (text_w - mask.shape[1]) // 2)
@@ -162,7 +165,8 @@ def _texts(config, rng, n):
   return texts
 
 
-def _place(config, x, y):
+def place_of(config: NeedleConfig, x: float, y: float) -> str:
+  """The ninth of the canvas that holds a point."""
   column = min(2, int(3 * x // config.width))
   row = min(2, int(3 * y // config.height))
   return tuple(PLACES)[3 * row + column]

@@ -1,4 +1,4 @@
-"""The needle task on disk: a folder with images and one LLaVA JSON.
+"""A task on disk: a folder with images and one LLaVA JSON.
 
     <folder>/task.json       config, seed, start: what the folder holds
     <folder>/images/*.png    one image per example, named after its index
@@ -8,11 +8,14 @@ Every file is written under another name and then moved into place, so that a fi
 whole. A run that was stopped goes on where it was; one that is done is recognised.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+import dataclasses
 import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,7 +24,7 @@ from hrvlm_jax.core import json_text
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle.config import NeedleConfig
-from hrvlm_jax.lab.needle.generate import NeedlePlan, paint, plan, record
+from hrvlm_jax.lab.needle.generate import Plan, paint, plan, record
 
 RECORDS, TASK, IMAGES = 'needle.json', 'task.json', 'images'
 FORMATS = ('png', 'jpg')
@@ -94,11 +97,22 @@ def _claim(folder, task):
   except ValueError as error:
     raise UserError(f'{path}: is not JSON ({error}); remove it and write again') from error
   keys = [key for key in task if key != 'config' and found.get(key) != task[key]]
-  other = found.get('config', {})
-  keys += [f'config.{key}' for key, value in task['config'].items() if other.get(key) != value]
+  keys += [f'config.{key}' for key in differing(found.get('config', {}), task['config'])]
   if keys:
     raise UserError(f'{folder}: holds another needle task (it differs in {", ".join(keys)}); '
                     f'choose another folder or remove this one')
+
+
+def differing(found: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+  """Keys of a config in which one that was noted differs.
+
+  What it was noted without has its default value: a folder keeps its meaning when the config gets a
+  new field.
+  """
+  before = {f.name: f.default for f in dataclasses.fields(NeedleConfig)} | dict(found)
+  plain = json.loads(json.dumps(before))
+  return [key for key, value in json.loads(json.dumps(dict(config))).items()
+          if plain.get(key) != value]
 
 
 def _write(config, folder, indices, seed, image_format, workers, progress):
@@ -107,7 +121,7 @@ def _write(config, folder, indices, seed, image_format, workers, progress):
   records = json.dumps([record(p, name) for p, name in zip(plans, names)])
   missing = [(p, name) for p, name in zip(plans, names) if not (folder / name).exists()]
 
-  def one(item: tuple[NeedlePlan, str]) -> None:
+  def one(item: tuple[Plan, str]) -> None:
     planned, name = item
     buffer = io.BytesIO()
     if image_format == 'png':

@@ -1,0 +1,145 @@
+"""Pages of PDF files as pictures of the task `page`: parts of pages, the words of their text layer.
+
+Needs the extra `pdf` (`data.pdf`). A part is chosen so that its words are as large as the config
+says. Words that the edges cut, and a second column beside the first, are painted over with the
+paper's colour, so that rows can be counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import string
+
+from jaxtyping import UInt8
+import numpy as np
+from PIL import Image
+
+from hrvlm_jax.core import images
+from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.pdf import PdfPages
+from hrvlm_jax.data.rows import BadRow
+from hrvlm_jax.lab.needle.config import NeedleConfig
+from hrvlm_jax.lab.needle.signs import Box, log_uniform
+
+SIDE = 2400  # pixels of a page's longer side as it is rendered, once
+_TRIES = 64
+_MARKS = string.punctuation + '“”‘’„»«…–—'
+Word = tuple[str, Box]
+Shownword = tuple[str, Box, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """A part of a page.
+
+  Attributes:
+    page: number among all pages of the documents.
+    part: the part, pixels of the rendered page; may reach beyond its edges.
+    erased: boxes on the canvas that are painted over.
+  """
+
+  page: int
+  part: Box
+  erased: tuple[Box, ...]
+
+
+def asked(text: str) -> str:
+  """A word as questions and answers have it, without marks around it; '' for what is no word."""
+  word = text.strip(_MARKS)
+  return word if word.isalnum() and len(word) <= 16 else ''
+
+
+def draw(config: NeedleConfig, rng: np.random.Generator) -> tuple[Shown, list[list[Shownword]]]:
+  """(a part of a page, its rows of (text, box on the canvas, relative area)).
+
+  Raises:
+    UserError: no PDF file, none that has a text layer with three words in a row.
+  """
+  pages = _pages(config.documents)
+  for _ in range(_TRIES):
+    number = int(rng.integers(len(pages)))
+    _, lines = _page(config.documents, number)
+    if lines and (found := _part(config, rng, number, lines)) is not None:
+      return found
+  raise UserError(f'documents: {config.documents}: none of {len(pages)} pages has a text layer '
+                  'with three words in a row and a second row below (a scan has no text); choose '
+                  'another file')
+
+
+def paint(config: NeedleConfig, shown: Shown) -> UInt8[np.ndarray, 'h w 3']:
+  """The canvas with a part of a page."""
+  page, _ = _page(config.documents, shown.page)
+  x0, y0, x1, y1 = shown.part
+  inside = (max(0, x0), max(0, y0), min(page.width, x1), min(page.height, y1))
+  colour = tuple(int(v) for v in np.median(np.asarray(page.crop(inside)), axis=(0, 1)))
+  part = Image.new('RGB', (x1 - x0, y1 - y0), colour)
+  part.paste(page.crop(inside), (inside[0] - x0, inside[1] - y0))
+  canvas = np.array(images.resize_exact(part, (config.width, config.height)))
+  for left, top, right, bottom in shown.erased:
+    canvas[max(0, top):max(0, bottom), max(0, left):max(0, right)] = colour
+  return canvas
+
+
+@functools.lru_cache(maxsize=4)
+def _pages(path: str) -> PdfPages:
+  return PdfPages(path, side=SIDE)
+
+
+@functools.lru_cache(maxsize=6)
+def _page(path: str, number: int) -> tuple[Image.Image, list[list[Word]]]:
+  """A rendered page and the words of its lines, pixels."""
+  try:
+    return _pages(path).words(number)
+  except BadRow as error:
+    raise UserError(f'documents: {error}') from error
+
+
+def _part(config, rng, number: int, lines: list[list[Word]]):
+  """A part that begins with a random line, or None where too few words are wholly in it."""
+  heights = [box[3] - box[1] for line in lines for _, box in line]
+  font = config.fonts[0]
+  wanted = config.text_height(log_uniform(rng, *config.relative_area), font)
+  scale = wanted / float(np.median(heights))  # canvas pixels of a pixel of the page
+  width, height = round(config.width / scale), round(config.height / scale)
+  start = lines[int(rng.integers(len(lines)))]
+  first = int(rng.integers(max(1, len(start) - 2)))
+  edge = max(2, round(config.margin / scale))
+  x0, y0 = start[first][1][0] - edge, start[0][1][1] - edge
+  part = (x0, y0, x0 + width, y0 + height)
+  rows, erased = [], []
+  # From the line the part begins with; others beside it are another column.
+  for line in sorted(lines, key=lambda line: (line is not start, line[0][1][1])):
+    top, bottom = line[0][1][1], line[0][1][3]
+    beside = any(top < other[0][1][3] and bottom > other[0][1][1] for other in rows)
+    inside = [] if beside else [word for word in line if _within(word[1], part)]
+    erased += [box for _, box in line if not any(box is word[1] for word in inside)
+               and _touches(box, part)]
+    if inside:
+      rows.append(inside)
+  rows.sort(key=lambda row: row[0][1][1])
+  if max((len(row) for row in rows), default=0) < 3 or len(rows) < 2:
+    return None
+  place = lambda box: (round((box[0] - x0) * scale), round((box[1] - y0) * scale),
+                       round((box[2] - x0) * scale), round((box[3] - y0) * scale))
+  canvas = config.width * config.height
+  shown = []
+  for row in rows:
+    boxes = [place(box) for _, box in row]
+    shown.append([(text, box, (box[2] - box[0]) * (box[3] - box[1]) / canvas)
+                  for (text, _), box in zip(row, boxes)])
+  return Shown(number, part, tuple(place(_grown(box)) for box in erased)), shown
+
+
+def _grown(box: Box) -> Box:
+  """With the ink that sticks out of a box."""
+  more = max(1, (box[3] - box[1]) // 12)
+  return box[0] - more, box[1], box[2] + more, box[3]
+
+
+def _within(box: Box, part: Box) -> bool:
+  return part[0] <= box[0] and part[1] <= box[1] and box[2] <= part[2] and box[3] <= part[3]
+
+
+def _touches(box: Box, part: Box) -> bool:
+  return part[0] < box[2] and part[1] < box[3] and box[0] < part[2] and box[1] < part[3]
