@@ -92,7 +92,7 @@ def get_config(size='full'):
   config = BASE['get_config'](size)
   for name, made in systems().items():
     config.systems[name] = to_dict(made)
-  smoke = size != 'full'
+  smoke = 'smoke' in size.split(',')
   for name in ('vila_hd_80', 'vila_hd_no_context'):
     config.adapt[name] = dict(steps=3 if smoke else 300)
   config.adapt['vila_hd_2_cells'] = dict(like='vila_hd')

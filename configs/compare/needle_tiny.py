@@ -11,7 +11,8 @@ Command:  hrvlm compare --config configs/compare/needle_tiny.py --out runs/compa
 Hardware: 2 CPU cores.
 Expected: table.txt, plot.png and results.json in the folder; run again, it goes on where it
           stopped. `--only mc_llava,pheye` works on those alone.
-          With the argument `smoke` (needle_tiny.py:smoke) a few steps of everything.
+          Arguments, with commas between: `relate` or `page` (needle_tiny.py:relate), the same
+          comparison on another task (docs/tasks.md); `smoke`, a few steps of everything.
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ import dataclasses
 import ml_collections
 
 from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.lab.needle import NeedleConfig
+from hrvlm_jax.lab.needle.kinds import TASKS
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.s2 import S2Config
@@ -45,8 +48,8 @@ TEXT = language.phi(vocab_size=384, width=128, depth=2, heads=4, mlp_width=512, 
                     init_std=0.09)
 
 
-def task():
-  return NeedleConfig.tiny(width=SIDE, height=SIDE, shapes=('rectangle',))
+def task(name='needle'):
+  return NeedleConfig.medium(name)
 
 
 def model(system, encoder, width=None, **options):
@@ -119,11 +122,16 @@ def systems():
           'llava_hr': llava_hr(), 'vila_hd': vila_hd(), 'anyres': anyres(), 's2': s2()}
 
 
-def get_config(size='full'):
-  smoke = size != 'full'
+def get_config(words='full'):
+  words = set(words.split(',')) - {'full'}
+  smoke = 'smoke' in words
+  names = sorted(words - {'smoke'}) or ['needle']
+  if len(names) > 1 or names[0] not in TASKS:
+    raise UserError(f'needle_tiny.py: found the words {", ".join(names)}, expected one task of '
+                    f'{", ".join(TASKS)}, smoke, or both')
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.task = dataclasses.asdict(task())
+  config.task = dataclasses.asdict(task(names[0]))
   config.encoder = dict(vision=to_dict(VISION), window=WINDOW, last_tokens=LAST_TOKENS,
                         steps=3 if smoke else 1500)
   config.language = dict(steps=3 if smoke else 1600, slots=(25,), batch_size=16)

@@ -10,6 +10,7 @@ Result:   loss 0.390, accuracy 45.6% (chance 4.3%), 500 steps.
 import dataclasses
 
 from hrvlm_jax.lab import tiny
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.language import config as language
@@ -34,18 +35,18 @@ TEXT = language.llama(vocab_size=tiny.VOCABULARY, width=128, depth=2, heads=4, m
 MODEL = model(LlavaHRConfig(image_size=256, fast_size=64, fast=FAST, slow=SLOW), TEXT)
 
 
-def get_config():
+def get_config(builtin='needle'):
   return tiny.config(
-    'llava_hr', MODEL, lengths=(128, 160, 192), groups=GROUPS, steps=500, batch_size=16,
-    eval_every=500, checkpoint_every=100, train_fresh=(r'(?!vision/slow/|language/).*',
-                                                       r'vision/slow/head/.*'))
+    'llava_hr', MODEL, builtin=builtin, lengths=(128, 160, 192), groups=GROUPS, steps=500,
+    batch_size=16, eval_every=500, checkpoint_every=100,
+    train_fresh=(r'(?!vision/slow/|language/).*', r'vision/slow/head/.*'))
 
 
-def preparation():
-  task = tiny.Preparation().task
+def preparation(builtin='needle'):
+  task = NeedleConfig.square(builtin)
   # Crops of 96 pixels at the scale of the whole image.
   scenes = SceneConfig(needle=task, encoder=MODEL.encoder, steps=1000, batch_size=40, window=60)
   # It answers from lists of signs before it sees one, as real language models do.
   symbols = SymbolsConfig(needle=dataclasses.replace(task, turns=3), text=MODEL.text, steps=1000,
                           slots=(MODEL.encoder.tokens,), batch_size=16)
-  return tiny.Preparation(towers={'vision': scenes, 'language': symbols})
+  return tiny.Preparation(task=task, towers={'vision': scenes, 'language': symbols})

@@ -12,6 +12,7 @@ import dataclasses
 
 from hrvlm_jax.lab import quickstart, tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 
 # The model of the quickstart, with rows for the tokenizer that the tiny configs share.
@@ -27,15 +28,15 @@ GROUPS = (
 )
 
 
-def get_config():
+def get_config(builtin='needle'):
   return tiny.config(
-    'mc_llava', MODEL, task='panorama', lengths=(128, 192), groups=GROUPS,
+    'mc_llava', MODEL, builtin=builtin, task='panorama', lengths=(128, 192), groups=GROUPS,
     train_fresh=('(?!vision/tower/|language/).*',), steps=300, batch_size=16, eval_every=300,
     checkpoint_every=100)
 
 
-def preparation():
-  task = quickstart.TASK
+def preparation(builtin='needle'):
+  task = NeedleConfig.panorama(builtin)
   tower = GlyphConfig(needle=task, vision=quickstart.VISION, window=quickstart.WINDOW,
                       last_tokens=quickstart.LAST_TOKENS, steps=1500)
   symbols = SymbolsConfig(needle=dataclasses.replace(task, turns=3), text=MODEL.text, steps=1000,

@@ -10,6 +10,7 @@ Result:   loss 0.048, accuracy 90.6% (chance 4.3%), 800 steps.
 from hrvlm_jax.core.layers import LoRA
 from hrvlm_jax.lab import tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.contract import ModelConfig
 from hrvlm_jax.systems.fusion import CrossAttentionFusion
@@ -40,16 +41,16 @@ def model():
                      fusion=CrossAttentionFusion(width=VISION.width, interval=1))
 
 
-def get_config():
-  return tiny.config('pheye', model(), lengths=(64, 96, 128), groups=GROUPS, steps=800,
-                     batch_size=16, eval_every=800, checkpoint_every=200,
+def get_config(builtin='needle'):
+  return tiny.config('pheye', model(), builtin=builtin, lengths=(64, 96, 128), groups=GROUPS,
+                     steps=800, batch_size=16, eval_every=800, checkpoint_every=200,
                      train_fresh=(r'(?!vision/tower/).*', r'vision/tower/.*lora.*'))
 
 
-def preparation():
-  encoder, task = model().encoder, tiny.Preparation().task
+def preparation(builtin='needle'):
+  encoder, task = model().encoder, NeedleConfig.square(builtin)
   # A tile shows 80 pixels of the canvas at half size.
   tower = GlyphConfig(
     needle=task, vision=VISION, window=80, last_tokens=VISION.grid**2, colour_weight=1.0,
     steps=1200, mean=encoder.mean, std=encoder.std)
-  return tiny.Preparation(towers={'vision/tower': tower})
+  return tiny.Preparation(task=task, towers={'vision/tower': tower})

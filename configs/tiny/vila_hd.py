@@ -11,6 +11,7 @@ import dataclasses
 
 from hrvlm_jax.lab import tiny
 from hrvlm_jax.lab.glyphs import GlyphConfig
+from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
 from hrvlm_jax.systems.fusion import TwoPassFusion
@@ -31,15 +32,15 @@ MODEL = dataclasses.replace(
   encoder=dataclasses.replace(BASE.encoder, select_layer=-1, budgets=(16, 96)))
 
 
-def get_config():
+def get_config(builtin='needle'):
   return tiny.config(
-    'vila_hd', MODEL, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
+    'vila_hd', MODEL, builtin=builtin, task='square_one_turn', lengths=(64, 96, 128), groups=GROUPS,
     train_fresh=(r'(?!vision/ps3/(tower|residual)/|language/).*',), data=dict(boxes=True),
     steps=500, batch_size=32, eval_every=500, checkpoint_every=100, objective='two_pass')
 
 
-def preparation():
-  encoder, task = MODEL.encoder, tiny.Preparation().task
+def preparation(builtin='needle'):
+  encoder, task = MODEL.encoder, NeedleConfig.square(builtin)
   # The tower reads crops at full size first, then selected patches at both scales.
   tower = GlyphConfig(needle=task, vision=encoder.tower.vision, window=40, last_tokens=25,
                       colour_weight=1.0, steps=1200, mean=encoder.tower.mean, std=encoder.tower.std)
@@ -48,5 +49,5 @@ def preparation():
   symbols = SymbolsConfig(needle=task, text=MODEL.text, steps=1200, slots=(25,), batch_size=16)
   # Rows of one question: each has its box.
   return tiny.Preparation(
-    towers={'vision/ps3/tower': tower, 'vision': scenes, 'language': symbols}, turns=1,
+    task=task, towers={'vision/ps3/tower': tower, 'vision': scenes, 'language': symbols}, turns=1,
     train_images=8000)

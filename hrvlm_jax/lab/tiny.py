@@ -1,14 +1,17 @@
 """What the configs in `configs/tiny` share: task, tokenizer, pre-trained parts, kept results.
 
-    def get_config():
-      return tiny.config('pheye', MODEL, lengths=(96, 128), groups=GROUPS,
+    def get_config(builtin='needle'):
+      return tiny.config('pheye', MODEL, builtin=builtin, lengths=(96, 128), groups=GROUPS,
                          train_fresh=('(?!vision/tower/).*',))
 
-    def preparation():
-      return tiny.Preparation(towers={'vision/tower': GlyphConfig(...)})
+    def preparation(builtin='needle'):
+      task = NeedleConfig.square(builtin)
+      return tiny.Preparation(task=task, towers={'vision/tower': GlyphConfig(...)})
 
 `hrvlm tiny --config configs/tiny/pheye.py` makes what the config names, trains, and with `--keep`
-writes `configs/tiny/results/pheye.json` and the `Result:` line of the config's header.
+writes `configs/tiny/results/pheye.json` and the `Result:` line of the config's header. With
+`configs/tiny/pheye.py:relate` (or `:page`) the same on another built-in task, in folders of its
+own.
 """
 
 from __future__ import annotations
@@ -29,10 +32,11 @@ import numpy as np
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import json_text, paths
 from hrvlm_jax.core.config import to_dict
-from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.evaluation import provenance
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, write
+from hrvlm_jax.lab.needle.kinds import TASKS
 from hrvlm_jax.lab.pretrain import Pretraining
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
@@ -52,7 +56,8 @@ _TEMPLATES = ('mc_llava_train', 'pheye', 'vicuna_v1', 'vila_qwen2')
 
 
 def config(
-  name: str, model: ModelConfig, *, task: str = 'square', lengths: Sequence[int],
+  name: str, model: ModelConfig, *, task: str = 'square', builtin: str = 'needle',
+  lengths: Sequence[int],
   groups: Sequence[Mapping[str, Any]], train_fresh: Sequence[str] = (),
   data: Mapping[str, Any] | None = None, **training: Any,
 ) -> ml_collections.ConfigDict:
@@ -61,25 +66,40 @@ def config(
   Args:
     name: of the config file; its towers are `runs/tiny/encoders/<name>`.
     task: preset of the task; its folder is `runs/tiny/<task>`.
+    builtin: which task (`lab.needle.kinds.TASKS`); folders of others than needle end in its name.
     groups: parameter groups.
     train_fresh: patterns of parameters that the pre-trained towers do not hold; none: the run
       starts from random parameters.
     data, training: further settings, which win.
   """
-  folder = f'{FOLDER}/{task}'
+  folder = f'{FOLDER}/{named(task, builtin)}'
+  if builtin != 'needle':  # longer questions
+    lengths = (*lengths, 2 * lengths[-1])
   values = ml_collections.ConfigDict()
   values.seed = 0
   values.model = to_dict(model)
   values.data = {'train': f'{folder}/train/needle.json', 'eval': f'{folder}/eval/needle.json',
                  'tokenizer': f'{folder}/tokenizer', 'lengths': tuple(lengths),
                  **(data or {})}
-  start = {'init_from': f'{FOLDER}/encoders/{name}', 'init_allow': tuple(train_fresh)}
+  start = {'init_from': f'{FOLDER}/encoders/{named(name, builtin)}',
+           'init_allow': tuple(train_fresh)}
   values.training = {
     'steps': 1000, 'batch_size': 32, 'log_every': 10, 'checkpoint_every': 250, 'keep': 1,
     'eval_every': 1000, 'groups': tuple(dict(group) for group in groups),
     'optimizer': dict(name='muon', learning_rate=2e-3, warmup=0.08, weight_decay=0.01, b2=0.98),
     **(start if train_fresh else {}), **training}
   return values
+
+
+def named(name: str, builtin: str) -> str:
+  """The name of a folder for one of the built-in tasks.
+
+  Raises:
+    UserError: there is no such task.
+  """
+  if builtin not in TASKS:
+    raise UserError(f'{unknown(builtin, TASKS, what="task")}; expected one of {", ".join(TASKS)}')
+  return name if builtin == 'needle' else f'{name}_{builtin}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,16 +205,18 @@ def run(spec: str, overrides: run_config.Overrides = (), *, workdir: str | None 
     UserError: a config without `preparation()`, overrides for a result that is kept.
     Interrupted: by a signal.
   """
-  if keep_result and overrides:
+  found, argument = find(spec)
+  if keep_result and (overrides or argument):
     raise UserError('--keep: a kept result is that of the config as it is; leave out the '
-                    '--config.KEY options')
+                    '--config.KEY options and what stands after the colon')
   made = run_config.load(RunConfig, spec, overrides)
-  path = pathlib.Path(find(spec)[0])
+  path = pathlib.Path(found)
   space = runpy.run_path(str(path))
   if 'preparation' not in space:
     raise UserError(f'{path}: has no function preparation(); use `hrvlm train`')
-  preparation = space['preparation']()
-  experiment = Experiment(workdir or f'{FOLDER}/{path.stem}', progress=progress)
+  builtin = argument or 'needle'
+  preparation = space['preparation'](*([argument] if argument else []))
+  experiment = Experiment(workdir or f'{FOLDER}/{named(path.stem, builtin)}', progress=progress)
   experiment.part('preparation', preparation.prepare, made, experiment)
   experiment.part('training', experiment.train, made, experiment.folder)
   values = preparation.result(experiment.folder, made) | {

@@ -292,8 +292,8 @@ class NeedleConfig:
 
   @property
   def most_turns(self) -> int:
-    """Questions that an image of relate or page has at most."""
-    return len(self.ask) if self.task == 'relate' else 3
+    """Questions that an image has at most."""
+    return {'needle': self.signs[0], 'relate': len(self.ask), 'page': 3}[self.task]
 
   def _page_problems(self):
     """Room for three words in the largest row, for all rows, and different words for all."""

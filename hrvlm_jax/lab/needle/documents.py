@@ -7,6 +7,7 @@ paper's colour, so that rows can be counted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import string
@@ -26,7 +27,7 @@ SIDE = 2400  # pixels of a page's longer side as it is rendered, once
 _TRIES = 64
 _MARKS = string.punctuation + '“”‘’„»«…–—'
 Word = tuple[str, Box]
-Shownword = tuple[str, Box, float]
+ShownWord = tuple[str, Box, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +51,29 @@ def asked(text: str) -> str:
   return word if word.isalnum() and len(word) <= 16 else ''
 
 
-def draw(config: NeedleConfig, rng: np.random.Generator) -> tuple[Shown, list[list[Shownword]]]:
+def draw(config: NeedleConfig, rng: np.random.Generator,
+         usable: Callable[[list[list[str]]], bool]) -> tuple[Shown, list[list[ShownWord]]]:
   """(a part of a page, its rows of (text, box on the canvas, relative area)).
 
+  Args:
+    usable: whether the texts of a part's rows can be asked about.
+
   Raises:
-    UserError: no PDF file, none that has a text layer with three words in a row.
+    UserError: no PDF file, none with a text layer that can be asked about.
   """
   pages = _pages(config.documents)
   for _ in range(_TRIES):
     number = int(rng.integers(len(pages)))
     _, lines = _page(config.documents, number)
-    if lines and (found := _part(config, rng, number, lines)) is not None:
+    found = _part(config, rng, number, lines) if lines else None
+    if found is not None and usable([[text for text, _, _ in row] for row in found[1]]):
       return found
-  raise UserError(f'documents: {config.documents}: none of {len(pages)} pages has a text layer '
-                  'with three words in a row and a second row below (a scan has no text); choose '
-                  'another file')
+  if not any(_page(config.documents, number)[1] for number in range(min(len(pages), _TRIES))):
+    raise UserError(f'documents: {config.documents}: its pages have no text layer (scans have '
+                    'none), expected a PDF file with text')
+  raise UserError(f'documents: {config.documents}: no part of its {len(pages)} pages has two rows '
+                  'and three words in one of them, with one that is there once; choose another '
+                  'file')
 
 
 def paint(config: NeedleConfig, shown: Shown) -> UInt8[np.ndarray, 'h w 3']:
@@ -108,10 +117,12 @@ def _part(config, rng, number: int, lines: list[list[Word]]):
   x0, y0 = start[first][1][0] - edge, start[0][1][1] - edge
   part = (x0, y0, x0 + width, y0 + height)
   rows, erased = [], []
-  # From the line the part begins with; others beside it are another column.
+  # From the line the part begins with; what is not below or above it is another column.
+  ends = start[0][1][0], start[-1][1][2]
   for line in sorted(lines, key=lambda line: (line is not start, line[0][1][1])):
     top, bottom = line[0][1][1], line[0][1][3]
-    beside = any(top < other[0][1][3] and bottom > other[0][1][1] for other in rows)
+    beside = line[0][1][0] >= ends[1] or line[-1][1][2] <= ends[0] or any(
+      top < other[0][1][3] and bottom > other[0][1][1] for other in rows)
     inside = [] if beside else [word for word in line if _within(word[1], part)]
     erased += [box for _, box in line if not any(box is word[1] for word in inside)
                and _touches(box, part)]
@@ -128,13 +139,13 @@ def _part(config, rng, number: int, lines: list[list[Word]]):
     boxes = [place(box) for _, box in row]
     shown.append([(text, box, (box[2] - box[0]) * (box[3] - box[1]) / canvas)
                   for (text, _), box in zip(row, boxes)])
-  return Shown(number, part, tuple(place(_grown(box)) for box in erased)), shown
+  return Shown(number, part, tuple(_grown(place(box)) for box in erased)), shown
 
 
 def _grown(box: Box) -> Box:
-  """With the ink that sticks out of a box."""
-  more = max(1, (box[3] - box[1]) // 12)
-  return box[0] - more, box[1], box[2] + more, box[3]
+  """With the ink that sticks out of a box, and a pixel that resizing spread it to."""
+  more = 1 + (box[3] - box[1]) // 12
+  return box[0] - more, box[1] - 1, box[2] + more, box[3] + 1
 
 
 def _within(box: Box, part: Box) -> bool:

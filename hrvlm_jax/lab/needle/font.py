@@ -158,17 +158,24 @@ def line(name: str, alphabet: str) -> Line:
               advance=int(np.ceil(max(widths))))
 
 
+@functools.lru_cache(maxsize=8192)
+def _place(name, character, height, extent):
+  """(pixels a character is wide, where it begins in font units, samples of a font unit)."""
+  pieces, advance = _outline(name, character)
+  scale = height * SAMPLES / extent.height
+  left = min(0.0, pieces[:, 0::2].min())
+  right = max(float(advance), pieces[:, 0::2].max())
+  return max(1, int(np.ceil((right - left) * scale / SAMPLES))), left, scale
+
+
 @functools.lru_cache(maxsize=2048)
 def glyph(name: str, character: str, height: int, extent: Line) -> UInt8[np.ndarray, 'h w']:
   """Coverage (0 to 255) of one character in a line that is `height` pixels high.
 
   The width is the character's advance; ink that sticks out of it is kept by widening.
   """
-  pieces, advance = _outline(name, character)
-  scale = height * SAMPLES / extent.height
-  left = min(0.0, pieces[:, 0::2].min())
-  right = max(float(advance), pieces[:, 0::2].max())
-  width = max(1, int(np.ceil((right - left) * scale / SAMPLES)))
+  pieces, _ = _outline(name, character)
+  width, left, scale = _place(name, character, height, extent)
   x0, x1 = ((pieces[:, i] - left) * scale for i in (0, 2))
   y0, y1 = ((extent.top - pieces[:, i]) * scale for i in (1, 3))  # y down
   winding = np.zeros((height * SAMPLES, width * SAMPLES + 1), np.int32)
@@ -184,6 +191,11 @@ def glyph(name: str, character: str, height: int, extent: Line) -> UInt8[np.ndar
   inside = np.cumsum(winding, axis=1)[:, :-1] != 0
   count = inside.reshape(height, SAMPLES, width, SAMPLES).sum(axis=(1, 3))
   return _frozen((count * 255 + SAMPLES**2 // 2) // SAMPLES**2)
+
+
+def width(name: str, characters: str, height: int, extent: Line) -> int:
+  """Pixels that `text` is wide, without drawing it."""
+  return sum(_place(name, c, height, extent)[0] for c in characters)
 
 
 def text(name: str, characters: str, height: int, extent: Line) -> UInt8[np.ndarray, 'h w']:

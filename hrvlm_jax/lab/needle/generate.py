@@ -212,8 +212,8 @@ def record(planned: Plan, image: str) -> dict[str, Any]:
 
 
 def _record(planned: TaskPlan, image: str, turns: list[dict[str, str]]) -> dict[str, Any]:
-  named = json.loads(json.dumps(dataclasses.asdict(dataclasses.replace(planned, source=None))))
-  asked, first = named['turns'], planned.turns[0]
+  plain = lambda parts: json.loads(json.dumps([dataclasses.asdict(part) for part in parts]))
+  asked, first = plain(planned.turns), planned.turns[0]
   return {
     'id': f'{planned.task}-{planned.seed}-{planned.index}',
     'image': image,
@@ -228,7 +228,8 @@ def _record(planned: TaskPlan, image: str, turns: list[dict[str, str]]) -> dict[
     'task': {
       'name': planned.task, 'seed': planned.seed, 'index': planned.index,
       'kinds': [turn['kind'] for turn in asked], 'others': [turn['other'] for turn in asked],
-      'cue': named['cue'], 'signs': named['signs'], 'things': named['things'],
+      'cue': None if planned.cue is None else dataclasses.asdict(planned.cue),
+      'signs': plain(planned.signs), 'things': plain(planned.things),
     },
   }
 

@@ -7,8 +7,8 @@ time of day) says which one counts. No sign and no word shows the cue: it is pai
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-import fractions
 import itertools
 from typing import Any
 
@@ -33,31 +33,20 @@ PAGE_CUES = {
 CUES = {'needle': PICTURE_CUES, 'relate': PICTURE_CUES, 'page': PAGE_CUES}
 
 # Texts of the four signs of `relate`, as letters of a pattern: signs 0 and 1 have one colour and
-# agree, 2 and 3 have another and do not. Both are equally likely.
-PATTERNS = ('aabc', 'aaab')
+# agree, 2 and 3 have another and do not. Signs that agree are never two readings of a question.
+PATTERN = 'aabc'
 ABSENT = 'z'  # a text that no sign says
 
 
-def counted(pattern: str) -> list[tuple[str, str]]:
-  """(counted text, the one of the other reading), all equally likely: one is 'a', which repeats.
-
-  The other is said once or by no sign.
-  """
-  once = [text for text in sorted(set(pattern)) if pattern.count(text) == 1]
-  others = [*once[:1], ABSENT]
-  return [pair for other in others for pair in (('a', other), (other, 'a'))]
+def counted() -> list[tuple[str, str]]:
+  """(counted text, the one of the other reading): said by different numbers, all equally likely."""
+  return list(itertools.permutations(('a', 'b', ABSENT), 2))
 
 
 def count_chance() -> float:
   """The share of the most frequent answer to `count`, by going through all cases."""
-  shares: dict[int, fractions.Fraction] = {}
-  for pattern in PATTERNS:
-    pairs = counted(pattern)
-    for text, _ in pairs:
-      number = pattern.count(text)
-      share = fractions.Fraction(1, len(PATTERNS) * len(pairs))
-      shares[number] = shares.get(number, fractions.Fraction(0)) + share
-  return float(max(shares.values()))
+  numbers = Counter(PATTERN.count(text) for text, _ in counted())
+  return max(numbers.values()) / sum(numbers.values())
 
 
 def chance(config: Any, kind: str) -> float:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-import dataclasses
 
 from jaxtyping import UInt8
 import numpy as np
 
-from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle import backgrounds, documents, font as fonts_lib, kinds, presets
 from hrvlm_jax.lab.needle.config import COLOURS, WORD, NeedleConfig
 from hrvlm_jax.lab.needle.signs import Box, Sign, log_uniform, place_of
@@ -27,7 +26,7 @@ def plan(config: NeedleConfig, rng: np.random.Generator, seed: int, index: int) 
   """
   cue, state = draw_cue(config, rng)
   if config.documents:
-    source, rows = documents.draw(config, rng)
+    source, rows = documents.draw(config, rng, lambda texts: _usable(config, texts))
     made = [[_document_word(config, text, box, size) for text, box, size in row] for row in rows]
   else:
     source, made = None, _written(config, rng)
@@ -67,20 +66,22 @@ def _written(config: NeedleConfig, rng: np.random.Generator) -> list[list[Sign]]
   rows, y = [], edge
   for name, height, space in zip(fonts, heights, spaces):
     y += space
-    row, x, gap = [], edge, presets.word_gap(height)
+    row, x, gap = [], 0, presets.word_gap(height)
     most = 3 + min(spare, int(rng.integers(_WORDS - 2)))
     line = fonts_lib.line(name, config.alphabet)
     while len(row) < most:
       text = words.pop()
-      width = fonts_lib.text(name, text, height, line).shape[1]
-      if x + width > config.width - edge:
+      width = fonts_lib.width(name, text, height, line)
+      if x + width > room[0]:
         words.insert(0, text)
         break
-      row.append(_word(config, rng, text, name, (x, y, x + width, y + height), height))
+      row.append((text, x, width))
       x += width + gap
     spare -= max(0, len(row) - 3)
     # The row as a whole stands anywhere between the edges.
-    rows.append(_shifted(config, row, int(rng.integers(config.width - edge - (x - gap) + 1))))
+    left = edge + int(rng.integers(room[0] - (x - gap) + 1))
+    rows.append([_word(config, rng, text, name, (left + at, y, left + at + width, y + height))
+                 for text, at, width in row])
     y += presets.row_height(height)
   return rows
 
@@ -106,24 +107,15 @@ def _parts(rng, total: int, n: int) -> list[int]:
   return [b - a for a, b in zip([0, *ends[:-1]], ends)]
 
 
-def _word(config, rng, text, font, box: Box, height: int) -> Sign:
+def _word(config, rng, text, font, box: Box) -> Sign:
   colour = config.colours[int(rng.integers(len(config.colours)))]
-  shade = rng.integers(-12, 13, 3)
-  width = config.text_size(height, font)[0]
+  shade = int(rng.integers(-12, 13))
+  height = box[3] - box[1]
   return Sign(text=text, colour=colour, shape=WORD, font=font, box=box, text_box=box,
               place=place_of(config, (box[0] + box[2]) / 2, (box[1] + box[3]) / 2),
-              rgb=tuple(int(v) for v in np.clip(np.array(COLOURS[colour]) + shade, 0, 255)),
-              relative_area=width * height / (config.width * config.height))
-
-
-def _shifted(config, row: list[Sign], by: int) -> list[Sign]:
-  moved = []
-  for word in row:
-    x0, y0, x1, y1 = word.box
-    box = (x0 + by, y0, x1 + by, y1)
-    moved.append(dataclasses.replace(
-      word, box=box, text_box=box, place=place_of(config, (box[0] + box[2]) / 2, (y0 + y1) / 2)))
-  return moved
+              rgb=tuple(min(255, max(0, value + shade)) for value in COLOURS[colour]),
+              relative_area=config.text_size(height, font)[0] * height / (
+                config.width * config.height))
 
 
 def _document_word(config, text: str, box: Box, area: float) -> Sign:
@@ -133,26 +125,31 @@ def _document_word(config, text: str, box: Box, area: float) -> Sign:
               rgb=COLOURS[config.colours[0]], relative_area=area)
 
 
+def _places(config: NeedleConfig, rows: list[list[str]]) -> list[tuple[str, int, int]]:
+  """(kind, row, column) of all questions: about words that are there once."""
+  rows = [[documents.asked(text) for text in row] for row in rows]
+  spoken = Counter(text.casefold() for row in rows for text in row)
+  return [(kind, r, c) for kind in config.ask for r, row in enumerate(rows)
+          for c, text in enumerate(row) if text and spoken[text.casefold()] == 1
+          and (kind == 'row' or (0 < c < len(row) - 1 and row[c - 1] and row[c + 1]))]
+
+
+def _usable(config: NeedleConfig, rows: list[list[str]]) -> bool:
+  """Whether every kind can be asked, and every turn about a word of its own."""
+  places = _places(config, rows)
+  words = {place[1:] for place in places}
+  return {kind for kind, _, _ in places} == set(config.ask) and len(words) >= config.turns
+
+
 def _turns(config, rng, rows: list[list[Sign]], cue, state) -> tuple[Question, ...]:
   """Questions about different words that are there once."""
-  spoken = [documents.asked(word.text) for row in rows for word in row]
-  once = {text for text in spoken if text and spoken.count(text) == 1}
   say = lambda one, two: words_of(config, cue, state, one, two)
-  every = [(kind, r, c) for kind in config.ask for r, row in enumerate(rows)
-           for c, word in enumerate(row) if documents.asked(word.text) in once and (
-             kind == 'row' or (0 < c < len(row) - 1
-                               and all(documents.asked(row[c + d].text) for d in (-1, 1))))]
+  every = _places(config, [[word.text for word in row] for row in rows])
   turns, used = [], set()
   for _ in range(config.turns):
     kind = config.ask[int(rng.integers(len(config.ask)))]
     open_ = [place for place in every if place[1:] not in used]
     found = [place for place in open_ if place[0] == kind] or open_
-    if not found:
-      if turns:  # a short page: its last question is asked again
-        turns.append(turns[-1])
-        continue
-      raise UserError(f'documents: {config.documents}: a page has no word between two others that '
-                      'is there once; choose another file')
     kind = kind if found[0][0] == kind else found[0][0]
     mine = [place for place in found if place[0] == kind]
     # A row first, then a word in it, so that the answer to `row` is uniform over rows.

@@ -51,27 +51,28 @@ def plan(config: NeedleConfig, rng: np.random.Generator, seed: int, index: int) 
   more = min(int(rng.integers(low, high + 1)) - 4, len(free))
   cells = taken + [free[i] for i in rng.permutation(len(free))[:more]]
 
-  order = rng.permutation(4).tolist()  # which pair a sign of the blocks belongs to
-  pattern = kinds.PATTERNS[int(rng.integers(len(kinds.PATTERNS)))]
-  names = sorted({*pattern, kinds.ABSENT}) + [f'more {i}' for i in range(more)]
+  order = _order(rng)
+  names = sorted({*kinds.PATTERN, kinds.ABSENT}) + [f'more {i}' for i in range(more)]
   texts = dict(zip(names, _texts(config, rng, len(names))))
   colours = [config.colours[i] for i in rng.permutation(len(config.colours))[:2 + more]]
+  under = () if circle is None else ((circle[0] + 1, circle[1]), (circle[0] + 1, circle[1] + 2))
   signs: list[Sign] = []
   for number, cell in enumerate(cells):
-    said = pattern[order[number]] if number < 4 else f'more {number - 4}'
+    said = kinds.PATTERN[order[number]] if number < 4 else f'more {number - 4}'
     colour = colours[order[number] // 2] if number < 4 else colours[number - 2]
-    signs.append(_sign(config, rng, texts[said], colour, _area(config, cell, columns, rows)))
+    signs.append(_sign(config, rng, texts[said], colour, _area(config, cell, columns, rows),
+                       (0, 1) if cell in under or number >= 4 else (1,)))
   right = bool(rng.integers(2))
-  things = [
-    Thing('house', _figure(rng, _area(config, (house[0], house[1] + 1), columns, rows), 0.62, 0.8)),
-    Thing('arrow', _figure(rng, _area(config, (arrow[0], arrow[1] + 1), columns, rows), 0.62, 0.8),
-          'right' if right else 'left')]
+  middle = lambda block: _area(config, (block[0], block[1] + 1), columns, rows)
+  things = [Thing('house', _figure(rng, middle(house), 0.62, 0.8)),
+            Thing('arrow', _figure(rng, middle(arrow), 0.62, 0.8), 'right' if right else 'left')]
   swapped = bool(rng.integers(2))
   if circle:
     for step in (0, 2):
       large = (step == 0) != swapped
       cell = _area(config, (circle[0], circle[1] + step), columns, rows)
-      things.append(Thing('circle', _figure(rng, cell, *((0.8, 0.95) if large else (0.36, 0.48)))))
+      low, high = (0.8, 0.95) if large else (0.36, 0.48)
+      things.append(Thing('circle', _figure(rng, cell, low, high, (0,))))
 
   pairs = {
     'side': (signs[0], signs[1]),
@@ -93,7 +94,7 @@ def plan(config: NeedleConfig, rng: np.random.Generator, seed: int, index: int) 
     elif kind == 'agree':
       turns.append(_agree(signs, order, colours, int(rng.integers(2)), cue, state, say))
     else:
-      counted = kinds.counted(pattern)
+      counted = kinds.counted()
       names = counted[int(rng.integers(len(counted)))]
       turns.append(_count(signs, [texts[name] for name in names], cue, state, say))
   return TaskPlan(seed=seed, index=index, task='relate', signs=tuple(signs), things=tuple(things),
@@ -107,12 +108,20 @@ _PHRASES = {
 }
 
 
+def _order(rng) -> list[int]:
+  """The letter of the pattern of each sign: the two of a block say different texts."""
+  one, two = ([pair[i] for i in rng.permutation(2)] for pair in ((0, 1), (2, 3)))
+  blocks = [[one[0], two[0]], [one[1], two[1]]]
+  return [block[i] for block in blocks for i in rng.permutation(2)]
+
+
 def _agree(signs, order, colours, first, cue, state, say) -> Question:
   """Two signs of a colour say the same, two of another do not; `first` is which is asked first."""
   pairs = [[sign for sign, place in zip(signs, order) if place // 2 == pair] for pair in (0, 1)]
   asked = [pairs[first], pairs[1 - first]]
   names = [f'the two {colours[pair]} signs' for pair in (first, 1 - first)]
-  return turn('agree', f'Do {say(*names)} agree?', cue, state,
+  text = f'Do {names[state]} agree?' if cue is None else f'Do {say(f"{names[0]} agree", names[1])}?'
+  return turn('agree', text, cue, state,
               tuple('yes' if a.text == b.text else 'no' for a, b in asked),
               tuple(tuple(sign.box for sign in pair) for pair in asked),
               tuple(min(sign.relative_area for sign in pair) for pair in asked))
@@ -144,28 +153,38 @@ def _area(config, cell: Cell, columns: int, rows: int) -> Box:
           config.width * (column + 1) // columns, config.height * (row + 1) // rows)
 
 
-def _sign(config, rng, text, colour, area: Box) -> Sign:
-  """A sign somewhere in a cell."""
+def _sign(config, rng, text, colour, area: Box, near: tuple[int, ...]) -> Sign:
+  """A sign in a cell, near its middle along the axes `near`."""
   shape = config.shapes[int(rng.integers(len(config.shapes)))]
   font = config.fonts[int(rng.integers(len(config.fonts)))]
   size = config.text_size(
     config.text_height(log_uniform(rng, *config.relative_area), font), font)
-  corner = _corner(rng, area, config.sign_size(size, shape), config.gap)
+  corner = _corner(rng, area, config.sign_size(size, shape), config.gap, near)
   return make_sign(config, rng, text=text, colour=colour, shape=shape, font=font, text_size=size,
                    corner=corner)
 
 
-def _figure(rng, area: Box, low: float, high: float) -> Box:
+def _figure(rng, area: Box, low: float, high: float, near: tuple[int, ...] = (1,)) -> Box:
   """A square box in a cell: its side is a share of the cell's shorter side."""
   short = min(area[2] - area[0], area[3] - area[1])
   side = max(6, int(short * (low + (high - low) * rng.random())))
-  x, y = _corner(rng, area, (side, side), 1)
+  x, y = _corner(rng, area, (side, side), 1, near)
   return x, y, x + side, y + side
 
 
-def _corner(rng, area: Box, size: tuple[int, int], gap: int) -> tuple[int, int]:
-  """Where something of a size stands in a cell, `gap` pixels from the right and the bottom."""
-  x0, y0, x1, y1 = area
-  x = x0 + int(rng.integers(max(1, x1 - x0 - size[0] - gap + 1)))
-  y = y0 + int(rng.integers(max(1, y1 - y0 - size[1] - gap + 1)))
-  return x, y
+def _corner(rng, area: Box, size: tuple[int, int], gap: int, near: tuple[int, ...]
+            ) -> tuple[int, int]:
+  """Where something of a size stands in a cell, `gap` pixels from the right and the bottom.
+
+  Its centre keeps within an eighth of the cell's side from the middle along the axes `near`: what
+  is beside something is at its height, what is above something in its column.
+  """
+  at = []
+  for number, (start, end) in enumerate(((area[0], area[2]), (area[1], area[3]))):
+    slack = max(0, end - start - size[number] - gap)
+    low, high = 0, slack
+    if number in near:
+      most = (end - start) // 8
+      low, high = max(0, slack // 2 - most), min(slack, slack // 2 + most)
+    at.append(start + int(rng.integers(low, high + 1)))
+  return at[0], at[1]
