@@ -110,7 +110,11 @@ def test_documents_that_cannot_be_used(tmp_path, capsys):
                  '--eval', '1', '--out', str(tmp_path / 'out')]) == 2, path
     said = capsys.readouterr().err
     assert words in said and path.name in said and len(said.splitlines()) == 1, said
-    assert not (tmp_path / 'out/train/needle.json').exists()
+    assert not (tmp_path / 'out').exists()
+  # Nor do photographs that are not there.
+  assert main(['needle', '--photographs', str(tmp_path / 'folder'), '--train', '1', '--eval', '1',
+               '--out', str(tmp_path / 'out')]) == 2
+  assert 'no image in' in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('task', COMPOSED)

@@ -40,8 +40,8 @@ def photograph(
   Raises:
     UserError: no such folder, no image in it, an unreadable image.
   """
-  files = _files(folder)
-  photo = _decode(str(files[int(rng.integers(len(files)))]))
+  found = files(folder)
+  photo = _decode(str(found[int(rng.integers(len(found)))]))
   share = 0.5 + 0.5 * rng.random()
   # Largest w x h of the canvas' ratio inside the photograph, in whole pixels.
   largest = min(photo.width * height, photo.height * width)
@@ -54,8 +54,12 @@ def photograph(
 
 
 @functools.lru_cache(maxsize=8)
-def _files(folder: str) -> tuple[Path, ...]:
-  """Image files of a folder, sorted by name so that a seed means the same everywhere."""
+def files(folder: str) -> tuple[Path, ...]:
+  """Image files of a folder, sorted by name so that a seed means the same everywhere.
+
+  Raises:
+    UserError: no such folder, no image in it.
+  """
   if not Path(folder).is_dir():
     raise UserError(f'photographs: {folder} is not a folder, expected a folder of images')
   found = sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())

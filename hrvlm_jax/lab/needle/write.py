@@ -23,6 +23,7 @@ from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core import json_text
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.lab.needle import backgrounds
 from hrvlm_jax.lab.needle.config import NeedleConfig
 from hrvlm_jax.lab.needle.generate import Plan, paint, plan, record
 
@@ -57,12 +58,18 @@ def write(
     progress: whether to show a progress bar on standard error.
 
   Raises:
-    UserError: n below 1, an unknown format, a folder that holds another task or cannot be written.
+    UserError: n below 1, an unknown format, a folder that holds another task or cannot be written,
+      photographs or documents that cannot be used.
   """
   if n < 1:
     raise UserError(f'needle: found n = {n}, expected at least 1 example')
   if image_format not in FORMATS:
     raise UserError(f'needle: found image format {image_format!r}, expected one of {FORMATS}')
+  # What cannot be used leaves no folder behind, which would be taken for another task's.
+  if config.documents:
+    plan(config, seed, start)
+  elif config.photographs:
+    backgrounds.files(config.photographs)
   folder = Path(folder)
   task = {'version': 1, 'seed': seed, 'start': start, 'image_format': image_format,
           'config': to_dict(config)}
