@@ -22,7 +22,7 @@ EXAMPLES = {
   'data build': 'hrvlm data build own.json --out shards',
   'data questions': 'hrvlm data questions regions --out questions',
   'curate': 'hrvlm curate photographs --out regions',
-  'needle': 'hrvlm needle --out runs/needle',
+  'needle': 'hrvlm needle --task relate --preset medium --out runs/relate',
   'plan': 'hrvlm plan --config configs/pheye.py --topology v5e:16x16',
   'bench': 'hrvlm bench ps3_4k',
   'params': 'hrvlm params --config configs/tiny/pheye.py',

@@ -130,7 +130,12 @@ def test_without_cues_questions_have_one_reading():
     assert all(any(word in text for text in texts) for word in both)
 
 
-def test_the_needle_task_can_have_a_cue():
+def test_the_needle_task_can_be_read_and_can_have_a_cue():
+  plain = NeedleConfig.one_k(turns=3)  # all three properties
+  for index in range(60):
+    made = needle.plan(plain, 1, index)
+    assert read(needle.record(made, '')) == list(made.answers)
+  assert worth(NeedleConfig.medium(), seed=0, images=60)['colour'].perfect == 1
   for index in range(60):
     made = needle.plan(CUED, 1, index)
     record = needle.record(made, '')

@@ -43,24 +43,43 @@ class Worth:
 
 def read(record: Record) -> list[str]:
   """The answers to a record's questions by a reader who sees everything."""
-  shown = record['task']
-  questions = [turn['value'].removeprefix('<image>\n')
-               for turn in record['conversations'] if turn['from'] == 'human']
+  shown = _shown(record)
   return [_READERS.get(kind, _sign)(shown, text, _reading(shown, text))
-          for kind, text in zip(shown['kinds'], questions, strict=True)]
+          for kind, text in zip(shown['kinds'], _said(record, 'human'), strict=True)]
+
+
+def questions(record: Record) -> list[tuple[str, str]]:
+  """(kind, text) of a record's questions."""
+  return list(zip(_shown(record)['kinds'], _said(record, 'human'), strict=True))
+
+
+def _shown(record: Record) -> Mapping[str, Any]:
+  """What the picture of a record shows, and the kinds of its questions."""
+  if 'task' in record:
+    return record['task']
+  plain = record['needle']
+  count = len(plain['turns'])
+  return {'name': 'needle', 'kinds': [plain['asked']] * count, 'others': [None] * count,
+          'cue': None, 'signs': plain['signs'], 'things': []}
+
+
+def _said(record: Record, who: str) -> list[str]:
+  return [turn['value'].removeprefix('<image>\n')
+          for turn in record['conversations'] if turn['from'] == who]
 
 
 def worth(config: NeedleConfig, *, seed: int, images: int) -> dict[str, Worth]:
-  """By kind of question, what readers score on `images` images; not for the plain needle."""
+  """By kind of question, what readers score on `images` images."""
   rows: dict[str, list[tuple[str, str, str | None]]] = {kind: [] for kind in config.ask}
   before: dict[str, Counter] = {kind: Counter() for kind in config.ask}
   for index in range(images):
-    made = plan(config, seed, index)
-    found = read(record(made, ''))
-    for turn, answer in zip(made.turns, found, strict=True):
-      rows[turn.kind].append((turn.answer, answer, turn.other))
-    for turn in plan(config, seed + 1, index).turns:
-      before[turn.kind][turn.answer] += 1
+    made, other = (record(plan(config, s, index), '') for s in (seed, seed + 1))
+    shown = _shown(made)
+    for kind, *found in zip(shown['kinds'], _said(made, 'gpt'), read(made), shown['others'],
+                            strict=True):
+      rows[kind].append(tuple(found))
+    for kind, answer in zip(_shown(other)['kinds'], _said(other, 'gpt'), strict=True):
+      before[kind][answer] += 1
   result = {}
   for kind, asked_ in rows.items():
     if not asked_:

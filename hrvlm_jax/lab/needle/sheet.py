@@ -12,9 +12,9 @@ from PIL import Image
 from hrvlm_jax.core import images
 from hrvlm_jax.lab.needle import font as fonts_lib, kinds
 from hrvlm_jax.lab.needle.config import NeedleConfig
-from hrvlm_jax.lab.needle.generate import NeedlePlan, Plan, paint, plan
+from hrvlm_jax.lab.needle.generate import NeedlePlan, Plan, paint, plan, record
 from hrvlm_jax.lab.needle.presets import PRESETS
-from hrvlm_jax.lab.needle.reader import worth
+from hrvlm_jax.lab.needle.reader import questions, worth
 from hrvlm_jax.lab.needle.signs import Box
 
 _FONT, _LINE, _GAP = 'DejaVuSans-Bold', 13, 12
@@ -140,14 +140,12 @@ def table(preset: str = 'medium', *, images_: int = 300) -> list[list[str]]:
   configs.insert(1, ('needle, with cues', made(cues=tuple(kinds.PICTURE_CUES))))
   share = lambda value: f'{value:.1%}'
   for name, config in configs:
-    if config.task == 'needle' and not config.cues:
-      rows.append([name, *config.ask, plan(config, 0, 0).question, share(config.chance), '', '', '',
-                   ''])
-      continue
-    asked = {turn.kind: turn.text for index in range(40) for turn in plan(config, 0, index).turns}
+    asked = {kind: text for index in range(40)
+             for kind, text in questions(record(plan(config, 0, index), ''))}
     for kind, found in worth(config, seed=0, images=images_).items():
+      cue = [share(found.decided), share(found.blind)] if config.cues else ['', '']
       rows.append([name, kind, asked[kind], share(found.chance), share(found.prior),
-                   share(found.perfect), share(found.decided), share(found.blind)])
+                   share(found.perfect), *cue])
   return rows
 
 
