@@ -29,15 +29,15 @@ def main(argv: list[str]) -> int:
                       'such, instead of made pages')
   parser.add_argument('--sheet', metavar='FILE.png', help='write only a contact sheet: pictures '
                       'with questions, answers and boxes')
-  parser.add_argument('--document', metavar='FILE', help='only put the tables of all tasks between '
-                      'the marks of a Markdown file')
+  parser.add_argument('--tables', metavar='FILE.md', help='only put the tables of all tasks '
+                      'between the marks of a Markdown file')
   parser.add_argument('--seed', type=read_seed, default=0)
   arguments = parser.parse(argv)
 
   from hrvlm_jax.lab.needle import NeedleConfig, write
 
-  if arguments.document:
-    return _tables(pathlib.Path(arguments.document))
+  if arguments.tables:
+    return _tables(pathlib.Path(arguments.tables))
   if arguments.photographs and not pathlib.Path(arguments.photographs).is_dir():
     raise UserError(f'--photographs {arguments.photographs}: no such folder')
   if arguments.documents and not pathlib.Path(arguments.documents).exists():
@@ -81,7 +81,7 @@ def _tables(path: pathlib.Path) -> int:
   from hrvlm_jax.lab.report import insert, markdown_table
 
   if not path.is_file():
-    raise UserError(f'--document {path}: no such file')
+    raise UserError(f'--tables {path}: no such file')
   for name, (header, *rows) in (('kinds', sheet.table()), ('sizes', sheet.sizes())):
     insert('\n'.join(markdown_table(header, rows)), path, name=name)
   print(f'written: {path}')

@@ -258,7 +258,7 @@ def test_the_command_writes_a_task(tmp_path, capsys):
   assert 'unknown name moon' in capsys.readouterr().err
   assert main(['needle', '--sheet', str(tmp_path / 'r'), '--preset', 'square']) == 2  # a folder
   assert 'is a folder' in capsys.readouterr().err
-  assert main(['needle', '--document', str(tmp_path / 'none.md')]) == 2
+  assert main(['needle', '--tables', str(tmp_path / 'none.md')]) == 2
 
 
 @pytest.mark.parametrize('task', kinds.TASKS)

@@ -39,25 +39,25 @@ def _scale(canvas, parts):
 
 
 def _rain(canvas, rng):
-  """Long dark slanted streaks over a darkened picture."""
-  _scale(canvas, (190, 195, 205))
+  """Long pale blue slanted streaks over a darkened picture."""
+  _scale(canvas, (150, 155, 165))
   height, width = canvas.shape[:2]
   short = min(width, height)
-  length, thick = max(6, short // 7), max(2, short // 80)
+  length, thick = max(6, short // 6), max(2, short // 60)
   count = 40 * width * height // short**2
   for x, y in zip(rng.integers(-length, width, count).tolist(),
                   rng.integers(-length, height, count).tolist()):
     for step in range(length):
       row, left = y + step, x + step // 3
       if 0 <= row < height and left + thick > 0:
-        canvas[row, max(0, left):left + thick] = (40, 55, 95)
+        canvas[row, max(0, left):left + thick] = (150, 195, 250)
 
 
 def _snow(canvas, rng):
   """White discs."""
   height, width = canvas.shape[:2]
   short = min(width, height)
-  size = max(4, short // 34)
+  size = max(4, short // 28)
   axis = np.arange(size) * 2 + 1 - size
   disc = axis[:, None] ** 2 + axis[None] ** 2 <= size**2
   count = 55 * width * height // short**2
