@@ -117,7 +117,7 @@ def test_the_cue_decides(task):
 
 @pytest.mark.parametrize('task', COMPOSED)
 def test_the_cue_can_be_seen_at_low_resolution(task):
-  """Simple statistics of what is beside signs and things, at a sixth of the side, tell the state."""
+  """Simple statistics of what is beside signs and things tell the state at a sixth of the side."""
   config, right, side = MEDIUM[task], {cue: [] for cue in MEDIUM[task].cues}, 40
   for index in range(100):
     made = needle.generate(config, 12, index)
