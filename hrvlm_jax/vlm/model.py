@@ -6,6 +6,7 @@ A batch is a dict (see `Batch`); everything in it was given a fixed shape on the
 
 from __future__ import annotations
 
+import functools
 from typing import Any, TypedDict
 
 import jax
@@ -160,6 +161,20 @@ class VLM(Module):
     return extras
 
 
+# Shapes of all parameters take a second and more, and one start or conversion asks several times.
+@functools.lru_cache(maxsize=16)
+def _joined(kind, system, config: ModelConfig, unrolled: bool, dtype: str) -> Functional:
+  """The model of a config; the system is part of the key, for another may take its name."""
+  del system
+  return Functional(lambda rngs: kind(config, unrolled=unrolled, param_dtype=jnp.dtype(dtype),
+                                      rngs=rngs))
+
+
+@functools.lru_cache(maxsize=4)
+def _alone(make, encoder, dtype: str) -> Functional:
+  return Functional(lambda rngs: make(encoder, param_dtype=jnp.dtype(dtype), rngs=rngs))
+
+
 def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float32) -> Functional:
   """The model of a config, chosen by its fusion, as pure functions (`init`, `apply`).
 
@@ -173,10 +188,9 @@ def build(config: ModelConfig, *, unrolled: bool = False, param_dtype=jnp.float3
     alone = registry.get(config.system).alone
     if alone is None:
       raise UserError(f'model.text is none, but {config.system} needs a language model')
-    return Functional(lambda rngs: alone(config.encoder, param_dtype=param_dtype, rngs=rngs))
+    return _alone(alone, config.encoder, jnp.dtype(param_dtype).name)
   kind = load_object(config.fusion.model, f'fusion {config.fusion.kind}')
-  fn = Functional(lambda rngs: kind(config, unrolled=unrolled, param_dtype=param_dtype,
-                                    rngs=rngs))
+  fn = _joined(kind, registry.get(config.system), config, unrolled, jnp.dtype(param_dtype).name)
   # Last: what cannot be joined at all says so itself.
   read, width = config.fusion.reads(config), registry.get(config.system).width(config.encoder)
   if None not in (read, width) and width != read[1]:

@@ -1,6 +1,7 @@
 """Any encoder x fusion x language model is exported and comes back, weights and settings."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -78,7 +79,7 @@ def test_a_combination_comes_back(name, tmp_path, monkeypatch, capsys):
     np.testing.assert_array_equal(back[path], leaf, err_msg=path)
 
 
-# Every encoder, joined in every way; over the encoders every way meets every language model.
+# Every encoder, joined in every way with every language model.
 TEXTS = [getattr(language, family)(width=128, **TEXT)
          for family in ('phi', 'llama', 'qwen2', 'gpt2')]
 
@@ -86,7 +87,7 @@ TEXTS = [getattr(language, family)(width=128, **TEXT)
 def combinations(system):
   """{words: model} of an encoder."""
   tiny, found = registry.get(system).tiny(), {}
-  width, first = width_of(system), registry.names().index(system)
+  width = width_of(system)
   cross = lambda inside: dict(image_token=None, fusion=CrossAttentionFusion(
     width=width, interval=1, inside=inside))
   own = getattr(tiny.encoder, 'projector', None) is not None  # of the language model's width
@@ -94,10 +95,9 @@ def combinations(system):
           'cross-attention': cross(False), 'cross-attention inside': cross(True)}
   if system == 'vila_hd':
     ways['two passes'] = dict(fusion=TwoPassFusion())
-  for number, (way, fields) in enumerate(ways.items(), first):
-    text = TEXTS[number % len(TEXTS)]
+  for (way, fields), text in itertools.product(ways.items(), TEXTS):
     if way == 'cross-attention inside' and text.parallel_block:  # nothing lies inside its layers
-      text = TEXTS[1]
+      continue
     found[f'{way}, {text.family}'] = ModelConfig(
       system=system, encoder=tiny.encoder, text=text, **fields)
   return found
