@@ -37,6 +37,12 @@ class Mutant:
 
 
 MUTANTS = (
+  Mutant('planned_cache', 'hrvlm_jax/planning/programs.py', "sharding=ex.laid('cache', s.shape)",
+         "sharding=ex.laid('hidden', s.shape)",
+         'tests/parallel/test_programs.py -k cuts_the_cache'),
+  Mutant('one_memory', 'hrvlm_jax/planning/schedule.py',
+         'found.memory_bound * found.costs.rates.clock', '0.0',
+         'tests/planning/test_schedule.py -k share_the_memory'),
   Mutant('vstar_letter', 'hrvlm_jax/evaluation/benchmarks/choice.py',
          '(letters[order.index(0)],)', "('A',)",
          'tests/evaluation/test_samples.py -k vstar'),
