@@ -11,6 +11,7 @@ import io
 import os
 import pathlib
 from typing import Any
+import unicodedata
 
 from PIL import Image
 
@@ -97,6 +98,7 @@ class PdfPages:
     """(the page, RGB; of every line of its text layer, words and their boxes in its pixels).
 
     A gap wider than the line is high begins another line: another column, the next cell of a table.
+    Ligatures are spelled out.
 
     Raises:
       BadRow: a page that cannot be rendered.
@@ -146,13 +148,13 @@ def _word_lines(text, place):
       left, bottom, right, top = text.get_charbox(index, loose=True)
       xs, ys = zip(place.to_bitmap(left, top), place.to_bitmap(right, bottom))
       here = (min(xs), min(ys), max(xs), max(ys))
-      if box is not None and _same_line(box, here):
+      if box is not None and _same_word(box, here):
         word += character
         box = (min(box[0], here[0]), min(box[1], here[1]), max(box[2], here[2]),
                max(box[3], here[3]))
         continue
     if box is not None:
-      line.append((word, box))
+      line.append((unicodedata.normalize('NFKC', word), box))
       word, box = '', None
     if not character.strip():
       continue
@@ -161,9 +163,17 @@ def _word_lines(text, place):
       line = []
     word, box = character, here
   if box is not None:
-    line.append((word, box))
+    line.append((unicodedata.normalize('NFKC', word), box))
   if line:
     yield line
+
+
+def _same_word(before, box) -> bool:
+  """No gap of half a line; the letters of a ligature have the same place, or none of their own."""
+  height = max(before[3] - before[1], box[3] - box[1])
+  level = min(before[3], box[3]) - max(before[1], box[1])
+  return level >= 0.4 * min(before[3] - before[1], box[3] - box[1]) and (
+    -1.5 * height <= box[0] - before[2] <= 0.5 * height)
 
 
 def _same_line(before, box) -> bool:

@@ -11,6 +11,7 @@ import pytest
 
 from hrvlm_jax.cli.main import main
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.data.pdf import PdfPages, _same_word
 from hrvlm_jax.evaluation import benchmarks
 from hrvlm_jax.lab import needle, symbols
 from hrvlm_jax.lab.compare import Comparison
@@ -91,7 +92,25 @@ def test_pages_of_pdf_files(book):
   again = needle.generate(config, 0, 3)
   documents._page.cache_clear()
   documents._pages.cache_clear()
+  documents._lines.cache_clear()
   assert needle.generate(config, 0, 3).image.tobytes() == again.image.tobytes()
+
+
+def test_words_of_a_page_are_whole_and_lines_that_touch_are_rows(tmp_path):
+  """Letters that share a place (as those of ligatures) are one word; tight lines stay all."""
+  lines = [(60, 700 - 12 * row, 13, f'row{"abcdefgh"[row]} between two more words here')
+           for row in range(8)]
+  path = pdf(tmp_path / 'tight.pdf', [lines])
+  found = PdfPages(path, side=800).words(0)[1]
+  assert [[word for word, _ in line] for line in found] == [line[3].split() for line in lines]
+  box = (10, 0, 20, 30)
+  assert _same_word(box, (10, 0, 20, 30)) and _same_word(box, (22, 1, 40, 29))
+  assert not _same_word(box, (40, 0, 60, 30)) and not _same_word(box, (10, 40, 20, 70))
+  config = NeedleConfig.medium('page', documents=str(path), cues=(), ask=('row',))
+  rows = {needle.plan(config, 0, index).signs for index in range(20)}
+  tops = [sorted({sign.box[1] for sign in signs}) for signs in rows]
+  steps = [np.diff(top) for top in tops if len(top) > 2]
+  assert steps and all(step.max() <= step.min() + 2 for step in steps)  # none between is missing
 
 
 def test_documents_that_cannot_be_used(tmp_path, capsys):

@@ -86,6 +86,22 @@ def test_every_seed_has_answers_that_can_be_read_off_the_picture(task, preset):
       assert turn.relative_area in [sign.relative_area for sign in made.signs]
 
 
+@pytest.mark.parametrize('changes', [
+  {'task': 'relate', 'height': 1200, 'relative_area': (0.0007, 0.0014)},  # high cells
+  {'task': 'relate', 'width': 700, 'signs': (4, 5), 'relative_area': (0.0003, 0.002), 'cues': (),
+   'shapes': ('oval', 'diamond', 'triangle')},
+  {'task': 'page', 'signs': (1, 1), 'ask': ('after',)},
+  {'task': 'page', 'signs': (1, 9), 'length': 2, 'relative_area': (0.002, 0.01), 'turns': 3},
+  {'task': 'page', 'width': 800, 'length': 4, 'fonts': ('DejaVuSans-Bold', 'DejaVuSerif-Bold')},
+])
+def test_unusual_settings_have_answers_too(changes):
+  config = NeedleConfig.medium(**changes)
+  for index in range(40):
+    made = needle.plan(config, 8, index)
+    assert read(needle.record(made, '')) == list(made.answers)
+    assert not any(overlap(a, b) for i, a in enumerate(made.boxes) for b in made.boxes[:i])
+
+
 @pytest.mark.parametrize('task', COMPOSED)
 def test_the_cue_decides(task):
   """Flipped in the record, the reader gives the other answer; in the picture, no sign changes."""
@@ -262,6 +278,7 @@ def test_configs_survive_json_and_name_every_mistake():
     ('page', {'cues': ('weather',)}, 'unknown name weather'),
     ('page', {'shapes': ('oval',)}, 'unknown name oval'),
     ('page', {'turns': 4}, 'expected 1 to 3'),
+    ('page', {'turns': 3, 'ask': ('after',), 'signs': (2, 3)}, 'expected at most 2'),
     ('page', {'documents': 'a.pdf', 'photographs': 'b'}, 'expected one of them'),
   ):
     with pytest.raises(UserError, match=words):

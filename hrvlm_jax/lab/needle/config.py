@@ -286,6 +286,9 @@ class NeedleConfig:
     if not 1 <= self.turns <= (most := self.most_turns):
       yield (f'turns: found {self.turns}, expected 1 to {most}: turns of an image have different '
              'kinds (relate) or are about different words (page)')
+    if self.task == 'page' and 'row' not in self.ask and self.turns > low:
+      yield (f'turns: found {self.turns}, expected at most {low}: a row of three words has one '
+             'that stands between two; raise the rows (signs)')
     if self.task == 'relate' and len(self.colours) < high - 2:
       yield (f'colours: found {len(self.colours)}, expected at least {high - 2}: two pairs of '
              'signs of one colour, the others with colours of their own')

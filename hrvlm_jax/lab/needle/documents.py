@@ -64,11 +64,11 @@ def draw(config: NeedleConfig, rng: np.random.Generator,
   pages = _pages(config.documents)
   for _ in range(_TRIES):
     number = int(rng.integers(len(pages)))
-    _, lines = _page(config.documents, number)
+    lines = _lines(config.documents, number)
     found = _part(config, rng, number, lines) if lines else None
     if found is not None and usable([[text for text, _, _ in row] for row in found[1]]):
       return found
-  if not any(_page(config.documents, number)[1] for number in range(min(len(pages), _TRIES))):
+  if not any(_lines(config.documents, number) for number in range(min(len(pages), _TRIES))):
     raise UserError(f'documents: {config.documents}: its pages have no text layer (scans have '
                     'none), expected a PDF file with text')
   raise UserError(f'documents: {config.documents}: no part of its {len(pages)} pages has two rows '
@@ -78,7 +78,7 @@ def draw(config: NeedleConfig, rng: np.random.Generator,
 
 def paint(config: NeedleConfig, shown: Shown) -> UInt8[np.ndarray, 'h w 3']:
   """The canvas with a part of a page."""
-  page, _ = _page(config.documents, shown.page)
+  page = _page(config.documents, shown.page)[0]
   x0, y0, x1, y1 = shown.part
   inside = (max(0, x0), max(0, y0), min(page.width, x1), min(page.height, y1))
   colour = tuple(int(v) for v in np.median(np.asarray(page.crop(inside)), axis=(0, 1)))
@@ -104,6 +104,12 @@ def _page(path: str, number: int) -> tuple[Image.Image, list[list[Word]]]:
     raise UserError(f'documents: {error}') from error
 
 
+@functools.lru_cache(maxsize=4096)
+def _lines(path: str, number: int) -> list[list[Word]]:
+  """The words of a page's lines, which take less room than the page."""
+  return _page(path, number)[1]
+
+
 def _part(config, rng, number: int, lines: list[list[Word]]):
   """A part that begins with a random line, or None where too few words are wholly in it."""
   heights = [box[3] - box[1] for line in lines for _, box in line]
@@ -114,15 +120,17 @@ def _part(config, rng, number: int, lines: list[list[Word]]):
   start = lines[int(rng.integers(len(lines)))]
   first = int(rng.integers(max(1, len(start) - 2)))
   edge = max(2, round(config.margin / scale))
-  x0, y0 = start[first][1][0] - edge, start[0][1][1] - edge
+  boxes = [box for line in lines for _, box in line]
+  # From a word on, but not beyond where the page has text.
+  x0 = _held(start[first][1][0] - edge, width, [b[0] - edge for b in boxes], [b[2] for b in boxes])
+  y0 = _held(start[0][1][1] - edge, height, [b[1] - edge for b in boxes], [b[3] for b in boxes])
   part = (x0, y0, x0 + width, y0 + height)
   rows, erased = [], []
   # From the line the part begins with; what is not below or above it is another column.
   ends = start[0][1][0], start[-1][1][2]
   for line in sorted(lines, key=lambda line: (line is not start, line[0][1][1])):
-    top, bottom = line[0][1][1], line[0][1][3]
     beside = line[0][1][0] >= ends[1] or line[-1][1][2] <= ends[0] or any(
-      top < other[0][1][3] and bottom > other[0][1][1] for other in rows)
+      _level(line[0][1], other[0][1]) for other in rows)
     inside = [] if beside else [word for word in line if _within(word[1], part)]
     erased += [box for _, box in line if not any(box is word[1] for word in inside)
                and _touches(box, part)]
@@ -140,6 +148,16 @@ def _part(config, rng, number: int, lines: list[list[Word]]):
     shown.append([(text, box, (box[2] - box[0]) * (box[3] - box[1]) / canvas)
                   for (text, _), box in zip(row, boxes)])
   return Shown(number, part, tuple(_grown(place(box)) for box in erased)), shown
+
+
+def _held(start: int, size: int, lows: list[int], highs: list[int]) -> int:
+  """A start from which `size` pixels lie between the lowest and the highest, as far as they fit."""
+  return max(min(lows), min(start, max(highs) - size))
+
+
+def _level(a: Box, b: Box) -> bool:
+  """Whether two boxes share half of the lower one's height: boxes of lines may touch."""
+  return min(a[3], b[3]) - max(a[1], b[1]) > 0.5 * min(a[3] - a[1], b[3] - b[1])
 
 
 def _grown(box: Box) -> Box:

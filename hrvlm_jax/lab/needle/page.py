@@ -57,8 +57,9 @@ def _written(config: NeedleConfig, rng: np.random.Generator) -> list[list[Sign]]
   areas = _areas(config, rng, fonts, room[1])
   heights = [config.text_height(area, name) for area, name in zip(areas, fonts)]
   if config.photographs:  # the paper is smaller than the canvas the config was checked for
-    heights = [min(h, room[1] * h // max(room[1], sum(map(presets.row_height, heights))))
-               for h in heights]
+    taken = max(room[1], sum(map(presets.row_height, heights)))
+    heights = [_narrowed(config, name, room[1] * height // taken, room[0])
+               for name, height in zip(fonts, heights)]
   words = kinds.vocabulary(config.alphabet, config.length)
   words = [words[i] for i in rng.permutation(len(words))]
   spare = len(words) - 3 * count  # words beyond three a row
@@ -84,6 +85,13 @@ def _written(config: NeedleConfig, rng: np.random.Generator) -> list[list[Sign]]
                  for text, at, width in row])
     y += presets.row_height(height)
   return rows
+
+
+def _narrowed(config, font: str, height: int, room: int) -> int:
+  """The largest height up to one of which three words fit beside each other."""
+  while height > 1 and 3 * config.text_size(height, font)[0] + 2 * presets.word_gap(height) > room:
+    height -= 1
+  return height
 
 
 def _areas(config, rng, fonts: Sequence[str], room: int) -> list[float]:

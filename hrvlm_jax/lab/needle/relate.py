@@ -176,15 +176,14 @@ def _corner(rng, area: Box, size: tuple[int, int], gap: int, near: tuple[int, ..
             ) -> tuple[int, int]:
   """Where something of a size stands in a cell, `gap` pixels from the right and the bottom.
 
-  Its centre keeps within an eighth of the cell's side from the middle along the axes `near`: what
-  is beside something is at its height, what is above something in its column.
+  Its centre keeps within an eighth of the cell's shorter side from the middle along the axes
+  `near`: what is beside something is at its height, what is above something in its column.
   """
-  at = []
+  at, most = [], min(area[2] - area[0], area[3] - area[1]) // 8
   for number, (start, end) in enumerate(((area[0], area[2]), (area[1], area[3]))):
     slack = max(0, end - start - size[number] - gap)
     low, high = 0, slack
     if number in near:
-      most = (end - start) // 8
       low, high = max(0, slack // 2 - most), min(slack, slack // 2 + most)
     at.append(start + int(rng.integers(low, high + 1)))
   return at[0], at[1]
