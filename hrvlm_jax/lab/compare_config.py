@@ -69,7 +69,8 @@ class CompareConfig:
   """One comparison.
 
   Attributes:
-    task: the built-in task, with one question per image; training images have `turns` of them.
+    task: the built-in task (needle, relate or page: docs/tasks.md), with one question per image;
+      training images have `turns` of them.
     systems: models by the name they have in the table. All have the same language model and a
       tower of the shared encoder's sizes.
     train_steps, batch_size, optimizer: the same for every system; what was pre-trained (the tower,

@@ -66,7 +66,7 @@ def book(tmp_path_factory):
   return pdf(tmp_path_factory.mktemp('pdf') / 'book.pdf', [columns(words, 0), columns(words, 1)])
 
 
-def test_pages_of_pdf_files(book):
+def test_pages_of_pdf_files(book, tmp_path):
   config = NeedleConfig.medium('page', documents=str(book), turns=2)
   answers, heights = [], []
   for index in range(40):
@@ -89,6 +89,10 @@ def test_pages_of_pdf_files(book):
       assert dark[y0:y1, x0:x1].any()
       dark[max(0, y0 - 1):y1 + 1, max(0, x0 - 2):x1 + 2] = False
     assert dark.sum() <= 2, index
+  needle.write(config, tmp_path, 12, seed=0, workers=4, progress=False)
+  for index, record in enumerate(needle.read_records(tmp_path)):
+    with Image.open(tmp_path / record['image']) as image:
+      assert image.tobytes() == needle.generate(config, 0, index).image.tobytes()
   again = needle.generate(config, 0, 3)
   documents._page.cache_clear()
   documents._pages.cache_clear()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import string
+import threading
 
 from jaxtyping import UInt8
 import numpy as np
@@ -26,8 +27,10 @@ from hrvlm_jax.lab.needle.signs import Box, log_uniform
 SIDE = 2400  # pixels of a page's longer side as it is rendered, once
 _TRIES = 64
 _MARKS = string.punctuation + '“”‘’„»«…–—'
+_one = threading.Lock()
 Word = tuple[str, Box]
-ShownWord = tuple[str, Box, float]
+Shown_one = threading.Lock()
+Word = tuple[str, Box, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +102,8 @@ def _pages(path: str) -> PdfPages:
 def _page(path: str, number: int) -> tuple[Image.Image, list[list[Word]]]:
   """A rendered page and the words of its lines, pixels."""
   try:
-    return _pages(path).words(number)
+    with _one:  # PDFium is not made for threads, and `write` has several
+      return _pages(path).words(number)
   except BadRow as error:
     raise UserError(f'documents: {error}') from error
 
