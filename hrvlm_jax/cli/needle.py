@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--cues', metavar='NAME,...', help='what may decide between the readings of '
                       'a question: tint,weather,scene (page: tint,scene), or none; default: needle '
                       'none, others all')
+  parser.add_argument('--areas', metavar='LOW,HIGH', type=_areas, help='smallest and largest '
+                      "area of a text, relative to the canvas; default: the preset's")
   parser.add_argument('--photographs', metavar='FOLDER', help='your pictures as backgrounds')
   parser.add_argument('--documents', metavar='FILE.pdf', help='page: your PDF file, or a folder of '
                       'such, instead of made pages')
@@ -44,6 +46,8 @@ def main(argv: list[str]) -> int:
     raise UserError(f'--documents {arguments.documents}: no such file or folder')
   options = {key: value for key in ('photographs', 'documents')
              if (value := getattr(arguments, key))}
+  if arguments.areas:
+    options['relative_area'] = arguments.areas
   if arguments.cues is not None:
     none = arguments.cues in ('', 'none')
     options['cues'] = () if none else tuple(arguments.cues.split(','))
@@ -59,6 +63,12 @@ def main(argv: list[str]) -> int:
     path = write(preset(asked), out / name, count, seed=seed)
     print(f'written: {path}')
   return 0
+
+
+def _areas(text: str) -> tuple[float, float]:
+  """Two numbers, for argparse."""
+  low, high = (float(part) for part in text.split(','))
+  return low, high
 
 
 def _sheet(path: pathlib.Path, config, seed: int) -> int:
