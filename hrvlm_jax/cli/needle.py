@@ -1,5 +1,6 @@
 """`hrvlm needle`: see `lab.needle.write`, and `lab.needle.sheet` for contact sheets."""
 
+import argparse
 import pathlib
 
 from hrvlm_jax.cli.arguments import Parser, read_seed
@@ -67,7 +68,11 @@ def main(argv: list[str]) -> int:
 
 def _areas(text: str) -> tuple[float, float]:
   """Two numbers, for argparse."""
-  low, high = (float(part) for part in text.split(','))
+  try:
+    low, high = (float(part) for part in text.split(','))
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f'found {text!r}, expected two numbers such as 0.002,0.03') from None
   return low, high
 
 

@@ -284,7 +284,7 @@ def test_the_command_writes_a_task(tmp_path, capsys):
   first = needle.read_records(tmp_path / 'n/train')[0]
   assert first['task']['name'] == 'needle' and read(first)[0] == first['answer']
   assert main([*argv, str(tmp_path / 'q'), '--areas', 'large']) == 2
-  assert 'argument --areas: invalid' in capsys.readouterr().err
+  assert "--areas: found 'large', expected two numbers" in capsys.readouterr().err
   assert main(['needle', '--sheet', str(tmp_path / 'r'), '--preset', 'square']) == 2  # a folder
   assert 'is a folder' in capsys.readouterr().err
   assert main(['needle', '--tables', str(tmp_path / 'none.md')]) == 2
