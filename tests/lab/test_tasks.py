@@ -24,8 +24,8 @@ COMPOSED = ('relate', 'page')
 MEDIUM = {task: NeedleConfig.medium(task, turns=3) for task in COMPOSED}
 CUED = NeedleConfig.medium(cues=('tint', 'weather', 'scene'), ask=('colour', 'place'), turns=2,
                            relative_area=(0.004, 0.006))
-# A change of these means that published data sets change. Those of needle are from before there were
-# other tasks; `panorama` has the quickstart's images.
+# A change of these means that published data sets change. Those of needle are from before there
+# were other tasks; `panorama` has the images of the quickstart.
 PINNED = {'panorama': 'd3132a1c7352bcfb', 'square': '8355285d5d578886',
           'needle': 'aeb71020ef3d876a', 'relate': 'ebdadd48903a81a0', 'page': 'f489a7895e8899f9',
           'cued': 'b59b53674cf511eb'}
