@@ -36,6 +36,10 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--step', choices=('train', 'prefill', 'decode', 'answer'), default='train',
                       help='answer: by arithmetic, on the topology or on the smallest slices')
   parser.add_argument('--length', type=int, help='places of a row; default: longest bucket')
+  parser.add_argument('--rows', type=int, help='of all steps but train: prompts at a time; '
+                      'default: one for each shard of the batch')
+  parser.add_argument('--new-tokens', type=int, default=128, help='of all steps but train: the '
+                      'cache has places for so many answered tokens beside the prompt')
   parser.add_argument('--image', type=size, default=(1024, 768), help='WIDTHxHEIGHT of the images')
   parser.add_argument('--images', type=int, default=1, help='images of an example')
   parser.add_argument('--search', action='store_true', help='try meshes, then for training '
@@ -71,6 +75,13 @@ def main(argv: list[str]) -> int:
   from hrvlm_jax.training import fitting, run_config
   from hrvlm_jax.training.config import RunConfig
 
+  for name in ('rows', 'new_tokens'):
+    flag, value = f'--{name.replace("_", "-")}', getattr(arguments, name)
+    if value is not None and value < 1:
+      raise UserError(f'{flag}: found {value}, expected at least 1')
+    if arguments.step == 'train' and value != parser.get_default(name):
+      raise UserError(f'{flag} is of --step answer, prefill and decode; the rows of a train step '
+                      'are --config.training.batch_size')
   mesh_config(arguments.mesh)  # a wrong axis is a sentence before anything is compiled
   if arguments.release is None:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
@@ -92,7 +103,8 @@ def main(argv: list[str]) -> int:
   target = 'hrvlm_jax.planning.programs:train_program'
   if arguments.step != 'train':
     target = 'hrvlm_jax.planning.programs:serve_program'
-    options['what'] = arguments.step
+    options |= {'what': arguments.step, 'rows': arguments.rows,
+                'new_tokens': arguments.new_tokens}
   how = {'effort': effort, 'timeout': arguments.timeout, 'constants': arguments.costs,
          'compiler': dict(arguments.compiler)}
   if arguments.search:
@@ -104,7 +116,8 @@ def main(argv: list[str]) -> int:
       print('\n'.join(fitting.told(config, choice)))
       mesh = to_dict(choice.mesh)
     elif config.mesh == MeshConfig():
-      choice = answering.answers_on(config.model, topology, dtype=config.training.dtype)
+      choice = answering.answers_on(config.model, topology, dtype=config.training.dtype,
+                                    rows=arguments.rows or 1, new_tokens=arguments.new_tokens)
       print(f'mesh {parallel_fitting.axes_of(choice.mesh)}: {choice.words}')
       mesh = to_dict(choice.mesh)
     report = plan.plan(target, options, arguments.topology, mesh=mesh, slices=arguments.slices,
@@ -158,7 +171,8 @@ def _answering(config, arguments) -> int:
                     f'{", ".join(f"--{name}" for name in unread)}')
   lines, fits = answering.describe(
     config.model, () if arguments.topology is None else (arguments.topology,),
-    slices=arguments.slices, mesh=None if arguments.mesh is None else mesh_config(arguments.mesh))
+    slices=arguments.slices, mesh=None if arguments.mesh is None else mesh_config(arguments.mesh),
+    rows=arguments.rows or 1, new_tokens=arguments.new_tokens)
   print('\n'.join(lines))
   if arguments.step != 'answer':
     print(f'{step} --topology SLICE compiles the step itself')

@@ -65,6 +65,24 @@ def test_every_step_says_where_a_release_answers(step, capsys):
   assert ('--topology SLICE' in printed) == (step != 'answer')
 
 
+def test_rows_and_new_tokens_are_paid_for(capsys):
+  """64 prompts of 7B need caches of 64 rows; a train step has its batch in the config."""
+  command = ['plan', '--release', 'llava_1_5_7b', '--step', 'answer', '--topology', 'v5e:2x2']
+
+  def cache(*more):
+    cli.run([*command, '--mesh', 'data=1,tensor=4', *more])
+    return float(re.search(r'cache ([\d.]+) GiB', capsys.readouterr().out)[1])
+
+  one = cache('--rows', '1')
+  assert cache() == one
+  assert cache('--rows', '64') == pytest.approx(64 * one, rel=0.05)
+  assert cache('--new-tokens', '4096') > 3 * one
+  for wrong, sentence in ((['--step', 'train', '--rows', '8'], 'training.batch_size'),
+                          (['--rows', '0'], '--rows: found 0, expected at least 1')):
+    with pytest.raises(UserError, match=sentence):
+      cli.run(['plan', '--config', 'llava_hr:7b,stage2', *command[3:], *wrong])
+
+
 def test_what_a_release_cannot_be(capsys):
   for wrong, sentence in (([], 'expected --step answer'),
                           (['--step', 'train', '--topology', 'v5e:2x2'], 'expected --step answer'),
