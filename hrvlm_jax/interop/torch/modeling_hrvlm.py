@@ -53,7 +53,7 @@ VISION = {'anyres': TiledVision, 'llava_hr': LlavaHrVision, 'mc_llava': McLlavaV
 # What a processor gives beside `pixel_values`.
 ARRAYS = ('coords', 'first_scales', 'grids', 'inner_counts', 'look', 'visual_counts',
           'visual_index')
-IMAGES = ('pixel_values', 'image_features', 'image_repeats', 'image_skip', *ARRAYS)
+IMAGES = ('pixel_values', 'image_features', 'image_repeats', 'image_skip', 'image_end', *ARRAYS)
 
 
 def encoder_of(model, config):
@@ -178,17 +178,26 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     found = visual_tokens(self.vision, pixel_values, visual_index, inner_counts, **arrays)
     return found if self.projector is None else self.projector(found)
 
-  def embed(self, input_ids, features, repeats=1, cache=None, skip=None):
+  def places_of(self, input_ids, end=None):
+    """bool [b t]: the places of visual tokens. A placeholder from the place `end` on was generated
+    (an untrained model may say it), and is a token like others."""
+    places = input_ids == self.config.image_token_id
+    if end is not None:
+      places[:, end:] = False
+    return places
+
+  def embed(self, input_ids, features, repeats=1, cache=None, skip=None, end=None):
     """Embeddings of the ids with the visual tokens in their places.
 
     Args:
       repeats: rows that follow each other and read the same images (beams, samples).
       cache: of the tokens before these; a single id behind them was generated, whatever it is.
       skip: [b] visual tokens of each row whose places are in the cache.
+      end: see `places_of`.
     """
     if features is None and not begins(input_ids, cache):
       return self.get_input_embeddings()(input_ids)
-    places = input_ids == self.config.image_token_id
+    places = self.places_of(input_ids, end)
     # The placeholder may lie outside the table (it is no token of the language model).
     embeds = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
     if features is None:
@@ -199,17 +208,17 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     features = self._per_row(features, places, repeats, skip).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places[..., None], features)
 
-  def _look(self, input_ids, mask, pixel_values, first, asked, repeats, keep):
+  def _look(self, input_ids, places, mask, pixel_values, first, asked, repeats, keep):
     """(visual tokens [n d], which of them are real [n], what the second pass shares of the first)
     of both passes; None without images."""
     if pixel_values is None or input_ids is None:
       return None, None, None
     mask = torch.ones_like(input_ids) if mask is None else mask
     tokens, valid, _, shared = look(self, input_ids[::repeats], mask[::repeats].bool(),
-                                    pixel_values, first, asked, keep)
+                                    pixel_values, first, asked, keep, places[::repeats])
     return tokens, valid, shared
 
-  def _readable(self, input_ids, mask, positions, valid, cache, repeats):
+  def _readable(self, input_ids, places, mask, positions, valid, cache, repeats):
     """(mask, positions): places whose visual token is none are not read and shift nothing; the
     cache remembers them for the steps that follow."""
     before = getattr(cache, VALID, None)
@@ -222,7 +231,6 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     if before is not None:
       mask[:, :before.shape[1]] *= before.to(mask.dtype)
     if valid is not None:
-      places = input_ids == self.config.image_token_id
       real = self._per_row(valid[:, None].to(mask.device, mask.dtype), places, repeats)[:, 0]
       own = mask[:, -input_ids.shape[1]:]
       mask[:, -input_ids.shape[1]:] = own.masked_scatter(places, own[places] * real)
@@ -259,7 +267,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
               past_key_values=None, inputs_embeds=None, labels=None, logits_to_keep=0,
               visual_index=None, visual_counts=None, coords=None, grids=None,
               first_scales=None, inner_counts=None, look=None, image_features=None,
-              image_repeats=1, image_skip=None, **kwargs):
+              image_repeats=1, image_skip=None, image_end=None, **kwargs):
     """Logits of every position, and the loss of the labels.
 
     Args:
@@ -271,11 +279,13 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       image_features: what `get_image_features` gave, in place of `pixel_values`.
       image_repeats: rows that follow each other and read the same images (beams, samples).
       image_skip: [b] visual tokens of each row whose places are in the cache already.
+      image_end: place from which on a placeholder is a token that was generated.
     """
     if (input_ids is None) == (inputs_embeds is None):
       raise ValueError('give exactly one of input_ids and inputs_embeds')
     valid = shared = None
     if self.two_pass:
+      places = None if input_ids is None else self.places_of(input_ids, image_end)
       # Generation asks for the last logits alone, so the places of both passes need not run twice.
       keep = (isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
               and not torch.is_grad_enabled() and not kwargs.get('output_attentions')
@@ -284,9 +294,9 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
         past_key_values = DynamicCache(config=self.config.text_config)
       keep = keep and type(past_key_values) is DynamicCache and not past_key_values.get_seq_length()
       image_features, valid, shared = self._look(
-        input_ids, attention_mask, pixel_values, first_scales, look, image_repeats, keep)
+        input_ids, places, attention_mask, pixel_values, first_scales, look, image_repeats, keep)
       attention_mask, position_ids = self._readable(
-        input_ids, attention_mask, position_ids, valid, past_key_values, image_repeats)
+        input_ids, places, attention_mask, position_ids, valid, past_key_values, image_repeats)
     elif image_features is None and pixel_values is not None:
       arrays = {'coords': coords, 'grids': grids, 'inner_counts': inner_counts, 'look': look}
       image_features = self.get_image_features(
@@ -299,7 +309,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
         inputs_embeds)
     elif inputs_embeds is None:
       inputs_embeds = self.embed(input_ids, image_features, image_repeats, past_key_values,
-                                 image_skip)
+                                 image_skip, image_end)
     if shared is not None:
       start = shared.fill(past_key_values, logits_to_keep, image_repeats)
       inputs_embeds, position_ids = inputs_embeds[:, start:], position_ids[:, start:]
@@ -339,8 +349,10 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       if not read and counts is not None and counts.tolist() != counts_of(getattr(cache, NAME)):
         raise ValueError(_MORE.format('every token reads all images'))
     else:
+      if ids is not None and inputs.get('image_end') is not None:  # among the ids of this step
+        inputs['image_end'] = max(inputs['image_end'] - input_ids.shape[1] + ids.shape[1], 0)
       read = begins(ids, cache) and ids is not None and bool(
-        (ids == self.config.image_token_id).any())
+        self.places_of(ids, inputs.get('image_end')).any())
       if read and begun and self.two_pass:
         raise ValueError(_MORE.format('the first question decides where all images are looked at'))
       if read and begun:
@@ -352,10 +364,13 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
 
   def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None,
                                     **kwargs):
-    """Beams and samples read the images once (`_per_row`)."""
+    """Beams and samples read the images once (`_per_row`); what comes after the prompt is
+    generated."""
     images = {name: kwargs.pop(name) for name in IMAGES if name in kwargs}
     if images:
       images['image_repeats'] = expand_size * images.get('image_repeats', 1)
+      if input_ids is not None:
+        images['image_end'] = input_ids.shape[1]
     input_ids, kwargs = super()._expand_inputs_for_generation(
       expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids,
       **kwargs)

@@ -207,6 +207,11 @@ class HrvlmProcessor(ProcessorMixin):
     if not texts:
       return BatchFeature(data, tensor_type=return_tensors)
     if self.image_token_id is None:  # pictures take no positions; how many, their nesting says
+      marks = sum(one.count(IMAGE) for one in texts)
+      if marks not in (0, len(pictures)):
+        raise ValueError(f'{marks} {IMAGE} in the text, but {len(pictures)} images; expected one '
+                         'for each image, or none: here images take no positions')
+      texts = [one.replace(f'{IMAGE}\n', '').replace(IMAGE, '') for one in texts]
       places = self._nested(images, texts)
       ends = np.cumsum([0, *places])
       data['visual_counts'] = np.array([sum(counts[a:b]) for a, b in zip(ends, ends[1:])])

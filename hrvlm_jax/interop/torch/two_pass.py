@@ -87,7 +87,7 @@ def first_states(model, input_ids, mask, places, low, counts, keep=False):
   return state, Shared(cache, mask, taken) if keep else None
 
 
-def look(model, input_ids, mask, pixel_values, first=None, asked=None, keep=False):
+def look(model, input_ids, mask, pixel_values, first=None, asked=None, keep=False, places=None):
   """Both looks at the pictures of a batch: (tokens [n d], which of them are real [n], maps, what
   the second pass can share of the first or None).
 
@@ -97,10 +97,11 @@ def look(model, input_ids, mask, pixel_values, first=None, asked=None, keep=Fals
     first: see `VilaHdVision.high`.
     asked: `look` of the processor, in place of the settings of the model.
     keep: see `first_states`.
+    places: bool [b t] of visual tokens; default: all placeholders.
   """
   vision = model.vision
   counts = vision.counts_of(asked)
-  places = input_ids == model.config.image_token_id
+  places = model.places_of(input_ids) if places is None else places
   where = vision.ps3.selection.prior_prompt.device  # the encoder may lie on another one
   images = pixel_values.to(where).float()
   seen, low = vision.low(images, counts)

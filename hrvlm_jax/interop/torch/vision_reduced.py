@@ -158,9 +158,16 @@ class ReducedVision(nn.Module):
     return self.inner(pixel_values, **arrays)
 
   def reduce(self, tokens, counts):
-    """Tokens [n c] of all pictures, how many of each -> those that are left [m c]."""
+    """Tokens [n c] of all pictures, how many of each -> those that are left [m c].
+
+    Raises:
+      ValueError: another number of tokens.
+    """
     if self.step.kind == 'visionzip':
       return tokens
+    if int(counts.sum()) != len(tokens):
+      raise ValueError(f'{int(counts.sum())} places for visual tokens before they are reduced, but '
+                       f'the images have {len(tokens)}; use the processor of this folder for both')
     x = nn.utils.rnn.pad_sequence(tokens.split(counts.tolist()), batch_first=True)
     if self.step.kind == 'pool':
       return pooled(x, self.sizes, self.step.factor).flatten(0, 1)
