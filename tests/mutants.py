@@ -37,6 +37,9 @@ class Mutant:
 
 
 MUTANTS = (
+  Mutant('generated_place', 'hrvlm_jax/interop/torch/modeling_hrvlm.py',
+         'places[:, end:] = False', 'pass',
+         'tests/interop/test_transformers.py -k generated_placeholder'),
   Mutant('planned_cache', 'hrvlm_jax/planning/programs.py', "sharding=ex.laid('cache', s.shape)",
          "sharding=ex.laid('hidden', s.shape)",
          'tests/parallel/test_programs.py -k cuts_the_cache'),

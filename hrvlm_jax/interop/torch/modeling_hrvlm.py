@@ -208,17 +208,18 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     features = self._per_row(features, places, repeats, skip).to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places[..., None], features)
 
-  def _look(self, input_ids, places, mask, pixel_values, first, asked, repeats, keep):
+  def _look(self, input_ids, mask, pixel_values, first, asked, repeats, keep, end=None):
     """(visual tokens [n d], which of them are real [n], what the second pass shares of the first)
     of both passes; None without images."""
     if pixel_values is None or input_ids is None:
       return None, None, None
     mask = torch.ones_like(input_ids) if mask is None else mask
     tokens, valid, _, shared = look(self, input_ids[::repeats], mask[::repeats].bool(),
-                                    pixel_values, first, asked, keep, places[::repeats])
+                                    pixel_values, first, asked, keep,
+                                    self.places_of(input_ids[::repeats], end))
     return tokens, valid, shared
 
-  def _readable(self, input_ids, places, mask, positions, valid, cache, repeats):
+  def _readable(self, input_ids, mask, positions, valid, cache, repeats, end=None):
     """(mask, positions): places whose visual token is none are not read and shift nothing; the
     cache remembers them for the steps that follow."""
     before = getattr(cache, VALID, None)
@@ -231,6 +232,7 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     if before is not None:
       mask[:, :before.shape[1]] *= before.to(mask.dtype)
     if valid is not None:
+      places = self.places_of(input_ids, end)
       real = self._per_row(valid[:, None].to(mask.device, mask.dtype), places, repeats)[:, 0]
       own = mask[:, -input_ids.shape[1]:]
       mask[:, -input_ids.shape[1]:] = own.masked_scatter(places, own[places] * real)
@@ -285,7 +287,6 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
       raise ValueError('give exactly one of input_ids and inputs_embeds')
     valid = shared = None
     if self.two_pass:
-      places = None if input_ids is None else self.places_of(input_ids, image_end)
       # Generation asks for the last logits alone, so the places of both passes need not run twice.
       keep = (isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
               and not torch.is_grad_enabled() and not kwargs.get('output_attentions')
@@ -294,9 +295,10 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
         past_key_values = DynamicCache(config=self.config.text_config)
       keep = keep and type(past_key_values) is DynamicCache and not past_key_values.get_seq_length()
       image_features, valid, shared = self._look(
-        input_ids, places, attention_mask, pixel_values, first_scales, look, image_repeats, keep)
+        input_ids, attention_mask, pixel_values, first_scales, look, image_repeats, keep,
+        image_end)
       attention_mask, position_ids = self._readable(
-        input_ids, places, attention_mask, position_ids, valid, past_key_values, image_repeats)
+        input_ids, attention_mask, position_ids, valid, past_key_values, image_repeats, image_end)
     elif image_features is None and pixel_values is not None:
       arrays = {'coords': coords, 'grids': grids, 'inner_counts': inner_counts, 'look': look}
       image_features = self.get_image_features(
