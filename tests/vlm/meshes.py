@@ -2,15 +2,38 @@
 
     python -m tests.vlm.meshes SYSTEM CHECKPOINT MESH ... [--processes HOST:PORT,N,I]
 
-MESH is `one` or what `--mesh` takes. Prints one JSON object: mesh -> answers to five questions, at
-once and one by one, greedy, with beams and streamed. A checkpoint that is not there is made.
+SYSTEM is a system, whose tiny model it is, or one of `RELEASES`: then the language model has the
+heads of that release and a sixteenth of its widths. MESH is `one` or what `--mesh` takes. Prints
+one JSON object: mesh -> answers to five questions, at once and one by one, greedy, with beams and
+streamed. A checkpoint that is not there is made.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import pathlib
 import sys
+
+RELEASES = {'llava_hr_x_13b': 'llava_hr', 'vila_hd_8b_4k_siglip': 'vila_hd'}
+
+
+def small(name: str):
+  """The config of a tiny model: of a system, or with the ratios of a release's language model."""
+  from hrvlm_jax.systems import registry
+
+  if name not in RELEASES:
+    return registry.get(name).tiny()
+  system = registry.get(RELEASES[name])
+  config, text = system.tiny(), system.released[name].text
+  sizes = {size: getattr(text, size) // 16
+           for size in ('width', 'head_dim', 'rotary_dim', 'mlp_width')}
+  own = dataclasses.replace(config.text, heads=text.heads, kv_heads=text.kv_heads, **sizes)
+  if config.projector is not None:
+    projector = dataclasses.replace(config.projector, n_out=own.width)
+    return dataclasses.replace(config, text=own, projector=projector)
+  encoder = dataclasses.replace(config.encoder, width=own.width)
+  return dataclasses.replace(config, text=own, encoder=encoder)
 
 
 def make(system: str, folder: pathlib.Path) -> None:
@@ -23,10 +46,9 @@ def make(system: str, folder: pathlib.Path) -> None:
   from hrvlm_jax.core.config import to_dict
   from hrvlm_jax.interop.export import export
   from hrvlm_jax.language.prompt import tokenizer_of
-  from hrvlm_jax.systems import registry
   from hrvlm_jax.vlm import model as vlm
 
-  config = registry.get(system).tiny()
+  config = small(system)
   # Larger than at the start of a training: what comes next depends on what came before. Pheye's
   # prompts end alike and its picture is seen through gates: its attention must look at few places.
   sharp = system == 'pheye'

@@ -84,9 +84,11 @@ def test_a_device_holds_its_share(release, devices, meshes):
 
 @pytest.mark.full('parallel')
 @pytest.mark.parametrize('system, more', [
-  ('llava_hr', ['data=1,tensor=2', 'data=2,tensor=4']), ('vila_hd', []), ('pheye', [])])
+  ('llava_hr_x_13b', ['data=1,tensor=2', 'data=2,tensor=4']),
+  ('vila_hd_8b_4k_siglip', ['data=1,tensor=2']), ('pheye', [])])
 def test_every_cut_of_every_kind(system, more, tmp_path):
-  """Prefix, two passes and cross-attention; also by two processes of two devices each."""
+  """Prefix, two passes and cross-attention, with heads and ratios of 13B and 8B releases; also by
+  two processes of two devices each."""
   checkpoint = tmp_path / 'checkpoint'
   found = start([system, checkpoint, 'one', *MESHES, *more], devices=8 if more else 4)
   check(found, found['one'])
