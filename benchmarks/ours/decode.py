@@ -63,13 +63,13 @@ class Phi(Side):
 
     def whole(params, embeds, valid):
       budget = -(-new // 16) * 16
-      logits, cache = inner._prefill_fn(params, embeds, valid, {}, slots=embeds.shape[1] + budget,
+      logits, cache = inner.prefill_fn(params, embeds, valid, {}, slots=embeds.shape[1] + budget,
                                          ex=inner.ex)
       slots = jnp.pad(valid, ((0, 0), (0, budget)))
 
       def body(carry, _):
         logits, slots, cache = carry
-        return inner._step_fn(params, jnp.argmax(logits, -1), slots, cache, 0, {},
+        return inner.step_fn(params, jnp.argmax(logits, -1), slots, cache, 0, {},
                               ex=inner.ex), None
 
       return jax.lax.scan(body, (logits, slots, cache), None, length=new - 1)[0][0]
