@@ -20,14 +20,14 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle import backgrounds, cues, documents, page, relate, tasks
 from hrvlm_jax.lab.needle.config import NeedleConfig
 from hrvlm_jax.lab.needle.figures import draw_thing
-from hrvlm_jax.lab.needle.signs import Box, Sign, arrange, draw
-from hrvlm_jax.lab.needle.tasks import TaskExample, TaskPlan
+from hrvlm_jax.lab.needle.signs import Sign, arrange, draw
+from hrvlm_jax.lab.needle.tasks import Asked, TaskExample, TaskPlan
 
 _LAYOUT, _PAINT = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
-class NeedlePlan:
+class NeedlePlan(Asked):
   """All that is known about an example before it is painted.
 
   Attributes:
@@ -54,19 +54,6 @@ class NeedlePlan:
   @property
   def answers(self) -> tuple[str, ...]:
     return tuple(self.signs[i].text for i in self.turns)
-
-  @property
-  def question(self) -> str:
-    return self.questions[0]
-
-  @property
-  def answer(self) -> str:
-    return self.answers[0]
-
-  @property
-  def boxes(self) -> tuple[Box, ...]:
-    """Bounding boxes of all signs, (x0, y0, x1, y1) in pixels."""
-    return tuple(sign.box for sign in self.signs)
 
   @property
   def relative_area(self) -> float:

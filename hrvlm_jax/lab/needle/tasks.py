@@ -59,8 +59,25 @@ class Question:
     return min(x0), min(y0), max(x1), max(y1)
 
 
+class Asked:
+  """What every plan says of its first question and its signs."""
+
+  @property
+  def question(self) -> str:
+    return self.questions[0]
+
+  @property
+  def answer(self) -> str:
+    return self.answers[0]
+
+  @property
+  def boxes(self) -> tuple[Box, ...]:
+    """Bounding boxes of all signs or words, (x0, y0, x1, y1) in pixels."""
+    return tuple(sign.box for sign in self.signs)
+
+
 @dataclasses.dataclass(frozen=True)
-class TaskPlan:
+class TaskPlan(Asked):
   """All that is known about an example before it is painted.
 
   Attributes:
@@ -93,19 +110,6 @@ class TaskPlan:
   @property
   def answers(self) -> tuple[str, ...]:
     return tuple(turn.answer for turn in self.turns)
-
-  @property
-  def question(self) -> str:
-    return self.questions[0]
-
-  @property
-  def answer(self) -> str:
-    return self.answers[0]
-
-  @property
-  def boxes(self) -> tuple[Box, ...]:
-    """Bounding boxes of all signs or words, (x0, y0, x1, y1) in pixels."""
-    return tuple(sign.box for sign in self.signs)
 
   @property
   def relative_area(self) -> float:
