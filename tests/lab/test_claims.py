@@ -50,6 +50,24 @@ def test_one_point_or_an_unknown_size_is_refused():
     claim(a={'size': 'huge'}, b={})
 
 
+def test_points_of_a_claim_are_one_measure_and_its_own_words_are_known():
+  with pytest.raises(ValueError, match='found accuracy, tokens'):
+    claim(a={'measure': 'tokens'}, b={})
+  with pytest.raises(ValueError, match='a cost is that of all questions'):
+    claim(a={'measure': 'tokens'}, b={'measure': 'tokens', 'methods': {'fastv': {}}})
+  with pytest.raises(ValueError, match='accuracies can be subtracted, found recall'):
+    claim(a={'measure': 'recall'}, b={'measure': 'recall'}, minus='c')
+  with pytest.raises(ValueError, match='(?s)found .LLaVA..*task: expected one of needle'):
+    claims.Claim(says='s', source='p', order='rises', paper='LLaVA', task='read',
+                 points=(claims.Point(label='a', system='a'), claims.Point(label='b', system='b')))
+
+
+def test_the_key_of_answers_names_what_is_set_at_test_time():
+  point = claims.Point(label='a', system='vila_hd', encoder={'tokens': 6},
+                       methods={'prune': {}, 'fastv': {'keep': 0.5, 'after': 1}})
+  assert point.key == 'vila_hd[tokens=6,fastv.after=1,fastv.keep=0.5,prune]'
+
+
 def test_table_and_plot_stand_beside_the_papers_numbers(tmp_path):
   answers = {'a': rows(0, 0, 0), 'b': rows(4, 4, 4)}
   found = {'one': claims.judge(claim(a={'paper': 49.9}, b={'paper': 56.2}), answers),
