@@ -27,7 +27,14 @@ from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.provenance import made, versions
 from hrvlm_jax.lab import claims, compare_report
-from hrvlm_jax.lab.compare_config import CompareConfig, systems_of, tower_path, towers
+from hrvlm_jax.lab.compare_config import (
+  ChangesConfig,
+  CompareConfig,
+  encoder_of,
+  systems_of,
+  tower_path,
+  towers,
+)
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.measure import cost
@@ -91,6 +98,8 @@ class Comparison(Experiment):
     self.part('data', self.write_data)
     self.part('tokenizer', self.tokenizer)
     self.part('encoder', self.pretrain)
+    for name in self.encoders():
+      self.part(f'encoder {name}', self.pretrain, name)
     if self.config.language is not None:
       self.part('language', self.pretrain_language)
 
@@ -98,10 +107,16 @@ class Comparison(Experiment):
     """Names of all parts of this comparison; the folder may hold those of others beside it."""
     c = self.config
     found = {'data', 'tokenizer', 'encoder', 'language'}
+    found |= {f'encoder {name}' for name in self.encoders()}
     for name in c.systems:
       found |= {f'train {name}', f'answer {name}', f'measure {name}'}
     found |= {f'adapt {a.like or name}' for name, a in c.adapt.items()}
     return found | {f'answer {point.key}' for claim in c.claims.values() for point in claim.points}
+
+  def encoders(self) -> list[str]:
+    """Names of the further encoders that a system starts from."""
+    used = {encoder_of(self.config, model) for model in self.config.systems.values()}
+    return [name for name in self.config.encoders if name in used]
 
   def _same_config(self) -> None:
     """Refuses to mix two comparisons in one folder; more systems may join."""
@@ -111,7 +126,7 @@ class Comparison(Experiment):
     changed = []
     if isinstance(before.get('task'), dict) and not differing(before['task'], now['task']):
       before['task'] = now['task']  # fields that the folder was made without have their defaults
-    for key in ('systems', 'adapt', 'claims'):
+    for key in ('systems', 'encoders', 'adapt', 'changes', 'claims'):
       old, new = before.pop(key, {}), now.pop(key)
       joining[key] = {**old, **new}
       if key == 'claims':  # they are only read
@@ -148,13 +163,13 @@ class Comparison(Experiment):
                     vocab_size=next(iter(self.config.systems.values())).text.vocab_size,
                     pad='<pad>', eos='<|im_end|>')
 
-  def pretrain(self) -> None:
-    """The shared encoder, as a checkpoint of `vision/tower`."""
-    e = self.config.encoder
-    tower, read = self.learn('encoder', GlyphConfig(
+  def pretrain(self, name: str = '') -> None:
+    """The shared encoder, or a further one, as a checkpoint of `vision/tower`."""
+    e = self.config.encoders[name] if name else self.config.encoder
+    tower, read = self.learn(f'encoder {name}'.rstrip(), GlyphConfig(
       needle=self.config.task, vision=e.vision, window=e.window, last_tokens=e.last_tokens,
       colour_weight=e.colour_weight, steps=e.steps, seed=self.config.seed))
-    self._keep('encoder', {TOWER + path: leaf for path, leaf in tower.items()},
+    self._keep(encoder_folder(name), {TOWER + path: leaf for path, leaf in tower.items()},
                {'vision': to_dict(e.vision), 'accuracy': read})
 
   def pretrain_language(self) -> None:
@@ -175,11 +190,11 @@ class Comparison(Experiment):
     store.save_params(self.folder / name, paths.unflatten(flat), config, overwrite=True)
 
   def given(self, model: ModelConfig) -> dict[str, np.ndarray]:
-    """The shared tower's parameters by their paths in a model; {} for one without a ViT."""
+    """The pre-trained tower's parameters by their paths in a model; {} for one without a ViT."""
     if not any(towers(model.encoder)):
       return {}
-    shared = {path.removeprefix(TOWER): leaf
-              for path, leaf in leaves(self.folder / 'encoder').items()}
+    folder = self.folder / encoder_folder(encoder_of(self.config, model))
+    shared = {path.removeprefix(TOWER): leaf for path, leaf in leaves(folder).items()}
     place = tower_path(model, shared)
     return {place + path: leaf for path, leaf in shared.items()}
 
@@ -209,21 +224,25 @@ class Comparison(Experiment):
     return self.folder / 'start' / name, sorted(flat), seen
 
   def run_config(self, name: str) -> RunConfig:
-    """The training run of one system: all equal but the model."""
+    """The training run of one system: all equal but the model and its `changes`."""
     c, model = self.config, self.config.systems[name]
+    change = c.changes.get(name, ChangesConfig())
     folder, given, seen = self.start(name)
-    exactly, frozen = ('|'.join(re.escape(path) for path in names) for names in (given, seen))
+    still = [path for path in seen if not re.fullmatch(change.learns, path)]
+    exactly, frozen = ('|'.join(re.escape(path) for path in names) for names in (given, still))
+    frozen = '|'.join(filter(None, (frozen, change.frozen)))
     boxes = model.fusion.boxes
     return RunConfig(
       model=model, seed=c.seed,
       data=DataConfig(
         train=str(self.folder / 'data/train' / ('rows.json' if boxes else 'needle.json')),
-        lengths=c.lengths, boxes=boxes, tokenizer=str(self.folder / 'tokenizer')),
+        lengths=c.lengths, boxes=boxes, tokenizer=str(self.folder / 'tokenizer'),
+        draw=change.draw, background=change.background),
       training=TrainingConfig(
         steps=c.train_steps, batch_size=c.batch_size * (c.turns if boxes else 1), log_every=10,
         checkpoint_every=200, keep=1, objective=model.fusion.objective,
         init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
-        groups=(Group(pattern=frozen, frozen=True),
+        groups=(*((Group(pattern=frozen, frozen=True),) if frozen else ()),
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
         optimizer=c.optimizer, dtype=c.dtype, remat=c.remat, accumulate=c.accumulate))
 
@@ -303,3 +322,8 @@ class Comparison(Experiment):
       (self.folder / 'claims.md').write_text(claims.markdown(found))
       claims.plot(found, self.folder / 'claims.png')
     return found
+
+
+def encoder_folder(name: str) -> str:
+  """Where a pre-trained encoder lies: the shared one ('') or a further one."""
+  return f'encoder_{name}' if name else 'encoder'

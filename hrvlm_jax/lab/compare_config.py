@@ -12,6 +12,7 @@ import numpy as np
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError, raise_all
+from hrvlm_jax.data.background import PasteOnBackground
 from hrvlm_jax.lab import scenes
 from hrvlm_jax.lab.claims import Claim
 from hrvlm_jax.lab.needle import NeedleConfig
@@ -65,6 +66,23 @@ class AdaptConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChangesConfig:
+  """What the training of one system does otherwise than that of the others.
+
+  Attributes:
+    frozen: pattern of paths that keep their start, beside what was pre-trained of the encoder
+      ('language/.*': the language model too).
+    learns: pattern of pre-trained paths of the encoder that learn on.
+    draw, background: as in `DataConfig`.
+  """
+
+  frozen: str = ''
+  learns: str = ''
+  draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+  background: PasteOnBackground | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
   """One comparison.
 
@@ -78,7 +96,10 @@ class CompareConfig:
       questions; two-pass systems, which look where the FIRST question of a row points, read the
       same questions as rows of their own, with the box of each sign for the selection's loss.
     language: pre-training of the language model; None: every system draws its own.
+    encoders: by name, further encoders: systems whose tower has the settings of one start from
+      that one. None may have those of `encoder`.
     adapt: by name, systems a part of which is first pre-trained on scenes.
+    changes: by name, what the training of a system does otherwise.
     claims: by name, what papers say about some of the systems (`lab.claims`).
     dtype, remat, accumulate: as in `TrainingConfig`, the same for every system.
     lengths: buckets of text plus visual tokens.
@@ -91,7 +112,9 @@ class CompareConfig:
   systems: dict[str, ModelConfig]
   optimizer: OptimizerConfig
   language: LanguageConfig | None = None
+  encoders: dict[str, EncoderConfig] = dataclasses.field(default_factory=dict)
   adapt: dict[str, AdaptConfig] = dataclasses.field(default_factory=dict)
+  changes: dict[str, ChangesConfig] = dataclasses.field(default_factory=dict)
   claims: dict[str, Claim] = dataclasses.field(default_factory=dict)
   train_images: int
   eval_images: int
@@ -121,8 +144,11 @@ def problems(config: CompareConfig) -> list[str]:
   if len(texts) > 1:
     found.append('the language models of ' + ', '.join(config.systems) + ' are not equal; a '
                  'comparison needs the same one in all systems')
-  found += [f'adapt: no system is called {name}' for name in config.adapt
-            if name not in config.systems]
+  found += [f'{key}: no system is called {name}' for key in ('adapt', 'changes')
+            for name in getattr(config, key) if name not in config.systems]
+  visions = [plain(encoder.vision) for encoder in (config.encoder, *config.encoders.values())]
+  found += [f'encoders.{name}: its tower is that of an encoder before it'
+            for place, name in enumerate(config.encoders, 1) if visions[place] in visions[:place]]
   found += [f'adapt.{name}: like {a.like}, which learns nothing of its own'
             for name, a in config.adapt.items()
             if a.like is not None and getattr(config.adapt.get(a.like), 'like', '') is not None]
@@ -158,6 +184,16 @@ def plain(vision: ViTConfig) -> ViTConfig:
   return dataclasses.replace(vision, lora=(), pool=None, pool_width=None, pool_mlp_width=None)
 
 
+def encoder_of(config: CompareConfig, model: ModelConfig) -> str | None:
+  """Which pre-trained encoder a system starts from: '' is `encoder`, else a name of `encoders`.
+
+  None: none of its towers is one of them.
+  """
+  own = [plain(vision) for _, vision in towers(model.encoder)]
+  return next((name for name, encoder in (('', config.encoder), *config.encoders.items())
+               if plain(encoder.vision) in own), None)
+
+
 def tower_path(model: ModelConfig, shared: Mapping[str, Any]) -> str:
   """Where in a model the shared tower belongs: 'vision/tower/', 'vision/fast/', ...
 
@@ -187,7 +223,7 @@ def _unfit(config: CompareConfig, name: str, model: ModelConfig) -> list[str]:
   visions = [vision for _, vision in towers(model.encoder)]
   # What has no ViT at all may learn from scenes instead.
   from_scenes = not visions and name in config.adapt
-  if not from_scenes and not any(plain(vision) == plain(wanted) for vision in visions):
+  if not from_scenes and encoder_of(config, model) is None:
     have = ', '.join(f'{v.image_size} pixels, width {v.width}, depth {v.depth}' for v in visions)
     found.append(f'its tower ({have or "no ViT"}) is not the shared encoder ({wanted.image_size} '
                  f'pixels, width {wanted.width}, depth {wanted.depth}); it could not start from it')

@@ -16,7 +16,8 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
-from hrvlm_jax.training import run_config
+from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
+from hrvlm_jax.training import optimizer, run_config
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
@@ -159,6 +160,41 @@ def test_the_large_comparison_builds_with_real_sizes():
     flat = paths.flatten(vlm.build(model).abstract)
     size = sum(int(np.prod(leaf.shape)) for leaf in flat.values())
     assert 0.4e9 < size < 1e9, name  # float32 masters and two moments of all: below 16 GB
+
+
+def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path):
+  """Frozen language model, drawn settings, a tower of other sizes with its own pre-training."""
+  crops = MCLlavaConfig(vision=VISION, max_crops=4, num_tokens=10, window=80, view_buckets=(5,))
+  joined = ProjectorConfig(n_in=VISION.width, n_out=TEXT.width)
+  crops = ModelConfig(system='mc_llava', encoder=crops, text=TEXT, projector=joined)
+  deep = dataclasses.replace(VISION, depth=2)
+  other = compare_config.EncoderConfig(vision=deep, window=80, last_tokens=2, steps=1)
+  made = dataclasses.replace(
+    config(plain=single()), encoders={'deep': other},
+    systems={'plain': single(), 'crops': crops, 'deep': single(deep)},
+    changes={'plain': compare_config.ChangesConfig(frozen='language/.*'),
+             'crops': compare_config.ChangesConfig(draw={'max_crops': (1, 4)},
+                                                   learns='vision/tower/blocks/.*')})
+  assert [compare_config.encoder_of(made, model) for model in made.systems.values()] == [
+    '', '', 'deep']
+  done = compare.Comparison(made, tmp_path, progress=False)
+  assert done.encoders() == ['deep'] and 'encoder deep' in done.parts()
+  done.prepare()
+  groups = {name: optimizer.groups_of(done.run_config(name).training, vlm.build(model).abstract)
+            for name, model in made.systems.items()}
+  still = {name: {path.split('/')[0] for path, group in found.items() if group.frozen}
+           for name, found in groups.items()}
+  assert still == {'plain': {'vision', 'language'}, 'crops': {'vision'}, 'deep': {'vision'}}
+  kernel = 'vision/tower/blocks/mlp/fc1/kernel'
+  assert groups['plain'][kernel].frozen and not groups['crops'][kernel].frozen
+  assert done.run_config('crops').data.draw == {'max_crops': (1, 4)}
+  assert not done.run_config('deep').data.draw
+  with pytest.raises(UserError, match='encoders.again: its tower is that of an encoder before it'):
+    dataclasses.replace(made, encoders={'deep': other, 'again': made.encoder})
+  with pytest.raises(UserError, match='changes: no system is called others'):
+    dataclasses.replace(made, changes={'others': compare_config.ChangesConfig()})
+  with pytest.raises(UserError, match='deep: its tower .* is not the shared encoder'):
+    dataclasses.replace(made, encoders={})
 
 
 def test_what_does_not_learn_from_scenes_is_refused():
