@@ -80,8 +80,10 @@ def main(argv: list[str]) -> int:
     if value is not None and value < 1:
       raise UserError(f'{flag}: found {value}, expected at least 1')
     if arguments.step == 'train' and value != parser.get_default(name):
-      raise UserError(f'{flag} is of --step answer, prefill and decode; the rows of a train step '
-                      'are --config.training.batch_size')
+      instead = {'rows': 'its rows are --config.training.batch_size',
+                 'new_tokens': 'it writes no new tokens, leave it out'}
+      raise UserError(f'{flag} is of --step answer, prefill and decode, found --step train: '
+                      f'{instead[name]}')
   mesh_config(arguments.mesh)  # a wrong axis is a sentence before anything is compiled
   if arguments.release is None:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)

@@ -45,6 +45,8 @@ def devices_of(topology: Topology) -> list:
                       f'{len(devices)}; run it through plan(), which sets them up')
     return devices[:topology.devices]
   options = dict(topology.chip.topology_options)
+  if topology.shape == (1, 1):  # else libtpu takes the four chips of a usual host for granted
+    options['chips_per_host_bounds'] = (1, 1, 1)
   if topology.slices > 1:
     options['num_slices'] = topology.slices
   try:
@@ -97,7 +99,9 @@ def compile_step(request: Mapping[str, Any], folder: pathlib.Path) -> dict[str, 
 
   step.__name__ = MODULE  # the name of the module that is waited for
   places = {} if program.out_shardings is None else {'out_shardings': program.out_shardings}
-  lowered = jax.jit(step, donate_argnums=program.donate, **places).lower(*program.args)
+  # What a step does not read, as one of decoding the encoder, lies on its device all the same.
+  lowered = jax.jit(step, donate_argnums=program.donate, keep_unused=True, **places).lower(
+    *program.args)
   known = traced(program, topology, mesh, seconds=time.monotonic() - started)
   _write(folder / TRACED, known)
   if known['argument_bytes'] > topology.chip.usable_bytes:

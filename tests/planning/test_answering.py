@@ -1,10 +1,12 @@
 """Where releases answer, by arithmetic."""
 
+import json
 import math
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from hrvlm_jax.cli import main as cli
@@ -14,9 +16,13 @@ from hrvlm_jax.parallel.mesh import MeshConfig
 from hrvlm_jax.parallel.topology import parse
 from hrvlm_jax.planning import answering
 from hrvlm_jax.systems import registry
-from hrvlm_jax.vlm import laid, where
+from hrvlm_jax.training import run_config
+from hrvlm_jax.training.config import RunConfig
+from hrvlm_jax.vlm import laid, model as vlm, where
 
-PAGE = pathlib.Path(__file__).resolve().parents[2] / 'docs' / 'answering.md'
+REPO = pathlib.Path(__file__).resolve().parents[2]
+PAGE = REPO / 'docs' / 'answering.md'
+TINY = str(REPO / 'configs' / 'tiny' / 'mc_llava.py')
 
 
 @pytest.mark.full('plans')
@@ -78,6 +84,7 @@ def test_rows_and_new_tokens_are_paid_for(capsys):
   assert cache('--rows', '64') == pytest.approx(64 * one, rel=0.05)
   assert cache('--new-tokens', '4096') > 3 * one
   for wrong, sentence in ((['--step', 'train', '--rows', '8'], 'training.batch_size'),
+                          (['--step', 'train', '--new-tokens', '8'], 'writes no new tokens'),
                           (['--rows', '0'], '--rows: found 0, expected at least 1')):
     with pytest.raises(UserError, match=sentence):
       cli.run(['plan', '--config', 'llava_hr:7b,stage2', *command[3:], *wrong])
@@ -103,3 +110,15 @@ def test_a_model_answers_on_one_device_where_it_fits():
     config, laid.held(config, 'float32'), MeshConfig(data=1), rows=4, new_tokens=64, **asked)
   assert need(beams=4).parts['cache'] == 8 * need().parts['cache']
   assert fitting.size(need().total).endswith('MiB')
+
+
+def test_a_step_holds_what_it_does_not_read(tmp_path):
+  """A step of decoding reads no encoder, which lies on the device beside it all the same."""
+  out = tmp_path / 'report.json'
+  assert cli.run(['plan', '--config', TINY, '--step', 'decode', '--topology',
+                  'cpu:1', '--mesh', 'data=1', '--json', str(out)]) == 0
+  config = run_config.load(RunConfig, TINY, [])
+  leaves = jax.tree.leaves(vlm.build(config.model).abstract)
+  held = sum(leaf.size for leaf in leaves) * jnp.dtype(config.training.dtype).itemsize
+  used = json.loads(out.read_text())['memory']['bytes_per_device']
+  assert used['total'] >= used['arguments'] >= held

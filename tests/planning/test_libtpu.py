@@ -80,3 +80,14 @@ def test_options_are_known_to_the_compiler(chip, topology, alone, monkeypatch):
   size = {'depth': 2, 'width': 256, 'heads': 2, 'batch': 8, 'length': 128}
   assert plan.plan(TARGET, size, topology,
                    mesh={'data': -1, 'fsdp': 2})['memory']['fits']
+
+
+@pytest.mark.libtpu
+@pytest.mark.full('plans')
+@pytest.mark.parametrize('topology', ['v5e:1x1', 'v6e:1x1'])
+def test_a_single_chip_is_described(topology, alone, monkeypatch):
+  """docs/answering.md names slices of one chip: a step of answering on them can be compiled."""
+  monkeypatch.setenv('PYTHONPATH', str(REPO))
+  size = {'depth': 2, 'width': 256, 'heads': 2, 'batch': 8, 'length': 128}
+  found = plan.plan(TARGET, size, topology, mesh={'data': 1})
+  assert found['chips'] == found['devices'] == 1 and found['memory']['fits']
