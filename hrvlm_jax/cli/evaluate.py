@@ -110,6 +110,7 @@ def check_settings(arguments) -> None:
 
 def _answer_all(arguments, knobs, chosen, combinations, *, several: bool) -> int:
   """A model answers every benchmark under every combination of settings."""
+  from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.front import evaluating
   from hrvlm_jax.parallel import distributed
 
@@ -119,9 +120,10 @@ def _answer_all(arguments, knobs, chosen, combinations, *, several: bool) -> int
   def run(benchmark, knobs, out):
     if repr(knobs) not in held:
       held.clear()
-      held[repr(knobs)] = _answerer(arguments, dict(knobs), longest)
-    return _ask(held[repr(knobs)], benchmark, arguments,
-                _data(benchmark, arguments, len(chosen)), out)
+      held[repr(knobs)] = EvaluatedModel(_answerer(arguments, dict(knobs), longest),
+                                         sampling=penalties_of(arguments), max_new_tokens=longest)
+    asked = held[repr(knobs)].with_longest(arguments.max_new_tokens or benchmark.max_new_tokens)
+    return _ask(asked, benchmark, arguments, _data(benchmark, arguments, len(chosen)), out)
 
   cells, failed = [], 0
   names = [benchmark.name for benchmark in chosen]
@@ -229,20 +231,17 @@ def _answerer(arguments, knobs, longest):
                        weights=arguments.weights)
 
 
-def _ask(answerer, benchmark, arguments, data, out):
+def _ask(model, benchmark, arguments, data, out):
   """A model answers; returns the result, None on processes other than the first."""
   import jax
 
   from hrvlm_jax.checkpoint import averages, layout
   from hrvlm_jax.evaluation import provenance
-  from hrvlm_jax.evaluation.model import EvaluatedModel
   from hrvlm_jax.evaluation.runner import Options, evaluate
   from hrvlm_jax.parallel import distributed
 
   folder = os.fspath(layout.resolve(arguments.checkpoint))
-  model = EvaluatedModel(answerer, sampling=penalties_of(arguments),
-                         max_new_tokens=arguments.max_new_tokens or benchmark.max_new_tokens)
-  lies = answerer.layout
+  lies = model.answerer.layout
   asked = model.described(
     name=os.path.basename(os.path.abspath(arguments.checkpoint)), checkpoint=arguments.checkpoint,
     checkpoint_hash=provenance.folder_hash(folder)

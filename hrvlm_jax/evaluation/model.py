@@ -61,8 +61,7 @@ class EvaluatedModel:
                sampling: Mapping[str, Any] | None = None):
     self.answerer = answerer
     self.sampling = {'max_new_tokens': max_new_tokens, **(sampling or {})}
-    self._scored: Any = None
-    self._attention: Any = None
+    self._programs: dict[str, Any] = {}  # these two are shared by `with_longest`
     self._queues: dict[int, Queue] = {}
 
   def with_longest(self, max_new_tokens: int) -> 'EvaluatedModel':
@@ -175,12 +174,13 @@ class EvaluatedModel:
     if config.fusion.in_prompt:
       raise UserError(f'{config.system}: has no cross-attention, so there is no global share of it')
     rows, batch = self._answered(triples, stop=False)
-    if self._attention is None:
+    if 'attention' not in self._programs:
       fn, ex = self.answerer.generator.fn, self.answerer.generator.ex
       ranges = config.encoder.sub_images
-      self._attention = jax.jit(lambda params, batch: fn.apply(
+      self._programs['attention'] = jax.jit(lambda params, batch: fn.apply(
           params, batch, ranges=ranges, ex=ex, method='attention'))
-    probabilities = to_host(self._attention(self.answerer.generator.params, batch))
+    probabilities = to_host(
+      self._programs['attention'](self.answerer.generator.params, batch))
     shares = []
     for i, row in enumerate(rows):
       places = np.flatnonzero(row['labels'] != IGNORE)
@@ -215,7 +215,7 @@ class EvaluatedModel:
 
   def _scores(self):
     """Compiled: (log-probability, is the best token, counts) of every target, [b t] each."""
-    if self._scored is None:
+    if 'scores' not in self._programs:
       fn, ex = self.answerer.generator.fn, self.answerer.generator.ex
 
       def run(params, batch):
@@ -227,8 +227,8 @@ class EvaluatedModel:
         log = jnp.take_along_axis(jax.nn.log_softmax(logits), safe, axis=-1)[..., 0]
         return log, logits.argmax(-1) == safe[..., 0], wanted
 
-      self._scored = jax.jit(run)
-    return self._scored
+      self._programs['scores'] = jax.jit(run)
+    return self._programs['scores']
 
 
 def array_hash(params) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 import hrvlm_jax
 from hrvlm_jax.cli.main import main
+from hrvlm_jax.evaluation import model as evaluated
 from hrvlm_jax.front import loading
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -249,7 +250,7 @@ def test_a_template_of_one_turn_says_so(capsys):
   assert hrvlm_jax.__version__
 
 
-def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_path):
+def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_path, monkeypatch):
   lines = asked(capsys, 'eval', '--list').out.splitlines()
   assert any(line.startswith('textvqa ') for line in lines) and len(lines) > 20
   assert any(line.startswith('own ') for line in lines)
@@ -285,7 +286,15 @@ def test_own_questions_several_benchmarks_and_a_grid_of_knobs(here, capsys, tmp_
     {'id': '0', 'image': '0.png', 'question': 'How many?\nA. 1\nB. 2', 'answer': 'A'}) + '\n')
   both = ['eval', *SHORT, '--quiet', '--benchmark', 'own,realworldqa', '--data',
           str(tmp_path / 'data'), '--out', str(tmp_path / 'both')]
+  queues, kind = [], evaluated.Queue
+
+  def made(*positional, **named):
+    queues.append(kind(*positional, **named))
+    return queues[-1]
+
+  monkeypatch.setattr(evaluated, 'Queue', made)
   assert asked(capsys, *both).out.count('written: ') == 3
+  assert len(queues) == 1  # compiled programs serve every benchmark
   assert {path.name for path in (tmp_path / 'both').iterdir()} == {
     'own', 'realworldqa', 'table.txt', 'plot.png', 'results.json'}
 
