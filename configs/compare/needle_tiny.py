@@ -63,9 +63,9 @@ def single_view():
   return model('single_view', encoder, VISION.width)
 
 
-def mc_llava(max_crops=25):
+def mc_llava(max_crops=25, tokens=None):
   views = 1 + max_crops
-  tokens = LAST_TOKENS * views if max_crops else VISION.grid**2 - 1
+  tokens = tokens or (LAST_TOKENS * views if max_crops else VISION.grid**2 - 1)
   encoder = MCLlavaConfig(vision=VISION, max_crops=max_crops, num_tokens=tokens, window=WINDOW,
                           view_buckets=(views,))
   return model('mc_llava', encoder, VISION.width)

@@ -1,0 +1,129 @@
+"""LLaVA-HR's claims for claims.py: paths, direction, gate, structure, baselines, resolution.
+
+Paths at 320 pixels for the ConvNeXt and 80 for the ViT, as in needle_tiny.py. Table 2 compares at
+one resolution; a ViT alone has room for 160 pixels (400 tokens) here, so that its five rows have
+160. Of a table's benchmarks VQAv2 is the one that asks for details and for the whole; TextVQA for
+details alone, where the paper's ConvNeXt alone is as good as both paths (64.6 against 64.4).
+
+Costs are counted (tokens): speed would differ between machines.
+"""
+
+import pathlib
+import runpy
+
+from hrvlm_jax.systems.llava_hr.config import AdapterConfig
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name('needle_tiny.py')))
+VIEW = BASE['VIEW']
+TASK = 'relate'  # where the low-resolution path has something to say
+SMALL, MIDDLE = 4 * VIEW, 256  # pixels of the ConvNeXt; the base has 320
+# ConvNeXts learn from crops of 96 pixels, whatever they see later.
+WINDOWS = {SMALL: 144, MIDDLE: 90}
+TABLE = 'LLaVA-HR, table {}, {}'
+
+
+def high(**changes):
+  """The ConvNeXt alone."""
+  return BASE['llava_hr'](fast=None, adapters=None, fast_size=None, **changes)
+
+
+def low(size, **changes):
+  """The ViT alone."""
+  return BASE['llava_hr'](slow=None, adapters=None, image_size=size, fast_size=None,
+                          select_layer=-1, **changes)
+
+
+def both(size):
+  """Both paths; the ConvNeXt's grid and the ViT's are equal."""
+  return BASE['llava_hr'](image_size=size, fast_size=size // 4)
+
+
+def systems():
+  adapted = lambda **changes: BASE['llava_hr'](adapters=AdapterConfig(**changes))
+  return {
+    'llava_hr_no_low': high(),
+    'llava_hr_no_high': low(2 * VIEW),
+    'llava_hr_low_to_high': adapted(direction='low_to_high'),
+    'llava_hr_conv_conv': adapted(slow_map='conv', fast_map='conv'),
+    'llava_hr_conv_mlp': adapted(slow_map='conv', fast_map='mlp'),
+    'llava_hr_sigmoid': adapted(gate='sigmoid'),
+    'llava_hr_hsigmoid': adapted(gate='hsigmoid'),
+    'llava_hr_160': both(SMALL),
+    'llava_hr_256': both(MIDDLE),
+    'convnext_160': high(image_size=SMALL),
+    'vit_160': low(SMALL),
+    'vit_160_average': low(SMALL, reduce='average', reduce_factor=2),
+    'vit_160_queries': low(SMALL, reduce='queries', queries=(SMALL // 32)**2),
+  }
+
+
+def encoders():
+  return {}
+
+
+def adapt():
+  base = BASE['get_config']('needle').adapt.llava_hr.to_dict()
+  like = {name: dict(like='llava_hr') for name, made in systems().items()
+          if made.encoder.slow is not None and made.encoder.image_size not in WINDOWS}
+  own = {f'llava_hr_{size}': base | dict(window=window) for size, window in WINDOWS.items()}
+  return like | own | {'convnext_160': dict(like='llava_hr_160')}
+
+
+def changes():
+  return {}
+
+
+def point(label, system='llava_hr', paper=None, **options):
+  return dict(label=label, system=system, paper=paper, **options)
+
+
+def ablation(says, *others):
+  """A block of Table 3; its first row is the base."""
+  return dict(paper='LLaVA-HR', task=TASK, order='first', says=says,
+              source=TABLE.format(3, 'VQAv2'), points=[point('base', paper=81.8), *others])
+
+
+def claims():
+  return {
+    'lhr_paths': ablation(
+      'Without either of its paths LLaVA-HR is worse', point('no low', 'llava_hr_no_low', 80.3),
+      point('no high', 'llava_hr_no_high', 80.4)),
+    'lhr_direction': ablation(
+      'The high-resolution path belongs into the low-resolution one, not the other way round',
+      point('low to high', 'llava_hr_low_to_high', 81.0)),
+    'lhr_structure': ablation(
+      'An MLP for the high-resolution path and a convolution for the low-resolution one is the '
+      'best structure of the adapter',
+      point('conv, conv', 'llava_hr_conv_conv', 81.6),
+      point('conv, mlp', 'llava_hr_conv_mlp', 81.5)),
+    'lhr_gate': ablation(
+      "Tanh is the best function of the adapter's gate",
+      point('sigmoid', 'llava_hr_sigmoid', 81.7), point('hard sigmoid', 'llava_hr_hsigmoid', 81.6)),
+    'lhr_baselines': dict(
+      paper='LLaVA-HR', task=TASK, order='first', source=TABLE.format(2, 'VQAv2'),
+      says='At one resolution (160 pixels) mixture-of-resolution adaptation is better than the ViT '
+           'alone, whole or pooled or through a resampler, and than the ConvNeXt alone',
+      points=[point('both paths', 'llava_hr_160', 81.8), point('ViT', 'vit_160', 81.0),
+              point('ConvNeXt', 'convnext_160', 80.3),
+              point('resampler', 'vit_160_queries', 79.8),
+              point('pooling', 'vit_160_average', 80.6)]),
+    'lhr_resolution': dict(
+      paper='LLaVA-HR', task=TASK, order='rises',
+      source=TABLE.format(1, 'TextVQA at 384, 768, 1024 pixels'),
+      says='LLaVA-HR gets better with resolution',
+      points=[point('160', 'llava_hr_160', 59.63), point('256', 'llava_hr_256', 64.36),
+              point('320', paper=67.11)]),
+    'lhr_resolution_vit': dict(
+      paper='LLaVA-HR', task=TASK, order='rises',
+      source=TABLE.format(1, 'TextVQA at 336, 448, 672 pixels'),
+      says='The ViT alone gets better with resolution, as long as its tokens have room',
+      points=[point('40', 'single_view', 59.41), point('80', 'llava_hr_no_high', 62.17),
+              point('160', 'vit_160', 64.23)]),
+    'lhr_tokens': dict(
+      paper='LLaVA-HR', task=TASK, order='falls',
+      source=TABLE.format(1, 'patches of 14 pixels at 1022, cells of 32 pixels at 1024'),
+      says='At one resolution (160 pixels) LLaVA-HR hands on a fraction of the tokens of the ViT '
+           'alone',
+      points=[point('ViT', 'vit_160', 5329, measure='tokens'),
+              point('both paths', 'llava_hr_160', 1024, measure='tokens')]),
+  }

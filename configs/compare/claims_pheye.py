@@ -1,0 +1,128 @@
+"""Pheye's claims for claims.py: gains by size, fusion, resolution, resamplers, attention, blocks.
+
+The numbers of the paper's Tables 2, 4 and 5 and of appendix C's figure were not at hand; its text
+says their orders. Table 1's are those of the original's README.
+
+In appendix B one view of a ViT at its own resolution feeds all three ways of Table 4. At 40 pixels
+nobody reads a sign here, so that all three get the ten views of Pheye: only the way differs. The
+shared tower has no class token; one learned query over all its tokens (one cross-attention, the
+layer of Monkey's resampler) stands for it. The shared language model learned, before, to look up
+symbols in the positions of its prompt; where it stays frozen that favours the prefix.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from hrvlm_jax.core.layers import LoRA
+from hrvlm_jax.systems.baselines.reduced import Perceiver, ReducedConfig, SingleLayer
+from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
+from hrvlm_jax.systems.fusion import CrossAttentionFusion
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name('needle_tiny.py')))
+VISION, HALF = BASE['VISION'], BASE['HALF']
+VIEW_TOKENS = VISION.grid**2
+TABLE_1 = "Pheye, table 1 (the repository's README)"
+FROZEN = ('pheye_frozen', 'pheye_prefix', 'pheye_one_token', 'pheye_small', 'pheye_perceiver',
+          'pheye_monkey')
+
+
+def crossed(system, encoder):
+  """A model whose language model reads the tokens beside its prompt."""
+  return BASE['model'](system, encoder, image_token=None,
+                       fusion=CrossAttentionFusion(width=VISION.width, interval=1))
+
+
+def reduced(step):
+  return ReducedConfig(inner='pheye', encoder=BASE['pheye']().encoder, step=step)
+
+
+def systems():
+  made = BASE['pheye']()
+  half = dataclasses.replace(made.fusion, interval=2)
+  # One view of the same size as a tile, with a LoRA set of its own as the larger ones have.
+  lora = LoRA(rank=8, alpha=16.0, name='')
+  small = SingleViewConfig(vision=dataclasses.replace(VISION, lora=(lora,)), layer=-1,
+                           fit='squash', mean=HALF, std=HALF)
+  return {
+    'pheye_level_2': BASE['pheye'](level=2),
+    'pheye_half_blocks': dataclasses.replace(made, fusion=half),
+    # Frozen language model: `changes`.
+    'pheye_frozen': made,
+    'pheye_prefix': BASE['model']('pheye', made.encoder, VISION.width),
+    'pheye_one_token': BASE['model']('reduced', reduced(SingleLayer(queries=1)), VISION.width),
+    'pheye_small': crossed('single_view', small),
+    # As many queries as a view has tokens, as in the paper (257 there).
+    'pheye_perceiver': crossed('reduced', reduced(
+      Perceiver(queries=VIEW_TOKENS, depth=6, heads=4, head_dim=24))),
+    'pheye_monkey': crossed('reduced', reduced(SingleLayer(queries=VIEW_TOKENS))),
+  }
+
+
+def encoders():
+  return {}
+
+
+def adapt():
+  return {}
+
+
+def changes():
+  return {name: dict(frozen='language/.*') for name in FROZEN}
+
+
+def point(label, system='pheye', paper=None, **options):
+  return dict(label=label, system=system, paper=paper, **options)
+
+
+def claims():
+  by_size = lambda **options: [point(size, size=size, **options)
+                               for size in ('small', 'medium', 'large')]
+  return {
+    'pheye_gain_by_size': dict(
+      paper='Pheye', task='relate', order='falls', minus='pheye_level_2',
+      source='Pheye, table 2: relative change of 672 against 448 pixels by thirds, TextVQA, values '
+             'not at hand',
+      says='What a higher resolution gains grows as targets shrink (9 tiles against 4)',
+      points=by_size()),
+    'pheye_fusion': dict(
+      paper='Pheye', task='needle', order='first',
+      source='Pheye, table 4: COCO captions, CIDEr, values not at hand',
+      says='With a frozen language model dense cross-attention beats a prefix of all tokens and '
+           'one token',
+      points=[point('cross-attention', 'pheye_frozen'), point('prefix', 'pheye_prefix'),
+              point('one token', 'pheye_one_token')]),
+    'pheye_all_tokens': dict(
+      paper='Pheye', task='needle', order='rises',
+      source='Pheye, table 4: COCO captions, CIDEr, values not at hand',
+      says='With a frozen language model all tokens in the prompt beat one',
+      points=[point('one token', 'pheye_one_token'), point('all', 'pheye_prefix')]),
+    'pheye_resolution': dict(
+      paper='Pheye', task='needle', order='rises',
+      source='Pheye, table 5: TextCaps, CIDEr, values not at hand',
+      says='A higher resolution helps, even through a resampler to the tokens of one view, and '
+           'most without one',
+      points=[point('one view', 'pheye_small'), point('Perceiver', 'pheye_perceiver'),
+              point('all tokens', 'pheye_frozen')]),
+    'pheye_resolution_monkey': dict(
+      paper='Pheye', task='needle', order='rises',
+      source='Pheye, table 5: TextCaps, CIDEr, values not at hand',
+      says="The same with Monkey's resampler of a single layer",
+      points=[point('one view', 'pheye_small'), point('Monkey', 'pheye_monkey'),
+              point('all tokens', 'pheye_frozen')]),
+    'pheye_global_attention': dict(
+      paper='Pheye', task='relate', order='rises',
+      source='Pheye, appendix C, figure 4: curves; evenly spread attention would be 0.1 here',
+      says='The larger the target, the larger the share of cross-attention on the global view',
+      points=by_size(measure='attention_global')),
+    'pheye_blocks': dict(
+      paper='Pheye', task='relate', order='rises', source=f'{TABLE_1}, VQAv2 at 672 pixels',
+      says='Cross-attention in front of twice as many layers is better (two blocks against one; '
+           'x2 against x4 in the paper)',
+      points=[point('one block', 'pheye_half_blocks', 75.5), point('two blocks', paper=76.4)]),
+    'pheye_resolution_or_blocks': dict(
+      paper='Pheye', task='relate', order='rises', source=f'{TABLE_1}, TextVQA: x2 448, x4 672',
+      says='Where details count a higher resolution gains more than twice as many blocks',
+      points=[point('4 tiles, two blocks', 'pheye_level_2', 47.3),
+              point('9 tiles, one block', 'pheye_half_blocks', 49.2)]),
+  }

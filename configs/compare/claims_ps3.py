@@ -1,0 +1,246 @@
+"""PS3's and VILA-HD's claims for claims.py: selection, tokens, resolution, pruning, design.
+
+A cell is one of the 25 of the thumbnail. The base selects 6 of them (24 %) at 160 pixels, four
+times the thumbnail: 96 patches, 24 tokens beside the 9 of the thumbnail. Averages of the paper are
+over its seven benchmarks.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from hrvlm_jax.core.config import to_dict
+from hrvlm_jax.systems.baselines.anyres import AnyResConfig
+from hrvlm_jax.systems.baselines.s2 import S2Config
+from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
+
+BASE = runpy.run_path(str(pathlib.Path(__file__).with_name('needle_tiny.py')))
+VIEW, VISION, TEXT, HALF = BASE['VIEW'], BASE['VISION'], BASE['TEXT'], BASE['HALF']
+PATCHES = (4 * VIEW // VISION.patch_size)**2  # of the high scale
+# C-RADIO's trunk: positions cropped from the table of a large grid, no norm at the end.
+RADIO = dataclasses.replace(VISION, position='crop', position_grid=32, post_norm=False)
+TABLE = 'PS3, table {}, average'
+
+
+def tower(made, **settings):
+  """The same model with other settings of its PS3."""
+  encoder = made.encoder
+  return dataclasses.replace(made, encoder=dataclasses.replace(
+    encoder, tower=dataclasses.replace(encoder.tower, **settings)))
+
+
+def learned(made, weight):
+  """The same model with another weight of the selection's loss."""
+  return dataclasses.replace(made, fusion=dataclasses.replace(made.fusion, selection_weight=weight))
+
+
+def patches(made, scales, budgets):
+  """The same model with other scales and patches of each."""
+  return tower(made, scales=scales, budgets=budgets, max_select=sum(budgets))
+
+
+def anyres(vision=VISION):
+  """The tiles of needle_tiny.py with PS3's projector, which makes one token of 2 x 2 patches."""
+  side = 3 * VIEW
+  return BASE['model']('anyres', AnyResConfig(
+    vision=vision, layer=-1, pinpoints=((side, side),), merge='flat', projector='mlp_downsample',
+    width=TEXT.width, mean=HALF, std=HALF))
+
+
+def trunk(vision):
+  """Single view, AnyRes, S2 and PS3 (all patches) around another tower."""
+  common = dict(vision=vision, layer=-1, fit='squash', mean=HALF, std=HALF)
+  s2 = S2Config(sizes=BASE['s2']().encoder.sizes, output=1, **common)
+  single = SingleViewConfig(**common)
+  return {'single': BASE['model']('single_view', single, vision.width), 'anyres': anyres(vision),
+          's2': BASE['model']('s2', s2, s2.channels), 'ps3': tower(everything(), vision=vision)}
+
+
+def everything():
+  """Every patch is read, and selection has nothing to learn."""
+  made = learned(BASE['vila_hd'](cells=25), 0.0)
+  return dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, select_target=False))
+
+
+def systems():
+  vila_hd = BASE['vila_hd']
+  made, budget = vila_hd(), vila_hd().encoder.tower.budgets
+  return {
+    'vila_hd_2_cells': vila_hd(cells=2),
+    'vila_hd_all': everything(),
+    # 24 tokens at other resolutions.
+    'vila_hd_80': vila_hd(scales=(VIEW, 2 * VIEW), cells=24),
+    'vila_hd_240': patches(made, (VIEW, 6 * VIEW), budget),
+    'vila_hd_bottom_up': vila_hd(mode='after_image', prompt_head=None),
+    'vila_hd_random': learned(vila_hd(mode='random', select_target=False), 0.0),
+    'vila_hd_two_scales': patches(made, (VIEW, 2 * VIEW, 4 * VIEW), (16, sum(budget) - 16)),
+    'vila_hd_no_residual': tower(made, residual=False),
+    'vila_hd_no_context': tower(made, low_context=False),
+    'vila_hd_no_positions': vila_hd(positions=False),
+    'vila_hd_pasted': made,
+    'anyres_90': anyres(),
+  } | {f'radio_{name}': model for name, model in trunk(RADIO).items()}
+
+
+def encoders():
+  return {'radio': dict(vision=to_dict(RADIO))}
+
+
+def adapt():
+  base = BASE['get_config']('needle').adapt.vila_hd.to_dict()
+  own = ('vila_hd_all', 'vila_hd_80', 'vila_hd_240', 'vila_hd_two_scales', 'vila_hd_no_residual',
+         'vila_hd_no_context', 'radio_ps3')
+  like = ('vila_hd_2_cells', 'vila_hd_bottom_up', 'vila_hd_random', 'vila_hd_no_positions',
+          'vila_hd_pasted')
+  return dict.fromkeys(own, base) | {name: dict(like='vila_hd') for name in like}
+
+
+def changes():
+  """High-resolution alignment data: half of the pictures pasted on pages up to twice as large."""
+  side = BASE['SIDE']
+  return {'vila_hd_pasted': dict(background=dict(share=0.5, side=(side, 2 * side)))}
+
+
+def point(label, system='vila_hd', paper=None, **options):
+  return dict(label=label, system=system, paper=paper, **options)
+
+
+def cells(number):
+  return {'budgets': (number * PATCHES // 25,)}
+
+
+ALL = {'looks': 'all'}
+
+
+def pruned(share, papers):
+  """PS3 with a share of its patches beside what makes all of its tokens fewer, at test time."""
+  methods = {'ToMe': {'prune': dict(method='tome', keep=share)},
+             'FastV': {'fastv': dict(layer=1, ratio=1 - share)},
+             'VisionZip': {'prune': dict(method='visionzip', keep=share)}}
+  return dict(
+    paper='PS3', task='needle', order='first', source=TABLE.format(4),
+    says=f'With {share:.0%} of the patches PS3 is better than ToMe, FastV and VisionZip with '
+         f'{share:.0%} of the tokens of all',
+    points=[point('PS3', paper=papers[0], encoder={'budgets': (int(share * PATCHES),)}),
+            *(point(name, paper=paper, encoder=ALL, methods=settings)
+              for (name, settings), paper in zip(methods.items(), papers[1:], strict=True))])
+
+
+def design(name, says, with_it, without, gain, task='needle'):
+  return {name: dict(
+    paper='PS3', task=task, order='rises', says=says,
+    source=f'PS3, table 6: {gain:+g} on the average, of which there are no others',
+    points=[point('without', without, 0.0), point('with', with_it, gain)])}
+
+
+def selection():
+  ways = {'random': 'vila_hd_random', 'bottom-up': 'vila_hd_bottom_up', 'top-down': 'vila_hd'}
+  row = lambda papers, **options: [
+    point(label, system, paper, **options)
+    for (label, system), paper in zip(ways.items(), papers, strict=True)]
+  made = dict(paper='PS3', task='needle', order='rises')
+  return {
+    'ps3_recall': made | dict(
+      source='PS3, table 7: recall at 44 % of the patches',
+      says='Selection finds the target best with the question, then by saliency, worst at random '
+           '(24 % of the patches)',
+      points=row((43.7, 87.4, 91.2), measure='recall')),
+    'ps3_selection': made | dict(
+      source='PS3, table 7: average, 44 % of the patches in training and at test',
+      says='Accuracy follows that order (24 % in training and at test)',
+      points=row((52.3, 59.7, 61.0))),
+    'ps3_selection_all': made | dict(
+      source='PS3, table 7: average, 44 % of the patches in training, all at test',
+      says='Also where all patches are read at test time',
+      points=row((56.5, 61.1, 61.9), encoder=ALL)),
+  }
+
+
+def scaling():
+  made = dict(paper='PS3', task='needle')
+  at_24 = [('2 x', 'vila_hd_80'), ('4 x', 'vila_hd'), ('6 x', 'vila_hd_240')]
+  return {
+    'ps3_cost': made | dict(
+      order='constant', source='PS3, figure 9 (b)',
+      says='The number of tokens is the same at every resolution',
+      points=[point(*names, measure='tokens') for names in at_24]),
+    'ps3_cost_encoder': made | dict(
+      order='constant', source='PS3, figure 9 (b)',
+      says='So are the operations of the encoder',
+      points=[point(*names, measure='encoder_gflops') for names in at_24]),
+    'ps3_constant_tokens': made | dict(
+      order='rises', source=TABLE.format(1) + ': 378, 756, 1512 pixels with 0, 729, 729 tokens',
+      says='A higher resolution helps at a constant number of tokens',
+      points=[point('one view', 'single_view', 49.9), point('2 x', 'vila_hd_80', 56.2),
+              point('4 x', paper=58.2)]),
+    'ps3_constant_tokens_further': made | dict(
+      order='rises',
+      source=TABLE.format(1) + ': 1512 pixels with 3645 tokens, 3780 with 3840',
+      says='And higher still (6 times the thumbnail)',
+      points=[point('4 x', paper=63.2), point('6 x', 'vila_hd_240', 63.9)]),
+    'ps3_tokens_train': made | dict(
+      order='rises', source=TABLE.format(1) + ': 20, 44, 100 % at 1512 pixels',
+      says='More tokens, in training and at test, help at one resolution',
+      points=[point('8 %', 'vila_hd_2_cells', 58.2), point('24 %', paper=61.0),
+              point('100 %', 'vila_hd_all', 63.2)]),
+    'ps3_tokens_test': made | dict(
+      order='rises', source=TABLE.format(1) + ': trained with 20 %',
+      says='More tokens at test time alone help (trained with 8 %)',
+      points=[point('8 %', 'vila_hd_2_cells', 58.2),
+              point('24 %', 'vila_hd_2_cells', 59.4, encoder=cells(6)),
+              point('48 %', 'vila_hd_2_cells', encoder=cells(12))]),
+    'ps3_tokens_test_all': made | dict(
+      order='rises', source=TABLE.format(1) + ': trained with 44 %',
+      says='All of them at test time help a model trained with 24 %',
+      points=[point('24 %', paper=61.0), point('100 %', paper=61.9, encoder=ALL)]),
+  }
+
+
+def others():
+  made = dict(paper='PS3', task='needle')
+  return {
+    'ps3_equal_tokens': made | dict(
+      order='first', source=TABLE.format(1) + ': 756 pixels, 729, 784, 729 tokens',
+      says='At an nearly equal number of tokens (109, 90, 100) PS3 is better than AnyRes and S2',
+      points=[point('PS3', 'vila_hd_all', 56.2), point('AnyRes', 'anyres_90', 53.8),
+              point('S2', 's2', 55.2)]),
+    'ps3_fewer_tokens': made | dict(
+      order='first', source=TABLE.format(1) + ': 1512 pixels, 1600, 3136, 2916 tokens',
+      says='PS3 with 24 tokens is better than AnyRes with 265 and S2 with 100',
+      points=[point('PS3', paper=61.0), point('AnyRes', 'anyres', 56.3), point('S2', 's2', 60.8)]),
+    'ps3_pruning_50': pruned(0.5, (75.2, 63.9, 74.6, 70.2)),
+    'ps3_pruning_25': pruned(0.25, (71.9, 59.9, 66.6, 67.4)),
+    'ps3_pruning_cost': made | dict(
+      order='falls', source='PS3, table 4: seconds of the ViT at 1512 pixels',
+      says='Patches that are not selected cost the encoder nothing (pruning runs all of it)',
+      points=[point('all', paper=0.286, encoder=ALL, measure='encoder_gflops'),
+              *(point(f'{share:.0%}', paper=paper, measure='encoder_gflops',
+                      encoder={'budgets': (int(share * PATCHES),)})
+                for share, paper in ((0.5, 0.167), (0.25, 0.096)))]),
+    'ps3_trunk': made | dict(
+      order='rises', source=TABLE.format(5) + ', SigLIP and all patches',
+      says='PS3 with all patches is better than S2, S2 than AnyRes, AnyRes than one view',
+      points=[point('one view', 'single_view', 49.9), point('AnyRes', 'anyres_90', 56.3),
+              point('S2', 's2', 60.8), point('PS3', 'vila_hd_all', 63.2)]),
+    'ps3_trunk_radio': made | dict(
+      order='rises', source=TABLE.format(5) + ', C-RADIO and all patches',
+      says='The same around a trunk like C-RADIO',
+      points=[point('one view', 'radio_single', 51.0), point('AnyRes', 'radio_anyres', 59.3),
+              point('S2', 'radio_s2', 62.8), point('PS3', 'radio_ps3', 64.9)]),
+    'ps3_alignment_data': made | dict(
+      order='rises', source='PS3, table 8, V*',
+      says='High-resolution alignment data (half of the pictures pasted on larger pages) help',
+      points=[point('without', paper=60.9), point('with', 'vila_hd_pasted', 64.0)]),
+  }
+
+
+def claims():
+  return selection() | scaling() | others() | design(
+    'ps3_multi_scale', 'Two high scales are better than one (96 patches in both)',
+    'vila_hd_two_scales', 'vila_hd', 1.0) | design(
+    'ps3_scale_positions', "A learned position of each scale's patches helps", 'vila_hd',
+    'vila_hd_no_residual', 0.8) | design(
+    'ps3_low_context', 'Looks that see the low-resolution keys and values do better', 'vila_hd',
+    'vila_hd_no_context', 8.8, task='relate') | design(
+    'ps3_extra_positions', 'Positions behind the projector help', 'vila_hd',
+    'vila_hd_no_positions', 0.8)
