@@ -20,6 +20,15 @@ PATCHES = (4 * VIEW // VISION.patch_size)**2  # of the high scale
 # C-RADIO's trunk: positions cropped from the table of a large grid, no norm at the end.
 RADIO = dataclasses.replace(VISION, position='crop', position_grid=32, post_norm=False)
 TABLE = 'PS3, table {}, average'
+# Pre-training of PS3 by captions, and what it does otherwise without one of its designs.
+CONTRAST = {
+  'ps3_contrast': {},
+  'ps3_no_target': dict(contrast=dict(select_target=False)),
+  'ps3_no_pool': dict(contrast=dict(pool_target=False)),
+  'ps3_no_global': dict(regions=dict(clean=False, global_share=0.0)),
+  'ps3_intra_image': dict(contrast=dict(intra_image=True),
+                          regions=dict(clean=False, global_share=0.15, rows_per_image=2)),
+}
 
 
 def tower(made, **settings):
@@ -29,7 +38,7 @@ def tower(made, **settings):
     encoder, tower=dataclasses.replace(encoder.tower, **settings)))
 
 
-def learned(made, weight):
+def with_weight(made, weight):
   """The same model with another weight of the selection's loss."""
   return dataclasses.replace(made, fusion=dataclasses.replace(made.fusion, selection_weight=weight))
 
@@ -58,7 +67,7 @@ def trunk(vision):
 
 def everything():
   """Every patch is read, and selection has nothing to learn."""
-  made = learned(BASE['vila_hd'](cells=25), 0.0)
+  made = with_weight(BASE['vila_hd'](cells=25), 0.0)
   return dataclasses.replace(made, encoder=dataclasses.replace(made.encoder, select_target=False))
 
 
@@ -72,13 +81,15 @@ def systems():
     'vila_hd_80': vila_hd(scales=(VIEW, 2 * VIEW), cells=24),
     'vila_hd_240': patches(made, (VIEW, 6 * VIEW), budget),
     'vila_hd_bottom_up': vila_hd(mode='after_image', prompt_head=None),
-    'vila_hd_random': learned(vila_hd(mode='random', select_target=False), 0.0),
+    'vila_hd_random': with_weight(vila_hd(mode='random', select_target=False), 0.0),
     'vila_hd_two_scales': patches(made, (VIEW, 2 * VIEW, 4 * VIEW), (16, sum(budget) - 16)),
     'vila_hd_no_residual': tower(made, residual=False),
     'vila_hd_no_context': tower(made, low_context=False),
     'vila_hd_no_positions': vila_hd(positions=False),
     'vila_hd_pasted': made,
     'anyres_90': anyres(),
+    # PS3's own pre-training, whole and without one of its designs: `adapt`.
+    **dict.fromkeys(CONTRAST, made),
   } | {f'radio_{name}': model for name, model in trunk(RADIO).items()}
 
 
@@ -92,13 +103,20 @@ def adapt():
          'vila_hd_no_context', 'radio_ps3')
   like = ('vila_hd_2_cells', 'vila_hd_bottom_up', 'vila_hd_random', 'vila_hd_no_positions',
           'vila_hd_pasted')
-  return dict.fromkeys(own, base) | {name: dict(like='vila_hd') for name in like}
+  regions = dict(clean=False, global_share=0.15)  # captions that are no sentences
+  contrast = {name: dict(steps=600, batch_size=32, regions=dict(regions=regions) | settings)
+              for name, settings in CONTRAST.items()}
+  return dict.fromkeys(own, base) | {name: dict(like='vila_hd') for name in like} | contrast
 
 
 def changes():
-  """High-resolution alignment data: half of the pictures pasted on pages up to twice as large."""
+  """High-resolution alignment data: half of the pictures pasted on pages up to twice as large.
+
+  Where the selection was pre-trained it learns on, with the questions.
+  """
   side = BASE['SIDE']
-  return {'vila_hd_pasted': dict(background=dict(share=0.5, side=(side, 2 * side)))}
+  return {'vila_hd_pasted': dict(background=dict(share=0.5, side=(side, 2 * side)))} | {
+    name: dict(learns='vision/ps3/selection/.*') for name in CONTRAST}
 
 
 def point(label, system='vila_hd', paper=None, **options):
@@ -240,6 +258,14 @@ def claims():
     'vila_hd_two_scales', 'vila_hd', 1.0) | design(
     'ps3_scale_positions', "A learned position of each scale's patches helps", 'vila_hd',
     'vila_hd_no_residual', 0.8) | design(
+    'ps3_target_selection', "Pre-training with the ground truth's selection is better than with "
+    'the own', 'ps3_contrast', 'ps3_no_target', 5.1) | design(
+    'ps3_target_pooling', 'Pooling only tokens in the ground-truth boxes helps', 'ps3_contrast',
+    'ps3_no_pool', 3.7) | design(
+    'ps3_global_contrast', 'Mixing captions of the whole picture with those of regions helps',
+    'ps3_contrast', 'ps3_no_global', 1.0) | design(
+    'ps3_intra_contrast', 'Leaving out contrast between regions of one picture helps',
+    'ps3_contrast', 'ps3_intra_image', 5.3) | design(
     'ps3_low_context', 'Looks that see the low-resolution keys and values do better', 'vila_hd',
     'vila_hd_no_context', 8.8, task='relate') | design(
     'ps3_extra_positions', 'Positions behind the projector help', 'vila_hd',

@@ -26,7 +26,7 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.provenance import made, versions
-from hrvlm_jax.lab import claims, compare_report
+from hrvlm_jax.lab import claims, compare_report, contrast
 from hrvlm_jax.lab.compare_config import (
   ChangesConfig,
   CompareConfig,
@@ -202,6 +202,12 @@ class Comparison(Experiment):
     """Pre-trains what one system needs beside the shared tower, starting from that tower."""
     c, a, model = self.config, self.config.adapt[name], self.config.systems[name]
     start = {path.removeprefix('vision/'): leaf for path, leaf in self.given(model).items()}
+    if a.regions is not None:
+      learned, loss = contrast.learn(
+        self, f'adapting/{name}', model.encoder.tower, a, start, task=c.task,
+        images=c.train_images, seed=c.seed)
+      self._keep(f'adapted/{name}', learned, {'loss': loss})
+      return
     learned, read = self.learn(name, SceneConfig(
       needle=c.task, encoder=model.encoder, steps=a.steps, batch_size=a.batch_size,
       learning_rate=a.learning_rate, window=a.window, seed=c.seed), start)

@@ -18,6 +18,8 @@ from hrvlm_jax.lab.claims import Claim
 from hrvlm_jax.lab.needle import NeedleConfig
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig
+from hrvlm_jax.systems.ps3.pretrain import PretrainOptions
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
@@ -56,11 +58,13 @@ class AdaptConfig:
   Attributes:
     like: use what another system of `adapt` learned instead; its parts must be the same.
     window: learn from crops of so many canvas pixels (`SceneConfig`); None: from whole scenes.
+    regions: PS3's own pre-training, by captions of regions (`lab.contrast`), instead of scenes.
   """
 
   steps: int = 0
   like: str | None = None
   window: int | None = None
+  regions: PretrainOptions | None = None
   batch_size: int = 32
   learning_rate: float = 2e-3
 
@@ -161,6 +165,8 @@ def problems(config: CompareConfig) -> list[str]:
         scenes.part(model.encoder)
       except UserError as error:
         found.append(f'adapt.{name}: {error}')
+      if config.adapt[name].regions is not None and not isinstance(model.encoder, VilaHDConfig):
+        found.append(f'adapt.{name}: regions are for PS3 in VILA-HD, found {model.system}')
   return found
 
 

@@ -43,7 +43,9 @@ LISTED = {
       'ps3_tokens_train', 'ps3_tokens_test', 'ps3_tokens_test_all'],
     'ToMe, FastV, VisionZip (table 4)': ['ps3_pruning_50', 'ps3_pruning_25', 'ps3_pruning_cost'],
     'AnyRes and S2 (table 1)': ['ps3_equal_tokens', 'ps3_fewer_tokens'],
-    'design (table 6)': ['ps3_multi_scale', 'ps3_scale_positions', 'ps3_extra_positions'],
+    'design (table 6)': [
+      'ps3_target_selection', 'ps3_target_pooling', 'ps3_global_contrast', 'ps3_intra_contrast',
+      'ps3_multi_scale', 'ps3_scale_positions', 'ps3_extra_positions'],
     'low-resolution cache (table 6)': ['ps3_low_context'],
     'another trunk (table 5)': ['ps3_trunk', 'ps3_trunk_radio'],
     'alignment data (table 8)': ['ps3_alignment_data'],

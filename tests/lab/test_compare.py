@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import claims, compare, compare_config, compare_report, report, scenes
@@ -16,7 +17,12 @@ from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.baselines.anyres import AnyResConfig
 from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
+from hrvlm_jax.systems.fusion import TwoPassFusion
 from hrvlm_jax.systems.mc_llava.encoder import MCLlavaConfig
+from hrvlm_jax.systems.ps3.config import PoolConfig, PS3Config, SaliencyConfig
+from hrvlm_jax.systems.ps3.data import SampleConfig
+from hrvlm_jax.systems.ps3.pretrain import PretrainOptions
+from hrvlm_jax.systems.vila_hd.config import VilaHDConfig
 from hrvlm_jax.training import optimizer, run_config
 from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
@@ -195,6 +201,42 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
     dataclasses.replace(made, changes={'others': compare_config.ChangesConfig()})
   with pytest.raises(UserError, match='deep: its tower .* is not the shared encoder'):
     dataclasses.replace(made, encoders={})
+
+
+def looking():
+  """A VILA-HD around the tower of these tests."""
+  tower = PS3Config(
+    vision=dataclasses.replace(VISION, pool=None), scales=(16, 32), select_layers=(0,),
+    max_select=4, budgets=(4,), pool=PoolConfig(width=16, heads=2, mlp_width=16),
+    saliency=SaliencyConfig(width=8, out=8, depth=1, kernel=8, input_size=32))
+  encoder = VilaHDConfig(tower=tower, width=TEXT.width, select_layer=-1, looks=1)
+  return ModelConfig(system='vila_hd', encoder=encoder, text=TEXT, chat='vila_qwen2',
+                     fusion=TwoPassFusion(selection_weight=1.0), after_image='\n')
+
+
+def test_ps3_may_learn_from_captions_of_regions_and_its_selection_learns_on(tmp_path):
+  regions = PretrainOptions(regions=SampleConfig(clean=False))
+  made = dataclasses.replace(
+    config(looking=looking()),
+    adapt={'looking': compare_config.AdaptConfig(steps=2, batch_size=2, regions=regions)},
+    changes={'looking': compare_config.ChangesConfig(learns='vision/ps3/selection/.*')})
+  done = compare.Comparison(made, tmp_path, progress=False)
+  done.prepare()
+  done.adapt('looking')
+  kept = dict(store.load_leaves(tmp_path / 'adapted/looking'))
+  assert {path.split('/')[1] for path in kept} == {'tower', 'residual', 'selection'}
+  shared = dict(store.load_leaves(tmp_path / 'encoder'))
+  kernel = 'tower/blocks/mlp/fc1/kernel'
+  assert np.abs(kept[f'ps3/{kernel}'] - shared[f'vision/{kernel}']).max() > 0  # it learned
+  assert np.abs(kept[f'ps3/{kernel}'] - shared[f'vision/{kernel}']).max() < 0.1  # from its start
+  assert np.isfinite(store.load_config(tmp_path / 'adapted/looking')['loss'])
+  found = optimizer.groups_of(done.run_config('looking').training,
+                              vlm.build(made.systems['looking']).abstract)
+  still = {'/'.join(path.split('/')[:3]) for path, group in found.items() if group.frozen}
+  assert still == {'vision/ps3/tower', 'vision/ps3/residual'}
+  assert any(path.startswith('vision/ps3/selection/') for path in found)
+  with pytest.raises(UserError, match='adapt.plain: regions are for PS3 in VILA-HD'):
+    dataclasses.replace(config(plain=single()), adapt={'plain': made.adapt['looking']})
 
 
 def test_what_does_not_learn_from_scenes_is_refused():
