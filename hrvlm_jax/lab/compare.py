@@ -10,7 +10,7 @@ on the task's scenes (`adapt`), whose steps and seconds are part of the result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import os
@@ -124,6 +124,7 @@ class Comparison(Experiment):
     before = self.read('config.json') or dict(now)
     joining = {}
     changed = []
+    both = before.get('systems', {}).keys() & now['systems'].keys()
     if isinstance(before.get('task'), dict) and not differing(before['task'], now['task']):
       before['task'] = now['task']  # fields that the folder was made without have their defaults
     for key in ('systems', 'encoders', 'adapt', 'changes', 'claims'):
@@ -131,8 +132,9 @@ class Comparison(Experiment):
       joining[key] = {**old, **new}
       if key == 'claims':  # they are only read
         continue
-      changed += sorted(f'{key}.{name}' for name in old.keys() & new.keys()
-                        if old[name] != new[name])
+      # A system that is there already may not get or lose settings either.
+      shared = both if key in ('adapt', 'changes') else old.keys() & new.keys()
+      changed += sorted(f'{key}.{name}' for name in shared if old.get(name) != new.get(name))
     changed += sorted(key for key in before.keys() | now.keys()
                       if before.get(key) != now.get(key))
     if changed:
@@ -226,8 +228,23 @@ class Comparison(Experiment):
     seen = sorted(flat)
     if self.config.language is not None:
       flat |= leaves(self.folder / 'language')
+    flat |= self.zeros(name, wanted)
     self._keep(f'start/{name}', flat, {'system': model.system})
     return self.folder / 'start' / name, sorted(flat), seen
+
+  def zeros(self, name: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Of the parameters of a system those that start at zero.
+
+    Raises:
+      UserError: its `changes` ask for some, and none has such a path.
+    """
+    pattern = self.config.changes.get(name, ChangesConfig()).zeros
+    found = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in wanted.items()
+             if re.fullmatch(pattern, path)}
+    if pattern and not found:
+      raise UserError(f'changes.{name}.zeros: {pattern!r} matches no parameter of {name}; '
+                      '`hrvlm params` lists them')
+    return found
 
   def run_config(self, name: str) -> RunConfig:
     """The training run of one system: all equal but the model and its `changes`."""

@@ -77,11 +77,14 @@ class ChangesConfig:
     frozen: pattern of paths that keep their start, beside what was pre-trained of the encoder
       ('language/.*': the language model too).
     learns: pattern of pre-trained paths of the encoder that learn on.
+    zeros: pattern of paths that start at zero and learn: a path that is added to another starts
+      silent.
     draw, background: as in `DataConfig`.
   """
 
   frozen: str = ''
   learns: str = ''
+  zeros: str = ''
   draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   background: PasteOnBackground | None = None
 

@@ -95,6 +95,9 @@ def test_a_comparison_runs_and_is_taken_up_again(tmp_path, monkeypatch):
   assert again['systems']['plain'] == row and again['seconds'] == results['seconds'] > 0
   with pytest.raises(UserError, match='holds another comparison .train_steps differ'):
     compare.Comparison(dataclasses.replace(made, train_steps=3), tmp_path, progress=False)
+  silent = {'plain': compare_config.ChangesConfig(zeros='projector/.*')}
+  with pytest.raises(UserError, match='holds another comparison .changes.plain differ'):
+    compare.Comparison(dataclasses.replace(made, changes=silent), tmp_path, progress=False)
 
 
 def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
@@ -179,6 +182,7 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
     config(plain=single()), encoders={'deep': other},
     systems={'plain': single(), 'crops': crops, 'deep': single(deep)},
     changes={'plain': compare_config.ChangesConfig(frozen='language/.*'),
+             'deep': compare_config.ChangesConfig(zeros='projector/fc1/.*'),
              'crops': compare_config.ChangesConfig(draw={'max_crops': (1, 4)},
                                                    learns='vision/tower/blocks/.*')})
   assert [compare_config.encoder_of(made, model) for model in made.systems.values()] == [
@@ -195,6 +199,14 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
   assert groups['plain'][kernel].frozen and not groups['crops'][kernel].frozen
   assert done.run_config('crops').data.draw == {'max_crops': (1, 4)}
   assert not done.run_config('deep').data.draw
+  silent = {path for path, leaf in store.load_leaves(tmp_path / 'start/deep') if not leaf.any()}
+  assert {'projector/fc1/kernel', 'projector/fc1/bias'} <= silent
+  assert not groups['deep']['projector/fc1/kernel'].frozen
+  assert 'projector/fc1/kernel' not in dict(store.load_leaves(tmp_path / 'start/plain'))
+  nothing = {'plain': compare_config.ChangesConfig(zeros='align/.*')}
+  with pytest.raises(UserError, match='changes.plain.zeros: .* matches no parameter of plain'):
+    compare.Comparison(dataclasses.replace(made, changes=nothing), tmp_path / 'other',
+                       progress=False).zeros('plain', {'projector/fc1/kernel': None})
   with pytest.raises(UserError, match='encoders.again: its tower is that of an encoder before it'):
     dataclasses.replace(made, encoders={'deep': other, 'again': made.encoder})
   with pytest.raises(UserError, match='changes: no system is called others'):
