@@ -82,7 +82,7 @@ def get_config(words='full'):
       settings['steps'] = 3
   # Whoever is like another needs that one's settings, its system too.
   config.adapt = {name: settings for name, settings in adapt.items() if name in wanted}
-  config.changes = {name: settings for name, settings in merged('changes').items()
-                    if name in wanted}
+  changes = config.changes.to_dict() | merged('changes')
+  config.changes = {name: settings for name, settings in changes.items() if name in wanted}
   config.claims = found
   return config
