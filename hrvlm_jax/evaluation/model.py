@@ -161,11 +161,16 @@ class EvaluatedModel:
             for log, top, mask in zip(chosen, best, wanted)]
 
   def global_attention(
-      self, triples: Sequence[tuple[Picture, str, str]]) -> Float[np.ndarray, 'n l']:
+      self, triples: Sequence[tuple[Picture, str, str]], *, predicting: bool = False
+  ) -> Float[np.ndarray, 'n l']:
     """Share of cross-attention on the global view, per (image, question, answer) and layer.
 
     Pheye's appendix C: the mean over the places of the answer's tokens, the stop token excluded,
     after one run over prompt and answer; see `analysis.attention`.
+
+    Args:
+      predicting: the places that predict the answer's tokens instead, each one before its token:
+        the only ones that chose it, and all there are of an answer of one token.
 
     Raises:
       UserError: the model does not read images by cross-attention.
@@ -184,6 +189,7 @@ class EvaluatedModel:
     shares = []
     for i, row in enumerate(rows):
       places = np.flatnonzero(row['labels'] != IGNORE)
+      places = places - predicting
       seen = probabilities[:, i, :, :places[-1] + 1]
       shares.append(global_share(seen, first_row=int(places[0]), global_tokens=1))
     return np.stack(shares)

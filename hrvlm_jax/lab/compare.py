@@ -26,12 +26,11 @@ from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.provenance import made, versions
-from hrvlm_jax.lab import claims, compare_report, contrast
+from hrvlm_jax.lab import analyses, claims, compare_report, contrast
 from hrvlm_jax.lab.compare_config import (
   ChangesConfig,
   CompareConfig,
   encoder_of,
-  systems_of,
   tower_path,
   towers,
 )
@@ -51,6 +50,34 @@ from hrvlm_jax.vlm.answer import Answerer, text_of
 
 TOWER = 'vision/tower/'  # where the shared encoder stands in its own checkpoint
 SPECIALS = ('<|endoftext|>', '<pad>', '<|im_start|>', '<|im_end|>', '<image>')
+
+
+# Part, the function that does it, its arguments.
+Work = Sequence[tuple]
+# Settings whose entries may be more in a folder than in a config.
+JOINING = ('systems', 'encoders', 'adapt', 'changes', 'claims', 'rates')
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+  """Keys of two comparisons' settings that differ, so that their numbers must not be mixed.
+
+  Systems may join, and claims are only read.
+  """
+  found = []
+  both = before.get('systems', {}).keys() & now['systems'].keys()
+  for key in sorted((before.keys() | now.keys()) - {'claims', 'seeds', 'everywhere'}):
+    old, new = before.get(key), now.get(key)
+    if key in JOINING:
+      old, new = old or {}, new or {}
+      # A system that is there already may not get or lose settings either.
+      shared = both if key in ('adapt', 'changes', 'rates') else old.keys() & new.keys()
+      found += sorted(f'{key}.{name}' for name in shared if old.get(name) != new.get(name))
+    elif key == 'task' and isinstance(old, dict):
+      # Fields that the folder was made without have their defaults.
+      found += ['task'] if differing(old, new) else []
+    elif old != new:
+      found.append(key)
+  return found
 
 
 class Comparison(Experiment):
@@ -80,38 +107,56 @@ class Comparison(Experiment):
                       f'{", ".join(self.config.systems)}')
     self.prepare()
     for name in only or self.config.systems:
-      if name in self.config.adapt:
-        source = self.config.adapt[name].like or name
-        self.part(f'adapt {source}', self.adapt, source)
-      self.part(f'train {name}', self.learn_task, name)
-      self.part(f'answer {name}', self.answer, name)
-      self.part(f'measure {name}', self.measure, name)
-    for claim in self.config.claims.values():
-      if not only or systems_of(claim) <= set(only):
-        for point in claim.points:
-          if point.encoder:
-            self.part(f'answer {point.key}', self.answer, point.system, point)
+      self.do(self.work(name))
     return self.report()
+
+  def do(self, work: Work) -> None:
+    """Those of the parts that are not done yet."""
+    for name, fn, *arguments in work:
+      self.part(name, fn, *arguments)
 
   def prepare(self) -> None:
     """What all systems share."""
-    self.part('data', self.write_data)
-    self.part('tokenizer', self.tokenizer)
-    self.part('encoder', self.pretrain)
-    for name in self.encoders():
-      self.part(f'encoder {name}', self.pretrain, name)
+    for work in self.shared().values():
+      self.do(work)
+
+  def shared(self) -> dict[str, Work]:
+    """What systems need first, by what it is: data, encoder, further encoders, language."""
+    found = {'data': [('data', self.write_data), ('tokenizer', self.tokenizer)],
+             'encoder': [('encoder', self.pretrain)]}
+    found |= {f'encoder {name}': [(f'encoder {name}', self.pretrain, name)]
+              for name in self.encoders()}
     if self.config.language is not None:
-      self.part('language', self.pretrain_language)
+      found['language'] = [('language', self.pretrain_language)]
+    return found
+
+  def adapted(self, name: str) -> Work:
+    """Pre-training of a system's own, or of the one that it is like; () for none."""
+    if name not in self.config.adapt:
+      return []
+    source = self.config.adapt[name].like or name
+    return [(f'adapt {source}', self.adapt, source)]
+
+  def work(self, name: str) -> Work:
+    """Parts of one system in their order: pre-training, training, answers, costs, and what the
+    claims ask of it besides."""
+    found = [*self.adapted(name), (f'train {name}', self.learn_task, name),
+             (f'answer {name}', self.answer, name), (f'measure {name}', self.measure, name)]
+    points = [point for claim in self.config.claims.values() for point in claim.points
+              if point.system == name]
+    for point in points:
+      if point.measure == 'accuracy' and point.key != name:
+        found.append((f'answer {point.key}', self.answer, name, point))
+      if point.encoder and point.measure in claims.COSTS:
+        found.append((f'measure {point.key}', self.measure, name, point))
+      if point.measure in claims.ANALYSES:
+        found.append((f'{point.measure} {point.key}', self.analyse, point))
+    return list({part[0]: part for part in found}.values())
 
   def parts(self) -> set[str]:
     """Names of all parts of this comparison; the folder may hold those of others beside it."""
-    c = self.config
-    found = {'data', 'tokenizer', 'encoder', 'language'}
-    found |= {f'encoder {name}' for name in self.encoders()}
-    for name in c.systems:
-      found |= {f'train {name}', f'answer {name}', f'measure {name}'}
-    found |= {f'adapt {a.like or name}' for name, a in c.adapt.items()}
-    return found | {f'answer {point.key}' for claim in c.claims.values() for point in claim.points}
+    works = [*self.shared().values(), *map(self.work, self.config.systems)]
+    return {part[0] for work in works for part in work}
 
   def encoders(self) -> list[str]:
     """Names of the further encoders that a system starts from."""
@@ -121,26 +166,11 @@ class Comparison(Experiment):
   def _same_config(self) -> None:
     """Refuses to mix two comparisons in one folder; more systems may join."""
     now = json.loads(json.dumps(to_dict(self.config)))
-    before = self.read('config.json') or dict(now)
-    joining = {}
-    changed = []
-    both = before.get('systems', {}).keys() & now['systems'].keys()
-    if isinstance(before.get('task'), dict) and not differing(before['task'], now['task']):
-      before['task'] = now['task']  # fields that the folder was made without have their defaults
-    for key in ('systems', 'encoders', 'adapt', 'changes', 'claims'):
-      old, new = before.pop(key, {}), now.pop(key)
-      joining[key] = {**old, **new}
-      if key == 'claims':  # they are only read
-        continue
-      # A system that is there already may not get or lose settings either.
-      shared = both if key in ('adapt', 'changes') else old.keys() & new.keys()
-      changed += sorted(f'{key}.{name}' for name in shared if old.get(name) != new.get(name))
-    changed += sorted(key for key in before.keys() | now.keys()
-                      if before.get(key) != now.get(key))
-    if changed:
+    before = self.read('config.json') or now
+    if changed := changes(before, now):
       raise UserError(f'{self.folder}: holds another comparison ({", ".join(changed)} differ); '
                       'choose another --out')
-    self.write('config.json', now | joining)
+    self.write('config.json', now | {key: {**before.get(key, {}), **now[key]} for key in JOINING})
 
   def write_data(self) -> None:
     """Training and evaluation images."""
@@ -255,6 +285,7 @@ class Comparison(Experiment):
     exactly, frozen = ('|'.join(re.escape(path) for path in names) for names in (given, still))
     frozen = '|'.join(filter(None, (frozen, change.frozen)))
     boxes = model.fusion.boxes
+    rate = c.rates.get(name, c.optimizer.learning_rate)
     return RunConfig(
       model=model, seed=c.seed,
       data=DataConfig(
@@ -267,31 +298,42 @@ class Comparison(Experiment):
         init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
         groups=(*((Group(pattern=frozen, frozen=True),) if frozen else ()),
                 Group(pattern='.*/(bias|scale)', decay=False), Group(pattern='.*')),
-        optimizer=c.optimizer, dtype=c.dtype, remat=c.remat, accumulate=c.accumulate))
+        optimizer=dataclasses.replace(c.optimizer, learning_rate=rate), dtype=c.dtype,
+        remat=c.remat, accumulate=c.accumulate))
 
   def learn_task(self, name: str) -> None:
     """Trains one system."""
     self.train(self.run_config(name), self.folder / 'runs' / name)
 
-  def asked(self, name: str, split: str, encoder: dict[str, Any] | None = None) -> list:
+  def asked(self, name: str, split: str, encoder: dict[str, Any] | None = None,
+            methods: dict[str, dict[str, Any]] | None = None) -> list:
     """The answers of a trained system to a written part of the task."""
     return self.answers(
-      self.folder / 'runs' / name, self.folder / 'data' / split, encoder=encoder,
+      self.folder / 'runs' / name, self.folder / 'data' / split, encoder=encoder, methods=methods,
       batch_size=self.config.answer_batch, max_new_tokens=self.config.max_new_tokens)
 
   def answer(self, name: str, point: claims.Point | None = None) -> None:
-    """Answers to the evaluation set, kept one by one; `point`: with its encoder settings."""
-    rows = self.asked(name, 'eval', None if point is None else point.encoder)
+    """Answers to the evaluation set, kept one by one; `point`: with its settings."""
+    changed = () if point is None else (point.encoder, point.methods)
+    rows = self.asked(name, 'eval', *changed)
     self.write(f'answers_{name if point is None else point.key}.json', rows)
 
-  def measure(self, name: str) -> None:
-    """Tokens, operations, memory and time of one system."""
+  def measure(self, name: str, point: claims.Point | None = None) -> None:
+    """Tokens, operations, memory and time of one system; `point`: with its settings."""
     records = read_records(self.folder / 'data/eval')
     items = [(str(self.folder / 'data/eval' / r['image']), r['question']) for r in records]
-    answerer = Answerer.load(self.folder / 'runs' / name)
-    self.write(f'cost_{name}.json', cost(
+    answerer = Answerer.load(self.folder / 'runs' / name,
+                             encoder_options=None if point is None else point.encoder)
+    self.write(f'cost_{name if point is None else point.key}.json', cost(
       answerer, items, answers=self.config.latency_answers,
       max_new_tokens=self.config.max_new_tokens))
+
+  def analyse(self, point: claims.Point) -> None:
+    """What a point measures of every question of the evaluation set (`lab.analyses`)."""
+    data = self.folder / 'data/eval'
+    self.write(f'{point.measure}_{point.key}.json', analyses.FOUND[point.measure](
+      Answerer.load(self.folder / 'runs' / point.system, encoder_options=point.encoder),
+      read_records(data), data, batch_size=self.config.answer_batch))
 
   def report(self) -> dict[str, Any]:
     """results.json, table.txt, plot.png from what is there."""

@@ -108,6 +108,10 @@ class CompareConfig:
     adapt: by name, systems a part of which is first pre-trained on scenes.
     changes: by name, what the training of a system does otherwise.
     claims: by name, what papers say about some of the systems (`lab.claims`).
+    seeds: of a study (`lab.study`): every claim's systems are trained on its task with each of
+      these; (): one comparison, with `seed`.
+    everywhere: of a study: systems that are trained on every task, with the first seed.
+    rates: learning rate of systems that have another than the optimizer's (`lab.rates`).
     dtype, remat, accumulate: as in `TrainingConfig`, the same for every system.
     lengths: buckets of text plus visual tokens.
     answer_batch: questions answered at once in evaluation.
@@ -123,6 +127,9 @@ class CompareConfig:
   adapt: dict[str, AdaptConfig] = dataclasses.field(default_factory=dict)
   changes: dict[str, ChangesConfig] = dataclasses.field(default_factory=dict)
   claims: dict[str, Claim] = dataclasses.field(default_factory=dict)
+  seeds: tuple[int, ...] = ()
+  everywhere: tuple[str, ...] = ()
+  rates: dict[str, float] = dataclasses.field(default_factory=dict)
   train_images: int
   eval_images: int
   train_steps: int
@@ -161,6 +168,8 @@ def problems(config: CompareConfig) -> list[str]:
             if a.like is not None and getattr(config.adapt.get(a.like), 'like', '') is not None]
   found += [f'claims.{name}: no system is called {wanted}' for name, claim in config.claims.items()
             for wanted in sorted(systems_of(claim)) if wanted not in config.systems]
+  found += [f'{key}: no system is called {name}' for key in ('everywhere', 'rates')
+            for name in getattr(config, key) if name not in config.systems]
   for name, model in config.systems.items():
     found += [f'{name}: {reason}' for reason in _unfit(config, name, model)]
     if name in config.adapt:

@@ -6,7 +6,7 @@ where it was. `quickstart`, `compare`, `tiny` and `sweep` say which parts they h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import json
 import os
 import pathlib
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import json_text
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.lab.locks import exclusive
 from hrvlm_jax.lab.needle import read_records
 from hrvlm_jax.lab.pretrain import Flat, Pretraining, pretrain
 from hrvlm_jax.language.bpe import train_bpe
@@ -70,12 +71,28 @@ class Experiment:
     try:
       fn(*args)
     except BaseException:
-      self.write('interrupted.json', self.read('interrupted.json', {}) | {name: spent()})
+      with exclusive(self.folder / '.times.lock'):
+        self.write('interrupted.json', self.read('interrupted.json', {}) | {name: spent()})
       raise
-    self._read_times()  # another process may have finished parts meanwhile
-    self.times[name], self.cpu_times[name] = spent()
-    self.write('cpu_times.json', self.cpu_times)
-    self.write('times.json', self.times)
+    self.note(name, *spent())
+
+  def note(self, name: str, seconds: float, cpu_seconds: float) -> None:
+    """Notes that a part is done."""
+    with exclusive(self.folder / '.times.lock'):  # another process may note one of its own
+      self._read_times()
+      self.times[name], self.cpu_times[name] = seconds, cpu_seconds
+      self.write('cpu_times.json', self.cpu_times)
+      self.write('times.json', self.times)
+
+  def forget(self, names: Iterable[str]) -> None:
+    """Notes that parts are not done, so that they are done again."""
+    with exclusive(self.folder / '.times.lock'):
+      self._read_times()
+      for name in names:
+        self.times.pop(name, None)
+        self.cpu_times.pop(name, None)
+      self.write('cpu_times.json', self.cpu_times)
+      self.write('times.json', self.times)
 
   def read(self, name: str, default: Any = None) -> Any:
     """A JSON file of the folder."""
@@ -114,13 +131,15 @@ class Experiment:
                         'to go on')
 
   def answers(self, checkpoint: str | os.PathLike, task: pathlib.Path, *, batch_size: int,
-              max_new_tokens: int, encoder: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+              max_new_tokens: int, encoder: dict[str, Any] | None = None,
+              methods: Mapping[str, Mapping[str, Any]] | None = None) -> list[dict[str, Any]]:
     """[{id, area, answer, expected, correct}] of a written needle task.
 
     Args:
       encoder: settings of the checkpoint's encoder that are changed.
+      methods: inference methods laid over the model (`vlm.answer.METHODS`).
     """
-    answerer = Answerer.load(checkpoint, encoder_options=encoder)
+    answerer = Answerer.load(checkpoint, encoder_options=encoder, methods=methods)
     ask = lambda part: answerer.answer([([str(task / r['image'])], r['question']) for r in part],
                                        max_new_tokens=max_new_tokens)
     records, rows = read_records(task), []

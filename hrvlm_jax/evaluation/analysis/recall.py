@@ -115,17 +115,31 @@ def _vila_hd(checkpoint, config, found: Sequence[Region], share: float, batch_si
   way = {'after_prompt': 'top_down', 'after_image': 'bottom_up'}.get(encoder.mode, encoder.mode)
   shares = []
   for start in range(0, len(found), batch_size):
-    part = found[start:start + batch_size]
-    batch = answerer.batch([((region.image,), region.caption) for region in part])
-    maps = [np.asarray(m) for m in jax.device_get(answerer.generator.info(batch)['maps'])]
-    for row, region in enumerate(part):
-      target = recall.region_map(region.image.size, region.box, encoder.side)
-      chosen = wanted = 0
-      for one in maps:
-        side = one.shape[1]
-        touched = np.asarray(resample.area(target[None].astype(np.float32), side, side))[0] > 0
-        wanted += touched.sum()
-        chosen += (touched & (one[row] > 0)).sum()
-      shares.append(chosen / max(wanted, 1))
+    shares += selected(answerer, found[start:start + batch_size])
   return {'way': way, 'share': float(share), 'tokens': round(share * cells),
           'recall': round(float(np.mean(shares)), 4)}
+
+
+def selected(answerer: Answerer, found: Sequence[Region]) -> list[float]:
+  """Share of the high-resolution patches under each region's box that a VILA-HD selects.
+
+  The caption is the question. The patches of all scales and looks count.
+
+  Raises:
+    UserError: another model.
+  """
+  if answerer.config.system != 'vila_hd':
+    raise UserError(f'{answerer.config.system}: does not select patches; expected a VILA-HD')
+  batch = answerer.batch([((region.image,), region.caption) for region in found])
+  maps = [np.asarray(m) for m in jax.device_get(answerer.generator.info(batch)['maps'])]
+  shares = []
+  for row, region in enumerate(found):
+    target = recall.region_map(region.image.size, region.box, answerer.config.encoder.side)
+    chosen = wanted = 0
+    for one in maps:
+      side = one.shape[1]
+      touched = np.asarray(resample.area(target[None].astype(np.float32), side, side))[0] > 0
+      wanted += touched.sum()
+      chosen += (touched & (one[row] > 0)).sum()
+    shares.append(float(chosen / max(wanted, 1)))
+  return shares
