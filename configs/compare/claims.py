@@ -26,11 +26,13 @@ import runpy
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab.needle.kinds import TASKS
+from hrvlm_jax.lab.rates import chosen_rates
 
 FOLDER = pathlib.Path(__file__).parent
 BASE = runpy.run_path(str(FOLDER / 'needle_tiny.py'))
 PAPERS = [runpy.run_path(str(FOLDER / f'claims_{paper}.py'))
           for paper in ('mc_llava', 'pheye', 'llava_hr', 'ps3')]
+SEEDS = (0, 1, 2)
 # On every task, for the tables of docs/claims.md.
 EVERYWHERE = ('single_view', 'mc_llava', 'pheye', 'llava_hr', 'vila_hd')
 
@@ -85,4 +87,11 @@ def get_config(words='full'):
   changes = config.changes.to_dict() | merged('changes')
   config.changes = {name: settings for name, settings in changes.items() if name in wanted}
   config.claims = found
+  config.seeds = SEEDS
+  config.everywhere = EVERYWHERE
+  # Variants train with the rate of the searched model of their kind.
+  rates = {systems()[name].system: rate
+           for name, rate in chosen_rates(__file__, tasks[0] if tasks else 'needle').items()}
+  config.rates = {name: rates[made.system] for name, made in systems().items()
+                  if name in wanted and made.system in rates}
   return config

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import socket
 
 import pytest
@@ -12,7 +13,7 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import locks, study, study_kept, study_page, study_run, verdicts
 from hrvlm_jax.lab.claims import Claim, Point
 from hrvlm_jax.lab.compare import Comparison
-from hrvlm_jax.lab.compare_config import AdaptConfig, CompareConfig
+from hrvlm_jax.lab.compare_config import AdaptConfig, CompareConfig, systems_of
 from hrvlm_jax.lab.experiment import Interrupted
 from hrvlm_jax.lab.study import Study
 from hrvlm_jax.training import run_config
@@ -356,3 +357,19 @@ def test_a_study_trains_and_judges_for_real(tmp_path):
   assert [p.value for p in found['attention'].points] == pytest.approx([0.1, 0.1], abs=0.02)
   assert all(0 < point.value < 1 for point in found['recall'].points)
   assert 'one seed' in study_page.markdown(made, kept, 'kept', {})
+
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_the_page_says_what_is_kept():
+  made = study.load(f'{ROOT}/configs/compare/claims.py')
+  page = ROOT / 'docs/claims.md'
+  wanted = study_run.document_text(made, ROOT / 'configs/compare/results/claims', page)
+  found = page.read_text().split('<!-- study:begin -->')[1].split('<!-- study:end -->')[0]
+  assert found.strip() == wanted.strip(), 'run hrvlm compare --report --document docs/claims.md'
+  # Every claim has its experiment: its systems are trained on its task with three seeds.
+  for name, claim in study_page.claims_of(made).items():
+    for seed in (0, 1, 2):
+      own = study.of_experiment(made[claim.task], claim.task, seed)
+      assert name in own.claims and systems_of(claim) <= own.systems.keys()
