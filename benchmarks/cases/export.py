@@ -19,7 +19,7 @@ def _beside(case, other: bool):
     case, name=f'torch_export_{case.name}', title=title, ours=f'ours.export:{_SIDES[case.name]}',
     variants=_EAGER.get(case.name, ('eager',)), target=1.0, gpu_target=None,
     memory_target=0.5 if case.name == 'ps3_4k' else 1.0, bound=False, rounds=2,
-    group='torch_export', backends=('cpu',))
+    group='torch_export', backends=('cpu',), ours_torch=True)
   if not other:
     return made
   return dataclasses.replace(

@@ -41,6 +41,7 @@ class Case:
     backends: where it can be measured ('cpu', 'gpu').
     apart: the sides do not fit into memory together: one process at a time, started anew for each
       round; only the first variant is run.
+    ours_torch: our side computes in PyTorch too (`runner._our_form`).
   """
 
   name: str
@@ -64,6 +65,7 @@ class Case:
   dtype: str = 'float32'
   backends: tuple[str, ...] = ('cpu', 'gpu')
   apart: bool = False
+  ours_torch: bool = False
 
   def asked(self, backend: str, isa: str) -> tuple[float | None, float | None]:
     """(time, memory) that was asked for on 'cpu' or 'gpu', where programs take `isa`."""

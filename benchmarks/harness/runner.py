@@ -97,9 +97,8 @@ class Process:
   def __init__(self, python: str, side: str, case: str, folder: pathlib.Path, options: Options,
                cap: str = ''):
     environment = {**isa.capped(os.environ, cap), 'TOKENIZERS_PARALLELISM': 'false'}
+    environment |= forms.environment(options.variant, scratch(), environment.get('LD_PRELOAD', ''))
     if side == 'peer':
-      environment |= forms.environment(
-        options.variant, scratch(), environment.get('LD_PRELOAD', ''))
       options = contest.side_options(options)
     if options.device == 'cpu':
       environment['JAX_PLATFORMS'] = 'cpu'
@@ -174,7 +173,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
     if case.apart or settings.apart:
       _apart(case, settings, start, folder, result, say)
       return result
-    ours = start(sys.executable, 'ours')
+    ours = start(sys.executable, 'ours', _our_form(case, settings))
     result['ours'] = _first(ours, folder / 'ours.npz')
     say(f'{case.name}: first call of ours, compilation included: {result["ours"]["first_s"]} s')
     if case.peer is not None and not settings.alone:
@@ -196,6 +195,16 @@ def _python(case: Case, settings: Settings) -> str:
   return sys.executable if case.peer_side == 'ours' else peer_python(settings.peer_python)
 
 
+def _our_form(case: Case, settings: Settings) -> str:
+  """What MKL is told on our side: in JAX nothing, in PyTorch the same as on the peer's."""
+  if not case.ours_torch or settings.device != 'cpu':
+    return 'eager'
+  if settings.variants is not None:
+    return 'eager' + (forms.TOLD if all(v.endswith(forms.TOLD) for v in settings.variants) else '')
+  products = contest.peer_products(_python(case, settings), str(ROOT), str(scratch()), settings.isa)
+  return 'eager' + (forms.TOLD if products['used'] == 'told' else '')
+
+
 def _forms(case, settings, python, result) -> list[str]:
   """The peer's forms to try; how fast PyTorch multiplies, and how MKL was told, in the result."""
   products = None
@@ -210,7 +219,7 @@ def _apart(case, settings, start, folder, result, say) -> None:
 
   A round of a side is a call that is not measured (it warms up and is compared), then one that is.
   """
-  openers = {'ours': lambda: start(sys.executable, 'ours')}
+  openers = {'ours': lambda: start(sys.executable, 'ours', _our_form(case, settings))}
   if case.peer is not None and not settings.alone:
     python = _python(case, settings)
     names = _forms(case, settings, python, result)

@@ -121,6 +121,19 @@ def test_mkl_is_told_by_an_object_compiled_here(tmp_path):
   assert forms.environment('eager', tmp_path) == {}
 
 
+@pytest.mark.parametrize('used', ['told', 'as it comes'])
+def test_both_sides_in_pytorch_are_told_alike(used, monkeypatch):
+  """The code of an export is PyTorch too; ours in JAX has no MKL."""
+  monkeypatch.setattr(contest, 'peer_products', lambda *_: {'used': used})
+  monkeypatch.setattr(runner, 'peer_python', lambda _: 'python')
+  ours = lambda name, **options: runner._our_form(find_cases()[name], runner.Settings(**options))
+  expected = 'eager+mkl' if used == 'told' else 'eager'
+  assert ours('torch_export_ps3_low') == ours('torch_export_ps3_low_jax') == expected
+  assert ours('ps3_low') == ours('torch_export_ps3_low', device='cuda') == 'eager'
+  assert ours('torch_export_ps3_low', variants=('eager+mkl',)) == 'eager+mkl'
+  assert ours('torch_export_ps3_low', variants=('eager',)) == 'eager'
+
+
 def test_without_a_compiler_the_form_is_skipped_in_words(tmp_path, monkeypatch):
   monkeypatch.delenv('CC', raising=False)
   with pytest.raises(forms.Skipped, match='set HRVLM_BENCH_SCRATCH to a folder without them'):

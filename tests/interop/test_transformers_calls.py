@@ -1,6 +1,7 @@
 """What a model of transformers is asked to do beside answering: share, stream, go on, compile."""
 
 import dataclasses
+import sys
 
 import jinja2
 import pytest
@@ -86,9 +87,53 @@ def test_merged_adapters_of_the_encoder(name, pair, tmp_path):
     assert near(model(**inputs).logits, expected) < 1e-5
   names = set(model.state_dict())
   assert names == set(pair.model.state_dict())
-  with torch.no_grad():  # in training the sets act by themselves
-    model.train()
+  with torch.no_grad():
+    model.train()  # the sets act by themselves, and what was merged is gone
     assert near(model(**inputs).logits, expected) > 1e-5
+    assert near(model.eval()(**inputs).logits, expected) > 1e-5
+
+
+def test_merging_adds_one_copy_of_the_weights(pair_of):
+  """Of the tiles, all views but one; the base stays for the global view, and to be saved."""
+  pair = pair_of('pheye')
+  model = type(pair.model).from_pretrained(pair.folder, dtype=torch.float32).eval()
+  before = {key: value.clone() for key, value in model.state_dict().items()}
+  model.merge_adapters()
+  kept = [b for name, b in model.vision.named_buffers() if name.endswith('.merged')]
+  layers = model.vision.tower.encoder.layers
+  weights = [model.vision.tower.embeddings.patch_embedding, *(
+    part for layer in layers for part in layer.modules() if isinstance(part, torch.nn.Linear))]
+  assert sum(b.nbytes for b in kept) == sum(part.weight.nbytes for part in weights)
+  after = model.state_dict()
+  assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+FEW = ['s2_dynamic', 'llava_hr', 'mc_llava', 'pheye', 'pheye/3', 'ps3', 's2', 'tiling', 'vila_hd']
+
+
+@pytest.mark.parametrize('name', levels.rows('interop', FEW, first=['llava_hr', 'pheye', 'ps3']))
+def test_few_rows_at_a_time(name, pair, monkeypatch):
+  """Without gradients on a CPU, layers take few rows at a time (tiny models fit at once)."""
+  inputs = pair.inputs(pair.items(2))
+  model = type(pair.model).from_pretrained(pair.folder, dtype=torch.float32).eval()
+  expected = model(**inputs).logits.detach()  # with gradients: all rows at once
+  towers = sys.modules[type(model.vision).__module__.rpartition('.')[0] + '.towers']
+  norms = [m for m in model.vision.modules() if isinstance(m, torch.nn.LayerNorm)]
+  calls = []
+  for norm in norms:
+    norm.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+  counts = []
+  for size in (2**22, 3000, 1):
+    monkeypatch.setattr(towers, 'FEW', size)
+    calls.clear()
+    with torch.no_grad():
+      assert near(model(**inputs).logits, expected) < 1e-5
+    counts.append(len(calls))
+  assert counts[0] < counts[1] <= counts[2], counts
+  if hasattr(model.vision, 'merge_adapters'):
+    model.merge_adapters()
+    with torch.no_grad():
+      assert near(model(**inputs).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize('name', ['mc_llava'])
@@ -167,7 +212,7 @@ def test_compiled_towers(name, backend, pair):
   if pair.native:
     layers = [model.model.vision_tower]
   else:
-    kinds = ('SiglipEncoderLayer', 'LookLayer', 'Block')
+    kinds = ('TowerLayer', 'PheyeLayer', 'LookLayer', 'Block')
     layers = [m for m in model.vision.modules() if type(m).__name__ in kinds]
     assert len(layers) >= 3
   with torch.no_grad():

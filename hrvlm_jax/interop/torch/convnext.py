@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .towers import Mlp
+from .towers import Mlp, few
 
 
 def convolved(layer, x):
@@ -24,7 +24,13 @@ class Block(GradientCheckpointingLayer):
 
   def forward(self, x):
     """[n h w c] -> [n h w c]."""
-    return x + self.mlp(self.norm(convolved(self.conv_dw, x))) * self.layer_scale
+    y, count = convolved(self.conv_dw, x), few(x, self.mlp.fc1)
+    if count is None:
+      return x + self.mlp(self.norm(y)) * self.layer_scale
+    y = y.contiguous()
+    for rows, own in zip(y.flatten(0, 2).split(count), x.flatten(0, 2).split(count)):
+      torch.addcmul(own, self.mlp(self.norm(rows)), self.layer_scale, out=rows)
+    return y
 
 
 class Stem(nn.Module):
@@ -36,7 +42,7 @@ class Stem(nn.Module):
 
   def forward(self, x):
     """[n h w c] -> [n H W d]."""
-    return self.norm(convolved(self.conv, x))
+    return self.norm(convolved(self.conv, x.contiguous()))  # channels last from here on
 
 
 class Downsample(nn.Module):

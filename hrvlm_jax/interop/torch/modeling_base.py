@@ -21,7 +21,7 @@ class HrvlmPreTrainedModel(PreTrainedModel):
   _no_split_modules = [
     'SingleViewVision', 'TiledVision', 'S2Vision', 'DynamicS2Vision', 'LlavaHrVision',
     'McLlavaVision', 'PheyeVision', 'PS3', 'ReducedVision', 'VilaHdVision', 'TextTower',
-    'SiglipEncoderLayer', 'LookLayer', 'CrossBlock']
+    'TowerLayer', 'LookLayer', 'PheyeLayer', 'CrossBlock']
   # Where to look closer is decided in float32 (see `ps3.Selection`).
   _keep_in_fp32_modules_strict = ['selection', 'prompt_head']
   _skip_keys_device_placement = ['past_key_values']

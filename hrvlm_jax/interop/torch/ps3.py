@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 from .attention import Attention, attend
 from .convnext import convolved
 from .ps3_plan import LOOK, Plan, unpacked
-from .towers import Mlp, Tower
+from .towers import Mlp, Tower, TowerLayer, few
 
 
-class LookLayer(SiglipEncoderLayer):
+class LookLayer(TowerLayer):
   """A layer that also gives its keys and values, and can read others' in front of its own."""
 
   def forward(self, x, prefix=None):
@@ -25,7 +24,9 @@ class LookLayer(SiglipEncoderLayer):
     keys, values = (k, v) if prefix is None else (
       torch.cat([before.to(part.dtype), part], dim=2) for before, part in zip(prefix, (k, v)))
     x = x + own.out_proj(attend(own, q, keys, values, scale=own.scale).flatten(2))
-    return x + self.mlp(self.layer_norm2(x)), k, v
+    count = few(x, self.mlp.fc1)
+    x = x + self.mlp(self.layer_norm2(x)) if count is None else self.add_mlp(x, count)
+    return x, k, v
 
 
 class ProjectionHead(nn.Module):

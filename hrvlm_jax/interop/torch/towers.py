@@ -11,6 +11,22 @@ from transformers.models.siglip.modeling_siglip import (
   SiglipMultiheadAttentionPoolingHead,
 )
 
+# Numbers of the widest array between two products that are made at a time (see `few`). An allocator
+# keeps blocks of this size; larger ones go back to the system, which clears them before every use.
+FEW = 2**22
+
+
+def few(x, linear):
+  """Rows at a time through a layer whose widest product is `linear`; None: all.
+
+  All where gradients are wanted, on accelerators, in a graph that is compiled or exported, and
+  where accelerate brings the weights for every call.
+  """
+  if (x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling()
+      or torch.jit.is_tracing() or hasattr(linear, '_hf_hook')):
+    return None
+  return max(1, FEW // linear.out_features)
+
 
 def resize_square(table, side):
   """[n d] of a square grid -> [side*side d], antialiased bicubic in float32."""
@@ -51,7 +67,8 @@ class Embeddings(nn.Module):
   def patches(self, pixels):
     """[n c h w] -> ([n t d], (rows, columns)), before positions."""
     maps = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype))
-    return maps.flatten(2).transpose(1, 2), tuple(maps.shape[2:])
+    # Laid out by rows once; sums would keep the other order, and every norm would turn it again.
+    return maps.flatten(2).transpose(1, 2).contiguous(), tuple(maps.shape[2:])
 
   def forward(self, pixels, class_token=True):
     """[n c h w] -> [n t d]."""
@@ -61,6 +78,28 @@ class Embeddings(nn.Module):
       return x
     first = self.class_embedding + self.position_embedding.weight[0]
     return torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+
+
+class TowerLayer(SiglipEncoderLayer):
+  """transformers' layer; few pictures at a time in the attention, few rows in the MLP (`few`)."""
+
+  def forward(self, x, attention_mask=None):
+    """[n t d] -> [n t d]."""
+    count = few(x, self.mlp.fc1)
+    if count is None:
+      return super().forward(x, attention_mask)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pictures = max(1, count // x.shape[1])
+    for own, part in zip(x.split(pictures), out.split(pictures)):
+      torch.add(own, self.self_attn(self.layer_norm1(own), None)[0], out=part)
+    return self.add_mlp(out, count)
+
+  def add_mlp(self, x, count):
+    """x + mlp(norm(x)) of [n t d], in the place of x: nobody else may hold it."""
+    x = x.contiguous()
+    for rows in x.flatten(0, 1).split(count):
+      rows.add_(self.mlp(self.layer_norm2(rows)))
+    return x
 
 
 class Encoder(nn.Module):
@@ -80,7 +119,7 @@ class Tower(nn.Module):
     layer: class of the layers.
   """
 
-  def __init__(self, vit, config, layer=SiglipEncoderLayer):
+  def __init__(self, vit, config, layer=TowerLayer):
     super().__init__()
     self.vit = vit
     norm = lambda: nn.LayerNorm(vit.width, eps=vit.norm_eps)

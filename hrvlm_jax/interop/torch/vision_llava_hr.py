@@ -59,8 +59,9 @@ class MRAdapter(nn.Module):
     mapped = self._mapped(self.fast_conv, self.fast_proj, fast)
     f = fast + mapped
     read = f if self.c.gate_input == 'with_skip' else mapped
-    pooled = torch.cat([read, u], dim=-1).mean((1, 2), dtype=torch.float32).to(u.dtype)
-    return f + GATES[self.c.gate](self.gate(pooled))[:, None, None] * u
+    pooled = torch.cat([x.mean((1, 2), dtype=torch.float32) for x in (read, u)], dim=-1)
+    gate = GATES[self.c.gate](self.gate(pooled.to(u.dtype)))
+    return torch.addcmul(f, gate[:, None, None], u)
 
 
 class Align(nn.Module):
