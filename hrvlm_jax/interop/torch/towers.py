@@ -11,9 +11,10 @@ from transformers.models.siglip.modeling_siglip import (
   SiglipMultiheadAttentionPoolingHead,
 )
 
-# Numbers of the widest array between two products that are made at a time (see `few`). An allocator
-# keeps blocks of this size; larger ones go back to the system, which clears them before every use.
-FEW = 2**22
+# Numbers of the widest array between two products that are made at a time (see `few`): 28 MiB in
+# float32. The C library keeps blocks up to 32 MiB for the next layer; it gives larger ones back to
+# the system, which clears them before every use.
+FEW = 7 * 2**20
 
 
 def few(x, linear):
