@@ -143,9 +143,9 @@ class HrvlmForConditionalGeneration(HrvlmPreTrainedModel, GenerationMixin):
     self.post_init()
 
   def merge_adapters(self):
-    """Pheye: adds the low-rank set of the tiles to a copy of its tower's weights; for inference. The
-    global view keeps the base and its own set, and the model is saved as it was. `train()` drops
-    the copy; weights that were changed are merged anew by another call.
+    """Pheye: adds the low-rank set of the tiles to a copy of its tower's weights; for inference.
+    The global view keeps the base and its own set, and the model is saved as it was. `train()`
+    drops the copy; weights that were changed are merged anew by another call.
 
     Raises:
       ValueError: the encoder has no sets.
