@@ -14,10 +14,10 @@ those of their tables (`source` says which column); None where a table was not a
 paper draws a curve. What a miniature has to do otherwise than a paper is said in `says`, `source`
 or at the model.
 
-All systems have the decoder of two layers of needle_tiny.py. Pheye's cross-attention in every
-second against every fourth layer of a decoder is every layer against every second one here: two
-blocks against one, as in four layers. A decoder of four layers would make all systems slower for
-that one row.
+On `needle` all systems have the decoder of two layers of needle_tiny.py. Pheye's cross-attention in
+every second against every fourth layer of a decoder is every layer against every second one here:
+two blocks against one, as in four layers. A decoder of four layers would make all systems slower
+for that one row; `relate` and `page` need one (`fit` of needle_tiny.py).
 """
 
 import pathlib
@@ -94,4 +94,9 @@ def get_config(words='full'):
            for name, rate in chosen_rates(__file__, tasks[0] if tasks else 'needle').items()}
   config.rates = {name: rates[made.system] for name, made in systems().items()
                   if name in wanted and made.system in rates}
+  if tasks and tasks[0] != 'needle':  # whose conversations are longer
+    BASE['fit'](config, tasks[0])
+    config.lengths = (*config.lengths, 640)
+    for made in config.systems.values():
+      made.text.max_positions = 640
   return config

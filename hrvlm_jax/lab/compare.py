@@ -37,7 +37,7 @@ from hrvlm_jax.lab.compare_config import (
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.measure import cost
-from hrvlm_jax.lab.needle import differing, read_records, single_turns, write
+from hrvlm_jax.lab.needle import description, differing, plan, read_records, single_turns, write
 from hrvlm_jax.lab.report import accuracy, accuracy_by_size, machine
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
@@ -167,6 +167,7 @@ class Comparison(Experiment):
     """Refuses to mix two comparisons in one folder; more systems may join."""
     now = json.loads(json.dumps(to_dict(self.config)))
     before = self.read('config.json') or now
+    _fill(before, self.config)
     if changed := changes(before, now):
       raise UserError(f'{self.folder}: holds another comparison ({", ".join(changed)} differ); '
                       'choose another --out')
@@ -178,15 +179,21 @@ class Comparison(Experiment):
     training = dataclasses.replace(c.task, turns=c.turns)
     write(training, self.folder / 'data/train', c.train_images, seed=c.seed,
           progress=self.progress)
-    rows = single_turns(read_records(self.folder / 'data/train'))
-    (self.folder / 'data/train/rows.json').write_text(json.dumps(rows))
+    records = read_records(self.folder / 'data/train')
+    (self.folder / 'data/train/rows.json').write_text(json.dumps(single_turns(records)))
+    if c.described:
+      for index, record in enumerate(records):
+        record['conversations'] += description(training, plan(training, c.seed, index))
+      (self.folder / 'data/train/described.json').write_text(json.dumps(records))
     write(c.task, self.folder / 'data/eval', c.eval_images, seed=c.seed + 1,
           progress=self.progress)
 
   def texts(self) -> list[str]:
     """What the tokenizer learns from: the task's single questions in all templates."""
     records = single_turns(read_records(self.folder / 'data/train')[:1000])
-    return spoken((messages_from_llava(record['conversations']) for record in records),
+    told = json.loads((self.folder / 'data/train/described.json').read_text())[:1000] if (
+      self.config.described) else []
+    return spoken((messages_from_llava(record['conversations']) for record in [*records, *told]),
                   sorted({model.chat for model in self.config.systems.values()}))
 
   def tokenizer(self) -> None:
@@ -214,6 +221,7 @@ class Comparison(Experiment):
       needle=dataclasses.replace(c.task, turns=c.turns), text=next(iter(models.values())).text,
       steps=c.language.steps, slots=c.language.slots, batch_size=c.language.batch_size,
       learning_rate=c.language.learning_rate, lengths=c.lengths, seed=c.seed,
+      described=c.described, uncued=c.language.uncued,
       writing=tuple(text_of(models[name], tokenizer) for name in sorted(models))))
     self._keep('language', {f'language/{path}': leaf for path, leaf in language.items()},
                {'accuracy': read})
@@ -286,10 +294,11 @@ class Comparison(Experiment):
     frozen = '|'.join(filter(None, (frozen, change.frozen)))
     boxes = model.fusion.boxes
     rate = c.rates.get(name, c.optimizer.learning_rate)
+    records = 'rows' if boxes else 'described' if c.described else 'needle'
     return RunConfig(
       model=model, seed=c.seed,
       data=DataConfig(
-        train=str(self.folder / 'data/train' / ('rows.json' if boxes else 'needle.json')),
+        train=str(self.folder / f'data/train/{records}.json'),
         lengths=c.lengths, boxes=boxes, tokenizer=str(self.folder / 'tokenizer'),
         draw=change.draw, background=change.background),
       training=TrainingConfig(
@@ -392,3 +401,17 @@ class Comparison(Experiment):
 def encoder_folder(name: str) -> str:
   """Where a pre-trained encoder lies: the shared one ('') or a further one."""
   return f'encoder_{name}' if name else 'encoder'
+
+
+def _fill(before: dict[str, Any], settings: Any) -> None:
+  """Gives noted settings the fields that they were noted without, with their defaults."""
+  for field in dataclasses.fields(settings):
+    value = getattr(settings, field.name)
+    if field.name in ('language', 'encoder') and value and before.get(field.name):
+      _fill(before[field.name], value)
+    elif field.name in ('adapt', 'changes', 'encoders'):
+      for name, part in value.items():
+        if name in before.get(field.name, {}):
+          _fill(before[field.name][name], part)
+    elif field.default is not dataclasses.MISSING:
+      before.setdefault(field.name, json.loads(json.dumps(field.default)))

@@ -43,9 +43,14 @@ class EncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageConfig:
-  """Pre-training of the language model that all systems share (`lab.symbols`)."""
+  """Pre-training of the language model that all systems share (`lab.symbols`).
+
+  Attributes:
+    uncued: share of the steps, the first ones, whose questions have one reading and no cue.
+  """
 
   steps: int
+  uncued: float = 0.0
   slots: tuple[int, ...] = (25, 64)
   batch_size: int = 32
   learning_rate: float = 2e-3
@@ -102,6 +107,9 @@ class CompareConfig:
       the parts of `adapt`) stays frozen. A batch holds `batch_size` images with all their
       questions; two-pass systems, which look where the FIRST question of a row points, read the
       same questions as rows of their own, with the box of each sign for the selection's loss.
+    described: of composed tasks, training conversations, those of the language model too, end with
+      a turn that tells all there is (`needle.description`). Two-pass systems, which see a part, do
+      without.
     language: pre-training of the language model; None: every system draws its own.
     encoders: by name, further encoders: systems whose tower has the settings of one start from
       that one. None may have those of `encoder`.
@@ -138,6 +146,7 @@ class CompareConfig:
   remat: Literal['none', 'attention', 'dots', 'layers'] = 'none'
   accumulate: int = 1
   turns: int = 3
+  described: bool = False
   lengths: tuple[int, ...] = (128, 256, 512)
   answer_batch: int = 25
   latency_answers: int = 20
@@ -153,6 +162,8 @@ def problems(config: CompareConfig) -> list[str]:
   found = []
   if not config.systems:
     return ['systems: none is named']
+  if config.described and config.task.task == 'needle':
+    found.append('described: the task needle has no descriptions; set it to False')
   texts = {json.dumps(to_dict(m.text), sort_keys=True) if m.text else None
            for m in config.systems.values()}
   if len(texts) > 1:

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.core.layers import Embedding
+from hrvlm_jax.core.layers import Embedding, Linear, normal
 from hrvlm_jax.core.module import List, Module, Rngs
-from hrvlm_jax.lab.needle import NOTHING, NeedleConfig, Plan, plan, record
+from hrvlm_jax.lab.needle import NOTHING, NeedleConfig, Plan, TaskPlan, description, plan, record
 from hrvlm_jax.lab.needle.kinds import CUES
 from hrvlm_jax.lab.pretrain import Pretraining
 from hrvlm_jax.language.chat import get_template
@@ -35,6 +35,7 @@ from hrvlm_jax.training.losses import chunked_cross_entropy
 from hrvlm_jax.vlm.model import merge
 
 PLACES = 16  # parts of a side that the places of symbols are told apart by
+WAVES = 4  # sines that tell a place along a side, from half a turn over it to four
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class SymbolsConfig(Pretraining):
     spread: most tokens that show one sign.
     noise: standard deviation of what is added to every token's vector.
     lengths: buckets of text plus visual tokens.
+    described: rows end with a question for all that is shown, and its answer, row by row: many
+      words about where things stand, where a question teaches one. Of composed tasks.
+    uncued: share of the steps, the first ones, whose questions have one reading and no cue.
     writing: ways of writing (template and tokenizer), which take turns; image tokens must have
       positions in all of them. Whoever trains fills them in.
   """
@@ -55,6 +59,8 @@ class SymbolsConfig(Pretraining):
   spread: int = 4
   noise: float = 0.05
   lengths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)
+  described: bool = False
+  uncued: float = 0.0
   writing: tuple[Text, ...] = ()
   below: ClassVar[str] = 'language/'
 
@@ -66,6 +72,8 @@ class SymbolsConfig(Pretraining):
     """One way of writing, one number of slots."""
     rng = self.rng(step)
     task = dataclasses.replace(self.needle, documents=None)  # it has no letters
+    if task.task != 'needle' and step < self.uncued * self.steps:
+      task = dataclasses.replace(task, cues=())
     text, slots = self.writing[step % len(self.writing)], int(rng.choice(self.slots))
     # Where the first question of a row says where to look, rows have one question.
     turns = 1 if get_template(text.chat).steers else self.needle.turns
@@ -75,6 +83,8 @@ class SymbolsConfig(Pretraining):
     for row in range(self.batch_size):
       made = plan(task, self.seed, step * self.batch_size + row)
       messages = messages_from_llava(record(made, '')['conversations'])[:2 * turns]
+      if self.described and isinstance(made, TaskPlan):
+        messages += messages_from_llava(description(task, made))
       examples.append(text.conversation(messages, [slots]))
       free = iter(rng.permutation(slots).tolist())
       shown = symbols_of(self.needle, made)
@@ -90,7 +100,7 @@ class SymbolsConfig(Pretraining):
     longest = max(len(example['tokens']) for example in examples)
     batch = pad_batch(examples, choose_bucket(longest, self.lengths))
     return {key: batch[key] for key in ('tokens', 'visual_index', 'valid', 'labels')} | {
-      'colours': colours, 'letters': letters, **({'places': places} if placed(task) else {})}
+      'colours': colours, 'letters': letters, **({'places': places} if placed(self.needle) else {})}
 
   def loss(self, reader, batch, key):
     """(loss per target, share of right targets)."""
@@ -136,6 +146,12 @@ def symbols_of(task: NeedleConfig, made: Plan) -> list[tuple[int, int, tuple[int
   return found
 
 
+def waves(places: jax.Array) -> jax.Array:
+  """int [...] places along a side, of `PLACES` -> [... 2 WAVES] sines and cosines."""
+  angles = places[..., None] * (jnp.pi / PLACES * 2.0 ** jnp.arange(WAVES))
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
 class SymbolReader(Module):
   """The decoder, and the vectors that stand for what an encoder would show."""
 
@@ -145,8 +161,9 @@ class SymbolReader(Module):
     self.colours = Embedding(len(marks(config.needle)), width, std=std, rngs=rngs)
     self.letters = Embedding(len(config.needle.alphabet), width, std=std, rngs=rngs)
     self.nothing = Embedding(1, width, std=std, rngs=rngs)
-    self.places = List([Embedding(PLACES, width, std=std, rngs=rngs) for _ in range(2)]) if (
-      placed(config.needle)) else None
+    # Sines, so that what is near is alike from the start.
+    self.places = List([Linear(2 * WAVES, width, bias=False, kernel_init=normal(std), rngs=rngs)
+                        for _ in range(2)]) if placed(config.needle) else None
 
   def __call__(self, batch: Mapping[str, Any], key) -> jax.Array:
     """Final-normed states [b t d].
@@ -157,7 +174,7 @@ class SymbolReader(Module):
     shown = self.colours(jnp.clip(colours, 0)) + self.letters(jnp.clip(letters, 0))
     if self.places is not None:  # things have no letter
       shown -= jnp.where(letters[..., None] < 0, self.letters(jnp.clip(letters, 0)), 0)
-      shown += sum(axis(batch['places'][..., i]) for i, axis in enumerate(self.places))
+      shown += sum(axis(waves(batch['places'][..., i])) for i, axis in enumerate(self.places))
     values = jnp.where(colours[..., None] >= 0, shown, self.nothing(jnp.zeros_like(colours)))
     values += self.config.noise * jax.random.normal(key, values.shape)
     visual = VisualTokens(values, jnp.ones(colours.shape, bool))

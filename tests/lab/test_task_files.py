@@ -261,6 +261,9 @@ def test_configs_name_a_task():
     found = run_config.load(CompareConfig,
                             str(ROOT / f'configs/compare/needle_tiny.py:{task},smoke'))
     assert found.task == NeedleConfig.medium(task) and found.train_steps == 3
+    assert found.described == (task in COMPOSED)
+    depths = {model.text.depth for model in found.systems.values()}
+    assert depths == {4 if task in COMPOSED else 2}
   for path in sorted((ROOT / 'configs/tiny').glob('*.py')):
     for task in COMPOSED:
       run = run_config.load(RunConfig, f'{path}:{task}')

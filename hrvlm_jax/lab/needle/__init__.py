@@ -6,6 +6,7 @@ order.
 
 from hrvlm_jax.lab.needle.config import COLOURS, PLACES, SHAPES, NeedleConfig
 from hrvlm_jax.lab.needle.crops import CUT, NOTHING, GlyphCrops, glyph_crops
+from hrvlm_jax.lab.needle.describe import description
 from hrvlm_jax.lab.needle.generate import (
   NeedleExample,
   NeedlePlan,
@@ -18,11 +19,12 @@ from hrvlm_jax.lab.needle.generate import (
 )
 from hrvlm_jax.lab.needle.signs import Sign
 from hrvlm_jax.lab.needle.tasks import Cue, Question, TaskExample, TaskPlan, Thing
+from hrvlm_jax.lab.needle.views import task_views
 from hrvlm_jax.lab.needle.write import differing, read_records, write
 
 __all__ = [
   'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'Cue', 'GlyphCrops', 'NeedleConfig',
   'NeedleExample', 'NeedlePlan', 'Plan', 'Question', 'Sign', 'TaskExample', 'TaskPlan', 'Thing',
-  'differing', 'generate', 'glyph_crops', 'paint', 'plan', 'read_records', 'record', 'single_turns',
-  'write',
+  'description', 'differing', 'generate', 'glyph_crops', 'paint', 'plan', 'read_records', 'record',
+  'single_turns', 'task_views', 'write',
 ]

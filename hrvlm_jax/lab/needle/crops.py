@@ -4,7 +4,7 @@ A crop is a window of a canvas, resized as a system's views are, with up to two 
 label says, for every colour, what the sign of that colour reads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 
 from jaxtyping import Float32, Int32, UInt8
@@ -14,7 +14,7 @@ from PIL import Image
 from hrvlm_jax.core.images import resize_exact
 from hrvlm_jax.lab.needle.config import NeedleConfig
 from hrvlm_jax.lab.needle.generate import empty, generate
-from hrvlm_jax.lab.needle.signs import draw, log_uniform, make_sign, overlap
+from hrvlm_jax.lab.needle.signs import Sign, draw, log_uniform, make_sign, overlap
 
 NOTHING, CUT = -1, -2
 
@@ -37,6 +37,9 @@ class GlyphCrops:
     boxes: box (x0, y0, x1, y1) of that sign's text relative to the crop (0 to 1 inside it), or 0.
     shown: of every crop all its texts: (index of the first character, -1 or -2; index of the
       colour; box).
+    things: of every view all its things: (index in `views.THINGS` or -2; box). cues: of every view
+      the index in `views.states`, or -1. Of `views.task_views` only, whose `letters` may have other
+      rows than colours.
   """
 
   pixels: UInt8[np.ndarray, 'n size size 3']
@@ -44,6 +47,8 @@ class GlyphCrops:
   shapes: Int32[np.ndarray, 'n colours']
   boxes: Float32[np.ndarray, 'n colours 4']
   shown: Sequence[Sequence[tuple[int, int, np.ndarray]]]
+  things: Sequence[Sequence[tuple[int, np.ndarray]]] = ()
+  cues: Int32[np.ndarray, 'n'] | None = None
 
   def patch_letters(self, grid: int) -> Int32[np.ndarray, 'n patches']:
     """What each patch of a `grid` x `grid` view shows, in raster order.
@@ -53,23 +58,30 @@ class GlyphCrops:
     every patch teaches an encoder to read in a fraction of the steps that a loss on the
     last patches alone needs.
     """
-    return self._patches(grid, lambda letter, colour: letter)
+    return self._patches(grid, ((i, letter, box) for i, shown in enumerate(self.shown)
+                                for letter, _, box in shown))
 
   def patch_colours(self, grid: int) -> Int32[np.ndarray, 'n patches']:
     """The colour of the sign each patch shows a text of: index in `config.colours`, -1, -2."""
-    return self._patches(grid, lambda letter, colour: CUT if letter == CUT else colour)
+    return self._patches(grid, ((i, CUT if letter == CUT else colour, box)
+                                for i, shown in enumerate(self.shown)
+                                for letter, colour, box in shown))
 
-  def _patches(self, grid: int, value: Callable[[int, int], int]):
+  def patch_things(self, grid: int) -> Int32[np.ndarray, 'n patches']:
+    """The thing each patch shows: index in `views.THINGS`, -1, -2 for one that is cut."""
+    return self._patches(grid, ((i, thing, box) for i, things in enumerate(self.things)
+                                for thing, box in things))
+
+  def _patches(self, grid: int, marked: Iterable[tuple[int, int, np.ndarray]]):
     target = np.full((len(self.pixels), grid, grid), NOTHING, np.int32)
     centres = (np.arange(grid) + 0.5) / grid
-    every = ((i, *one) for i, shown in enumerate(self.shown) for one in shown)
-    for i, letter, colour, box in every:
+    for i, value, box in marked:
       x0, y0, x1, y1 = box
       nearest_x, nearest_y = (int(np.clip((a + b) / 2 * grid, 0, grid - 1))
                               for a, b in ((x0, x1), (y0, y1)))
       columns, rows = (centres >= x0) & (centres < x1), (centres >= y0) & (centres < y1)
       columns[nearest_x] = rows[nearest_y] = True
-      target[i][np.ix_(rows, columns)] = value(letter, colour)
+      target[i][np.ix_(rows, columns)] = value
     return target.reshape(len(target), grid * grid)
 
 
@@ -115,7 +127,7 @@ def glyph_crops(
       x = int(rng.integers(config.width - window + 1))
       y = int(rng.integers(config.height - window + 1))
       part = canvas[y:y + window, x:x + window].copy()
-      signs, box = _signs(config, rng, window), (0, 0, window, window)
+      signs, box = draw_signs(config, rng, window), (0, 0, window, window)
       for sign in signs:
         draw(part, sign, config.alphabet)
       picture = Image.fromarray(part)
@@ -142,7 +154,7 @@ def _label(config, sign, box):
   return CUT
 
 
-def _signs(config, rng, window):
+def draw_signs(config: NeedleConfig, rng: np.random.Generator, window: int) -> list[Sign]:
   """Up to two signs of different colours whose centres lie in the window, without overlap."""
   count = _SIGNS[int(rng.integers(len(_SIGNS)))]
   colours = rng.permutation(len(config.colours))[:count].tolist()

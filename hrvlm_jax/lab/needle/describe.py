@@ -1,0 +1,38 @@
+"""Everything a picture of `relate` or `page` shows, in words: a turn to train on beside questions.
+
+A question teaches a word or two about one place. LLaVA trains on captions before it trains on
+questions; here a caption says what stands where, row by row.
+"""
+
+from __future__ import annotations
+
+from hrvlm_jax.lab.needle.config import NeedleConfig
+from hrvlm_jax.lab.needle.tasks import TaskPlan, Thing
+
+ASKED = 'Describe it.'
+
+
+def description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
+  """A turn of LLaVA's JSON: all signs, words and things, from left to right in rows from the top.
+
+  "largest circle, smallest circle; red C, arrow left, green D; red C, house, green Z"; of a page
+  "N, L, T; U, W, K".
+  """
+  rows: dict[int, list[tuple[int, str]]] = {}
+  largest = max((_width(thing) for thing in made.things if thing.name == 'circle'), default=0)
+  for shown in (*made.signs, *made.things):
+    x0, y0, _, y1 = shown.box
+    if not isinstance(shown, Thing):
+      said = shown.text if config.task == 'page' else f'{shown.colour} {shown.text}'
+    elif shown.name == 'circle':
+      said = f'{"largest" if _width(shown) == largest else "smallest"} circle'
+    else:
+      said = f'{shown.name} {shown.note}'.strip()
+    row = y0 if config.task == 'page' else (y0 + y1) * config.grid[1] // (2 * config.height)
+    rows.setdefault(row, []).append((x0, said))
+  text = '; '.join(', '.join(said for _, said in sorted(rows[row])) for row in sorted(rows))
+  return [{'from': 'human', 'value': ASKED}, {'from': 'gpt', 'value': text}]
+
+
+def _width(thing: Thing) -> int:
+  return thing.box[2] - thing.box[0]
