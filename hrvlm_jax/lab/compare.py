@@ -191,8 +191,7 @@ class Comparison(Experiment):
   def texts(self) -> list[str]:
     """What the tokenizer learns from: the task's single questions in all templates."""
     records = single_turns(read_records(self.folder / 'data/train')[:1000])
-    told = json.loads((self.folder / 'data/train/described.json').read_text())[:1000] if (
-      self.config.described) else []
+    told = self.read('data/train/described.json')[:1000] if self.config.described else []
     return spoken((messages_from_llava(record['conversations']) for record in [*records, *told]),
                   sorted({model.chat for model in self.config.systems.values()}))
 
