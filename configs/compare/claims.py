@@ -14,10 +14,9 @@ those of their tables (`source` says which column); None where a table was not a
 paper draws a curve. What a miniature has to do otherwise than a paper is said in `says`, `source`
 or at the model.
 
-On `needle` all systems have the decoder of two layers of needle_tiny.py. Pheye's cross-attention in
-every second against every fourth layer of a decoder is every layer against every second one here:
-two blocks against one, as in four layers. A decoder of four layers would make all systems slower
-for that one row; `relate` and `page` need one (`fit` of needle_tiny.py).
+On `needle` all systems have the decoder of two layers of needle_tiny.py, on `relate` and `page` one
+of four (`fit` there). Pheye's cross-attention in every second against every fourth layer is told on
+`relate`, as every layer (four blocks) against every second one (two).
 """
 
 import pathlib

@@ -117,12 +117,12 @@ def claims():
       points=by_size(measure='attention_global')),
     'pheye_blocks': dict(
       paper='Pheye', task='relate', order='rises', source=f'{TABLE_1}, VQAv2 at 672 pixels',
-      says='Cross-attention in front of twice as many layers is better (two blocks against one; '
-           'x2 against x4 in the paper)',
-      points=[point('one block', 'pheye_half_blocks', 75.5), point('two blocks', paper=76.4)]),
+      says='Cross-attention in front of twice as many layers is better (every layer against every '
+           'second one; every second against every fourth in the paper)',
+      points=[point('every second', 'pheye_half_blocks', 75.5), point('every', paper=76.4)]),
     'pheye_resolution_or_blocks': dict(
       paper='Pheye', task='relate', order='rises', source=f'{TABLE_1}, TextVQA: x2 448, x4 672',
       says='Where details count a higher resolution gains more than twice as many blocks',
-      points=[point('4 tiles, two blocks', 'pheye_level_2', 47.3),
-              point('9 tiles, one block', 'pheye_half_blocks', 49.2)]),
+      points=[point('4 tiles, every layer', 'pheye_level_2', 47.3),
+              point('9 tiles, every second', 'pheye_half_blocks', 49.2)]),
   }
