@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import attend
-from .towers import Tower, TowerLayer, few
+from .towers import Tower, TowerLayer, evenly, few
 
 WHOLE, TILES = range(2)  # the sets, in the order of `LowRank.sets`
 
@@ -111,11 +111,10 @@ class PheyeLayer(TowerLayer):
     count = few(x, self.mlp.fc1)
     if count is None:
       return super().forward(x, attention_mask)
-    out, pictures = torch.empty_like(x), max(1, count // x.shape[1])
+    out, pictures = torch.empty_like(x), evenly(self.views - 1, count // x.shape[1])
     for start in range(0, len(x), self.views):
-      first = range(start + 1, start + self.views, pictures)
       self._one_kind(x[start:start + 1], out[start:start + 1], WHOLE)
-      for at in first:
+      for at in range(start + 1, start + self.views, pictures):
         own = slice(at, min(at + pictures, start + self.views))
         self._one_kind(x[own], out[own], TILES)
     return out
