@@ -73,8 +73,8 @@ def test_device_maps(name, pair, tmp_path):
   from transformers import AutoModelForImageTextToText
 
   inputs = pair.inputs(pair.items(2))
-  with torch.no_grad():
-    expected = pair.model(**inputs).logits
+  # With gradients: without, towers that no hook watches take few rows at a time, in another order.
+  expected = pair.model(**inputs).logits.detach()
   ids = pair.model.generate(**inputs, max_new_tokens=3)
   depth = pair.config.text.depth
   if pair.native:
@@ -103,8 +103,7 @@ def test_device_maps(name, pair, tmp_path):
       offload_folder=tmp_path / 'disk').eval()
     away = {n for n, p in model.named_parameters() if p.device.type == 'meta'}
     assert bool(away) == isinstance(where, dict), where
-    with torch.no_grad():
-      assert near(model(**inputs).logits, expected) < 1e-6, where
+    assert near(model(**inputs).logits.detach(), expected) < 1e-6, where
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), ids), where
 
 
