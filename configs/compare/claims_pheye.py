@@ -75,6 +75,14 @@ def point(label, system='pheye', paper=None, **options):
   return dict(label=label, system=system, paper=paper, **options)
 
 
+def resampled(says, resampler):
+  """A resampler between one view and all tokens of ten."""
+  return dict(
+    paper='Pheye', task='needle', order='rises', says=says,
+    source='Pheye, table 5: TextCaps, CIDEr, values not at hand',
+    points=[point('one view', 'pheye_small'), resampler, point('all tokens', 'pheye_frozen')])
+
+
 def claims():
   by_size = lambda **options: [point(size, size=size, **options)
                                for size in ('small', 'medium', 'large')]
@@ -97,19 +105,11 @@ def claims():
       source='Pheye, table 4: COCO captions, CIDEr, values not at hand',
       says='With a frozen language model all tokens in the prompt beat one',
       points=[point('one token', 'pheye_one_token'), point('all', 'pheye_prefix')]),
-    'pheye_resolution': dict(
-      paper='Pheye', task='needle', order='rises',
-      source='Pheye, table 5: TextCaps, CIDEr, values not at hand',
-      says='A higher resolution helps, even through a resampler to the tokens of one view, and '
-           'most without one',
-      points=[point('one view', 'pheye_small'), point('Perceiver', 'pheye_perceiver'),
-              point('all tokens', 'pheye_frozen')]),
-    'pheye_resolution_monkey': dict(
-      paper='Pheye', task='needle', order='rises',
-      source='Pheye, table 5: TextCaps, CIDEr, values not at hand',
-      says="The same with Monkey's resampler of a single layer",
-      points=[point('one view', 'pheye_small'), point('Monkey', 'pheye_monkey'),
-              point('all tokens', 'pheye_frozen')]),
+    'pheye_resolution': resampled(
+      'A higher resolution helps, even through a resampler to the tokens of one view, and most '
+      'without one', point('Perceiver', 'pheye_perceiver')),
+    'pheye_resolution_monkey': resampled(
+      "The same with Monkey's resampler of a single layer", point('Monkey', 'pheye_monkey')),
     'pheye_global_attention': dict(
       paper='Pheye', task='relate', order='rises',
       source='Pheye, appendix C, figure 4: curves; evenly spread attention would be 0.1 here',

@@ -24,7 +24,7 @@ from hrvlm_jax.lab.compare_config import CompareConfig
 from hrvlm_jax.lab.needle import write
 from hrvlm_jax.lab.report import accuracy, machine, markdown_table
 from hrvlm_jax.lab.study import Part, Study
-from hrvlm_jax.lab.study_kept import take
+from hrvlm_jax.lab.study_kept import noted, take
 
 FACTORS = (0.5, 1.0, 2.0)  # of the comparison's learning rate
 FILE = 'search.json'
@@ -109,9 +109,7 @@ def borrow(study: Study, folder: pathlib.Path, parts: Sequence[Part]) -> None:
   for part in parts:
     if part.prepares:
       here, there = study.owner(part), folder / part.folder
-      read = lambda name, there=there: (json_text.loads((there / name).read_text())
-                                        if (there / name).exists() else {})
-      now, before = json.loads(json.dumps(to_dict(here.config))), read('config.json')
+      now, before = json.loads(json.dumps(to_dict(here.config))), noted(there / 'config.json')
       same = all(before.get(key) == now[key] for key in (
         'task', 'encoder', 'encoders', 'language', 'train_images', 'eval_images', 'turns', 'seed'))
       name = part.name.removeprefix('adapt ')
@@ -119,8 +117,9 @@ def borrow(study: Study, folder: pathlib.Path, parts: Sequence[Part]) -> None:
         same = same and all((before.get(key) or {}).get(name) == now[key][name]
                             for key in ('systems', 'adapt'))
       if same:
-        for step in set(part.steps) & read('times.json').keys():
-          take(here, there, step, read('times.json')[step], read('cpu_times.json').get(step, 0.0))
+        times, cpu = noted(there / 'times.json'), noted(there / 'cpu_times.json')
+        for step in set(part.steps) & times.keys():
+          take(here, there, step, times[step], cpu.get(step, 0.0))
 
 
 def keep(study: Study, place: pathlib.Path) -> pathlib.Path:

@@ -36,7 +36,7 @@ _PLACES = {
   **{name: (f'{name}_{{}}.json',) for name in ANALYSES}}
 
 
-def of_comparison(comparison: Comparison) -> dict[str, Any] | None:
+def of_comparison(comparison: Comparison, seed: int) -> dict[str, Any] | None:
   """What of a (task, seed) is kept; None where nothing was answered yet.
 
   Numbers per question are one string: '0110' for answers, thousandths with spaces between for
@@ -51,7 +51,7 @@ def of_comparison(comparison: Comparison) -> dict[str, Any] | None:
   rows = {key: comparison.read(f'answers_{key}.json') for key in keys('answer')}
   numbers = lambda values, unit: ' '.join(str(round(v / unit)) for v in values)
   return {
-    'task': config.task.task, 'seed': config.seed // 2, 'chance': config.task.chance,
+    'task': config.task.task, 'seed': seed, 'chance': config.task.chance,
     'steps': config.train_steps, 'encoder_steps': config.encoder.steps,
     'encoder_accuracy': _accuracy(comparison.folder / 'encoder'),
     'language_accuracy': _accuracy(comparison.folder / 'language'),
@@ -71,7 +71,7 @@ def _accuracy(checkpoint: pathlib.Path) -> float | None:
 
 def of_study(study: Study) -> dict[tuple[str, int], dict[str, Any]]:
   """`of_comparison` of every (task, seed) that has answers."""
-  found = {(task, seed): of_comparison(study.comparison(task, seed, config))
+  found = {(task, seed): of_comparison(study.comparison(task, seed, config), seed)
            for task, seed, config in study.experiments()}
   return {key: value for key, value in found.items() if value is not None}
 
@@ -144,7 +144,7 @@ def merge(study: Study, others: Sequence[str | os.PathLike], parts: Sequence[Par
     taken, twice = [], []
     for part in parts:
       here, there = study.owner(part), other / part.folder
-      times = _json(there / 'times.json')
+      times = noted(there / 'times.json')
       begun = set(part.steps) & set(here.read('times.json', {}))
       if not part.prepares:
         # Only the training makes it ours: a pre-training of the same name is a part of its own.
@@ -154,7 +154,7 @@ def merge(study: Study, others: Sequence[str | os.PathLike], parts: Sequence[Par
         twice += [part.title] if steps else []
         continue
       for step in steps:
-        take(here, there, step, times[step], _json(there / 'cpu_times.json').get(step, 0.0))
+        take(here, there, step, times[step], noted(there / 'cpu_times.json').get(step, 0.0))
       taken += [part.title] if steps else []
     said.append(f'{other}: took {len(taken)} parts' + (f' ({", ".join(taken)})' if taken else ''))
     if twice:
@@ -177,7 +177,7 @@ def forget(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
   """
   gone, known = [], set()
   for config in sorted(pathlib.Path(folder).glob('*-*/config.json')):
-    place, settings = config.parent, _json(config)
+    place, settings = config.parent, noted(config)
     known |= set(names) & settings['systems'].keys()
     for key in JOINING:
       settings[key] = {name: value for name, value in settings.get(key, {}).items()
@@ -202,13 +202,14 @@ def _system(step: str) -> str | None:
   return None if word in ('data', 'tokenizer', 'encoder', 'language') else rest.partition('[')[0]
 
 
-def _json(path: pathlib.Path) -> dict[str, Any]:
+def noted(path: pathlib.Path) -> dict[str, Any]:
+  """What a JSON file of a comparison's folder says; {} without one."""
   return json_text.loads(path.read_text()) if path.exists() else {}
 
 
 def _same_study(study: Study, other: pathlib.Path, parts: Sequence[Part]) -> None:
   folders = {part.folder: study.owner(part) for part in parts}
-  there = {name: _json(other / name / 'config.json') for name in folders}
+  there = {name: noted(other / name / 'config.json') for name in folders}
   if not any(there.values()):
     raise UserError(f'{other}: holds none of {", ".join(folders)}; expected a folder that hrvlm '
                     'compare made with the same config')
