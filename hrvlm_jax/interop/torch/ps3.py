@@ -24,9 +24,9 @@ class LookLayer(TowerLayer):
     keys, values = (k, v) if prefix is None else (
       torch.cat([before.to(part.dtype), part], dim=2) for before, part in zip(prefix, (k, v)))
     x = x + own.out_proj(attend(own, q, keys, values, scale=own.scale).flatten(2))
-    count = few(x, self.mlp.fc1)
-    x = x + self.mlp(self.layer_norm2(x)) if count is None else self.add_mlp(x, count)
-    return x, k, v
+    if few(x, self.mlp.fc1) is None:
+      return x + self.mlp(self.layer_norm2(x)), k, v
+    return self.add_mlp(x), k, v
 
 
 class ProjectionHead(nn.Module):

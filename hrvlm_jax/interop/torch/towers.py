@@ -17,8 +17,8 @@ from transformers.models.siglip.modeling_siglip import (
 FEW = 6 * 2**20
 
 
-def few(x, linear):
-  """Rows at a time through a layer whose widest product is `linear`; None: all.
+def few(x, linear, width=None):
+  """Rows at a time through a layer whose widest product is `linear`, or `width`; None: all.
 
   All where gradients are wanted, on accelerators, in a graph that is compiled or exported, and
   where accelerate brings the weights for every call.
@@ -26,13 +26,13 @@ def few(x, linear):
   if (x.device.type != 'cpu' or torch.is_grad_enabled() or torch.compiler.is_compiling()
       or torch.jit.is_tracing() or hasattr(linear, '_hf_hook')):
     return None
-  return max(1, FEW // linear.out_features)
+  return max(1, FEW // (width or linear.out_features))
 
 
-def evenly(pictures, most):
-  """Pictures at a time, at least one: 9 of at most 4 go as 3, 3, 3 and not as 4, 4, 1."""
-  parts = max(1, -(-pictures // max(1, most)))
-  return max(1, -(-pictures // parts))
+def evenly(count, most):
+  """Pictures or rows at a time, at least one: 9 of at most 4 go as 3, 3, 3 and not as 4, 4, 1."""
+  parts = max(1, -(-count // max(1, most)))
+  return max(1, -(-count // parts))
 
 
 def resize_square(table, side):
@@ -87,25 +87,40 @@ class Embeddings(nn.Module):
     return torch.cat([first.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
 
 
+# The forms of GELU that PyTorch can put in the place of what it reads, by transformers' names.
+IN_PLACE = {'gelu': 'none', 'gelu_pytorch_tanh': 'tanh'}
+
+
 class TowerLayer(SiglipEncoderLayer):
   """transformers' layer; few pictures at a time in the attention, few rows in the MLP (`few`)."""
 
   def forward(self, x, attention_mask=None):
     """[n t d] -> [n t d]."""
-    count = few(x, self.mlp.fc1)
-    if count is None:
+    if few(x, self.mlp.fc1) is None:
       return super().forward(x, attention_mask)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pictures = evenly(len(x), count // x.shape[1])
+    pictures = self.pictures(x)
     for own, part in zip(x.split(pictures), out.split(pictures)):
       torch.add(own, self.self_attn(self.layer_norm1(own), None)[0], out=part)
-    return self.add_mlp(out, count)
+    return self.add_mlp(out)
 
-  def add_mlp(self, x, count):
-    """x + mlp(norm(x)) of [n t d], in the place of x: nobody else may hold it."""
-    x = x.contiguous()
-    for rows in x.flatten(0, 1).split(count):
-      rows.add_(self.mlp(self.layer_norm2(rows)))
+  def pictures(self, x):
+    """Pictures of x [n t d] at a time through the attention: queries, keys and values are `few`."""
+    wide = 3 * self.self_attn.q_proj.out_features
+    return evenly(len(x), few(x, self.self_attn.q_proj, wide) // x.shape[1])
+
+  def add_mlp(self, x, *which):
+    """x + mlp(norm(x)) of [n t d], in the place of x: nobody else may hold it.
+
+    Args:
+      which: what the linear layers ask for beside their rows.
+    """
+    x, mlp = x.contiguous(), self.mlp
+    form = IN_PLACE.get(mlp.config.hidden_act)
+    for rows in x.flatten(0, 1).split(evenly(x.shape[0] * x.shape[1], few(x, mlp.fc1))):
+      y = mlp.fc1(self.layer_norm2(rows), *which)
+      y = mlp.activation_fn(y) if form is None else torch.ops.aten.gelu_(y, approximate=form)
+      rows.add_(mlp.fc2(y, *which))
     return x
 
 

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import attend
-from .towers import Tower, TowerLayer, evenly, few
+from .towers import Tower, TowerLayer, few
 
 WHOLE, TILES = range(2)  # the sets, in the order of `LowRank.sets`
 
@@ -108,26 +108,24 @@ class PheyeLayer(TowerLayer):
 
   def forward(self, x, attention_mask=None):
     """[n*views t d] -> [n*views t d]."""
-    count = few(x, self.mlp.fc1)
-    if count is None:
+    if few(x, self.mlp.fc1) is None:
       return super().forward(x, attention_mask)
-    out, pictures = torch.empty_like(x), evenly(self.views - 1, count // x.shape[1])
-    for start in range(0, len(x), self.views):
-      self._one_kind(x[start:start + 1], out[start:start + 1], WHOLE)
-      for at in range(start + 1, start + self.views, pictures):
-        own = slice(at, min(at + pictures, start + self.views))
-        self._one_kind(x[own], out[own], TILES)
+    out = torch.empty_like(x)
+    for at in range(0, len(x), self.views):
+      for which, own in ((WHOLE, slice(at, at + 1)), (TILES, slice(at + 1, at + self.views))):
+        pictures = self.pictures(x[own])
+        for rows, part in zip(x[own].split(pictures), out[own].split(pictures)):
+          self._attention(rows, part, which)
+        self.add_mlp(out[own], which)
     return out
 
-  def _one_kind(self, x, out, which):
-    """Views of one kind into `out`."""
-    own, mlp, y = self.self_attn, self.mlp, self.layer_norm1(x)
+  def _attention(self, x, out, which):
+    """x + attention(norm(x)) of views of one kind, into `out`."""
+    own, y = self.self_attn, self.layer_norm1(x)
     q, k, v = (layer(y, which).unflatten(-1, (own.num_heads, -1)).transpose(1, 2)
                for layer in (own.q_proj, own.k_proj, own.v_proj))
     y = attend(own, q, k, v, scale=own.scale).flatten(2)
-    x = x + own.out_proj(y, which)
-    y = mlp.activation_fn(mlp.fc1(self.layer_norm2(x), which))
-    torch.add(x, mlp.fc2(y, which), out=out)
+    torch.add(x, own.out_proj(y, which), out=out)
 
 
 class PheyeVision(nn.Module):
