@@ -239,8 +239,7 @@ class Study:
         file.write_text(''.join(traceback.format_exception(error)))
       say(f'== {part.title} FAILED: {failed[part.title]}')
     finally:
-      jax.clear_caches()  # programs of a hundred models would fill the memory
-      gc.collect()
+      freed()
 
   def state(self, part: Part) -> str:
     """'done', 'process 12 on a-machine', 'failed: ...' or 'open'."""
@@ -251,6 +250,12 @@ class Study:
     if self.failure(part).exists():
       return 'failed: ' + self.failure(part).read_text().strip().rpartition('\n')[2]
     return 'open'
+
+
+def freed() -> None:
+  """Gives back the programs of a part: those of a hundred models would fill the memory."""
+  jax.clear_caches()
+  gc.collect()
 
 
 def work_of(comparison: Comparison, name: str) -> Sequence[tuple]:

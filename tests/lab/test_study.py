@@ -69,6 +69,8 @@ class Fake(Comparison):
 def fake(monkeypatch):
   made = type('Made', (Fake,), {'log': []})
   monkeypatch.setattr(study, 'PAUSE', 0.01)
+  # It compiled nothing; to free what other tests compiled would take seconds, and theirs again.
+  monkeypatch.setattr(study, 'freed', lambda: None)
   return made
 
 
