@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import pathlib
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from hrvlm_jax.lab.verdicts import HOLDS, Number, Verdict
 Kept = Mapping[tuple[str, int], Mapping[str, Any]]
 Found = dict[str, Verdict | None]
 NOT_RUN = 'not run yet'
+TITLE = 52  # characters of a line above a panel
+NARROW = 10.0  # per cent that a panel shows at least
 
 
 def claims_of(configs: Mapping[str, CompareConfig]) -> dict[str, Claim]:
@@ -204,6 +207,16 @@ def pictures(configs: Mapping[str, CompareConfig], kept: Kept, place: pathlib.Pa
   return written
 
 
+def _same_span(both) -> None:
+  """The same number of per cent from bottom to top, at least NARROW: slopes may be compared, and a
+  fraction of a per cent does not look like a gain."""
+  limits = [axes.get_ylim() for axes in both]
+  span = max(NARROW, *(high - low for low, high in limits))
+  for axes, (low, high) in zip(both, limits, strict=True):
+    middle = (low + high) / 2
+    axes.set_ylim(middle - span / 2, middle + span / 2)
+
+
 def _picture(claims: Mapping[str, Claim], found: Found, path: pathlib.Path) -> None:
   columns = min(3, len(claims))
   rows = -(-len(claims) // columns)
@@ -211,18 +224,24 @@ def _picture(claims: Mapping[str, Claim], found: Found, path: pathlib.Path) -> N
     for axes, (name, claim) in zip(panels, claims.items(), strict=False):
       verdict, places = found[name], np.arange(len(claim.points))
       scale = 1 if claim.measure in COSTS else 100
+      # A line says that the points follow each other; one against others is no row.
+      line = dict(linestyle='') if claim.order == 'first' else {}
       axes.errorbar(places, [scale * p.value for p in verdict.points],
                     [scale * p.error for p in verdict.points], marker='o', capsize=3,
-                    color='#1b6ca8')
+                    color='#1b6ca8', **line)
       axes.set_xticks(places, [p.label.replace(', ', ',\n') for p in claim.points], fontsize=7)
       axes.set_ylabel(f'here ({"%" if scale == 100 else claim.measure.replace("_", " ")})',
                       color='#1b6ca8', fontsize=8)
+      both = [axes]
       if any(p.paper is not None for p in claim.points):
-        other = axes.twinx()
+        both.append(other := axes.twinx())
         other.plot(places, [np.nan if p.paper is None else p.paper for p in claim.points],
-                   marker='s', linestyle='--', color='#c8553d')
+                   **dict(marker='s', linestyle='--', color='#c8553d') | line)
         other.set_ylabel('paper', color='#c8553d', fontsize=8)
         other.tick_params(labelsize=7)
+      if scale == 100:
+        _same_span(both)
       axes.tick_params(axis='y', labelsize=7)
       axes.margins(x=0.15)
-      axes.set_title(f'{claim.says}\n({claim.task}; {_verdict(verdict)})', fontsize=8, wrap=True)
+      said = textwrap.fill(f'{claim.says} ({claim.task}; {_verdict(verdict)})', TITLE)
+      axes.set_title(said, fontsize=8)

@@ -375,3 +375,16 @@ def test_the_page_says_what_is_kept():
     for seed in (0, 1, 2):
       own = study.of_experiment(made[claim.task], claim.task, seed)
       assert name in own.claims and systems_of(claim) <= own.systems.keys()
+
+
+def test_slopes_of_both_axes_of_a_picture_may_be_compared():
+  from matplotlib.figure import Figure
+  axes = Figure().subplots()
+  other = axes.twinx()
+  for panel, numbers in ((axes, (95.4, 96.0)), (other, (58.0, 79.0))):
+    panel.plot((0, 1), numbers)
+  study_page._same_span((axes, other))
+  spans = [high - low for low, high in (panel.get_ylim() for panel in (axes, other))]
+  assert spans[0] == pytest.approx(spans[1]) and spans[0] >= 21
+  study_page._same_span((alone := Figure().subplots(),))
+  assert alone.get_ylim()[1] - alone.get_ylim()[0] == pytest.approx(study_page.NARROW)
