@@ -107,7 +107,7 @@ class TowerLayer(SiglipEncoderLayer):
   def pictures(self, x):
     """Pictures of x [n t d] at a time through the attention: queries, keys and values are `few`."""
     wide = 3 * self.self_attn.q_proj.out_features
-    return evenly(len(x), few(x, self.self_attn.q_proj, wide) // x.shape[1])
+    return evenly(len(x), few(x, self.mlp.fc1, wide) // x.shape[1])  # asked as `forward` does
 
   def add_mlp(self, x, *which):
     """x + mlp(norm(x)) of [n t d], in the place of x: nobody else may hold it.
