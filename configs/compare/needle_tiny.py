@@ -136,9 +136,9 @@ def fit(config, name):
 
   An answer there takes more steps of thought than a decoder of two layers has: find the cue, the
   reading that it stands for, the thing or word named, its place, and what is written beside it.
-  Descriptions teach where things stand, which questions alone do not within such a run. Letters of
-  a 4-fold range of heights take an encoder longer: after 1500 steps its last tokens told 20 % of
-  them, still rising; 4000 have not been run yet.
+  Descriptions teach where things stand, which questions alone do not within such a run. An encoder
+  learns to read on the needle's signs first: begun at once on letters of a 4-fold range of heights
+  among things and cues, its last tokens told 20 % of them after 1500 steps, begun from there 63 %.
   """
   if name == 'needle':
     return
@@ -147,7 +147,8 @@ def fit(config, name):
     made.text.depth = 4
   config.language.update(learning_rate=4e-3, uncued=0.3)
   if config.language.steps > 3:
-    config.language.steps, config.encoder.steps = 800, 4000
+    config.language.steps, config.encoder.steps = 800, 2500
+    config.encoder.update(first=dataclasses.asdict(task('needle')), first_steps=1500)
 
 
 def get_config(words='full'):

@@ -28,8 +28,10 @@ from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.evaluation.provenance import made, versions
 from hrvlm_jax.lab import analyses, claims, compare_report, contrast
 from hrvlm_jax.lab.compare_config import (
+  FIRST,
   ChangesConfig,
   CompareConfig,
+  EncoderConfig,
   encoder_of,
   tower_path,
   towers,
@@ -123,12 +125,19 @@ class Comparison(Experiment):
   def shared(self) -> dict[str, Work]:
     """What systems need first, by what it is: data, encoder, further encoders, language."""
     found = {'data': [('data', self.write_data), ('tokenizer', self.tokenizer)],
-             'encoder': [('encoder', self.pretrain)]}
-    found |= {f'encoder {name}': [(f'encoder {name}', self.pretrain, name)]
-              for name in self.encoders()}
+             'encoder': self._encoder('')}
+    found |= {f'encoder {name}': self._encoder(name) for name in self.encoders()}
     if self.config.language is not None:
       found['language'] = [('language', self.pretrain_language)]
     return found
+
+  def _encoder(self, name: str) -> Work:
+    step, e = f'encoder {name}'.rstrip(), self._settings(name)
+    first = [(f'{step} {FIRST}', self.pretrain, name, True)] if e.first_steps else []
+    return [*first, (step, self.pretrain, name)]
+
+  def _settings(self, name: str) -> EncoderConfig:
+    return self.config.encoders[name] if name else self.config.encoder
 
   def adapted(self, name: str) -> Work:
     """Pre-training of a system's own, or of the one that it is like; () for none."""
@@ -201,12 +210,22 @@ class Comparison(Experiment):
                     vocab_size=next(iter(self.config.systems.values())).text.vocab_size,
                     pad='<pad>', eos='<|im_end|>')
 
-  def pretrain(self, name: str = '') -> None:
-    """The shared encoder, or a further one, as a checkpoint of `vision/tower`."""
-    e = self.config.encoders[name] if name else self.config.encoder
+  def pretrain(self, name: str = '', first: bool = False) -> None:
+    """The shared encoder, or a further one, as a checkpoint of `vision/tower`.
+
+    Args:
+      first: on the simpler task that it begins with.
+    """
+    e, begun = self._settings(name), f'{name} {FIRST}'.lstrip()
+    start, task, steps = None, self.config.task, e.steps
+    if first:
+      name, task, steps = begun, e.first, e.first_steps
+    elif e.first_steps:
+      start = {path.replace(TOWER, GlyphConfig.below): leaf
+               for path, leaf in leaves(self.folder / encoder_folder(begun)).items()}
     tower, read = self.learn(f'encoder {name}'.rstrip(), GlyphConfig(
-      needle=self.config.task, vision=e.vision, window=e.window, last_tokens=e.last_tokens,
-      colour_weight=e.colour_weight, steps=e.steps, seed=self.config.seed))
+      needle=task, vision=e.vision, window=e.window, last_tokens=e.last_tokens,
+      colour_weight=e.colour_weight, steps=steps, seed=self.config.seed), start)
     self._keep(encoder_folder(name), {TOWER + path: leaf for path, leaf in tower.items()},
                {'vision': to_dict(e.vision), 'accuracy': read})
 

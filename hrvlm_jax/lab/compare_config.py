@@ -24,6 +24,8 @@ from hrvlm_jax.training.config import OptimizerConfig
 from hrvlm_jax.vision.vit import ViTConfig
 from hrvlm_jax.vlm import model as vlm
 
+FIRST = 'first'  # of an encoder: what it learns before the comparison's own task
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -32,6 +34,8 @@ class EncoderConfig:
   Attributes:
     window: side of the crops in canvas pixels. last_tokens: what the readout sees of a view.
     colour_weight: of the loss that asks every patch for the colour of its sign.
+    first, first_steps: a simpler task to learn to read on before the comparison's own, and for how
+      many steps; None and 0: there is none.
   """
 
   vision: ViTConfig
@@ -39,6 +43,8 @@ class EncoderConfig:
   last_tokens: int
   steps: int
   colour_weight: float = 1.0
+  first: NeedleConfig | None = None
+  first_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -174,6 +180,12 @@ def problems(config: CompareConfig) -> list[str]:
   visions = [plain(encoder.vision) for encoder in (config.encoder, *config.encoders.values())]
   found += [f'encoders.{name}: its tower is that of an encoder before it'
             for place, name in enumerate(config.encoders, 1) if visions[place] in visions[:place]]
+  found += [f'encoder {name}'.rstrip() + ': first and first_steps are given together, found '
+            f'{e.first and e.first.task} and {e.first_steps}'
+            for name, e in {'': config.encoder, **config.encoders}.items()
+            if (e.first is None) != (e.first_steps == 0)]
+  found += [f'encoders: {name} ends in "{FIRST}", as the steps on a simpler task do'
+            for name in config.encoders if name.split()[-1:] == [FIRST]]
   found += [f'adapt.{name}: like {a.like}, which learns nothing of its own'
             for name, a in config.adapt.items()
             if a.like is not None and getattr(config.adapt.get(a.like), 'like', '') is not None]

@@ -129,6 +129,42 @@ def test_a_comparison_trains_on_descriptions(tmp_path):
     dataclasses.replace(made, task=NeedleConfig.medium())
 
 
+def test_an_encoder_may_learn_to_read_on_a_simpler_task_first(tmp_path, monkeypatch):
+  signs, encoder = NeedleConfig.medium(), dict(vision=VISION, window=80, last_tokens=2, steps=1)
+  deep = dict(encoder, vision=dataclasses.replace(VISION, depth=2))
+  made = compare_config.CompareConfig(
+    task=NeedleConfig.medium('page'),
+    encoder=compare_config.EncoderConfig(**encoder, first=signs, first_steps=2),
+    encoders={'deep': compare_config.EncoderConfig(**deep)}, systems={
+      'plain': SYSTEM, 'deep': dataclasses.replace(SYSTEM, encoder=dataclasses.replace(
+        SYSTEM.encoder, vision=deep['vision']))}, optimizer=OptimizerConfig(learning_rate=1e-3),
+    train_images=3, eval_images=2, train_steps=2, batch_size=2, lengths=(256,))
+  learned = []
+
+  def learn(self, title, head, start=None):
+    learned.append((title, head.needle.task, head.steps, start))
+    return {'pos_embed': np.full(3, len(learned))}, 0.5
+
+  monkeypatch.setattr(compare.Comparison, 'learn', learn)
+  comparison = compare.Comparison(made, tmp_path, progress=False)
+  shared = comparison.shared()
+  assert [step[0] for step in shared['encoder']] == ['encoder first', 'encoder']
+  assert [step[0] for step in shared['encoder deep']] == ['encoder deep']
+  for name in ('encoder', 'encoder deep'):
+    comparison.do(shared[name])
+  assert [one[:3] for one in learned] == [
+    ('encoder first', 'needle', 2), ('encoder', 'page', 1), ('encoder deep', 'page', 1)]
+  assert learned[0][3] is None and learned[2][3] is None
+  assert {path: leaf.tolist() for path, leaf in learned[1][3].items()} == {
+    'tower/pos_embed': [1, 1, 1]}
+  assert all((tmp_path / compare.encoder_folder(name)).is_dir() for name in ('', 'first', 'deep'))
+  for broken, said in (
+      (dict(encoder=compare_config.EncoderConfig(**encoder, first=signs)), 'given together'),
+      (dict(encoders={'deep first': compare_config.EncoderConfig(**deep)}), 'ends in "first"')):
+    with pytest.raises(UserError, match=said):
+      dataclasses.replace(made, **broken)
+
+
 def test_a_folder_from_before_a_setting_is_taken_up(tmp_path):
   made = compare_config.CompareConfig(
     task=NeedleConfig.medium(), encoder=compare_config.EncoderConfig(
