@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--keep', action='store_true',
                       help='copy results and plots to results/ beside the config')
   parser.add_argument('--document', metavar='FILE', help='also put the table between the marks '
-                      '<!-- compare:begin --> and <!-- compare:end --> of a Markdown file, and '
-                      'claims between those called claims, a study between those called study')
+                      '<!-- compare:begin --> and <!-- compare:end --> of a Markdown file, a '
+                      'study between those called study')
   study = parser.add_argument_group('studies (a config with seeds)')
   study.add_argument('--task', default='', metavar='NAMES', help='work on these tasks only')
   study.add_argument('--seed', default='', metavar='NUMBERS', help='work with these seeds only')
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   if config.seeds:
     return _study(arguments)
-  _no_study(arguments)
+  _no_study(arguments, bool(config.claims))
   results = Comparison(config, arguments.out, progress=not arguments.quiet).run(
     _names(arguments.only))
   if arguments.keep:
@@ -67,9 +67,12 @@ def _names(text: str) -> list[str]:
   return [name for name in text.split(',') if name]
 
 
-def _no_study(arguments: argparse.Namespace) -> None:
+def _no_study(arguments: argparse.Namespace, claims: bool) -> None:
   from hrvlm_jax.core.errors import UserError
 
+  if claims:
+    raise UserError(f'{arguments.config}: has claims, which a study tells, and names no seeds; '
+                    'set config.seeds, such as (0,)')
   for name in ('task', 'seed', 'parts', 'list', 'merge', 'forget', 'report', 'search', 'against'):
     if getattr(arguments, name):
       raise UserError(f'--{name}: {arguments.config} is one comparison; expected a config that '

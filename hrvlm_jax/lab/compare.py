@@ -25,7 +25,7 @@ from hrvlm_jax.checkpoint.files import whole_file
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.evaluation.provenance import made, versions
+from hrvlm_jax.evaluation.provenance import made
 from hrvlm_jax.lab import analyses, claims, compare_report, contrast
 from hrvlm_jax.lab.compare_config import (
   FIRST,
@@ -396,24 +396,7 @@ class Comparison(Experiment):
     compare_report.plot(results, self.folder / 'plot.png')
     self.write('results.json', results)
     say('\n' + compare_report.table(results))
-    if c.claims:
-      results['claims'] = self.judge()
-      self.write('results.json', results)
     return results
-
-  def judge(self) -> dict[str, Any]:
-    """claims.json, claims.md, claims.png of the claims whose answers are there."""
-    found = {}
-    for name, claim in self.config.claims.items():
-      keys = {point.key for point in claim.points} | ({claim.minus} - {None})
-      if all(f'answer {key}' in self.times for key in keys):
-        found[name] = claims.judge(
-          claim, {key: self.read(f'answers_{key}.json') for key in keys})
-    self.write('claims.json', {'claims': found, 'machine': machine(), 'versions': versions()})
-    if found:
-      (self.folder / 'claims.md').write_text(claims.markdown(found))
-      claims.plot(found, self.folder / 'claims.png')
-    return found
 
 
 def encoder_folder(name: str) -> str:

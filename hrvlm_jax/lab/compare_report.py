@@ -9,7 +9,7 @@ import shutil
 from typing import Any
 
 from hrvlm_jax.core import json_text
-from hrvlm_jax.lab import claims, report
+from hrvlm_jax.lab import report
 
 # Title and form of the columns behind the accuracies.
 _COLUMNS = {'tokens': ('tokens', '{:.0f}'), 'views': ('views', '{:.0f}'),
@@ -61,18 +61,12 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def fill(results: dict[str, Any], document: pathlib.Path) -> None:
-  """Puts the table, and the claims where there are any, between their marks in a Markdown file.
+  """Puts the table between its marks in a Markdown file.
 
   Raises:
-    UserError: see `report.insert`; the file has none of the marks that these results could fill.
+    UserError: see `report.insert`.
   """
-  texts = {'compare': markdown(results)}
-  if results.get('claims'):
-    texts['claims'] = claims.markdown(results['claims'])
-  text = document.read_text()
-  marked = [name for name in texts if f'<!-- {name}:begin -->' in text] or ['compare']
-  for name in marked:
-    report.insert(texts[name], document, name=name)
+  report.insert(markdown(results), document, name='compare')
 
 
 def plot(results: dict[str, Any], path: pathlib.Path) -> None:
@@ -133,7 +127,6 @@ def keep(results: dict[str, Any], folder: pathlib.Path, config_file: str | os.Pa
   place.mkdir(exist_ok=True)
   kept = place / f'{config.stem}.json'
   kept.write_text(json.dumps(results, indent=2) + '\n')
-  for name in ('plot', *(['claims'] if results.get('claims') else [])):
-    if (folder / f'{name}.png').exists():
-      shutil.copyfile(folder / f'{name}.png', place / f'{config.stem}_{name}.png')
+  if (folder / 'plot.png').exists():
+    shutil.copyfile(folder / 'plot.png', place / f'{config.stem}_plot.png')
   return kept

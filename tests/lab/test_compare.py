@@ -1,7 +1,6 @@
 """`lab.compare`: refusals, table and plot, one tiny run that is taken up again."""
 
 import dataclasses
-import json
 import pathlib
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hrvlm_jax.checkpoint import store
 from hrvlm_jax.core import paths
 from hrvlm_jax.core.errors import UserError
-from hrvlm_jax.lab import claims, compare, compare_config, compare_report, report, scenes
+from hrvlm_jax.lab import compare, compare_config, compare_report, report, scenes
 from hrvlm_jax.lab.needle import NeedleConfig, read_records, single_turns, write
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
@@ -109,21 +108,6 @@ def test_a_table_goes_between_its_marks_and_nowhere_else(tmp_path):
   document.write_text('<!-- compare:end --> <!-- compare:begin -->')
   with pytest.raises(UserError, match='add them where the table belongs'):
     report.insert('new', document, name='compare')
-
-
-def test_a_document_gets_what_it_has_marks_for(tmp_path):
-  results = {'systems': {'a': ROW}, 'chance': 0.04, 'images': {'eval': 8}, 'steps': 2,
-             'seconds': 120.0, 'encoder_steps': 7,
-             'machine': {'device': 'cpu', 'devices': 1, 'cores': 2}}
-  claim = {'says': 'More is more', 'source': 'nowhere', 'labels': ['1', '2'],
-           'paper': [None, None], 'values': [0.1, 0.2], 'errors': [0.01, 0.01], 'holds': True,
-           'clear': True}
-  document = tmp_path / 'a.md'
-  document.write_text('<!-- claims:begin -->\n<!-- claims:end -->\n')
-  compare_report.fill(results | {'claims': {'more': claim}}, document)
-  assert 'More is more' in document.read_text() and 'chance' not in document.read_text()
-  with pytest.raises(UserError, match='compare:begin'):
-    compare_report.fill(results, document)
 
 
 def test_single_turns_keep_every_question_with_its_box(tmp_path):
@@ -278,10 +262,3 @@ def test_the_readme_says_what_was_run():
   document = (root / 'README.md').read_text()
   found = document.split('<!-- compare:begin -->')[1].split('<!-- compare:end -->')[0]
   assert found.strip() == wanted.strip(), 'run hrvlm compare --keep --document README.md'
-
-
-def test_the_page_of_claims_says_what_was_run():
-  root = pathlib.Path(__file__).parents[2]
-  kept = json.loads((root / 'configs/compare/results/claims_tiny.json').read_text())
-  found = (root / 'docs/claims.md').read_text().split('<!-- claims:begin -->')[1]
-  assert found.split('<!-- claims:end -->')[0].strip() == claims.markdown(kept['claims']).strip()

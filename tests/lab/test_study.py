@@ -9,6 +9,7 @@ import socket
 
 import pytest
 
+from hrvlm_jax.cli.main import main
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import locks, study, study_kept, study_page, study_run, verdicts
 from hrvlm_jax.lab.claims import Claim, Point
@@ -339,6 +340,14 @@ def test_a_config_without_seeds_or_of_one_task_only_is_no_study():
   made = configs()
   with pytest.raises(UserError, match='with the word relate it gives the task needle'):
     study.check({'relate': made['needle']}, 'a.py')
+
+
+def test_claims_without_seeds_are_refused_before_anything_is_done(tmp_path, capsys):
+  asked = ['compare', '--config', f'{ROOT}/configs/compare/claims.py:needle',
+           '--config.seeds=()', '--out', str(tmp_path / 'run')]
+  assert main(asked) == 2
+  assert 'has claims, which a study tells, and names no seeds' in capsys.readouterr().err
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.full('training')
