@@ -8,7 +8,7 @@ import pytest
 
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.lab import compare, compare_config, glyphs, needle
-from hrvlm_jax.lab.needle import NeedleConfig, views
+from hrvlm_jax.lab.needle import NeedleConfig, kinds, views
 from hrvlm_jax.lab.pretrain import pretrain
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems.baselines.single_view import SingleViewConfig
@@ -96,7 +96,10 @@ def test_a_description_tells_all_in_rows_from_the_top(task):
     made = needle.plan(config, 0, index)
     asked, told = needle.description(config, made)
     assert asked['from'] == 'human' and told['from'] == 'gpt'
-    rows = [row.split(', ') for row in told['value'].split('; ')]
+    cue, _, rows = told['value'].partition(': ')
+    assert cue == kinds.CUES[task][made.cue.kind][made.cue.state]
+    assert needle.description(config, dataclasses.replace(made, cue=None))[1]['value'] == rows
+    rows = [row.split(', ') for row in rows.split('; ')]
     assert sum(map(len, rows)) == len(made.signs) + len(made.things)
     if task == 'page':
       assert [word for row in rows for word in row] == [word.text for word in made.signs]

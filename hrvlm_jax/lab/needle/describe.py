@@ -7,16 +7,17 @@ questions; here a caption says what stands where, row by row.
 from __future__ import annotations
 
 from hrvlm_jax.lab.needle.config import NeedleConfig
+from hrvlm_jax.lab.needle.kinds import CUES
 from hrvlm_jax.lab.needle.tasks import TaskPlan, Thing
 
 ASKED = 'Describe it.'
 
 
 def description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
-  """A turn of LLaVA's JSON: all signs, words and things, from left to right in rows from the top.
+  """A turn of LLaVA's JSON: the cue, all signs, words and things, row by row from the top left.
 
-  "largest circle, smallest circle; red C, arrow left, green D; red C, house, green Z"; of a page
-  "N, L, T; U, W, K".
+  "in rain: largest circle, smallest circle; red C, arrow left, green D; red C, house, green Z"; of
+  a page "on ruled paper: N, L, T; U, W, K". Without a cue nothing stands before the rows.
   """
   rows: dict[int, list[tuple[int, str]]] = {}
   largest = max((_width(thing) for thing in made.things if thing.name == 'circle'), default=0)
@@ -31,6 +32,8 @@ def description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
     row = y0 if config.task == 'page' else (y0 + y1) * config.grid[1] // (2 * config.height)
     rows.setdefault(row, []).append((x0, said))
   text = '; '.join(', '.join(said for _, said in sorted(rows[row])) for row in sorted(rows))
+  if made.cue is not None:  # questions alone teach it late: half of the time a guess is right
+    text = f'{CUES[config.task][made.cue.kind][made.cue.state]}: {text}'
   return [{'from': 'human', 'value': ASKED}, {'from': 'gpt', 'value': text}]
 
 
