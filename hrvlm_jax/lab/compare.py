@@ -39,7 +39,15 @@ from hrvlm_jax.lab.compare_config import (
 from hrvlm_jax.lab.experiment import Experiment, leaves, say, spoken, write_tokenizer
 from hrvlm_jax.lab.glyphs import GlyphConfig
 from hrvlm_jax.lab.measure import cost
-from hrvlm_jax.lab.needle import description, differing, plan, read_records, single_turns, write
+from hrvlm_jax.lab.needle import (
+  cue_description,
+  description,
+  differing,
+  plan,
+  read_records,
+  single_turns,
+  write,
+)
 from hrvlm_jax.lab.report import accuracy, accuracy_by_size, machine
 from hrvlm_jax.lab.scenes import SceneConfig
 from hrvlm_jax.lab.symbols import SymbolsConfig
@@ -188,20 +196,26 @@ class Comparison(Experiment):
     training = dataclasses.replace(c.task, turns=c.turns)
     write(training, self.folder / 'data/train', c.train_images, seed=c.seed,
           progress=self.progress)
-    records = read_records(self.folder / 'data/train')
-    (self.folder / 'data/train/rows.json').write_text(json.dumps(single_turns(records)))
+    records, rows = read_records(self.folder / 'data/train'), []
+    for index, record in enumerate(records):
+      own = single_turns([record])
+      if c.described:
+        shown = plan(training, c.seed, index)
+        for row in own:
+          row['conversations'] += cue_description(training, shown)
+        record['conversations'] += description(training, shown)
+      rows += own
+    (self.folder / 'data/train/rows.json').write_text(json.dumps(rows))
     if c.described:
-      for index, record in enumerate(records):
-        record['conversations'] += description(training, plan(training, c.seed, index))
       (self.folder / 'data/train/described.json').write_text(json.dumps(records))
     write(c.task, self.folder / 'data/eval', c.eval_images, seed=c.seed + 1,
           progress=self.progress)
 
   def texts(self) -> list[str]:
     """What the tokenizer learns from: the task's single questions in all templates."""
-    records = single_turns(read_records(self.folder / 'data/train')[:1000])
+    rows = self.read('data/train/rows.json')[:1000 * self.config.turns]
     told = self.read('data/train/described.json')[:1000] if self.config.described else []
-    return spoken((messages_from_llava(record['conversations']) for record in [*records, *told]),
+    return spoken((messages_from_llava(record['conversations']) for record in [*rows, *told]),
                   sorted({model.chat for model in self.config.systems.values()}))
 
   def tokenizer(self) -> None:

@@ -114,8 +114,8 @@ class CompareConfig:
       questions; two-pass systems, which look where the FIRST question of a row points, read the
       same questions as rows of their own, with the box of each sign for the selection's loss.
     described: of composed tasks, training conversations, those of the language model too, end with
-      a turn that tells all there is (`needle.description`). Two-pass systems, which see a part, do
-      without.
+      a turn that tells all there is (`needle.description`). Two-pass systems, which see a part, are
+      told the cue alone (`cue_description`).
     language: pre-training of the language model; None: every system draws its own.
     encoders: by name, further encoders: systems whose tower has the settings of one start from
       that one. None may have those of `encoder`.

@@ -127,6 +127,15 @@ def test_a_comparison_trains_on_descriptions(tmp_path):
     task = dataclasses.replace(made.task, turns=made.turns)
     assert long['conversations'][:-2] == short['conversations']
     assert long['conversations'][-2:] == needle.description(task, needle.plan(task, 0, index))
+  rows = json.loads((tmp_path / 'data/train/rows.json').read_text())
+  assert [row['conversations'][:2] for row in rows] == [
+    row['conversations'] for row in needle.single_turns(plain)]
+  for number, row in enumerate(rows):
+    shown = needle.plan(task, 0, number // made.turns)
+    assert row['conversations'][2:] == needle.cue_description(task, shown)
+    assert told[number // made.turns]['conversations'][-1]['value'].startswith(
+      row['conversations'][-1]['value'])
+  assert needle.cue_description(task, dataclasses.replace(shown, cue=None)) == []
   assert any('Describe it.' in text for text in comparison.texts())
   with pytest.raises(UserError, match='needle has no descriptions'):
     dataclasses.replace(made, task=NeedleConfig.medium())

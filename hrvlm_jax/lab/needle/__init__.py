@@ -6,7 +6,7 @@ order.
 
 from hrvlm_jax.lab.needle.config import COLOURS, PLACES, SHAPES, NeedleConfig
 from hrvlm_jax.lab.needle.crops import CUT, NOTHING, GlyphCrops, glyph_crops
-from hrvlm_jax.lab.needle.describe import description
+from hrvlm_jax.lab.needle.describe import cue_description, description
 from hrvlm_jax.lab.needle.generate import (
   NeedleExample,
   NeedlePlan,
@@ -25,6 +25,6 @@ from hrvlm_jax.lab.needle.write import differing, read_records, write
 __all__ = [
   'COLOURS', 'CUT', 'NOTHING', 'PLACES', 'SHAPES', 'Cue', 'GlyphCrops', 'NeedleConfig',
   'NeedleExample', 'NeedlePlan', 'Plan', 'Question', 'Sign', 'TaskExample', 'TaskPlan', 'Thing',
-  'description', 'differing', 'generate', 'glyph_crops', 'paint', 'plan', 'read_records', 'record',
-  'single_turns', 'task_views', 'write',
+  'cue_description', 'description', 'differing', 'generate', 'glyph_crops', 'paint', 'plan',
+  'read_records', 'record', 'single_turns', 'task_views', 'write',
 ]

@@ -11,6 +11,7 @@ from hrvlm_jax.lab.needle.kinds import CUES
 from hrvlm_jax.lab.needle.tasks import TaskPlan, Thing
 
 ASKED = 'Describe it.'
+ASKED_WHOLE = 'What is it like as a whole?'
 
 
 def description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
@@ -33,8 +34,21 @@ def description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
     rows.setdefault(row, []).append((x0, said))
   text = '; '.join(', '.join(said for _, said in sorted(rows[row])) for row in sorted(rows))
   if made.cue is not None:  # questions alone teach it late: half of the time a guess is right
-    text = f'{CUES[config.task][made.cue.kind][made.cue.state]}: {text}'
-  return [{'from': 'human', 'value': ASKED}, {'from': 'gpt', 'value': text}]
+    text = f'{_cue(config, made)}: {text}'
+  return _turn(ASKED, text)
+
+
+def cue_description(config: NeedleConfig, made: TaskPlan) -> list[dict[str, str]]:
+  """A turn about the cue alone, for systems that see a part of the rest; [] without a cue."""
+  return [] if made.cue is None else _turn(ASKED_WHOLE, _cue(config, made))
+
+
+def _cue(config: NeedleConfig, made: TaskPlan) -> str:
+  return CUES[config.task][made.cue.kind][made.cue.state]
+
+
+def _turn(asked: str, told: str) -> list[dict[str, str]]:
+  return [{'from': 'human', 'value': asked}, {'from': 'gpt', 'value': told}]
 
 
 def _width(thing: Thing) -> int:
