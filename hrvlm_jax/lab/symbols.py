@@ -4,8 +4,9 @@ Real systems start from a language model that can already read; one drawn at ran
 short run on learning to look up an answer at all, whatever its encoder shows. Here a decoder learns
 that part once: in the places of the visual tokens stand learned vectors for "a sign of this colour
 with this letter" among vectors for nothing, the text is the task's own. Of `relate` and `page` they
-also say where it stands, and there are such for things and for the cue. What no pixel-free training
-can give stays to be learned: what the visual tokens of an encoder mean.
+also say where it stands, and there are such for things. The cue covers a picture: its vector is
+added to what some of the tokens show, as light is to a crop. What no pixel-free training can give
+stays to be learned: what the visual tokens of an encoder mean.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ import numpy as np
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.core.layers import Embedding, Linear, normal
 from hrvlm_jax.core.module import List, Module, Rngs
-from hrvlm_jax.lab.needle import NOTHING, NeedleConfig, Plan, TaskPlan, description, plan, record
+from hrvlm_jax.lab.needle import (
+  NOTHING,
+  Cue,
+  NeedleConfig,
+  Plan,
+  TaskPlan,
+  description,
+  plan,
+  record,
+)
 from hrvlm_jax.lab.needle.kinds import CUES
 from hrvlm_jax.lab.pretrain import Pretraining
 from hrvlm_jax.language.chat import get_template
@@ -79,6 +89,7 @@ class SymbolsConfig(Pretraining):
     turns = 1 if get_template(text.chat).steers else self.needle.turns
     colours = np.full((self.batch_size, slots), NOTHING, np.int32)
     letters, places = colours.copy(), np.zeros((self.batch_size, slots, 2), np.int32)
+    cues, lit = np.full(self.batch_size, NOTHING, np.int32), np.zeros(colours.shape, bool)
     examples = []
     for row in range(self.batch_size):
       made = plan(task, self.seed, step * self.batch_size + row)
@@ -97,10 +108,15 @@ class SymbolsConfig(Pretraining):
         spare -= more
         for slot in itertools.islice(free, 1 + more):
           colours[row, slot], letters[row, slot], places[row, slot] = mark, letter, where
+      if isinstance(made, TaskPlan) and made.cue is not None:
+        cues[row] = cue_of(self.needle, made.cue)
+        lit[row] = rng.random(slots) < rng.random()
+        lit[row, rng.integers(slots)] = True
     longest = max(len(example['tokens']) for example in examples)
     batch = pad_batch(examples, choose_bucket(longest, self.lengths))
     return {key: batch[key] for key in ('tokens', 'visual_index', 'valid', 'labels')} | {
-      'colours': colours, 'letters': letters, **({'places': places} if placed(self.needle) else {})}
+      'colours': colours, 'letters': letters, **(
+        {'places': places, 'cues': cues, 'lit': lit} if placed(self.needle) else {})}
 
   def loss(self, reader, batch, key):
     """(loss per target, share of right targets)."""
@@ -126,7 +142,8 @@ def marks(task: NeedleConfig) -> list[str]:
 
 
 def symbols_of(task: NeedleConfig, made: Plan) -> list[tuple[int, int, tuple[int, int]]]:
-  """(mark, letter or NOTHING, place of the centre in `PLACES` parts of both sides) of all shown."""
+  """(mark, letter or NOTHING, place of the centre in `PLACES` parts of both sides) of signs and
+  things."""
   if not placed(task):
     return [(task.colours.index(sign.colour), task.alphabet.index(sign.text[0]), (0, 0))
             for sign in made.signs]
@@ -141,9 +158,12 @@ def symbols_of(task: NeedleConfig, made: Plan) -> list[tuple[int, int, tuple[int
     name = f'{thing.name} {thing.note}'.strip()
     name = 'large circle' if name == 'circle' and size(thing) == largest else name
     found.append((known.index(name), NOTHING, where(thing.box)))
-  if made.cue is not None:
-    found.append((known.index(f'{made.cue.kind} {made.cue.state}'), NOTHING, (0, 0)))
   return found
+
+
+def cue_of(task: NeedleConfig, cue: Cue) -> int:
+  """The mark of a cue."""
+  return marks(task).index(f'{cue.kind} {cue.state}')
 
 
 def waves(places: jax.Array) -> jax.Array:
@@ -168,7 +188,8 @@ class SymbolReader(Module):
   def __call__(self, batch: Mapping[str, Any], key) -> jax.Array:
     """Final-normed states [b t d].
 
-    batch: of `pad_batch`, with `colours` and `letters` int32 [b n] of every visual token.
+    batch: of `pad_batch`, with `colours` and `letters` int32 [b n] of every visual token; of
+      composed tasks `places` int32 [b n 2], `cues` int32 [b], `lit` bool [b n], which show it.
     """
     colours, letters = batch['colours'], batch['letters']
     shown = self.colours(jnp.clip(colours, 0)) + self.letters(jnp.clip(letters, 0))
@@ -176,6 +197,9 @@ class SymbolReader(Module):
       shown -= jnp.where(letters[..., None] < 0, self.letters(jnp.clip(letters, 0)), 0)
       shown += sum(axis(waves(batch['places'][..., i])) for i, axis in enumerate(self.places))
     values = jnp.where(colours[..., None] >= 0, shown, self.nothing(jnp.zeros_like(colours)))
+    if self.places is not None:
+      light = self.colours(jnp.clip(batch['cues'], 0))[:, None]
+      values += jnp.where(batch['lit'][..., None], light, 0)
     values += self.config.noise * jax.random.normal(key, values.shape)
     visual = VisualTokens(values, jnp.ones(colours.shape, bool))
     embeds = merge(self.language.embed(batch['tokens']), visual, batch['visual_index'])

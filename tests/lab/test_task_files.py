@@ -226,7 +226,10 @@ def test_crops_and_symbols_to_learn_from(task):
     there = {(int(c), int(letter)) for c, letter in zip(
       batch['colours'][row], batch['letters'][row], strict=True) if c >= 0}
     assert there == {(mark, letter) for mark, letter, _ in symbols.symbols_of(config, made)}
-    assert marks.index(f'{made.cue.kind} {made.cue.state}') in {mark for mark, _ in there}
+    assert marks[batch['cues'][row]] == f'{made.cue.kind} {made.cue.state}'
+    assert batch['lit'][row].any()
+  plain = dataclasses.replace(head, uncued=1.0).draw(0)
+  assert (plain['cues'] == needle.NOTHING).all() and not plain['lit'].any()
   assert batch['places'].shape == (4, 25, 2) and batch['places'].max() < symbols.PLACES
   with pytest.raises(UserError, match='slots'):
     dataclasses.replace(head, slots=(4,)).draw(0)
