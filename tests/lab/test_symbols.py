@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hrvlm_jax.lab import symbols
@@ -33,6 +35,33 @@ def test_every_question_can_be_answered_from_the_symbols():
     assert len(asked) == 2
     letters = {letter for colour, letter in shown if colour in asked}
     assert letters <= set(answers)
+
+
+def test_only_whole_answers_to_questions_are_counted():
+  """A description has most of the words, and every answer an end of its turn."""
+  labels = np.array([[-100, 5, 1, -100, -100, 6, 1, -100, 7, 8, 9, 1],
+                     [-100, -100, 5, 1, -100, 6, 1, -100, 7, 1, -100, -100]])
+  answer = symbols.answers(labels, turns=2)
+  assert answer.tolist() == [[-1, 0, 0, -1, -1, 1, 1, -1, -1, -1, -1, -1],
+                             [-1, -1, 0, 0, -1, 1, 1, -1, -1, -1, -1, -1]]
+
+  class Reader:
+    """Says 5 for 6 in row 0, and a wrong end behind the last answer of row 1."""
+
+    def __call__(self, batch, key):
+      said = jnp.asarray(labels).at[0, 5].set(5).at[1, 9].set(4)
+      return jax.nn.one_hot(jnp.roll(said, -1, axis=1), 10)
+
+    def logits(self, hidden):
+      return hidden
+
+  head = dataclasses.replace(CONFIG, needle=NeedleConfig.tiny(turns=2))
+  _, read = head.loss(Reader(), {'labels': jnp.asarray(labels), 'answer': jnp.asarray(answer)},
+                      None)
+  assert float(read) == 3 / 4
+  asked = CONFIG.draw(0)
+  assert {tuple(sorted(set(row))) for row in asked['answer'].tolist()} == {(-1, 0, 1)}
+  assert ((asked['answer'] >= 0) <= (asked['labels'] >= 0)).all()
 
 
 def test_where_the_first_question_steers_rows_have_one_question():
