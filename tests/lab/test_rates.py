@@ -23,7 +23,7 @@ def config(**changes):
 class Fake(rates.RateSearch):
   """Trains nothing; a model is right as often as its rate and length deserve."""
 
-  write_data = tokenizer = pretrain = pretrain_language = write_validation = lambda self: None
+  write_data = tokenizer = pretrain = pretrain_language = write_validation = lambda *_: None
   adapt = lambda self, name: None
 
   def search(self, name, rate, steps):
