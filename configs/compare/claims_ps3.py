@@ -135,7 +135,8 @@ PASTED = """A picture takes at most half of its page's side, and the page is sho
 a picture: letters on it have half the height, which the tower has never read, so that half of the
 examples can teach nothing but to guess. The paper's encoder has resolution left for such pages;
 here every letter is as small as can be read. The follow-up pastes on pages that are larger by at
-most a quarter, on which letters can still be read."""
+most a quarter, on which letters can still be read: 92.2 ± 1.2 % instead of 59.6 ± 2.2 (seed 0).
+What is left may be that no question of the test is about such a page; that was not looked into."""
 PRUNED = LEFT.format("""FastV drops image tokens behind the first of the decoder's two layers,
 which has read them by then, and loses none of it. ToMe and VisionZip drop them before the decoder
 and do worse: by 4.4 and 8.6 points with a quarter, by 2.0 and 3.6 with half. A deeper decoder was
