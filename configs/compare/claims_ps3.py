@@ -143,8 +143,8 @@ and do worse: by 4.4 and 8.6 points with a quarter, by 2.0 and 3.6 with half. A 
 not tried on this task.""")
 FURTHER = """At four times the thumbnail 96 % are answered (seed 0), which leaves little to gain,
 and at six times the tower reads less: after the same 900 steps of adaptation 72 % of the letters
-that it is shown (88 % at four times, 96 % at twice), still rising. Letters are 19 to 27 pixels
-high there; the ViT has learned on letters half as high. More steps were not tried."""
+that it is shown (88 % at four times, 96 % at twice). Letters are 19 to 27 pixels high there; the
+ViT has learned on letters half as high. More steps were not tried."""
 INTRA = """The row with this contrast has to show two regions of every picture in a batch, where the
 other one shows a region each of twice as many pictures. That is what helps here (seed 0): with two
 regions and no contrast between them 91.4 ± 1.3 % are answered, with it 92.8 ± 1.2, with one region
