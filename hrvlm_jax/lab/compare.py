@@ -253,7 +253,7 @@ class Comparison(Experiment):
       needle=dataclasses.replace(c.task, turns=c.turns), text=next(iter(models.values())).text,
       steps=c.language.steps, slots=c.language.slots, batch_size=c.language.batch_size,
       learning_rate=c.language.learning_rate, lengths=c.lengths, seed=c.seed,
-      described=c.described, uncued=c.language.uncued,
+      described=c.described, uncued=c.language.uncued, uncued_ask=c.language.uncued_ask,
       writing=tuple(text_of(models[name], tokenizer) for name in sorted(models))))
     self._keep('language', {f'language/{path}': leaf for path, leaf in language.items()},
                {'accuracy': read})
@@ -334,7 +334,8 @@ class Comparison(Experiment):
         lengths=c.lengths, boxes=boxes, tokenizer=str(self.folder / 'tokenizer'),
         draw=change.draw, background=change.background),
       training=TrainingConfig(
-        steps=c.train_steps, batch_size=c.batch_size * (c.turns if boxes else 1), log_every=10,
+        steps=c.train_steps * change.times, log_every=10,
+        batch_size=c.batch_size * (c.turns if boxes else 1),
         checkpoint_every=200, keep=1, objective=model.fusion.objective,
         init_from=str(folder), init_allow=(f'(?!({exactly})$).*',),
         groups=(*((Group(pattern=frozen, frozen=True),) if frozen else ()),

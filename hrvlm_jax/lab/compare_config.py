@@ -53,10 +53,12 @@ class LanguageConfig:
 
   Attributes:
     uncued: share of the steps, the first ones, whose questions have one reading and no cue.
+    uncued_ask: kinds of questions of those steps; (): the task's own.
   """
 
   steps: int
   uncued: float = 0.0
+  uncued_ask: tuple[str, ...] = ()
   slots: tuple[int, ...] = (25, 64)
   batch_size: int = 32
   learning_rate: float = 2e-3
@@ -90,12 +92,14 @@ class ChangesConfig:
     learns: pattern of pre-trained paths of the encoder that learn on.
     zeros: pattern of paths that start at zero and learn: a path that is added to another starts
       silent.
+    times: its training takes so many times the steps of the others.
     draw, background: as in `DataConfig`.
   """
 
   frozen: str = ''
   learns: str = ''
   zeros: str = ''
+  times: int = 1
   draw: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
   background: PasteOnBackground | None = None
 
@@ -177,6 +181,8 @@ def problems(config: CompareConfig) -> list[str]:
                  'comparison needs the same one in all systems')
   found += [f'{key}: no system is called {name}' for key in ('adapt', 'changes')
             for name in getattr(config, key) if name not in config.systems]
+  found += [f'changes.{name}.times: found {change.times}, expected 1 or more'
+            for name, change in config.changes.items() if change.times < 1]
   visions = [plain(encoder.vision) for encoder in (config.encoder, *config.encoders.values())]
   found += [f'encoders.{name}: its tower is that of an encoder before it'
             for place, name in enumerate(config.encoders, 1) if visions[place] in visions[:place]]

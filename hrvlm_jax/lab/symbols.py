@@ -60,6 +60,7 @@ class SymbolsConfig(Pretraining):
     described: rows end with a question for all that is shown, and its answer, row by row: many
       words about where things stand, where a question teaches one. Of composed tasks.
     uncued: share of the steps, the first ones, whose questions have one reading and no cue.
+    uncued_ask: kinds of questions of those steps; (): the task's own.
     writing: ways of writing (template and tokenizer), which take turns; image tokens must have
       positions in all of them. Whoever trains fills them in.
   """
@@ -71,6 +72,7 @@ class SymbolsConfig(Pretraining):
   lengths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)
   described: bool = False
   uncued: float = 0.0
+  uncued_ask: tuple[str, ...] = ()
   writing: tuple[Text, ...] = ()
   below: ClassVar[str] = 'language/'
 
@@ -83,7 +85,7 @@ class SymbolsConfig(Pretraining):
     rng = self.rng(step)
     task = dataclasses.replace(self.needle, documents=None)  # it has no letters
     if task.task != 'needle' and step < self.uncued * self.steps:
-      task = dataclasses.replace(task, cues=())
+      task = dataclasses.replace(task, cues=(), ask=self.uncued_ask or task.ask)
     text, slots = self.writing[step % len(self.writing)], int(rng.choice(self.slots))
     # Where the first question of a row says where to look, rows have one question.
     turns = 1 if get_template(text.chat).steers else self.needle.turns

@@ -166,7 +166,7 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
     config(plain=single()), encoders={'deep': other},
     systems={'plain': single(), 'crops': crops, 'deep': single(deep)},
     changes={'plain': compare_config.ChangesConfig(frozen='language/.*'),
-             'deep': compare_config.ChangesConfig(zeros='projector/fc1/.*'),
+             'deep': compare_config.ChangesConfig(zeros='projector/fc1/.*', times=2),
              'crops': compare_config.ChangesConfig(draw={'max_crops': (1, 4)},
                                                    learns='vision/tower/blocks/.*')})
   assert [compare_config.encoder_of(made, model) for model in made.systems.values()] == [
@@ -183,6 +183,8 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
   assert groups['plain'][kernel].frozen and not groups['crops'][kernel].frozen
   assert done.run_config('crops').data.draw == {'max_crops': (1, 4)}
   assert not done.run_config('deep').data.draw
+  assert {name: done.run_config(name).training.steps // made.train_steps
+          for name in made.systems} == {'plain': 1, 'crops': 1, 'deep': 2}
   silent = {path for path, leaf in store.load_leaves(tmp_path / 'start/deep') if not leaf.any()}
   assert {'projector/fc1/kernel', 'projector/fc1/bias'} <= silent
   assert not groups['deep']['projector/fc1/kernel'].frozen
@@ -195,6 +197,8 @@ def test_one_system_may_train_otherwise_and_start_from_another_encoder(tmp_path)
     dataclasses.replace(made, encoders={'deep': other, 'again': made.encoder})
   with pytest.raises(UserError, match='changes: no system is called others'):
     dataclasses.replace(made, changes={'others': compare_config.ChangesConfig()})
+  with pytest.raises(UserError, match='changes.plain.times: found 0, expected 1 or more'):
+    dataclasses.replace(made, changes={'plain': compare_config.ChangesConfig(times=0)})
   with pytest.raises(UserError, match='deep: its tower .* is not the shared encoder'):
     dataclasses.replace(made, encoders={})
 

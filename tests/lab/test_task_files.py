@@ -230,6 +230,13 @@ def test_crops_and_symbols_to_learn_from(task):
     assert batch['lit'][row].any()
   plain = dataclasses.replace(head, uncued=1.0).draw(0)
   assert (plain['cues'] == needle.NOTHING).all() and not plain['lit'].any()
+  one = dataclasses.replace(head, needle=dataclasses.replace(config, turns=1, ask=config.ask[:1]),
+                            uncued=0.5)
+  first, second = (dataclasses.replace(one, uncued_ask=kinds).draw(0)['tokens']
+                   for kinds in (config.ask[1:], ()))
+  assert first.shape != second.shape or (first != second).any()
+  asked = dataclasses.replace(one, uncued_ask=config.ask[1:]).draw(1)  # its steps are over
+  np.testing.assert_array_equal(asked['tokens'], one.draw(1)['tokens'])
   assert batch['places'].shape == (4, 25, 2) and batch['places'].max() < symbols.PLACES
   with pytest.raises(UserError, match='slots'):
     dataclasses.replace(head, slots=(4,)).draw(0)

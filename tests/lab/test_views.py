@@ -186,7 +186,7 @@ def test_a_folder_from_before_a_setting_is_taken_up(tmp_path):
     batch_size=2, lengths=(256,))
   compare.Comparison(made, tmp_path, progress=False)
   noted = json.loads((tmp_path / 'config.json').read_text())
-  del noted['described'], noted['language']['uncued']
+  del noted['described'], noted['language']['uncued'], noted['language']['uncued_ask']
   (tmp_path / 'config.json').write_text(json.dumps(noted))
   compare.Comparison(made, tmp_path, progress=False)
   other = dataclasses.replace(made, language=compare_config.LanguageConfig(steps=1, uncued=0.5))
