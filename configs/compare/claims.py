@@ -16,7 +16,7 @@ or at the model.
 
 On `needle` all systems have the decoder of two layers of needle_tiny.py, on `relate` and `page` one
 of four (`fit` there). Of `relate` one kind of question is asked, `side`: a language model of this
-size learns one kind of it at a time (docs/tasks.md). Pheye's cross-attention in every second
+size learns it alone, not among the others (docs/tasks.md). Pheye's cross-attention in every second
 against every fourth layer is told on `relate`, as every layer (four blocks) against every second
 one (two).
 """
