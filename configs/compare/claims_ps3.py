@@ -160,8 +160,8 @@ EVERY = """PS3 is trained with all patches in this row, which 500 steps do not t
 ends at 0.39 (seed 0), although its tower reads 99.7 % of the letters, and a model that was trained
 with 24 % answers 96.4 ± 0.8 % with all at test time. In twice the steps (the follow-up) it answers
 99.6 ± 0.3 %. After 240 of them, with a warm-up twice as long too, its loss is 0.34; after 250 of
-500 it is 0.75. So the length of training fails here, not reading. The others did not get more
-steps."""
+500 it is 0.75. So training fails here, not reading; whether steps or warm-up were too few was not
+told apart. The others did not get more steps."""
 SCALES = LEFT.format("""With 16 of the patches from the scale between it is 94.8 ± 1.0 %.""")
 POSITIONS = LEFT.format("""Without these positions it is 95.4 ± 0.9 %.""")
 MORE = LEFT.format("""Where fewer were seen in training, more at test time do help: trained with 8

@@ -140,8 +140,8 @@ def fit(config, name):
   learns to read on the needle's signs first: begun at once on letters of a 4-fold range of heights
   among things and cues, its last tokens told 20 % of them after 1500 steps, begun from there 63 %.
   Of relate the language model learns which of two readings a cue means for one kind of question,
-  not for several at once; it begins with all, without cues, as nothing else taught it places
-  (docs/tasks.md). Three turns would be of three kinds.
+  not for several at once; begun with that kind alone it learned nothing, so it begins with all
+  kinds, without cues (docs/tasks.md). An image has one question, as turns are of different kinds.
   """
   if name == 'needle':
     return

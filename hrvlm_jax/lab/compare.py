@@ -392,6 +392,7 @@ class Comparison(Experiment):
         'accuracy_by_size': accuracy_by_size(answers),
         # Two-pass models put their visual tokens into the prompt too.
         'family': 'prefix' if model.fusion.in_prompt else model.fusion.kind,
+        'times': c.changes.get(name, ChangesConfig()).times,
         **self.read(f'cost_{name}.json'), 'train_seconds': self.times[f'train {name}']}
       if name in c.adapt:
         learned = c.adapt[name].like or name

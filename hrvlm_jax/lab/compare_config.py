@@ -183,6 +183,11 @@ def problems(config: CompareConfig) -> list[str]:
             for name in getattr(config, key) if name not in config.systems]
   found += [f'changes.{name}.times: found {change.times}, expected 1 or more'
             for name, change in config.changes.items() if change.times < 1]
+  if config.language is not None and config.language.uncued_ask:
+    try:
+      dataclasses.replace(config.task, ask=config.language.uncued_ask, turns=config.turns)
+    except UserError as error:
+      found.append(f'language.uncued_ask: {error}')
   visions = [plain(encoder.vision) for encoder in (config.encoder, *config.encoders.values())]
   found += [f'encoders.{name}: its tower is that of an encoder before it'
             for place, name in enumerate(config.encoders, 1) if visions[place] in visions[:place]]

@@ -35,6 +35,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
   notes = ['Right answers, in all and by size of the text asked for; chance '
            f'{results["chance"]:.1%}; {images["eval"]} questions, {results["steps"]} training '
            'steps each.']
+  notes += [f'{name.replace("_", " ")}: {row["times"]} times as many training steps.'
+            for name, row in rows.items() if row.get('times', 1) > 1]
   for name, row in rows.items():
     if 'adapted' in row:
       notes.append(

@@ -69,8 +69,9 @@ def test_table_and_plot_name_machine_and_chance(tmp_path):
   results = {'systems': {'a': row, 'b': row | {'family': 'cross_attention'}}, 'chance': 0.04,
              'images': {'eval': 8}, 'steps': 2, 'seconds': 120.0, 'encoder_steps': 7,
              'machine': {'device': 'cpu', 'devices': 1, 'cores': 2}}
-  results['systems']['b']['adapted'] = {'steps': 3, 'seconds': 4.0}
+  results['systems']['b'] |= {'adapted': {'steps': 3, 'seconds': 4.0}, 'times': 2}
   text = compare_report.table(results)
+  assert 'b: 2 times as many training steps.' in text and 'a: ' not in text
   assert '25.0%' in text and 'chance 4.0%' in text and 'cpu x 1, 2 cores' in text
   results['machine']['kind'] = 'AMD family 26, AVX-512, 2 cores'
   assert 'Machine: cpu x 1, AMD family 26, AVX-512, 2 cores; ' in compare_report.table(results)

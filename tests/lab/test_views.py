@@ -189,6 +189,9 @@ def test_a_folder_from_before_a_setting_is_taken_up(tmp_path):
   del noted['described'], noted['language']['uncued'], noted['language']['uncued_ask']
   (tmp_path / 'config.json').write_text(json.dumps(noted))
   compare.Comparison(made, tmp_path, progress=False)
+  wrong = compare_config.LanguageConfig(steps=1, uncued_ask=('side',))
+  with pytest.raises(UserError, match='language.uncued_ask: NeedleConfig: ask: '):
+    dataclasses.replace(made, language=wrong)
   other = dataclasses.replace(made, language=compare_config.LanguageConfig(steps=1, uncued=0.5))
   with pytest.raises(UserError, match='language differ'):
     compare.Comparison(other, tmp_path, progress=False)
