@@ -104,15 +104,17 @@ def paper_table(paper: str, claims: Mapping[str, Claim], found: Found, link: str
 
 def learnt(claims: Mapping[str, Claim], found: Found, link: str) -> list[str]:
   """What was looked into: claims that do not hold (or have a note), with their follow-ups."""
-  lines = []
+  lines, first = [], {}  # by note, the claim that shows it
   for name, claim in claims.items():
     verdict = found[name]
     follow = {n: c for n, c in claims.items() if c.follows == name}
     open_ = verdict is not None and verdict.verdict != HOLDS
     if claim.follows or not (open_ or claim.note or follow):
       continue
+    note, shown = claim.note.strip(), first.setdefault(claim.note, claim)
+    note = f'As above: "{shown.says}".' if note and shown is not claim else note
     lines += [f'**{claim.paper}: {claim.says}** — {_verdict(verdict)}. '
-              + (claim.note.strip() or 'Not looked into yet.'), '']
+              + (note or 'Not looked into yet.'), '']
     for other, run in follow.items():
       told = f'{_points(run, found[other])}; {_verdict(found[other])}'
       lines.append(f'- Follow-up: {_says(run)}: {told} ({_data(run, found[other], link)}). '

@@ -268,7 +268,8 @@ def test_kept_results_give_the_page_without_the_folder(tmp_path, fake):
 def test_what_was_learnt_stands_with_its_follow_up(tmp_path, fake):
   claims = {'worse': claim('needle', 'pheye', 'single_view', note='The task is too easy.'),
             'why': claim('needle', 'single_view', 'pheye', follows='worse'),
-            'flat': claim('needle', 'pheye', 'mc_llava')}
+            'flat': claim('needle', 'pheye', 'mc_llava'),
+            'also': claim('needle', 'mc_llava', 'single_view', note='The task is too easy.')}
   made = configs(claims=claims)
   run = Study(made, tmp_path, make=fake)
   run.run(run.parts())
@@ -278,6 +279,8 @@ def test_what_was_learnt_stands_with_its_follow_up(tmp_path, fake):
   assert '**PS3: single_view is better** — does not hold, two seeds. The task is too easy.' in rest
   assert '- Follow-up: pheye is better: single_view: 33.3' in rest
   assert '**PS3: mc_llava is better** — cannot be told, two seeds. Not looked into yet.' in rest
+  # A reader meets what was learnt once.
+  assert rest.count('too easy') == 1 and 'two seeds. As above: "single_view is better".' in rest
 
 
 def test_fewer_answers_do_not_take_the_place_of_more(tmp_path, fake, capsys):
