@@ -132,7 +132,7 @@ guesses which of two signs counts), for which the global view would do."""),
       note=GUESSED),
     'pheye_light': dict(
       paper='Pheye', task='relate', order='rises', follows='pheye_blocks',
-      source='about this task, not a claim of the paper',
+      source='Pheye names no steps of such a task; 500 and twice as many are ours',
       says='Twice the steps of training teach Pheye which of the two signs counts',
       points=[point('500 steps'), point('1000 steps', 'pheye_twice')]),
     'pheye_resolution_or_blocks': dict(
