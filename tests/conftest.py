@@ -81,16 +81,6 @@ def bounded_memory():
       ctypes.CDLL(None).malloc_trim(0)
 
 
-@pytest.fixture(autouse=True, scope='session')
-def memory_goes_back():
-  """A command that trains on a CPU keeps what it frees until its process ends (`core.cpu`), and a
-  test that calls it would do so for all tests behind it."""
-  with pytest.MonkeyPatch.context() as patch:
-    if importlib.util.find_spec('jax'):  # the site is built where the package's needs are not
-      patch.setattr('hrvlm_jax.core.cpu.keep_freed', lambda: False)
-    yield
-
-
 def _missing(mark: str) -> str | None:
   """Why tests with `mark` cannot run here, or None when they can."""
   if mark in ('gpu', 'tpu'):

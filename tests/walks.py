@@ -35,8 +35,8 @@ from hrvlm_jax.vlm import model as vlm
 from hrvlm_jax.vlm.answer import Answerer
 
 PACKAGE = pathlib.Path(hrvlm_jax.__file__).parent
-# Forms of operations that only a program for one CPU takes.
-CPU_FORMS = ('core/cpu.py',)
+# Forms of operations that only a program for one CPU takes, and what listens to compilations.
+CPU_FORMS = ('core/cpu.py', 'core/heap.py')
 SYSTEMS = ('mc_llava', 'pheye', 'llava_hr', 'vila_hd')
 
 

@@ -189,7 +189,8 @@ def _machines(found) -> str:
     versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
     name = ', '.join(filter(None, (machine.get('processor', ''), records.title_of(result))))
     memory = f', {machine["memory_gb"]} GB' if machine['memory_gb'] else ''
-    lines.setdefault(f'- {name}{memory}; {versions}', []).append(result['date'])
+    pages = '; huge pages' if result.get('huge_pages') else ''
+    lines.setdefault(f'- {name}{memory}{pages}; {versions}', []).append(result['date'])
   text = []
   for line, dates in lines.items():
     text.append(f'{line}; {" to ".join(dict.fromkeys((min(dates), max(dates))))}')

@@ -22,7 +22,7 @@ from benchmarks.harness.case import Options
 from benchmarks.harness.program import INPUTS, Program, read_inputs
 from hrvlm_jax.checkpoint import hf
 from hrvlm_jax.checkpoint.rows import Table, export_tensors, import_tensors
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import heap, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.execution import Execution
 from hrvlm_jax.core.module import Functional, Params
@@ -63,6 +63,7 @@ class Side(abc.ABC):
 
   def load(self) -> Program:
     """Reads them back, on the device, and builds the program."""
+    heap.trim_after_compiling()  # as training and a loaded model do
     fn, table = self.model()
     # Cast on the device: the folder holds float32.
     # No name for the tree itself: it would keep every leaf in memory beside its device copy.

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.harness import contest, forms, isa, measure
 from benchmarks.harness.case import Alone, Case, Options
 from benchmarks.harness.records import ROOT, backend_of, machine_of
+from hrvlm_jax.core import heap
 from hrvlm_jax.core.errors import UserError
 
 SLOWER_THAN_BOUND = 1.5
@@ -104,6 +105,7 @@ class Process:
       environment['JAX_PLATFORMS'] = 'cpu'
     else:
       environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # both sides share the card
+    environment = heap.with_huge_pages(environment) or environment  # as `hrvlm` itself
     environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(scratch() / 'inductor'))
     pinned = ['taskset', '-c', str(min(os.sched_getaffinity(0)))] if options.one_core else []
     if options.one_core:
@@ -158,7 +160,8 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
     'dtype': settings.options(dtype=case.dtype).dtype, 'settings': dict(case.settings),
     'date': measure.today(), 'note': settings.note,
     'machine': measure.machine(settings.isa, settings.one_core),
-    'clock': 'processor' if settings.one_core else 'wall'}
+    'clock': 'processor' if settings.one_core else 'wall',
+    'huge_pages': heap.asked_for(heap.with_huge_pages(os.environ) or os.environ)}
   start = lambda python, side, variant='eager': Process(
     python, side, case.name, folder, settings.options(variant, case.dtype), settings.isa)
   ours = peer = None

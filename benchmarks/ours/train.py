@@ -12,7 +12,6 @@ from PIL import Image
 from benchmarks.harness.ours import Side
 from benchmarks.harness.program import Program
 from benchmarks.ours.vision import images
-from hrvlm_jax.core import cpu
 from hrvlm_jax.language import config as language
 from hrvlm_jax.systems import registry
 from hrvlm_jax.systems.contract import ModelConfig, ProjectorConfig
@@ -95,12 +94,6 @@ class TrainStep(Side):
   def config(self) -> ModelConfig:
     """See `model_config`."""
     return model_config(self.settings['system'], self.settings['size'])
-
-  def load(self):
-    """As `hrvlm train` on a CPU (`training.keep_heap`)."""
-    if self.options.device == 'cpu':
-      cpu.keep_freed()
-    return super().load()
 
   def model(self):
     config = self.config()

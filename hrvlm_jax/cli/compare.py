@@ -42,13 +42,11 @@ def main(argv: list[str]) -> int:
                      "another machine's kept results; no work")
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.core import cpu
   from hrvlm_jax.lab import compare_report
   from hrvlm_jax.lab.compare import Comparison
   from hrvlm_jax.lab.compare_config import CompareConfig
   from hrvlm_jax.training import run_config
 
-  cpu.keep_freed_on_cpu()  # before anything asks for devices
   config = run_config.load(CompareConfig, arguments.config, arguments.overrides)
   if config.seeds:
     return _study(arguments)

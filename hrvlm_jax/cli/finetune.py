@@ -33,9 +33,6 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bar')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.core import cpu
-
-  cpu.keep_freed_on_cpu()  # before anything asks for devices
   from hrvlm_jax.front import finetune
 
   tuned = finetune.finetune(

@@ -15,6 +15,7 @@ import re
 import sys
 
 from hrvlm_jax import __version__
+from hrvlm_jax.core import heap
 from hrvlm_jax.core.errors import UserError, unknown
 
 # verb -> (module:function, what it does). A new verb is one line here.
@@ -43,6 +44,10 @@ VERBS: dict[str, tuple[str, str]] = {
     'completion': ('hrvlm_jax.cli.completion:main', 'completion of these verbs for bash or zsh'),
     'doctor': ('hrvlm_jax.cli.doctor:main', 'check this machine and installation'),
 }
+
+# Verbs that compute: on a CPU they begin once more, with huge pages (`core.heap`).
+COMPUTING = {'train', 'finetune', 'sweep', 'ask', 'chat', 'encode', 'serve', 'eval', 'analyse',
+             'compare', 'quickstart', 'tiny', 'bench'}
 
 # Verbs of earlier releases, and what takes their place.
 GONE = {'verify': 'HRVLM_GOLDENS=FOLDER pytest tests/parity --parity-report FILE (in a checkout)'}
@@ -89,7 +94,9 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The console script. Returns the exit status, see the head of this module."""
-  argv = list(sys.argv[1:] if argv is None else argv)
+  own, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
+  if own and argv and argv[0] in COMPUTING:
+    heap.start_again_with_huge_pages()
   try:
     status = run(argv)
     sys.stdout.flush()  # a full disk behind it is known here, and not at the end of Python

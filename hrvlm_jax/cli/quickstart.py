@@ -14,9 +14,6 @@ def main(argv: Sequence[str]) -> int:
   parser.add_argument('--smoke', action='store_true', help='a few steps of everything (a test)')
   args = parser.parse(argv)
 
-  from hrvlm_jax.core import cpu
-
-  cpu.keep_freed_on_cpu()  # before anything asks for devices
   from hrvlm_jax.lab import quickstart
 
   made = quickstart.config(smoke=args.smoke, seed=args.seed)

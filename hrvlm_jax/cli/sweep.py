@@ -23,7 +23,6 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.core import cpu
   from hrvlm_jax.lab import experiment, smoke, sweep
 
   entries = sweep.entries_of(arguments.config, arguments.overrides, only=arguments.only)
@@ -39,7 +38,6 @@ def main(argv: list[str]) -> int:
     return 0
   if arguments.out is None:
     raise UserError('--out: missing; name the folder of the runs (or --list what would run)')
-  cpu.keep_freed_on_cpu()  # before anything asks for devices
   if arguments.smoke:
     entries = smoke.made(entries, arguments.out)
   try:

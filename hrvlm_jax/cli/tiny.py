@@ -16,9 +16,7 @@ def main(argv: list[str]) -> int:
   parser.add_argument('--quiet', action='store_true', help='no progress bars')
   arguments = parser.parse(argv)
 
-  from hrvlm_jax.core import cpu
 
-  cpu.keep_freed_on_cpu()  # before anything asks for devices
   from hrvlm_jax.lab import experiment, tiny
 
   try:

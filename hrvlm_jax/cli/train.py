@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
   distributed.initialize(arguments.distributed, coordinator=arguments.coordinator,
                          num_processes=arguments.num_processes, process_id=arguments.process_id)
-  from hrvlm_jax.core import cpu
+  from hrvlm_jax.core import heap
   from hrvlm_jax.parallel.mesh import mesh_config
   from hrvlm_jax.training import determinism, loop, resume, run_config
   from hrvlm_jax.training.config import RunConfig
@@ -33,7 +33,8 @@ def main(argv: list[str]) -> int:
     config = run_config.load(RunConfig, arguments.config, arguments.overrides)
     if arguments.mesh is not None:
       config = dataclasses.replace(config, mesh=mesh_config(arguments.mesh))
-    cpu.keep_freed_on_cpu(config.training.keep_heap)  # before anything asks for devices
+    if config.training.keep_heap:
+      heap.keep_freed()  # before anything asks for devices
     if config.training.deterministic:
       determinism.pin_threads(arguments.workdir)  # before anything asks for devices
     main_process = distributed.is_main()

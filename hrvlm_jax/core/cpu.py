@@ -9,7 +9,6 @@ k key/value heads, d width, c channels.
 from __future__ import annotations
 
 from collections.abc import Callable
-import ctypes
 
 import jax
 import jax.numpy as jnp
@@ -134,36 +133,3 @@ def shifted_vjp(x, kernel, grad):
   zero = jnp.zeros((rows, cols, channels), wide_dtype(x.dtype))
   dkernel = jax.lax.fori_loop(0, n * height * runs, add, zero)
   return dx, dkernel[:, :, None].astype(kernel.dtype)
-
-
-# Parameters of mallopt, from glibc's malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-
-
-def keep_freed() -> bool:
-  """Freed memory stays with this process, to be used again; True where that could be set.
-
-  XLA's CPU client allocates the temporaries of a program anew at every call. The C library takes
-  blocks of such a size from the system and gives them back at once, and so every call pays for each
-  of their pages being found and cleared again: a fifth of a train step of 100 million parameters.
-
-  Needs glibc, and works for threads that have not allocated yet: call it before JAX is asked for a
-  device. The process keeps the size of its peak until it ends.
-  """
-  try:
-    mallopt = ctypes.CDLL(None).mallopt
-  except (AttributeError, OSError, TypeError):  # another C library, another system
-    return False
-  # One heap that grows and never shrinks; blocks of their own (mmap) would go back when freed.
-  settings = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-  return all([mallopt(name, value) for name, value in settings])
-
-
-def keep_freed_on_cpu(asked: bool | None = None) -> bool:
-  """`keep_freed` for a command that trains, before it asks for devices; True where it was set.
-
-  Args:
-    asked: what a config says (`training.keep_heap`). None: where JAX was told to use the CPU.
-  """
-  on_cpu = jax.config.jax_platforms == 'cpu'
-  return keep_freed() if asked or (asked is None and on_cpu) else False

@@ -11,6 +11,7 @@ Axis letters: b batch, t positions of a row, d width, v vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import math
 from typing import Literal
@@ -113,6 +114,15 @@ class Execution:
   def one_cpu(self) -> bool:
     """Whether that is a single CPU device, whose caches decide which form of a product is fast."""
     return self.devices == 1 and self.on == 'cpu'
+
+  def kept_once(self, fn: Callable) -> Callable:
+    """`fn`, of which a train step on one CPU keeps what goes in and makes what lies between again.
+
+    For an activation between two products: both of its sides would be kept, each as large as the
+    hidden layer. A tenth to a fifth of a step's memory, for the time of the activation
+    (benchmarks/findings.md). Elsewhere, and where it is set, `remat` says what is kept.
+    """
+    return jax.checkpoint(fn) if self.one_cpu and self.remat == 'none' else fn
 
   @property
   def plain(self) -> Execution:

@@ -495,5 +495,6 @@ class Mlp(Module):
   def __call__(self, x: Float[Array, '... d'], *, adapter: Adapter = None, key=None,
                ex: Execution = HERE):
     keys = (None, None) if key is None else jax.random.split(key)
-    hidden = activation(self.activation)(self.fc1(x, adapter=adapter, key=keys[0], ex=ex))
-    return self.fc2(hidden, adapter=adapter, key=keys[1], ex=ex)
+    rest = lambda hidden: self.fc2(activation(self.activation)(hidden), adapter=adapter,
+                                   key=keys[1], ex=ex)
+    return ex.kept_once(rest)(self.fc1(x, adapter=adapter, key=keys[0], ex=ex))

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from hrvlm_jax.core import heap
 from hrvlm_jax.core.config import from_dict, to_dict
 from hrvlm_jax.core.errors import UserError, unknown
 from hrvlm_jax.core.execution import Execution
@@ -67,6 +68,7 @@ class Model:
                origin: Mapping[str, Any] | None = None, exif: str = 'apply',
                urls: bool | str = False, max_bytes: int = MAX_BYTES, alpha: str = 'drop',
                max_pixels: int = MAX_PIXELS):
+    heap.trim_after_compiling()
     self.config, self.answerer, self.name = config, answerer, name
     self.origin = dict(origin or {})
     self._ex, self._reading = ex, dict(

@@ -165,8 +165,8 @@ class GatedMlp(Module):
 
   def __call__(self, x, *, key=None, ex: Execution = HERE):
     keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-    gate = activation(self.activation)(self.gate(x, key=keys[0], ex=ex))
-    return self.down(gate * self.up(x, key=keys[1], ex=ex), key=keys[2], ex=ex)
+    rest = lambda gate, up: self.down(activation(self.activation)(gate) * up, key=keys[2], ex=ex)
+    return ex.kept_once(rest)(self.gate(x, key=keys[0], ex=ex), self.up(x, key=keys[1], ex=ex))
 
 
 class DecoderLayer(Module):

@@ -108,9 +108,9 @@ class TrainingConfig:
     objective: what is learned: its name, or a mapping of name and options (`training.objectives`).
     deterministic: fixes what can be fixed for bit-equal losses after a resume; see
       `training.determinism` for what that is and costs.
-    keep_heap: memory that a step frees stays with the process (`core.cpu`; a CPU step is then
-      about a fifth faster). None: where JAX_PLATFORMS is cpu. Acts in `hrvlm train`, before JAX
-      is asked for a device.
+    keep_heap: True: memory that a step frees stays with the process (`core.heap.keep_freed`), for
+      a CPU without huge pages, with which `hrvlm` otherwise begins: faster, and two to three times
+      the temporaries. Acts in `hrvlm train`, before JAX is asked for a device.
     profile: first and last step of a window that is traced into `<workdir>/profile`.
     mfu: count the operations of a step (its tracing costs seconds at the first log of a shape).
     wandb: project of Weights & Biases; None: not used.

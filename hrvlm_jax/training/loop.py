@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from hrvlm_jax.checkpoint import files, layout as layout_of, store
-from hrvlm_jax.core import paths
+from hrvlm_jax.core import heap, paths
 from hrvlm_jax.core.config import to_dict
 from hrvlm_jax.core.errors import UserError
 from hrvlm_jax.language.prompt import tokenizer_of
@@ -87,6 +87,7 @@ def train(
       tensors and the saved batch, see `training.bad_steps`); a damaged checkpoint; the work
       directory belongs to another config.
   """
+  heap.trim_after_compiling()
   with (_clear_errors(workdir), Workdir(workdir, main=distributed.is_main()) as place,
         contextlib.ExitStack() as held):
     lock = None

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from hrvlm_jax.cli import doctor, main as cli, quickstart
-from hrvlm_jax.core import cpu, machine
+from hrvlm_jax.cli import doctor, quickstart
+from hrvlm_jax.core import machine
 from hrvlm_jax.lab import speed
 
 
@@ -51,37 +51,3 @@ def test_quickstart_says_its_time(brief):
   text = quickstart.estimate()
   assert re.match(r'about \d+ minutes on this machine', text)
   assert f'({machine.here().title}; products at ' in text
-
-
-class Kept(Exception):
-  """Freed memory was asked to stay."""
-
-
-@pytest.mark.parametrize('argv', [
-  ['quickstart', '--smoke', '--out', 'x'], ['tiny', '--config', 'x.py'],
-  ['compare', '--config', 'x.py', '--out', 'x'],
-  ['finetune', 'x', '--data', 'x.json', '--out', 'x']])
-def test_commands_that_train_keep_what_they_free(argv, monkeypatch, tmp_path):
-  """Before they ask for devices, and so before all else."""
-  def keep(asked=None):
-    raise Kept
-
-  monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(cpu, 'keep_freed_on_cpu', keep)
-  with pytest.raises(Kept):
-    cli.run(argv)
-  assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('platforms, asked, kept', [
-  ('cpu', None, True), ('cpu', False, False), ('cuda', None, False), (None, None, False),
-  ('cuda', True, True)])
-def test_freed_memory_is_kept_on_a_cpu_or_when_asked(platforms, asked, kept, monkeypatch):
-  calls = []
-  monkeypatch.setattr(cpu, 'keep_freed', lambda: calls.append(1) or True)
-
-  class Config:
-    jax_platforms = platforms
-
-  monkeypatch.setattr(cpu.jax, 'config', Config)
-  assert cpu.keep_freed_on_cpu(asked) is kept and bool(calls) is kept

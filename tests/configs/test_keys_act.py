@@ -138,7 +138,8 @@ SHOWN = {
     'training/test_loop.py::test_metrics',
   r'training\.profile': 'training/test_loop.py::test_the_profiled_window_is_there',
   r'training\.wandb': 'training/test_loop.py::test_weights_and_biases',
-  r'training\.(deterministic|keep_heap)':
+  r'training\.keep_heap': 'core/test_heap.py::test_freed_memory_stays_where_a_run_asks_for_it',
+  r'training\.deterministic':
     'training/test_loop.py::test_a_deterministic_run_refuses_what_would_change_its_bits',
   r'training\.spike_norm': 'training/test_bad_steps.py::test_spikes',
   r'training\.(on_bad_step|bad_steps)':

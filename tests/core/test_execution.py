@@ -14,7 +14,7 @@ import pytest
 
 from hrvlm_jax.core import attention as attentions, cpu
 from hrvlm_jax.core.execution import AXES, HERE, Execution
-from hrvlm_jax.core.layers import Linear
+from hrvlm_jax.core.layers import Linear, Mlp
 from hrvlm_jax.core.module import Functional, Module, scan_layers, stacked
 from hrvlm_jax.core.resample import bicubic
 
@@ -85,6 +85,24 @@ def test_the_machine_here_unless_told():
   assert (devices(64).on, devices(64).devices) == ('tpu', 64)
   assert HERE.one_cpu == (jax.default_backend() == 'cpu')
   assert not devices(8, 'cpu').one_cpu and not Execution(platform='gpu').one_cpu
+
+
+@pytest.mark.parametrize('ex, sides', [
+  (HERE.replace(platform='cpu'), 1), (HERE.replace(platform='tpu'), 2),
+  (HERE.replace(platform='cpu', remat='layers'), 2),  # a layer's own policy comes before it
+])  # fmt: skip
+def test_a_cpu_keeps_one_side_of_an_activation(ex, sides):
+  rows, width, hidden = 5, 8, 24
+  fn = Functional(lambda rngs: Mlp(width, hidden, activation='gelu', rngs=rngs))
+  params = fn.init(jax.random.key(0))
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(rows, width)), jnp.float32)
+  out, backward = jax.vjp(lambda params, x: fn.apply(params, x, ex=ex), params, x)
+  kept = [leaf.shape for leaf in jax.tree.leaves(backward)]
+  assert kept.count((rows, hidden)) == sides
+  plain = lambda params, x: fn.apply(params, x, ex=HERE.replace(platform='gpu'))
+  for mine, expected in zip(jax.tree.leaves(backward(out)),
+                            jax.tree.leaves(jax.vjp(plain, params, x)[1](out)), strict=True):
+    np.testing.assert_allclose(mine, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_mesh_of_one_device_is_like_none():

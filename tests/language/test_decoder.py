@@ -11,6 +11,7 @@ import pytest
 
 from hrvlm_jax.checkpoint.rows import check_names, export_tensors, import_tensors
 from hrvlm_jax.core.errors import UserError
+from hrvlm_jax.core.execution import HERE
 from hrvlm_jax.core.module import Functional
 from hrvlm_jax.language import config as sizes
 from hrvlm_jax.language.decoder import Decoder
@@ -154,3 +155,19 @@ def test_hugging_face_configs_round_trip(family):
 def test_unsupported_settings_are_named(values, message):
   with pytest.raises(UserError, match=message):
     sizes.config_from_hf(values)
+
+
+@pytest.mark.parametrize('family, kept', [('phi', 1), ('llama', 2)])
+def test_a_cpu_keeps_what_goes_into_an_activation_and_no_more(family, kept):
+  config = CONFIGS[family]
+  fn, params = build(config)
+  ids = [[1, 2, 3, 4, 5]]
+
+  def arrays(ex):
+    loss = lambda params: hidden_of(fn, params, ids, ex=ex).sum()
+    backward = jax.vjp(loss, params)[1]
+    return [leaf.shape for leaf in jax.tree.leaves(backward)].count(
+      (config.depth, 1, 5, config.mlp_width))
+
+  assert arrays(HERE.replace(platform='cpu')) == kept
+  assert arrays(HERE.replace(platform='tpu', attention='xla')) > kept
