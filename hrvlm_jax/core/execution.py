@@ -122,7 +122,8 @@ class Execution:
     hidden layer. A tenth to a fifth of a step's memory, for the time of the activation
     (benchmarks/findings.md). Elsewhere, and where it is set, `remat` says what is kept.
     """
-    return jax.checkpoint(fn) if self.one_cpu and self.remat == 'none' else fn
+    wanted = self.gradients and self.one_cpu and self.remat == 'none'
+    return jax.checkpoint(fn) if wanted else fn
 
   @property
   def plain(self) -> Execution:

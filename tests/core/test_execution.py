@@ -87,11 +87,13 @@ def test_the_machine_here_unless_told():
   assert not devices(8, 'cpu').one_cpu and not Execution(platform='gpu').one_cpu
 
 
-@pytest.mark.parametrize('ex, sides', [
-  (HERE.replace(platform='cpu'), 1), (HERE.replace(platform='tpu'), 2),
-  (HERE.replace(platform='cpu', remat='layers'), 2),  # a layer's own policy comes before it
+@pytest.mark.parametrize('circumstances, sides', [
+  (dict(platform='cpu'), 1), (dict(platform='tpu'), 2),
+  (dict(platform='cpu', remat='layers'), 2),  # a layer's own policy comes before it
+  (dict(platform='cpu', gradients=False), 2),
 ])  # fmt: skip
-def test_a_cpu_keeps_one_side_of_an_activation(ex, sides):
+def test_a_cpu_keeps_one_side_of_an_activation(circumstances, sides):
+  ex = HERE.replace(**dict(gradients=True) | circumstances)
   rows, width, hidden = 5, 8, 24
   fn = Functional(lambda rngs: Mlp(width, hidden, activation='gelu', rngs=rngs))
   params = fn.init(jax.random.key(0))
