@@ -92,6 +92,14 @@ def peer_python(explicit: str | None = None) -> str:
   return str(python)
 
 
+def _paged(device: str) -> dict[str, str]:
+  """What a side is told of its device and, as `hrvlm` itself begins, of huge pages."""
+  told = ({'JAX_PLATFORMS': 'cpu'} if device == 'cpu' else
+          {'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'})  # both sides share the card
+  paged = heap.with_huge_pages({**os.environ, **told}) or os.environ
+  return told | {name: paged[name] for name in (heap.TUNABLES,) if name in paged}
+
+
 class Process:
   """A side; answers come one at a time, so nothing runs while another side is timed."""
 
@@ -101,11 +109,7 @@ class Process:
     environment |= forms.environment(options.variant, scratch(), environment.get('LD_PRELOAD', ''))
     if side == 'peer':
       options = contest.side_options(options)
-    if options.device == 'cpu':
-      environment['JAX_PLATFORMS'] = 'cpu'
-    else:
-      environment['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # both sides share the card
-    environment = heap.with_huge_pages(environment) or environment  # as `hrvlm` itself
+    environment |= _paged(options.device)
     environment.setdefault('TORCHINDUCTOR_CACHE_DIR', str(scratch() / 'inductor'))
     pinned = ['taskset', '-c', str(min(os.sched_getaffinity(0)))] if options.one_core else []
     if options.one_core:
@@ -161,7 +165,7 @@ def run_case(case: Case, settings: Settings, say: Callable[[str], None] = print)
     'date': measure.today(), 'note': settings.note,
     'machine': measure.machine(settings.isa, settings.one_core),
     'clock': 'processor' if settings.one_core else 'wall',
-    'huge_pages': heap.asked_for(heap.with_huge_pages(os.environ) or os.environ)}
+    'huge_pages': heap.asked_for(_paged(settings.device))}
   start = lambda python, side, variant='eager': Process(
     python, side, case.name, folder, settings.options(variant, case.dtype), settings.isa)
   ours = peer = None
