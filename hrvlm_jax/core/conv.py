@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from hrvlm_jax.core.cpu import shifted, shifted_vjp
+from hrvlm_jax.core.cpu import shifted, shifted_vjp, spread
 from hrvlm_jax.core.layers import Initializer, PatchEmbed, normal, wide, wide_dtype, zeros
 from hrvlm_jax.core.module import Module, Param, Rngs
 
@@ -108,12 +108,13 @@ def _choose(impl, args, *, shifted, reduced, grouped):
   return {'shifted': shifted, 'reduced': reduced, 'grouped': grouped}[impl](*args)
 
 
-def _forward(x, kernel, impl):
-  return _choose(impl, (x, kernel), shifted=shifted, reduced=_grouped, grouped=_grouped)
+def _forward(x, kernel, impl):  # where no gradient is taken
+  return _choose(impl, (x, kernel), shifted=spread, reduced=_grouped, grouped=_grouped)
 
 
 def _forward_saved(x, kernel, impl):
-  return _forward(x, kernel, impl), (x, kernel)
+  y = _choose(impl, (x, kernel), shifted=shifted, reduced=_grouped, grouped=_grouped)
+  return y, (x, kernel)
 
 
 def _backward(impl, saved, grad):

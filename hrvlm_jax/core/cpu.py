@@ -9,6 +9,7 @@ k key/value heads, d width, c channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ ROWS_AT_ONCE = 2304
 # Scores of an attention above which heads go one by one (16 MB in float32).
 HEADS_FROM = 2**22
 _PIECES = 4
+# Numbers of an image from which a convolution's pieces are worth a program of their own each.
+_SPREAD_FROM = 2**20
 _RUN = 16  # 8 is several times slower, 32 no faster
 
 
@@ -106,6 +109,27 @@ def shifted(x, kernel):
 
   empty = jnp.zeros((n, each * pieces, width, channels), x.dtype)
   return jax.lax.fori_loop(0, pieces, add, empty)[:, :height]
+
+
+def spread(x, kernel):
+  """`shifted` where no gradient is taken: with all threads, for large images.
+
+  What a loop writes into its result is written by one thread. Here the pieces are put together
+  instead, which is stored too; each is compiled by itself, which small images are not worth. In a
+  train step nothing is won.
+  """
+  height, width = x.shape[1:3]
+  if x[0].size < _SPREAD_FROM or height < _PIECES:
+    return shifted(x, kernel)
+  padded, weights = _padded(x, kernel), wide(kernel)
+
+  def piece(start, stop):
+    total = sum(wide(padded[:, start + i:stop + i, j:j + width]) * weights[i, j, 0]
+                for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
+    return total.astype(x.dtype)
+
+  ends = [height * i // _PIECES for i in range(_PIECES + 1)]
+  return jnp.concatenate([piece(*some) for some in itertools.pairwise(ends)], axis=1)
 
 
 def shifted_vjp(x, kernel, grad):

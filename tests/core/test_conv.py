@@ -50,6 +50,14 @@ def test_depthwise_is_torch_depthwise():
   np.testing.assert_allclose(fn.apply(params, x), theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-5)
 
 
+def test_a_large_image_is_spread_over_threads():
+  x, kernel = draw(1, 63, 65, 257), draw(7, 7, 1, 257, seed=1) / 7
+  compiled = jax.jit(lambda *a: depthwise(*a, impl='shifted')).lower(x, kernel).compile()
+  assert ' while(' not in compiled.as_text()  # a loop writes its result with one thread
+  np.testing.assert_allclose(compiled(x, kernel), depthwise(x, kernel, impl='grouped'),
+                             rtol=0, atol=1e-5)
+
+
 def test_half_precision_sums_in_float32():
   x, kernel = draw(1, 8, 8, 4), jnp.abs(draw(7, 7, 1, 4, seed=1))
   half = lambda a: jnp.asarray(a, jnp.bfloat16)
