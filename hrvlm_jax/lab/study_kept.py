@@ -42,7 +42,8 @@ def of_comparison(comparison: Comparison, seed: int) -> dict[str, Any] | None:
   Numbers per question are one string: '0110' for answers, thousandths with spaces between for
   analyses, millionths of the canvas for areas.
   """
-  times, config = comparison.read('times.json', {}), comparison.config
+  times, busy = (comparison.read(name, {}) for name in ('times.json', 'cpu_times.json'))
+  config = comparison.config
   own = comparison.parts()
   words = [step.partition(' ') for step in times if step in own]
   keys = lambda word: sorted(key for first, _, key in words if first == word)
@@ -62,6 +63,7 @@ def of_comparison(comparison: Comparison, seed: int) -> dict[str, Any] | None:
     **{name: {key: numbers(comparison.read(f'{name}_{key}.json'), 1e-3) for key in keys(name)}
        for name in ANALYSES if keys(name)},
     'seconds': {step: round(spent, 1) for step, spent in sorted(times.items()) if step in own},
+    'cpu_seconds': round(sum(spent for step, spent in busy.items() if step in own), 1),
     'machine': machine(), 'made': made(to_dict(config))}
 
 

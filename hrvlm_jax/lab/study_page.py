@@ -153,8 +153,10 @@ def summary(claims: Mapping[str, Claim], found: Found, kept: Kept) -> list[str]:
            f'{counts[verdicts.UNTOLD]} cannot be told, {sum(v is None for v in own)} not run yet.']
   if kept:
     spent = sum(sum(one['seconds'].values()) for one in kept.values())
+    busy = sum(one.get('cpu_seconds', 0) for one in kept.values())
     kinds = sorted({one['machine']['kind'] for one in kept.values()})
-    lines.append(f'{spent / 3600:.1f} hours of one process in all, on {"; ".join(kinds)}.')
+    lines.append(f'{spent / 3600:.1f} hours of one process in all, {busy / 3600:.1f} of its '
+                 f'processor, on {"; ".join(kinds)}.')
   return [' '.join(lines), '']
 
 
