@@ -40,9 +40,14 @@ class Commands:
       self.program = load(self.case.peer)(self.case.settings, self.folder, self.options)
     return {'seconds': time.perf_counter() - start}
 
-  def run(self, calls: int = 1):
-    """A turn: wall seconds and processor seconds of a call; of several, see `Case.calls`."""
-    if calls > 1:
+  def run(self, calls: int = 1, warm: bool = False):
+    """Wall seconds and processor seconds of a call (of several in a row: see `Case.calls`).
+
+    Args:
+      warm: a call that is not measured goes before: memory that a process does not use for some
+        seconds can be far away (benchmarks/findings.md: after a rest).
+    """
+    if warm:
       self.result = self.program.run()
     cpu, start = measure.cpu_seconds(), time.perf_counter()
     for _ in range(calls):

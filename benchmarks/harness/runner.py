@@ -334,7 +334,8 @@ def compare(ours: pathlib.Path, peer: pathlib.Path, case: Case) -> dict[str, flo
 
 
 def _rounds(case, settings, ours, peer, result) -> None:
-  """Both sides are loaded: they take turns."""
+  """Both sides are loaded: they take turns; each starts with a call that is not measured."""
+  result['warm'] = True
   sides = {name: side for name, side in (('ours', ours), ('peer', peer)) if side is not None}
   measured = {name: Measured() for name in sides}
   for side in sides.values():
@@ -342,7 +343,7 @@ def _rounds(case, settings, ours, peer, result) -> None:
   for _ in range(settings.rounds or case.rounds):
     for name, side in sides.items():
       time.sleep(_REST)
-      measured[name].add(side('run', calls=case.calls), {})
+      measured[name].add(side('run', calls=case.calls, warm=True), {})
   for name, side in sides.items():
     measured[name].peak, measured[name].after = side('peak'), side('after')
   if settings.ceiling:
