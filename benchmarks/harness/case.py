@@ -31,8 +31,8 @@ class Case:
     memory_target: our peak memory / the peer's that was asked for (CPU).
     tolerance: largest difference of any output relative to max(1, largest value).
     rounds: measured turns of each side, alternating.
-    calls: calls in a row that make a turn. With several, one more goes before them and the mean
-      counts: a call of 0.1 s alone would be measured with the caches that the other side left.
+    calls: calls in a row that make a turn, of which the mean counts: a call of 0.1 s alone would be
+      measured with the caches that the other side left.
     work: (number, unit) done by one call, for a rate such as tokens per second.
     bound: hold our time against 1.5 x (FLOPs / our matrix-multiply rate at these shapes).
     group: cases of a group can be asked for together by its name.

@@ -27,14 +27,16 @@ and no number here holds for another kind. What differs most is the instruction 
 not move both sides alike. XLA multiplies with the widest instructions of any CPU. PyTorch's wheel
 multiplies through MKL, which asks whether the CPU is Intel's and takes general kernels where it is
 not (its own words, `MKL_VERBOSE=1`: "Architecture processors" on AMD, "AVX2 enabled" once it is
-told otherwise). With AVX-512 on AMD a part of the ratio is therefore the peer's library, not this
-program; how large a part is not measured yet, because the records of that machine are older than
-the form that tells MKL (`+mkl`). Where both sides have AVX2 alone they multiply about equally
-fast, and what is left is how much of a program is not products.
+told otherwise). With AVX-512 on AMD a part of a ratio is therefore the peer's library, not this
+program, where the peer was not told (`+mkl` in its form says that it was; what telling gives stands
+with each machine). Where both sides multiply about equally fast, what is left is how much of a
+program is not products: **at most** is the ratio that the products alone would have at this
+library's rate, and no work beside the products can lift a ratio above it.
 
 Both sides are separate processes with the same random weights (written in the original's layout,
 read back through the name table of `hrvlm convert`) and the same inputs; outputs are compared
-first. Then they take turns, A B A B, never at once. The peer is tried in several forms, and the
+first. Then they take turns, A B A B, never at once; a turn starts with a call that is not measured
+(records of before 2026-12-01 do not: see "after a rest"). The peer is tried in several forms, and the
 fastest is compared. **ratio** is peer time / our time, the median over the rounds and their range.
 **memory** is the peak of resident memory while the calls run, weights included (GPU: of the
 allocator), as our share of the peer's. **products** is the share of our time that the program's
@@ -147,7 +149,14 @@ def _cell(case, result, backend: str) -> str:
           f'memory {result["memory_ratio"]:.2f}{verdict("memory")}']
   if cost := result.get('cost'):
     text.append(f'products {cost["share_of_ceiling"]:.0%}')
+    if met.get('time') is False:
+      text.append(f'at most {_bound(result):.2f}')
   return '; '.join(text)
+
+
+def _bound(result) -> float:
+  """The ratio of a program that only multiplies matrices, at our rate."""
+  return _peer(result)['seconds']['median'] / result['cost']['matmul_seconds']
 
 
 def _asked(case, result, backend: str) -> dict[str, str]:
@@ -172,8 +181,8 @@ def _details(cases, found, backend: str) -> list[str]:
   for title in _titles(cases, found, backend):
     kept = {case.name: result for case in cases
             if (result := records.of_case(found, case.name, backend).get(title))}
-    rows = ['| case | peer | took | ours | ratio | memory | TFLOP | products | difference |',
-            '| --- ' * 9 + '|']
+    rows = ['| case | peer | took | ours | ratio | at most | memory | TFLOP | products | difference |',
+            '| --- ' * 10 + '|']
     rows += ['| ' + ' | '.join(_row(case, kept[case.name])) + ' |'
              for case in cases if case.name in kept]
     parts.append(f'### {title}\n\n{_machines(kept.values())}' + '\n'.join(rows))
@@ -194,7 +203,21 @@ def _machines(found) -> str:
   text = []
   for line, dates in lines.items():
     text.append(f'{line}; {" to ".join(dict.fromkeys((min(dates), max(dates))))}')
+  text += _told(found)
   return '\n'.join(text) + '\n\n' if text else ''
+
+
+def _told(found) -> list[str]:
+  """What telling MKL gives on a machine, from all of its records that measured it."""
+  measured = [products for result in found
+              if 'told' in (products := result.get('peer_products', {}))]
+  if not measured:
+    return []
+  best = lambda way, shape: max(products[way]['gflops'][shape] for products in measured)
+  shapes = ', '.join(f'{shape} {best("as it comes", shape):.0f} and {best("told", shape):.0f}'
+                     for shape in measured[0]['told']['gflops'])
+  return [f"- PyTorch's products as it comes and with MKL told, GFLOP/s, best of {len(measured)}: "
+          f'{shapes}']
 
 
 def _row(case, result) -> list[str]:
@@ -214,6 +237,7 @@ def _row(case, result) -> list[str]:
     form += ' (busy machine: one core, processor time)'
   return [f'`{case.name}`', form, took(peer), took(ours),
           f'{ratio["median"]:.2f} ({ratio["least"]:.2f} to {ratio["largest"]:.2f})',
+          f'{_bound(result):.2f}' if cost else '-',
           f'{_gigabytes(ours["peak"][key])} / {_gigabytes(peer["peak"][key])} = '
           f'{result["memory_ratio"]:.2f}',
           f'{cost["flops"] / 1e12:.3g}' if cost else '-', share,
