@@ -17,9 +17,9 @@ SHAPE = (729, 1152, 1152)  # rows of a ViT: the shape that records of hrvlm benc
 _COPIED = 2**27  # bytes that memory is measured with: more than caches hold
 SECONDS = 2.0  # of each measurement
 # The whole quickstart, idle: (GFLOP/s at SHAPE, seconds). AMD family 26 model 2 (AVX-512), 25
-# model 1 (AVX2) and 23 model 1 (AVX2), 2 cores each. The first and the last were measured
-# before freed memory was kept (`core.cpu.keep_freed`): there an estimate from above.
-RUNS = ((537.7, 540.0), (177.0, 1247.0), (71.8, 1740.0))
+# model 17 (AVX-512) and 23 model 1 (AVX2), 2 cores each. The first and the last were measured
+# before huge pages (`core.heap`): there an estimate from above.
+RUNS = ((537.7, 540.0), (202.0, 812.0), (71.8, 1740.0))
 
 
 @dataclasses.dataclass(frozen=True)
