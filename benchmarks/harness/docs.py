@@ -36,8 +36,8 @@ library's rate, and no work beside the products can lift a ratio above it.
 Both sides are separate processes with the same random weights (written in the original's layout,
 read back through the name table of `hrvlm convert`) and the same inputs; outputs are compared
 first. Then they take turns, A B A B, never at once; a turn starts with a call that is not measured
-(records of before 2026-12-01 do not: see "after a rest"). The peer is tried in several forms, and the
-fastest is compared. **ratio** is peer time / our time, the median over the rounds and their range.
+(records of before 2026-12-01 do not: see "after a rest"). The peer is tried in several forms, and
+the fastest is compared. **ratio** is peer time / our time, the median over the rounds and their range.
 **memory** is the peak of resident memory while the calls run, weights included (GPU: of the
 allocator), as our share of the peer's. **products** is the share of our time that the program's
 matrix products would take at the rate this library multiplies matrices of these shapes in the same
@@ -181,8 +181,9 @@ def _details(cases, found, backend: str) -> list[str]:
   for title in _titles(cases, found, backend):
     kept = {case.name: result for case in cases
             if (result := records.of_case(found, case.name, backend).get(title))}
-    rows = ['| case | peer | took | ours | ratio | at most | memory | TFLOP | products | difference |',
-            '| --- ' * 10 + '|']
+    columns = ('case', 'peer', 'took', 'ours', 'ratio', 'at most', 'memory', 'TFLOP', 'products',
+               'difference')
+    rows = ['| ' + ' | '.join(columns) + ' |', '| --- ' * len(columns) + '|']
     rows += ['| ' + ' | '.join(_row(case, kept[case.name])) + ' |'
              for case in cases if case.name in kept]
     parts.append(f'### {title}\n\n{_machines(kept.values())}' + '\n'.join(rows))
