@@ -37,8 +37,8 @@ Both sides are separate processes with the same random weights (written in the o
 read back through the name table of `hrvlm convert`) and the same inputs; outputs are compared
 first. Then they take turns, A B A B, never at once; a turn starts with a call that is not measured
 (records of before 2026-12-01 do not: see "after a rest"). The peer is tried in several forms, and
-the fastest is compared. **ratio** is peer time / our time, the median over the rounds and their range.
-**memory** is the peak of resident memory while the calls run, weights included (GPU: of the
+the fastest is compared. **ratio** is peer time / our time, the median over the rounds and their
+range. **memory** is the peak of resident memory while the calls run, weights included (GPU: of the
 allocator), as our share of the peer's. **products** is the share of our time that the program's
 matrix products would take at the rate this library multiplies matrices of these shapes in the same
 process; the rule is at least 67 % (time <= 1.5 x FLOPs / rate). What was asked for depends on the
