@@ -87,6 +87,12 @@ def _padded(x, kernel, *, below: int = 0, right: int = 0):
   return jnp.pad(x, ((0, 0), (rows, rows + below), (cols, cols + right), (0, 0)))
 
 
+def _taps(window, weights, rows, width):
+  """The sum of shifted products over `rows` rows, in float32."""
+  return sum(wide(window[:, i:i + rows, j:j + width]) * weights[i, j, 0]
+             for i in range(weights.shape[0]) for j in range(weights.shape[1]))
+
+
 def shifted(x, kernel):
   """A depthwise convolution as a sum of shifted products; arguments as of `core.conv.depthwise`.
 
@@ -103,31 +109,25 @@ def shifted(x, kernel):
   def add(index, out):
     window = jax.lax.dynamic_slice_in_dim(
       padded, index * each, each + kernel.shape[0] - 1, axis=1)
-    total = sum(wide(window[:, i:i + each, j:j + width]) * weights[i, j, 0]
-                for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
-    return jax.lax.dynamic_update_slice_in_dim(out, total.astype(x.dtype), index * each, axis=1)
+    total = _taps(window, weights, each, width).astype(x.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(out, total, index * each, axis=1)
 
   empty = jnp.zeros((n, each * pieces, width, channels), x.dtype)
   return jax.lax.fori_loop(0, pieces, add, empty)[:, :height]
 
 
 def spread(x, kernel):
-  """`shifted` where no gradient is taken: with all threads, for large images.
+  """`shifted` with all threads, for large images of which no gradient is taken.
 
-  What a loop writes into its result is written by one thread. Here the pieces are put together
-  instead, which is stored too; each is compiled by itself, which small images are not worth. In a
-  train step nothing is won.
+  What a loop writes is written by one thread; pieces that are put together are stored too, but each
+  is compiled by itself. In a train step nothing is won.
   """
   height, width = x.shape[1:3]
   if x[0].size < _SPREAD_FROM or height < _PIECES:
     return shifted(x, kernel)
   padded, weights = _padded(x, kernel), wide(kernel)
-
-  def piece(start, stop):
-    total = sum(wide(padded[:, start + i:stop + i, j:j + width]) * weights[i, j, 0]
-                for i in range(kernel.shape[0]) for j in range(kernel.shape[1]))
-    return total.astype(x.dtype)
-
+  piece = lambda start, stop: _taps(
+    padded[:, start:], weights, stop - start, width).astype(x.dtype)
   ends = [height * i // _PIECES for i in range(_PIECES + 1)]
   return jnp.concatenate([piece(*some) for some in itertools.pairwise(ends)], axis=1)
 
